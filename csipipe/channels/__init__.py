@@ -1,0 +1,35 @@
+"""Channels: where they come from, and which rows each UE gets.
+
+Images are (B, 2, A, D) float32 in [0, 1], 0.5 for zero: real and imaginary part, angles, delays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from csipipe.channels.csinet import CsiNetSource
+from csipipe.channels.load import load_test, load_ue
+from csipipe.channels.source import Source, Span
+from csipipe.channels.split import Deal, deal
+from csipipe.channels.synthetic import SyntheticSource
+from csipipe.config import DataSettings
+
+__all__ = ["Deal", "Source", "Span", "deal", "load_test", "load_ue", "open_source"]
+
+
+def open_source(data: DataSettings, angles: int, delays: int) -> Source:
+    """The source that the settings name; no file is opened yet.
+
+    Args:
+        data: source, folder and seed.
+        angles: angular bins A of the images.
+        delays: delay bins D of the images.
+
+    Raises:
+        FileNotFoundError: data.path is not a folder.
+        ValueError: more angles or delays than the source has.
+    """
+    if data.source == "csinet":
+        assert data.path is not None  # DataSettings sees to that
+        return CsiNetSource(Path(data.path), data.seed, angles, delays)
+    return SyntheticSource(data.seed, angles, delays)

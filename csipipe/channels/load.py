@@ -1,0 +1,56 @@
+"""From a deal to rows in memory: what one UE trains on and holds out, and the test set."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from csipipe.channels.source import Images, Source, Span
+from csipipe.channels.split import Deal
+
+
+def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images, Images]:
+    """Training rows and held-out rows of a UE, each (n, 2, A, D) float32 in [0, 1].
+
+    Of n rows, round(holdout n) are held out, at most n - 1: the last ones of each span, in
+    proportion, so that a mixture's held-out rows are a mixture. They may be none.
+
+    Args:
+        source: where the rows come from.
+        deal: whose they are.
+        ue: number of the UE, from 0.
+        holdout: share held out, in [0, 1).
+
+    Raises:
+        FileNotFoundError, ValueError: the source can't give the rows.
+    """
+    spans = deal.train(ue)
+    held = _held_counts([span.size for span in spans], holdout)
+    cuts = [span.stop - count for span, count in zip(spans, held, strict=True)]
+    train = [s._replace(stop=cut) for s, cut in zip(spans, cuts, strict=True)]
+    kept = [s._replace(start=cut) for s, cut in zip(spans, cuts, strict=True)]
+    return _rows(source, train), _rows(source, kept)
+
+
+def load_test(source: Source, deal: Deal) -> Images:
+    """The common test set: (n, 2, A, D) float32 in [0, 1]; indoor before outdoor rows.
+
+    Raises:
+        FileNotFoundError, ValueError: the source can't give the rows.
+    """
+    return _rows(source, list(deal.test))
+
+
+def _held_counts(counts: list[int], holdout: float) -> list[int]:
+    """Rows to hold out of each span; with two or more in all, at least one of each span."""
+    total = sum(counts)
+    held = min(round(holdout * total), total - 1)
+    if len(counts) == 1:
+        return [held]
+    first = round(held * counts[0] / total)
+    if held >= 2:
+        first = min(max(first, 1), held - 1)
+    return [first, held - first]
+
+
+def _rows(source: Source, spans: list[Span]) -> Images:
+    return np.concatenate([source.rows(*span) for span in spans])

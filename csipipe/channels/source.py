@@ -1,0 +1,56 @@
+"""What every source of channels offers, whatever stands behind it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Site = Literal["indoor", "outdoor"]
+"""One propagation environment; the mixture `noniid` is a deal of rows from both."""
+Part = Literal["train", "test"]
+Images = NDArray[np.float32]
+"""(B, 2, A, D): real and imaginary part, angles, delays; in [0, 1] with 0.5 for zero."""
+
+
+class Span(NamedTuple):
+    """Rows start … stop-1 of one environment and part."""
+
+    environment: Site
+    part: Part
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Rows in the span."""
+        return self.stop - self.start
+
+
+class Source(Protocol):
+    """An ordered stream of channel images per environment and part.
+
+    Rows are asked for by range, so that a UE makes or reads only its own.
+    """
+
+    def available(self, environment: Site, part: Part) -> int | None:
+        """Rows there are; None: as many as are asked for."""
+        ...
+
+    def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
+        """Rows start … stop-1: (stop-start, 2, A, D), C-contiguous.
+
+        Raises:
+            ValueError: the range is empty backwards or beyond what is available.
+        """
+        ...
+
+
+def check_range(start: int, stop: int, available: int | None) -> None:
+    """Refuse a range that `rows` can't serve (ValueError); None means no upper end."""
+    if not 0 <= start <= stop or (available is not None and stop > available):
+        end = "any" if available is None else available
+        raise ValueError(
+            f"rows {start} to {stop} were asked for; expected 0 <= start <= stop <= {end}."
+        )

@@ -1,0 +1,117 @@
+"""Which rows of which environment each UE trains on, and which ones all are tested on.
+
+Arithmetic only. Rows are dealt as contiguous ranges of a source's ordered stream, so no row
+goes to two UEs and a UE asks for nothing but its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from csipipe.channels.source import Part, Site, Span
+from csipipe.config import DataSettings
+
+SYNTHETIC_ROWS: dict[Part, int] = {"train": 8000, "test": 1000}
+"""Rows made where the settings name no number and the source has no end."""
+
+Available = Callable[[Site, Part], int | None]
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The rows of every UE and the common test set."""
+
+    ues: tuple[tuple[Span, ...], ...]
+    """Per UE the spans it trains on: one, or indoor and outdoor."""
+    test: tuple[Span, ...]
+    """Spans of the test set: one, or indoor and outdoor."""
+
+    def train(self, ue: int) -> tuple[Span, ...]:
+        """Spans that a UE, counted from 0, trains on; empty ones are left out."""
+        return self.ues[ue]
+
+
+def deal(data: DataSettings, ues: int, available: Available) -> Deal:
+    """Deal rows to UEs.
+
+    Of R rows, each of N UEs gets R // N, the first R % N one more. In the mixture `noniid`,
+    half of the rows are indoor and half outdoor, and UE n's indoor share is
+    (2(N-n)-1) / (2N): 9.5 of 10 for the first of ten UEs, 0.5 of 10 for the last. The test set
+    is half and half as well.
+
+    Args:
+        data: environment and sample counts.
+        ues: number of UEs N, at least 1.
+        available: rows of an environment and part; None where there is no end.
+
+    Raises:
+        ValueError: more rows asked for than there are, or fewer training rows than UEs.
+    """
+    train = _rows_per_site(data, "train", available)
+    total = sum(train.values())
+    if total < ues:
+        raise ValueError(
+            f"{total} training row(s) for {ues} UEs; each needs one at least. Raise "
+            "data.train_samples (or add data) or lower topology.ues."
+        )
+    sizes = [total // ues + (ue < total % ues) for ue in range(ues)]
+    if data.environment == "noniid":
+        indoor = _indoor_counts(train["indoor"], sizes)
+        outdoor = [size - first for size, first in zip(sizes, indoor, strict=True)]
+        per_site: dict[Site, list[int]] = {"indoor": indoor, "outdoor": outdoor}
+    else:
+        per_site = {data.environment: sizes}
+    spans = [_spans(site, counts) for site, counts in per_site.items()]
+    test = _rows_per_site(data, "test", available)
+    return Deal(
+        ues=tuple(_without_empty(own) for own in zip(*spans, strict=True)),
+        test=_without_empty(tuple(Span(site, "test", 0, count) for site, count in test.items())),
+    )
+
+
+def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict[Site, int]:
+    """Rows to use of each environment; of an odd number in the mixture, indoor gets one more."""
+    sites: tuple[Site, ...] = (
+        ("indoor", "outdoor") if data.environment == "noniid" else (data.environment,)
+    )
+    found = {site: available(site, part) for site in sites}
+    asked = data.train_samples if part == "train" else data.test_samples
+    if asked is None:
+        limits = [rows for rows in found.values() if rows is not None]
+        asked = min(limits) * len(sites) if limits else SYNTHETIC_ROWS[part]
+    wanted = {site: (asked + len(sites) - 1 - i) // len(sites) for i, site in enumerate(sites)}
+    for site, rows in wanted.items():
+        limit = found[site]
+        if limit is not None and rows > limit:
+            raise ValueError(
+                f"data.{part}_samples is {asked}, which takes {rows} {site} rows; the data has "
+                f"{limit}. Set it to {min(r for r in found.values() if r is not None) * len(sites)}"
+                " at most, or leave it null to use what there is."
+            )
+    return wanted
+
+
+def _indoor_counts(indoor: int, sizes: list[int]) -> list[int]:
+    """Indoor rows of each UE.
+
+    The shares of UEs 0 … n-1 add up to (2Nn - n^2) / N^2 of all indoor rows. Rounding that sum,
+    not each share, makes the total exact. A UE never gets more than its size.
+    """
+    n_ues = len(sizes)
+    dealt = [0]
+    for n, size in enumerate(sizes, start=1):
+        upto = (2 * indoor * n * (2 * n_ues - n) + n_ues**2) // (2 * n_ues**2)
+        dealt.append(min(upto, dealt[-1] + size))
+    assert dealt[-1] == indoor
+    return [stop - start for start, stop in pairwise(dealt)]
+
+
+def _spans(site: Site, counts: list[int]) -> list[Span]:
+    edges = accumulate(counts, initial=0)
+    return [Span(site, "train", start, stop) for start, stop in pairwise(edges)]
+
+
+def _without_empty(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    return tuple(span for span in spans if span.size)

@@ -1,0 +1,216 @@
+"""Every setting of a run: its name, default, unit and check. Nothing is read or opened here.
+
+The defaults are the `laptop` preset; `launch/configs/` holds the presets as files. A room gets
+its own section of the settings, never all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kernel = tuple[int, int]
+"""Height (angles) and width (delays) of a convolution kernel."""
+
+CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
+    ((3, 3), (1, 9), (9, 1)),
+    ((1, 5), (5, 1)),
+)
+
+Environment = Literal["indoor", "outdoor", "noniid"]
+Precision = Literal["fp32", "bf16"]
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The autoencoder: encoder and decoder head at each UE, decoder tail at the BTS."""
+
+    c1: int = 256
+    """Codeword dimension: reals per sample that the encoder outputs (smashed data)."""
+    c2: int = 256
+    """Tail-output dimension: reals per sample that the BTS sends to the decoder heads."""
+    angles: int = 32
+    """Angular bins of the input. Fewer than the data has: the aperture is cut to that many antennas."""
+    delays: int = 32
+    """Delay bins of the input. Fewer than the data has: the first ones are kept."""
+    kernels: tuple[tuple[Kernel, ...], ...] = CRNET_KERNELS
+    """CRBlock: one sequence of odd kernels (angles, delays) per parallel path."""
+
+    def __post_init__(self) -> None:
+        for name in ("c1", "c2", "angles", "delays"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if not self.kernels or not all(self.kernels):
+            raise ValueError(
+                f"model.kernels is {self.kernels}; every path of a CRBlock needs a kernel."
+            )
+        for kernel in (k for path in self.kernels for k in path):
+            if any(size < 1 or size % 2 == 0 for size in kernel):
+                raise ValueError(
+                    f"model.kernels holds {kernel}; sizes must be odd and positive, "
+                    "so that padding keeps the image's size."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologySettings:
+    """Who takes part: BTS pipeline stages (ranks 0 … stages-1) and UEs (dealt to the other ranks)."""
+
+    stages: int | None = None
+    """BTS pipeline stages, one rank each. null: 2 for csilocal, none for centralised."""
+    ues: int = 4
+    """UEs, numbered from 0, dealt in order to the UE ranks."""
+    partition: str = "type:CRBlock"
+    """How the tail's layers are cut into stages: uniform, parameters, or type:REGEX (DeepSpeed's methods)."""
+
+    def __post_init__(self) -> None:
+        _at_least("topology.ues", self.ues, 1)
+        if self.stages is not None:
+            _at_least("topology.stages", self.stages, 1)
+        if self.partition not in ("uniform", "parameters") and not self.partition.startswith(
+            "type:"
+        ):
+            raise ValueError(
+                f"topology.partition is {self.partition!r}; expected uniform, parameters or "
+                "type:REGEX, for example type:CRBlock."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Channels: where they come from and how many rows the UEs share."""
+
+    source: Literal["synthetic", "csinet"] = "synthetic"
+    """synthetic: made by the package. csinet: CsiNet's .mat files in data.path."""
+    path: str | None = None
+    """Folder with DATA_Htrainin.mat and its siblings (source csinet)."""
+    environment: Environment = "indoor"
+    """indoor, outdoor, or noniid: the paper's mixture, from mostly indoor (UE 0) to mostly outdoor."""
+    train_samples: int | None = None
+    """Training rows over all UEs. null: every row there is; synthetic: 8000."""
+    test_samples: int | None = None
+    """Rows of the common test set. null: every row there is; synthetic: 1000."""
+    holdout: float = 0.05
+    """Share of each UE's training rows kept for choosing the best weights; never trained on."""
+    seed: int = 0
+    """Seed of the synthetic channels and of the deal of rows to UEs."""
+
+    def __post_init__(self) -> None:
+        if (self.source == "csinet") != (self.path is not None):
+            raise ValueError(
+                f"data.source is {self.source} and data.path is {self.path}; csinet needs a "
+                "folder in data.path, synthetic takes none."
+            )
+        for name in ("train_samples", "test_samples"):
+            if getattr(self, name) is not None:
+                _at_least(f"data.{name}", getattr(self, name), 1)
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"data.holdout is {self.holdout}; it must lie in [0, 1).")
+        _at_least("data.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Algorithm 1: iterations, batches, Adam, precision, devices."""
+
+    iterations: int = 900
+    """Training iterations; one iteration is one exchange between the UEs and the BTS."""
+    batch_size: int = 32
+    """Samples per UE and iteration, drawn uniformly from the UE's own rows."""
+    micro_batches: int = 4
+    """Micro-batches that the BTS cuts an iteration into; must divide train.batch_size."""
+    schedule: Literal["gpipe"] = "gpipe"
+    """Pipeline schedule: gpipe runs all forward passes, then all backward passes."""
+    lr: float = 2e-3
+    """Adam's (peak) learning rate, the same for every part."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: linear warm-up, then cosine decay to 0. constant: train.lr throughout."""
+    warmup: float = 0.05
+    """Share of the iterations that warm up (cosine only)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moments."""
+    seed: int = 0
+    """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
+    precision: Precision = "fp32"
+    """Arithmetic of UEs, tail and wire. bf16: autocast with fp32 weights; half the bytes exchanged."""
+    deepspeed: str | None = None
+    """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one, else CPU."""
+    threads: int | None = None
+    """CPU threads per rank. null: OMP_NUM_THREADS if you set one above 1, else cores / ranks of the node."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "micro_batches"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not divisible by train.micro_batches "
+                f"{self.micro_batches}; every micro-batch holds the same number of rows of every "
+                "UE."
+            )
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"train.lr is {self.lr}; it must be a positive number.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"train.warmup is {self.warmup}; it must lie in [0, 1].")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas is {self.betas}; both must lie in [0, 1).")
+        _at_least("train.seed", self.seed, 0)
+        if self.threads is not None:
+            _at_least("train.threads", self.threads, 1)
+
+    def lr_at(self, iteration: int) -> float:
+        """Learning rate of iteration `iteration`, counted from 0."""
+        if self.lr_schedule == "constant":
+            return self.lr
+        warm = round(self.warmup * self.iterations)
+        if iteration < warm:
+            return self.lr * (iteration + 1) / warm
+        done = (iteration - warm) / max(1, self.iterations - warm)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run lies, how often it evaluates, how long it waits for a peer."""
+
+    dir: str | None = None
+    """Directory of the run; must not hold one yet. null: runs/<method>-<environment>-<time>."""
+    eval_every: int | None = None
+    """Iterations between evaluations; one more at the end. null: a tenth of the run."""
+    timeout: float = 60.0
+    """Longest wait for a peer inside an iteration, in seconds, on every process group."""
+
+    def __post_init__(self) -> None:
+        if self.eval_every is not None:
+            _at_least("run.eval_every", self.eval_every, 1)
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"run.timeout is {self.timeout}; it must be a positive time in seconds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run of one method."""
+
+    method: Literal["csilocal", "centralised"] = "csilocal"
+    """csilocal: the split, pipelined training. centralised: the unsplit model on all data, one process."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    topology: TopologySettings = field(default_factory=TopologySettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    @property
+    def stages(self) -> int:
+        """BTS pipeline stages of this run."""
+        return self.topology.stages or 2
+
+    @property
+    def eval_every(self) -> int:
+        """Iterations between evaluations."""
+        return self.run.eval_every or max(1, self.train.iterations // 10)

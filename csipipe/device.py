@@ -1,0 +1,58 @@
+"""Everything that depends on the device: which one, threads, precision, host staging."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+
+from csipipe.config import Precision
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """Device of this rank: `auto`, `cpu` or `cuda`; ranks of one node share its GPUs in turn.
+
+    Raises:
+        ValueError: `cuda` where there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device is cuda, but this machine offers no CUDA device; use auto.")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(wanted: int | None, ranks_on_node: int) -> int:
+    """Set this rank's CPU threads and return their number.
+
+    torchrun exports OMP_NUM_THREADS=1 when the user set nothing, so a 1 there says nothing; a
+    larger number is the user's. More threads than cores would ruin every timing.
+    """
+    if wanted is None:
+        exported = os.environ.get("OMP_NUM_THREADS", "1")
+        cores = len(os.sched_getaffinity(0))
+        wanted = (
+            int(exported)
+            if exported.isdigit() and int(exported) > 1
+            else max(1, cores // ranks_on_node)
+        )
+    torch.set_num_threads(wanted)
+    return wanted
+
+
+def wire_dtype(precision: Precision) -> torch.dtype:
+    """Type of what crosses between UEs and BTS, and between stages."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Arithmetic of the UE parts and the unsplit model; DeepSpeed does the same for the tail."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A zeroed host tensor that transfers to and from `device` use (pinned where that helps)."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")

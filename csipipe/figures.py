@@ -1,0 +1,92 @@
+"""Sums of figures over rows, per UE: what ranks report and what tables and summaries show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csipipe.metrics import to_db
+
+WIDTH = 4
+"""Columns of `Figures.sums`: rows, then the sums of loss, centred NMSE and floor over them."""
+
+
+def row_sums(loss_B: Tensor, floor_B: Tensor) -> Tensor:
+    """(WIDTH,) float64 from per-sample losses and floors.
+
+    The paper's loss divides the error by ‖H‖², the centred NMSE by ‖H − 0.5‖²; the floor is the
+    ratio of the two, so NMSE = loss / floor, sample by sample.
+    """
+    loss, floor = loss_B.detach().double(), floor_B.double()
+    rows = torch.full((), float(len(loss)), dtype=torch.float64, device=loss.device)
+    return torch.stack([rows, loss.sum(), (loss / floor).sum(), floor.sum()])
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of every UE over some rows.
+
+    Attributes:
+        sums: (UEs, WIDTH) float64.
+    """
+
+    sums: Tensor
+
+    def _means(self, column: int) -> list[float]:
+        return [float(v) for v in self.sums[:, column] / self.sums[:, 0].clamp(min=1)]
+
+    @property
+    def loss_per_ue(self) -> list[float]:
+        """The paper's loss, mean over a UE's rows."""
+        return self._means(1)
+
+    @property
+    def nmse_per_ue(self) -> list[float]:
+        """Centred NMSE, linear, mean of per-sample ratios."""
+        return self._means(2)
+
+    @property
+    def loss(self) -> float:
+        """The paper's loss, mean over UEs."""
+        return sum(self.loss_per_ue) / len(self.sums)
+
+    @property
+    def nmse_db(self) -> float:
+        """Centred NMSE in dB of the mean over UEs of the linear NMSE."""
+        return to_db(sum(self.nmse_per_ue) / len(self.sums))
+
+    @property
+    def floor(self) -> float:
+        """The paper's loss of a constant 0.5, mean over UEs."""
+        return sum(self._means(3)) / len(self.sums)
+
+    def summary(self) -> dict[str, Any]:
+        """The `test` entry of `summary.json`."""
+        return {
+            "loss": self.loss,
+            "nmse_db": self.nmse_db,
+            "floor_loss": self.floor,
+            "per_ue": [
+                {"ue": ue, "loss": loss, "nmse_db": to_db(nmse)}
+                for ue, (loss, nmse) in enumerate(
+                    zip(self.loss_per_ue, self.nmse_per_ue, strict=True)
+                )
+            ],
+        }
+
+    def check(self, iteration: int) -> None:
+        """Refuse to go on with a loss that is no number.
+
+        Raises:
+            FloatingPointError: naming the UE and the iteration.
+        """
+        for ue, loss in enumerate(self.loss_per_ue):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of UE {ue} is {loss} at iteration {iteration + 1}; a lower "
+                    "train.lr usually helps."
+                )

@@ -1,0 +1,67 @@
+"""The methods that can train the autoencoder, by the name that `method` gives them.
+
+`prepare` does what a rank can do alone (checks, data), so that every mistake of the user shows
+before the ranks meet; what it returns builds the rank's worker once they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from csipipe import channels
+from csipipe.config import Settings
+from csipipe.methods.base import Part, Worker
+from csipipe.methods.centralised import Centralised
+from csipipe.methods.csilocal import BtsHalf, UeHalf
+from csipipe.methods.ue import UserEquipment
+from csipipe.pipeline import settings as deepspeed_settings
+from csipipe.topology import Topology
+from csipipe.world import World
+
+__all__ = ["Part", "Worker", "prepare"]
+
+Builder = Callable[[World], Worker]
+
+
+def prepare(settings: Settings, rank: int, world_size: int, device: torch.device) -> Builder:
+    """Check the topology, load this rank's data, and return what builds its worker.
+
+    Raises:
+        ValueError, OSError: settings, files or data that can't be used.
+    """
+    if settings.method == "centralised":
+        return _prepare_centralised(settings, world_size, device)
+    topology = Topology(world_size, settings.stages, settings.topology.ues)
+    deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
+    if topology.is_bts(rank):
+        return lambda world: BtsHalf(settings, topology, world, device, deepspeed)
+    ues, test = _load(settings, topology.ues_of(rank), device)
+    return lambda world: UeHalf(settings, topology, world, device, ues, test)
+
+
+def _prepare_centralised(settings: Settings, world_size: int, device: torch.device) -> Builder:
+    if world_size != 1 or settings.topology.stages is not None:
+        raise ValueError(
+            f"method centralised runs the unsplit model in one process without BTS stages, but "
+            f"there are {world_size} process(es) and topology.stages is "
+            f"{settings.topology.stages}; start it with torchrun --nproc_per_node=1 and leave "
+            "topology.stages out."
+        )
+    ues, test = _load(settings, range(settings.topology.ues), device)
+    return lambda world: Centralised(settings, ues, test, device)
+
+
+def _load(
+    settings: Settings, numbers: range, device: torch.device
+) -> tuple[list[UserEquipment], torch.Tensor]:
+    """The UEs' private rows, and the common test set (B, 2, A, D)."""
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    deal = channels.deal(data, settings.topology.ues, source.available)
+    ues = [
+        UserEquipment(n, settings, *channels.load_ue(source, deal, n, data.holdout), device)
+        for n in numbers
+    ]
+    return ues, torch.from_numpy(channels.load_test(source, deal)).to(device)

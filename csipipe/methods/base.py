@@ -1,0 +1,84 @@
+"""What every method's worker offers to the training loop, and what all methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from csipipe import models
+from csipipe.config import ModelSettings, TrainSettings
+from csipipe.figures import Figures
+from csipipe.wire import Ledger
+
+Part = Literal["holdout", "test"]
+"""Rows of an evaluation: each UE's own held-out training rows, or the common test set."""
+
+
+class Worker(Protocol):
+    """One rank's share of a method. Rank 0's worker returns figures, the others None."""
+
+    parameters: dict[str, int]
+    """Trainable scalars of `encoder`, `tail` and `head`."""
+    has_holdout: bool
+    """Whether any UE keeps rows for choosing."""
+
+    def train_iteration(self, iteration: int) -> Figures | None:
+        """One iteration; figures of the UEs' batches before the step."""
+        ...
+
+    def evaluate(self, part: Part) -> Figures | None:
+        """Figures on `part`, BatchNorm by running statistics."""
+        ...
+
+    def agree(self, decision: bool) -> bool:
+        """Rank 0's decision, on every rank."""
+        ...
+
+    def save_weights(self, folder: Path) -> None:
+        """Write this rank's parts into `folder`."""
+        ...
+
+    def exchanged(self) -> Ledger:
+        """What crossed between UEs and BTS so far; collective."""
+        ...
+
+
+def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> torch.optim.Adam:
+    """The optimiser of every part (paper, eqs. 6–8); the loop sets the rate per iteration."""
+    return torch.optim.Adam(
+        list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set Adam's rate for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def batches_of(rows: int, batch_size: int) -> int:
+    """Batches that cover `rows`, the last one padded."""
+    return -(-rows // batch_size)
+
+
+def padded(h: Tensor, start: int, rows: int) -> Tensor:
+    """Rows start … start+rows of `h` (B, 2, A, D), filled up with zeros past its end."""
+    part = h[start : start + rows]
+    if len(part) == rows:
+        return part
+    return torch.cat([part, part.new_zeros(rows - len(part), *h.shape[1:])])
+
+
+def count_parts(model: ModelSettings) -> dict[str, int]:
+    """Trainable scalars of `encoder`, `tail` and `head`."""
+    with torch.device("meta"):
+        parts: dict[str, list[nn.Module]] = {
+            "encoder": [models.build_encoder(model, 0)],
+            "tail": models.build_tail(model, 0),
+            "head": [models.build_head(model, 0)],
+        }
+    return {part: models.count_parameters(layers) for part, layers in parts.items()}

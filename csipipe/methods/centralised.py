@@ -1,0 +1,131 @@
+"""The unsplit model in one process, eager: parity's counterpart and the reference of all methods.
+
+It runs what CSILocal computes, without a wire: every UE's encoder on its whole mini-batch, the
+tail on the same micro-batches (rows of every UE, ordered by UE number), heads and losses. With
+one encoder and head shared by all UEs it is centralised training on all data; with private ones
+it is CSILocal unsplit, which the tests compare with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from csipipe import checkpoint, models
+from csipipe.config import Settings
+from csipipe.device import autocast
+from csipipe.figures import WIDTH, Figures
+from csipipe.methods.base import Part, adam, batches_of, count_parts, padded, set_rate
+from csipipe.methods.ue import UserEquipment, losses
+from csipipe.wire import Ledger
+
+
+class Centralised:
+    """All UEs' data and the unsplit model on one rank.
+
+    Args:
+        ues: every UE; with `shared`, all use the encoder and head of the first.
+        test: (B, 2, A, D) the common test set.
+        shared: one encoder and head for all, and the mean of the UEs' losses; otherwise private
+            ones, and the sum (CSILocal's objective, eq. 2).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ues: list[UserEquipment],
+        test: Tensor,
+        device: torch.device,
+        shared: bool = True,
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.ues = ues
+        self.test = test
+        self.shared = shared
+        if shared:
+            for ue in ues[1:]:
+                ue.encoder, ue.head = ues[0].encoder, ues[0].head
+        self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
+        self.tail.to(device)
+        self.optimizer = adam(self.tail.parameters(), settings.train)
+        self.parameters = count_parts(settings.model)
+        self.has_holdout = any(len(ue.holdout) for ue in ues)
+
+    def train_iteration(self, iteration: int) -> Figures:
+        """One Adam step on the UEs' mini-batches."""
+        train = self.settings.train
+        owners = self.ues[:1] if self.shared else self.ues
+        for ue in owners:
+            ue.train(True)
+            set_rate(ue.optimizer, train.lr_at(iteration))
+        self.tail.train()
+        set_rate(self.optimizer, train.lr_at(iteration))
+        sums, loss = self.forward([ue.draw(train.batch_size) for ue in self.ues])
+        loss.backward()
+        for ue in owners:
+            ue.step()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Figures(sums)
+
+    def evaluate(self, part: Part) -> Figures:
+        """Figures on `part`; a shared model is the same for every UE."""
+        size = self.settings.train.batch_size
+        common = part == "test" and self.shared
+        ues = self.ues[:1] if common else self.ues
+        rows = [self.test if part == "test" else ue.holdout for ue in ues]
+        sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64)
+        for ue in self.ues:
+            ue.train(False)
+        self.tail.eval()
+        with torch.no_grad():
+            for start in range(0, batches_of(max(map(len, rows)), size) * size, size):
+                valid = [min(size, max(0, len(h) - start)) for h in rows]
+                sums += self.forward([padded(h, start, size) for h in rows], valid)[0]
+        return Figures(sums.expand(len(self.ues), -1) if common else sums)
+
+    def forward(
+        self, h_UBAD: list[Tensor], valid: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over a mini-batch per UE.
+
+        Args:
+            h_UBAD: mini-batches of the first len(h_UBAD) UEs.
+
+        Returns:
+            (UEs, WIDTH) sums over the first `valid` rows of each UE, and the objective.
+        """
+        train = self.settings.train
+        rows = train.batch_size // train.micro_batches
+        ues = self.ues[: len(h_UBAD)]
+        sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
+        objective = torch.zeros((), device=self.device)
+        with autocast(train.precision, self.device):
+            z_UBC = [ue.encoder(h) for ue, h in zip(ues, h_UBAD, strict=True)]
+            for first in range(0, train.batch_size, rows):
+                y = self.tail(torch.cat([z[first : first + rows] for z in z_UBC]))
+                for u, (ue, h, y_RC) in enumerate(zip(ues, h_UBAD, y.split(rows), strict=True)):
+                    counted = rows if valid is None else min(rows, max(0, valid[u] - first))
+                    loss, part = losses(ue.head(y_RC), h[first : first + rows], counted)
+                    objective = objective + loss.sum() / train.batch_size
+                    sums[u] += part
+        return sums.cpu(), objective / (len(ues) if self.shared else 1)
+
+    def agree(self, decision: bool) -> bool:
+        return decision
+
+    def save_weights(self, folder: Path) -> None:
+        """The same files as CSILocal's: every UE has the shared encoder and head."""
+        checkpoint.save(checkpoint.tail_file(folder), {"tail": self.tail.state_dict()})
+        for ue in self.ues:
+            checkpoint.save(
+                checkpoint.ue_file(folder, ue.number),
+                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
+            )
+
+    def exchanged(self) -> Ledger:
+        """Nothing crosses."""
+        return Ledger(len(self.ues))

@@ -1,0 +1,69 @@
+"""One UE: its private channels, encoder and decoder head, and its draws.
+
+What a UE computes depends on its number and the seed, never on the rank that hosts it. Shapes:
+B rows, A angles, D delays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csipipe.config import Settings
+from csipipe.figures import row_sums
+from csipipe.methods.base import adam
+from csipipe.metrics import floor_loss, paper_loss
+from csipipe.models import build_encoder, build_head
+
+_DRAWS = 1000  # apart from the seeds of the model's parts
+
+
+class UserEquipment:
+    """A UE's parts, rows and optimiser.
+
+    Args:
+        number: the UE's number.
+        rows, holdout: (B, 2, A, D) training and held-out channels in [0, 1].
+    """
+
+    def __init__(
+        self,
+        number: int,
+        settings: Settings,
+        rows: np.ndarray,
+        holdout: np.ndarray,
+        device: torch.device,
+    ) -> None:
+        model, seed = settings.model, settings.train.seed
+        self.number = number
+        self.rows = torch.from_numpy(rows).to(device)
+        self.holdout = torch.from_numpy(holdout).to(device)
+        self.encoder = build_encoder(model, seed).to(device)
+        self.head = build_head(model, seed).to(device)
+        self.optimizer = adam(
+            [*self.encoder.parameters(), *self.head.parameters()], settings.train
+        )
+        draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
+        self.generator = torch.Generator().manual_seed(int(draws[0]))
+
+    def draw(self, batch_size: int) -> Tensor:
+        """(B, 2, A, D): a mini-batch drawn uniformly, with replacement, from the UE's rows."""
+        picks = torch.randint(len(self.rows), (batch_size,), generator=self.generator)
+        return self.rows[picks.to(self.rows.device)]
+
+    def train(self, mode: bool) -> None:
+        """Put encoder and head into training or evaluation mode."""
+        self.encoder.train(mode)
+        self.head.train(mode)
+
+    def step(self) -> None:
+        """Adam on encoder and head (eqs. 6 and 8)."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def losses(h_hat: Tensor, h: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """The paper's loss per sample (B,), with its graph, and (WIDTH,) sums of the `valid` first."""
+    loss = paper_loss(h_hat.float(), h)
+    return loss, row_sums(loss[:valid], floor_loss(h[:valid]))

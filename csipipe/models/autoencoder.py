@@ -1,0 +1,96 @@
+"""Encoder, decoder tail and decoder head, as counted in the paper (Fig. 4).
+
+Shapes: B rows, A angles, D delays; images are (B, 2, A, D), real and imaginary part, in [0, 1].
+Every part starts from a seed of its own, the same for all UEs; the tail is built whole from one
+seed and cut afterwards, so that its weights don't depend on the partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from csipipe.config import ModelSettings
+from csipipe.models.crblock import SLOPE, CRBlock
+
+
+T = TypeVar("T")
+
+
+def _seeded(part: int, seed: int, build: Callable[[], T]) -> T:
+    """Build with torch's generator seeded for this part, and leave the global one as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence((seed, part)).generate_state(1)[0]))
+        return build()
+
+
+def build_encoder(model: ModelSettings, seed: int) -> nn.Sequential:
+    """CsiNet's encoder F1: (B, 2, A, D) → (B, c1). 524,586 parameters at c1 = 256."""
+    reals = 2 * model.angles * model.delays
+    return _seeded(
+        1,
+        seed,
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 2, 3, padding=1),
+            nn.BatchNorm2d(2),
+            nn.LeakyReLU(SLOPE),
+            nn.Flatten(),
+            nn.Linear(reals, model.c1),
+        ),
+    )
+
+
+def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
+    """Decoder tail F2 as a list of layers: (B, c1) → (B, c2). 1,053,768 parameters at c = 256."""
+    image = (2, model.angles, model.delays)
+    reals = 2 * model.angles * model.delays
+    return _seeded(
+        2,
+        seed,
+        lambda: [
+            nn.Linear(model.c1, reals),
+            nn.Unflatten(1, image),
+            nn.Conv2d(2, 2, 3, padding=1),
+            nn.LeakyReLU(SLOPE),
+            CRBlock(model.kernels),
+            CRBlock(model.kernels),
+            nn.Flatten(),
+            nn.Linear(reals, model.c2),
+        ],
+    )
+
+
+def build_head(model: ModelSettings, seed: int) -> nn.Sequential:
+    """Decoder head F3: (B, c2) → (B, 2, A, D) in [0, 1]. 526,336 parameters at c2 = 256.
+
+    The hard-sigmoid is PyTorch's, clamp(x/6 + 1/2, 0, 1).
+    """
+    image = (2, model.angles, model.delays)
+    reals = 2 * model.angles * model.delays
+    return _seeded(
+        3,
+        seed,
+        lambda: nn.Sequential(
+            nn.Linear(model.c2, reals), nn.Unflatten(1, image), nn.Hardsigmoid()
+        ),
+    )
+
+
+def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:
+    """Shape of one row before each tail layer and after the last: 9 shapes for 8 layers."""
+    with torch.device("meta"):
+        x = torch.empty(1, model.c1)
+        shapes = [tuple(x.shape[1:])]
+        for layer in build_tail(model, seed=0):
+            x = layer.eval()(x)
+            shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+def count_parameters(modules: Iterable[nn.Module]) -> int:
+    """Trainable scalars of some modules (BatchNorm's running statistics are not counted)."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)

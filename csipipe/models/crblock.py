@@ -1,0 +1,54 @@
+"""CRBlock: CRNet's residual block of parallel convolution paths.
+
+Source: Lu, Wang, Song, "Multi-resolution CSI feedback with deep learning in massive MIMO
+system", ICC 2020 (reference [28] of the paper).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from csipipe.config import Kernel
+
+CHANNELS = 7
+"""Channels inside a CRBlock's paths, as in CRNet."""
+SLOPE = 0.3
+"""Negative slope of every LeakyReLU in the model."""
+
+
+def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
+    """Convolution that keeps the image's size, then BatchNorm (which makes a bias needless)."""
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False), nn.BatchNorm2d(outputs)
+    )
+
+
+class CRBlock(nn.Module):
+    """Parallel paths of convolutions, joined by a 1×1 convolution, added to the input.
+
+    (B, 2, A, D) → (B, 2, A, D), with A angles and D delays. 1,425 parameters with CRNet's
+    kernels (3×3, 1×9, 9×1 beside 1×5, 5×1).
+    """
+
+    def __init__(self, kernels: tuple[tuple[Kernel, ...], ...]) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(self._path(path) for path in kernels)
+        self.act = nn.LeakyReLU(SLOPE)
+        self.join = _conv_bn(CHANNELS * len(kernels), 2, (1, 1))
+
+    @staticmethod
+    def _path(kernels: tuple[Kernel, ...]) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for i, kernel in enumerate(kernels):
+            if i:  # an activation between convolutions; the one after the path is applied jointly
+                layers.append(nn.LeakyReLU(SLOPE))
+            layers.append(_conv_bn(CHANNELS if i else 2, CHANNELS, kernel))
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 2, A, D) → (B, 2, A, D)."""
+        joined = self.join(self.act(torch.cat([path(x) for path in self.paths], dim=1)))
+        out: Tensor = self.act(joined + x)
+        return out

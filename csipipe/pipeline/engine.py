@@ -1,0 +1,215 @@
+"""The BTS stage: DeepSpeed's pipeline engine, executing csipipe's schedule.
+
+DeepSpeed partitions the tail, holds the stage's parameters, runs its forward and backward pass
+(autocast, ZeRO) and the optimiser step. The order of the instructions and the transfers are ours:
+a stage doesn't know whether its neighbours are stages or UEs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger as ds_logger
+from torch import Tensor, nn
+
+from csipipe.pipeline import subworld
+from csipipe.pipeline.settings import with_batches
+from csipipe.schedule import Op, Plan
+
+
+class Port(Protocol):
+    """One kind of message to or from a neighbour (`csipipe.wire.Channel`)."""
+
+    def post(self) -> None: ...
+    def receive(self, m: int) -> Tensor: ...
+    def send(self, m: int, tensor: Tensor) -> None: ...
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What a stage receives and sends: forward in and out, backward in and out."""
+
+    forward_in: Port
+    forward_out: Port
+    backward_in: Port
+    backward_out: Port
+
+
+class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
+    """The decoder tail, cut into stages; this rank keeps the layers of its own.
+
+    Raises:
+        ValueError: a partition that leaves a stage without layers or without parameters.
+    """
+
+    def __init__(self, layers: list[nn.Module], stages: int, partition: str) -> None:
+        try:
+            # PipelineModule prints its seeds and topology from rank 0
+            with contextlib.redirect_stdout(io.StringIO()):
+                super().__init__(layers, num_stages=stages, partition_method=partition)
+        except RuntimeError as error:
+            if "found no valid layers" not in str(error):
+                raise
+            names = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(
+                f"topology.partition {partition!r} matches no layer of the tail; there are: "
+                f"{', '.join(names)}."
+            ) from error
+        self._layer_specs = []  # the other stages' layers
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        super()._partition_layers(method)
+        check_partition(self._layer_specs, self.parts, method)
+
+
+def check_partition(layers: list[nn.Module], parts: list[int], method: str) -> None:
+    """Refuse cuts that DeepSpeed would die of later.
+
+    Args:
+        parts: first layer of every stage, then the number of layers.
+
+    Raises:
+        ValueError: a stage without layers or without parameters.
+    """
+    for stage, (start, stop) in enumerate(zip(parts, parts[1:], strict=False)):
+        parameters = sum(p.numel() for layer in layers[start:stop] for p in layer.parameters())
+        if not parameters:
+            what = "parameters" if stop > start else "layers"
+            raise ValueError(
+                f"topology.partition {method!r} with topology.stages {len(parts) - 1} leaves BTS "
+                f"stage {stage} without {what}; use fewer stages or another partition, for "
+                "example uniform."
+            )
+
+
+class TailStage(PipelineEngine):  # type: ignore[misc]
+    """One stage of the tail on this rank.
+
+    Args:
+        module: the tail; its parameters are this stage's.
+        optimizer: over the module's parameters.
+        deepspeed: DeepSpeed's settings, without batch keys.
+        rows: rows of a micro-batch, over all UEs.
+        micro_batches: micro-batches per iteration.
+        ports: where messages come from and go to.
+    """
+
+    def __init__(
+        self,
+        module: TailModule,
+        optimizer: torch.optim.Optimizer,
+        deepspeed: dict[str, Any],
+        rows: int,
+        micro_batches: int,
+        ports: Ports,
+    ) -> None:
+        mpu = module.mpu()
+        config = with_batches(deepspeed, rows, micro_batches)
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            model_parameters=list(module.parameters()),
+            mpu=mpu,
+            dist_init_required=False,
+            config=config,
+            config_class=DeepSpeedConfig(config, mpu),
+        )
+        self.ports = ports
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
+
+    def train_iteration(self, schedule: Plan, lr: float) -> None:
+        """Execute one iteration's instructions; `lr` is Adam's rate in its step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.train()
+        self.ports.forward_in.post()
+        self.ports.backward_in.post()
+        self._execute(schedule)
+        self.ports.forward_out.finish()
+        self.ports.backward_out.finish()
+
+    def evaluate_iteration(self, schedule: Plan) -> None:
+        """Execute forward passes only, BatchNorm by its running statistics."""
+        self.module.eval()
+        self.ports.forward_in.post()
+        with torch.no_grad():
+            self._execute(schedule)
+        self.ports.forward_out.finish()
+        self._outputs.clear()
+        self._inputs.clear()
+
+    def _execute(self, schedule: Plan) -> None:
+        for instruction in schedule:
+            m = instruction.micro_batch
+            if m is None:
+                assert instruction.op is Op.STEP
+                self._exec_reduce_grads()
+                self._exec_optimizer_step()
+            else:
+                _STEPS[instruction.op](self, m)
+
+    def _receive_forward(self, m: int) -> None:
+        self._inputs[m] = self.ports.forward_in.receive(m)
+
+    def _forward_micro_batch(self, m: int) -> None:
+        # a leaf, so that its gradient can be taken for whoever sent it
+        x = self._inputs[m].detach().requires_grad_(torch.is_grad_enabled())
+        self._inputs[m] = x
+        # not PipelineEngine's, which only answers to its own schedules
+        self._outputs[m] = DeepSpeedEngine.forward(self, x)
+
+    def _send_forward(self, m: int) -> None:
+        self.ports.forward_out.send(m, self._outputs[m])
+
+    def _receive_backward(self, m: int) -> None:
+        self._gradients[m] = self.ports.backward_in.receive(m)
+
+    def _backward_micro_batch(self, m: int) -> None:
+        output, gradient = self._outputs.pop(m), self._gradients.pop(m)
+        self._running_engine_backward = True  # or DeepSpeed refuses tensor.backward()
+        try:
+            output.backward(gradient.to(output.dtype))
+        finally:
+            self._running_engine_backward = False
+
+    def _send_backward(self, m: int) -> None:
+        gradient = self._inputs.pop(m).grad
+        assert gradient is not None
+        self.ports.backward_out.send(m, gradient)
+
+    def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
+        """Leave gradients as they come: DeepSpeed would divide the last stage's by M.
+
+        The UEs' losses are means over their whole mini-batch already.
+        """
+        return grad
+
+
+_STEPS = {
+    Op.RECEIVE_FORWARD: TailStage._receive_forward,
+    Op.FORWARD: TailStage._forward_micro_batch,
+    Op.SEND_FORWARD: TailStage._send_forward,
+    Op.RECEIVE_BACKWARD: TailStage._receive_backward,
+    Op.BACKWARD: TailStage._backward_micro_batch,
+    Op.SEND_BACKWARD: TailStage._send_backward,
+}
+
+
+def open_subworld(group: dist.ProcessGroup, timeout: float) -> None:
+    """Prepare DeepSpeed on this BTS rank: confined to `group`, silent unless something is wrong."""
+    ds_logger.setLevel(logging.WARNING)
+    subworld.install(group, timeout)

@@ -1,0 +1,79 @@
+"""DeepSpeed's settings of the tail: the user's file plus what we derive. No DeepSpeed import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from csipipe.config import Precision
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def load(path: str | None, precision: Precision) -> dict[str, Any]:
+    """Read and check a DeepSpeed file; `None` is ds_configs/<precision>.json.
+
+    Raises:
+        ValueError, OSError: not a JSON object, batch keys of its own, gradient clipping, an
+            optimiser or a precision that csipipe decides.
+    """
+    file = Path(path) if path else _FOLDER / f"{precision}.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"train.deepspeed: {file} doesn't exist; the shipped files lie in {_FOLDER}."
+        )
+    try:
+        keys = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"train.deepspeed: {file} is not JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"train.deepspeed: {file} holds no JSON object.")
+    _check(file, keys, precision)
+    return keys
+
+
+def _check(file: Path, keys: dict[str, Any], precision: Precision) -> None:
+    for key in (*BATCH_KEYS, "optimizer", "scheduler"):
+        if key in keys:
+            raise ValueError(
+                f"train.deepspeed: {file} sets {key!r}, which csipipe derives from train.* and "
+                "topology.ues; remove it."
+            )
+    if keys.get("gradient_clipping") != 0.0:
+        raise ValueError(
+            f"train.deepspeed: {file} has gradient_clipping {keys.get('gradient_clipping')!r}; "
+            "it must be 0.0, since DeepSpeed clips per stage (to 1.0 when the key is missing) and "
+            "results would depend on the partition."
+        )
+    for key in ("bf16", "fp16"):
+        if isinstance(keys.get(key), dict) and keys[key].get("enabled"):
+            raise ValueError(
+                f"train.deepspeed: {file} enables {key}; use torch_autocast, as in "
+                "ds_configs/bf16.json: the weights stay fp32."
+            )
+    autocast = keys.get("torch_autocast", {})
+    found = "fp32"
+    if isinstance(autocast, dict) and autocast.get("enabled"):
+        found = "bf16" if autocast.get("dtype") == "bfloat16" else str(autocast.get("dtype"))
+    if found != precision:
+        raise ValueError(
+            f"train.deepspeed: {file} computes in {found}, but train.precision is {precision}; "
+            f"leave train.deepspeed out, or use a file with that precision."
+        )
+    stage = keys.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1):
+        raise ValueError(
+            f"train.deepspeed: {file} sets ZeRO stage {stage}; pipelines work with 0 and 1."
+        )
+
+
+def with_batches(keys: dict[str, Any], rows: int, micro_batches: int) -> dict[str, Any]:
+    """The same with the batch keys: `rows` per micro-batch over all UEs."""
+    return {
+        **keys,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": rows * micro_batches,
+    }

@@ -1,0 +1,130 @@
+"""What a run shows and writes: progress bar, TensorBoard, the closing table, summary.json.
+
+Rank 0 has a `Tracker`; it is the only one that writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from csipipe.figures import Figures
+from csipipe.wire import COUNTED, UP, Ledger
+
+_DOWN = tuple(kind for kind in COUNTED if kind not in UP)
+
+
+class Tracker:
+    """Follows one run.
+
+    Args:
+        folder: the run's directory.
+        iterations: iterations of the whole run.
+    """
+
+    def __init__(self, folder: Path, iterations: int) -> None:
+        self.folder = folder
+        self.writer = SummaryWriter(str(folder))
+        self.seconds: list[float] = []
+        self._lines = not sys.stderr.isatty()
+        self._bar = tqdm(total=iterations, unit="it", disable=self._lines, dynamic_ncols=True)
+        self._started = time.monotonic()
+
+    def iteration(self, done: int, figures: Figures, lr: float, seconds: float) -> None:
+        """Note the `done`-th iteration: figures of its batches, rate, wall time in seconds."""
+        self.seconds.append(seconds)
+        self.writer.add_scalar("train/loss", figures.loss, done)
+        self.writer.add_scalar("train/nmse_db", figures.nmse_db, done)
+        self.writer.add_scalar("train/lr", lr, done)
+        self.writer.add_scalar("time/seconds_per_iteration", seconds, done)
+        self._bar.set_postfix_str(
+            f"loss {figures.loss:.2e}, NMSE {figures.nmse_db:.2f} dB", refresh=False
+        )
+        self._bar.update()
+
+    def evaluation(
+        self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger
+    ) -> None:
+        """Note an evaluation after `done` iterations."""
+        scalars, size = (up + down for up, down in zip(*_exchanged(ledger), strict=True))
+        for name, figures in (("test", test), ("holdout", holdout)):
+            if figures is not None:
+                self.writer.add_scalar(f"{name}/loss", figures.loss, done)
+                self.writer.add_scalar(f"{name}/nmse_db", figures.nmse_db, done)
+        for ue, loss in enumerate(test.loss_per_ue):
+            self.writer.add_scalar(f"test_loss_per_ue/{ue}", loss, done)
+        self.writer.add_scalar("exchanged/scalars", scalars, done)
+        self.writer.add_scalar("exchanged/bytes", size, done)
+        self.say(
+            f"iteration {done}/{self._bar.total}: test loss {test.loss:.3e} "
+            f"(floor {test.floor:.3e}), NMSE {test.nmse_db:.2f} dB, {self._left(done)} left"
+        )
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, whole or not at all, and print the closing table."""
+        self._bar.close()
+        self.writer.close()
+        partial = self.folder / "summary.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(partial, self.folder / "summary.json")
+        print(closing_table(summary, self.folder), flush=True)
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar, or in the log."""
+        tqdm.write(line, file=sys.stderr)
+
+    def _left(self, done: int) -> str:
+        rate = (time.monotonic() - self._started) / done
+        return str(tqdm.format_interval(rate * (self._bar.total - done)))
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        """Median wall time of a training iteration, evaluation apart."""
+        return statistics.median(self.seconds) if self.seconds else float("nan")
+
+
+def _exchanged(ledger: Ledger, phase: str = "training") -> tuple[tuple[int, int], tuple[int, int]]:
+    """(scalars up, bytes up), (scalars down, bytes down)."""
+    return ledger.total(phase, UP), ledger.total(phase, _DOWN)
+
+
+def exchanged_summary(ledger: Ledger, phase: str = "training") -> dict[str, dict[str, int]]:
+    """`scalars` and `bytes`, each `up` and `down`, over all UEs."""
+    up, down = _exchanged(ledger, phase)
+    return {
+        "scalars": {"up": up[0], "down": down[0]},
+        "bytes": {"up": up[1], "down": down[1]},
+    }
+
+
+def closing_table(summary: dict[str, Any], folder: Path) -> str:
+    """What a finished run prints."""
+    test, crossed = summary["test"], summary["exchanged"]
+    lines = ["", f"{'test set':>10}  {'loss':>10}  {'NMSE (dB)':>10}"]
+    for row in test["per_ue"]:
+        lines.append(f"{'UE ' + str(row['ue']):>10}  {row['loss']:>10.3e}  {row['nmse_db']:>10.2f}")
+    lines.append(f"{'mean':>10}  {test['loss']:>10.3e}  {test['nmse_db']:>10.2f}")
+    lines.append(f"{'0.5':>10}  {test['floor_loss']:>10.3e}  {0:>10.2f}   a constant 0.5: the floor")
+    lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
+    for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
+        lines.append(
+            f"{direction:>10}  {crossed['scalars'][direction]:>14,}  "
+            f"{crossed['bytes'][direction]:>14,}   {meaning}"
+        )
+    lines += [
+        "",
+        f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "
+        "iteration (median), "
+        f"{summary['seconds_total']:.0f} s in all",
+        f"run:          {folder}",
+        f"look at it:   tensorboard --logdir {folder}",
+    ]
+    return "\n".join(lines)

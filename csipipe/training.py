@@ -1,0 +1,127 @@
+"""The loop that every rank runs: iterate, evaluate, choose, save."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from csipipe import commandline
+from csipipe.config import Settings
+from csipipe.device import pick_device, set_threads
+from csipipe.figures import Figures
+from csipipe.methods import Worker, prepare
+from csipipe.tracking import Tracker, exchanged_summary
+from csipipe.world import World
+
+
+def launch(world: World, settings: Settings) -> None:
+    """Set this rank up, meet the others, train, and part.
+
+    Raises:
+        ValueError, OSError: a mistake of the user's, before anything is trained or written.
+    """
+    device = pick_device(settings.train.device, world.local_rank)
+    set_threads(settings.train.threads, world.local_size)
+    build = prepare(settings, world.rank, world.size, device)
+    world.ready("data")
+    world.connect(settings.run.timeout)
+    worker = build(world)
+    folder = Path(world.shared("run.dir", str(new_folder(settings))))
+    tracker = None
+    if world.rank == 0:
+        claim(folder, settings)
+        tracker = Tracker(folder, settings.train.iterations)
+    world.ready("training")
+    run(worker, settings, folder, tracker)
+    world.leave()
+
+
+def new_folder(settings: Settings) -> Path:
+    """Name of the run's directory."""
+    if settings.run.dir is not None:
+        return Path(settings.run.dir)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{settings.method}-{settings.data.environment}-{now}"
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Make the run's directory and write `config.yaml` into it.
+
+    Raises:
+        ValueError: the directory holds a run already.
+        OSError: it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "config.yaml", "x") as file:
+            file.write(commandline.to_yaml(settings))
+    except FileExistsError as error:
+        raise ValueError(
+            f"run.dir: {folder} already holds a run (or is a file); nothing was overwritten. "
+            "Choose another run.dir."
+        ) from error
+    except OSError as error:
+        raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
+
+
+def run(worker: Worker, settings: Settings, folder: Path, tracker: Tracker | None) -> None:
+    """Train, evaluate and save on this rank.
+
+    Args:
+        tracker: rank 0's; the other ranks have none.
+    """
+    started = time.monotonic()
+    test = None
+    best = float("inf")
+    iterations = settings.train.iterations
+    for iteration in range(iterations):
+        before = time.monotonic()
+        figures = worker.train_iteration(iteration)
+        done = iteration + 1
+        if tracker is not None:
+            assert figures is not None
+            figures.check(iteration)
+            seconds = time.monotonic() - before
+            tracker.iteration(done, figures, settings.train.lr_at(iteration), seconds)
+        if done % settings.eval_every == 0 or done == iterations:
+            test, best = _evaluate(worker, folder, tracker, done, best)
+    worker.save_weights(folder / "weights")
+    ledger = worker.exchanged()
+    if tracker is not None:
+        assert test is not None
+        summary: dict[str, Any] = {
+            "method": settings.method,
+            "status": "finished",
+            "iterations": iterations,
+            "test": test.summary(),
+            "exchanged": exchanged_summary(ledger),
+            "exchanged_evaluation": exchanged_summary(ledger, "evaluation"),
+            "seconds_per_iteration": tracker.seconds_per_iteration,
+            "seconds_total": time.monotonic() - started,
+            "parameters": worker.parameters,
+            "topology": asdict(settings.topology)
+            | {"stages": settings.stages, "ranks": int(os.environ.get("WORLD_SIZE", 1))},
+        }
+        tracker.finish(summary)
+
+
+def _evaluate(
+    worker: Worker, folder: Path, tracker: Tracker | None, done: int, best: float
+) -> tuple[Figures | None, float]:
+    """Report on the test set; keep the weights that are best on held-out training rows."""
+    holdout = worker.evaluate("holdout") if worker.has_holdout else None
+    test = worker.evaluate("test")
+    ledger = worker.exchanged()
+    if tracker is not None:
+        assert test is not None
+        tracker.evaluation(done, test, holdout, ledger)
+    if worker.has_holdout:
+        better = holdout is not None and holdout.nmse_db < best
+        if worker.agree(better):
+            worker.save_weights(folder / "checkpoints" / "best")
+            best = holdout.nmse_db if holdout is not None else best
+    return test, best

@@ -1,0 +1,296 @@
+"""Tensors between UEs and BTS and between stages, and the ledger of what crossed.
+
+The only file that moves tensors between ranks. A message carries the rows of one micro-batch
+that one rank owns; its tag says which kind of message and which micro-batch it is, so that a
+smashed-data tensor can't be taken for a gradient. Receives are posted ahead into buffers made
+once; sends are not waited for until the iteration ends.
+
+Everything that crosses is a tensor of a shape that both ends computed; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from csipipe.device import host_buffer
+from csipipe.topology import Topology
+
+
+class Kind(Enum):
+    """What a message holds; the value is its tag."""
+
+    SMASHED = 1  # z = F1(H), UE → first stage
+    OUTPUT = 2  # F2(z), last stage → UE
+    OUTPUT_GRADIENT = 3  # dloss/dF2(z), UE → last stage
+    SMASHED_GRADIENT = 4  # dloss/dz, first stage → UE
+    ACTIVATION = 5  # stage → next stage
+    ACTIVATION_GRADIENT = 6  # stage → stage before
+    REPORT = 7  # figures per UE (losses, not data), UE → rank 0
+    DECISION = 8  # rank 0 → everyone
+    WEIGHTS = 9  # stage → rank 0, to be saved
+
+
+COUNTED = (Kind.SMASHED, Kind.OUTPUT, Kind.OUTPUT_GRADIENT, Kind.SMASHED_GRADIENT)
+"""Kinds in the paper's count of exchanged parameters."""
+UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT)
+"""Counted kinds that go from a UE to the BTS; the others go down."""
+_LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the first stage
+PHASES = ("training", "evaluation")
+_SLOTS = 1 << 20  # tags: kind * _SLOTS + micro-batch
+
+
+class Ledger:
+    """Scalars and bytes that crossed between UEs and BTS, by phase, kind and UE.
+
+    Each end counts what it sends and what it receives, so that the UEs' sum and the BTS's sum
+    must agree. `counts` is int64 of shape (phase, kind, UE, 2): scalars, bytes.
+    """
+
+    def __init__(self, ues: int) -> None:
+        self.counts = torch.zeros(len(PHASES), len(COUNTED), ues, 2, dtype=torch.int64)
+        self.phase = "training"
+
+    def count(self, kind: Kind, ues: range, tensor: Tensor) -> None:
+        """Note a message that holds the rows of `ues`, in equal parts."""
+        cell = self.counts[PHASES.index(self.phase), COUNTED.index(kind), ues.start : ues.stop]
+        cell[:, 0] += tensor.numel() // len(ues)
+        cell[:, 1] += tensor.numel() * tensor.element_size() // len(ues)
+
+    def total(self, phase: str, kinds: Sequence[Kind]) -> tuple[int, int]:
+        """Scalars and bytes of some kinds over all UEs."""
+        rows = [COUNTED.index(kind) for kind in kinds]
+        scalars, size = self.counts[PHASES.index(phase), rows].sum(dim=(0, 1)).tolist()
+        return int(scalars), int(size)
+
+    def merge(self, is_bts: bool) -> Ledger:
+        """The UEs' ledger, summed over all ranks; collective.
+
+        Raises:
+            RuntimeError: the BTS's side counted something else.
+        """
+        sides = torch.zeros(2, *self.counts.shape, dtype=torch.int64)
+        sides[int(is_bts)] = self.counts
+        dist.all_reduce(sides)
+        if not torch.equal(sides[0], sides[1]):
+            raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
+        merged = Ledger(self.counts.shape[2])
+        merged.counts = sides[0]
+        return merged
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The other end of a channel: its rank, its rows of every micro-batch, and whose they are."""
+
+    rank: int
+    rows: slice
+    ues: range
+
+
+class Channel:
+    """Messages of one kind between this rank and its peers, one slot per micro-batch.
+
+    Made by `Wire`. Tensors are staged through host memory unless the group is NCCL's.
+
+    Args:
+        shape: rows of one micro-batch at this end over all peers, then the shape of one row.
+        slots: micro-batches per iteration.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        peers: Sequence[Peer],
+        shape: tuple[int, ...],
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ledger: Ledger | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.kind = kind
+        self.peers = peers
+        self.shape = shape
+        self.slots = slots
+        self.dtype = dtype
+        self.device = device
+        self.ledger = ledger if kind in COUNTED else None
+        self.group = group
+        self.staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
+        self._buffers: list[Tensor] = []
+        self._receives: list[list[dist.Work]] = []
+        self._sends: list[tuple[dist.Work, Tensor]] = []
+
+    def post(self) -> None:
+        """Post the receives of an iteration, into buffers made the first time."""
+        if not self._buffers:
+            self._buffers = [self._buffer() for _ in range(self.slots)]
+        self._receives = [
+            [self._irecv(buffer[peer.rows], peer.rank, m) for peer in self.peers]
+            for m, buffer in enumerate(self._buffers)
+        ]
+
+    def receive(self, m: int) -> Tensor:
+        """Micro-batch `m` on the device, of `shape`. Valid until the next `post`.
+
+        Raises:
+            ConnectionError: a peer is gone, or silent for longer than the group's timeout.
+        """
+        for peer, work in zip(self.peers, self._receives[m], strict=True):
+            self._wait(work, f"waiting for {self._name(m)} from rank {peer.rank}")
+            self._count(peer, self._buffers[m])
+        buffer = self._buffers[m]
+        return buffer.to(self.device, non_blocking=True) if self.staged else buffer
+
+    def send(self, m: int, tensor: Tensor) -> None:
+        """Send micro-batch `m`, of `shape`, without waiting; `finish` waits."""
+        assert tensor.shape == self.shape, (self.kind, tuple(tensor.shape), self.shape)
+        tensor = tensor.detach().to(self.dtype)
+        tensor = (tensor.cpu() if self.staged else tensor).contiguous()
+        for peer in self.peers:
+            work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
+            assert work is not None
+            self._sends.append((work, tensor))
+            self._count(peer, tensor)
+
+    def finish(self) -> None:
+        """Wait for the sends since the last `finish`.
+
+        Raises:
+            ConnectionError: as `receive`.
+        """
+        for work, _ in self._sends:
+            self._wait(work, f"sending {self._name()} to rank(s) {[p.rank for p in self.peers]}")
+        self._sends.clear()
+
+    def _buffer(self) -> Tensor:
+        if self.staged or self.device.type == "cpu":
+            return host_buffer(self.shape, self.dtype, self.device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def _irecv(self, rows: Tensor, source: int, m: int) -> dist.Work:
+        work = dist.irecv(rows, source, self.group, self._tag(m))
+        assert work is not None
+        return work
+
+    def _tag(self, m: int) -> int:
+        return self.kind.value * _SLOTS + m
+
+    def _name(self, m: int | None = None) -> str:
+        name = self.kind.name.lower().replace("_", " ")
+        return name if m is None or self.slots == 1 else f"{name} of micro-batch {m}"
+
+    @staticmethod
+    def _wait(work: dist.Work, doing: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"{doing}: {str(error).splitlines()[0]}") from error
+
+    def _count(self, peer: Peer, tensor: Tensor) -> None:
+        if self.ledger is not None:
+            self.ledger.count(self.kind, peer.ues, tensor[peer.rows])
+
+
+class Wire:
+    """Builds this rank's channels; knows who talks to whom about what.
+
+    Args:
+        rows: rows of one UE in one micro-batch.
+        micro_batches: micro-batches per iteration.
+        dtype: type of what crosses (figures are float64 whatever it is).
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        rows: int,
+        micro_batches: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.topology = topology
+        self.rank = rank
+        self.rows = rows
+        self.micro_batches = micro_batches
+        self.dtype = dtype
+        self.device = device
+        self.ledger = Ledger(topology.ues)
+
+    def link(self, kind: Kind, width: int) -> Channel:
+        """Messages between UEs and a BTS stage, `width` scalars per row, ordered by UE number."""
+        peers = self._across(kind, self.rows)
+        return Channel(
+            kind,
+            peers,
+            (peers[-1].rows.stop, width),
+            self.micro_batches,
+            self.dtype,
+            self.device,
+            self.ledger,
+        )
+
+    def reports(self, width: int) -> Channel:
+        """Figures of every UE, `width` each, to rank 0: float64, on the host."""
+        peers = self._across(Kind.REPORT, 1)
+        return self._host_channel(Kind.REPORT, peers, (peers[-1].rows.stop, width))
+
+    def decisions(self) -> Channel:
+        """One number from rank 0 to every other rank."""
+        ranks = [0] if self.rank else range(1, self.topology.world_size)
+        return self._host_channel(
+            Kind.DECISION, [Peer(rank, slice(0, 1), range(0)) for rank in ranks], (1,)
+        )
+
+    def weights(self, stage: int, scalars: int) -> Channel:
+        """A stage's flattened weights, between that stage and rank 0."""
+        other = 0 if self.rank else stage
+        return self._host_channel(
+            Kind.WEIGHTS, [Peer(other, slice(0, scalars), range(0))], (scalars,)
+        )
+
+    def neighbour(
+        self, kind: Kind, stage: int, shape: tuple[int, ...], group: dist.ProcessGroup
+    ) -> Channel:
+        """Activations or their gradients, `shape` per row, between this stage and `stage`."""
+        rows = self.rows * self.topology.ues
+        return Channel(
+            kind,
+            [Peer(stage, slice(0, rows), range(0))],
+            (rows, *shape),
+            self.micro_batches,
+            self.dtype,
+            self.device,
+            group=group,
+        )
+
+    def _across(self, kind: Kind, rows: int) -> list[Peer]:
+        """The other side of the UE–BTS boundary, `rows` per UE."""
+        topology = self.topology
+        if topology.is_bts(self.rank):
+            return [
+                Peer(rank, slice(ues.start * rows, ues.stop * rows), ues)
+                for rank in topology.ue_ranks
+                for ues in [topology.ues_of(rank)]
+            ]
+        ues = topology.ues_of(self.rank)
+        stage = topology.last_stage if kind in _LAST_STAGE else 0
+        return [Peer(stage, slice(0, len(ues) * rows), ues)]
+
+    @staticmethod
+    def _host_channel(kind: Kind, peers: list[Peer], shape: tuple[int, ...]) -> Channel:
+        return Channel(kind, peers, shape, 1, torch.float64, torch.device("cpu"))
+
+
+def largest(values: Sequence[int]) -> list[int]:
+    """Element-wise maximum over all ranks; collective."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]

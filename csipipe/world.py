@@ -1,0 +1,132 @@
+"""The processes of one run: how they find each other, start together and end together.
+
+Start: every rank connects to torchrun's key-value store, sets itself up, and waits for the others
+in `World.ready`. End: a rank that fails publishes its error in the store before it exits; the
+first to publish is the one that speaks, the others end silently. Their own errors (a closed
+connection, a timeout) only follow from the first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+SETUP_TIMEOUT = 1800.0
+"""Longest wait for a rank that is still reading or making its data, in seconds."""
+_POLL = 0.02
+
+
+class PeerFailed(Exception):
+    """Another rank failed and said so; nothing to add."""
+
+
+@dataclass
+class World:
+    """One rank's view of the run.
+
+    Attributes:
+        store: key-value store shared by all ranks; strings only, nothing is unpickled.
+        rank, size: this process and how many there are.
+        local_rank, local_size: the same on this node.
+        doing: what this rank is, for messages; empty before it has a role.
+    """
+
+    store: dist.Store
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    doing: str = ""
+
+    @classmethod
+    def from_torchrun(cls) -> World:
+        """Connect to the store of the torchrun that started this process."""
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        return cls(
+            store, rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        )
+
+    def connect(self, timeout: float) -> None:
+        """Join the process group of all ranks (gloo, which every machine has).
+
+        `timeout` is the longest wait for a peer, in seconds, on this group. Connecting takes as
+        long as the slowest rank's imports, so it follows `ready`.
+        """
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("world", self.store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout),
+        )
+
+    def bts_group(self, stages: int, device: torch.device, timeout: float) -> dist.ProcessGroup:
+        """Process group of the BTS ranks: NCCL where each of them owns a GPU, else gloo.
+
+        Called on BTS ranks only.
+        """
+        own_gpu = device.type == "cuda" and min(stages, self.local_size) <= torch.cuda.device_count()
+        group = dist.new_group(
+            range(stages),
+            timeout=timedelta(seconds=timeout),
+            backend="nccl" if own_gpu and dist.is_nccl_available() else "gloo",
+            use_local_synchronization=True,
+        )
+        assert group is not None
+        return group
+
+    def ready(self, step: str) -> None:
+        """Wait until every rank has come to `step` of the set-up.
+
+        Raises:
+            PeerFailed: a rank published a failure instead.
+            TimeoutError: a rank did not come within `SETUP_TIMEOUT`.
+        """
+        self.store.add(f"ready/{step}", 1)
+        deadline = time.monotonic() + SETUP_TIMEOUT
+        while self.store.add(f"ready/{step}", 0) < self.size:
+            if self.store.check(["failure"]):
+                raise PeerFailed
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not every rank came to {step!r} within {SETUP_TIMEOUT:.0f} s.")
+            time.sleep(_POLL)
+
+    def shared(self, name: str, mine: str) -> str:
+        """Rank 0's text of that name, on every rank."""
+        if self.rank == 0:
+            self.store.set(name, mine)
+        return str(self.store.get(name).decode())
+
+    def leave(self) -> None:
+        """End together: no rank closes its connections before the others are done with them."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def fail(self, error: BaseException, debug: bool) -> NoReturn:
+        """Publish `error` unless a rank did so before, show it if this was the first, and exit 1.
+
+        Exits without tearing down the process group: destructors wait for peers that are gone.
+        """
+        text = str(error) or type(error).__name__
+        if not isinstance(error, ValueError | OSError):
+            text = f"{type(error).__name__}: {text}"
+        mine = f"{self.doing}: {text}" if self.doing else text
+        try:
+            first = self.store.compare_set("failure", "", mine).decode()
+        except RuntimeError:  # the store went with its torchrun; nobody else can speak
+            first = mine
+        if first == mine and not isinstance(error, PeerFailed):
+            if debug:
+                traceback.print_exception(error)
+            print(f"\ncsipipe: error: {mine}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
