@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import io as scipy_io  # type: ignore[import-untyped]
+from scipy import io as scipy_io
 
 from csipipe.channels.source import Images
 

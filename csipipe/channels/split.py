@@ -58,8 +58,9 @@ def deal(data: DataSettings, ues: int, available: Available) -> Deal:
         )
     sizes = [total // ues + (ue < total % ues) for ue in range(ues)]
     if data.environment == "noniid":
-        indoor = _indoor_counts(train["indoor"], sizes)
+        indoor = _indoor_counts(train["indoor"], ues)
         outdoor = [size - first for size, first in zip(sizes, indoor, strict=True)]
+        assert min(outdoor) >= 0  # a share is at most (2N-1) / 2N of a UE's rows
         per_site: dict[Site, list[int]] = {"indoor": indoor, "outdoor": outdoor}
     else:
         per_site = {data.environment: sizes}
@@ -93,19 +94,17 @@ def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict
     return wanted
 
 
-def _indoor_counts(indoor: int, sizes: list[int]) -> list[int]:
+def _indoor_counts(indoor: int, ues: int) -> list[int]:
     """Indoor rows of each UE.
 
     The shares of UEs 0 … n-1 add up to (2Nn - n^2) / N^2 of all indoor rows. Rounding that sum,
-    not each share, makes the total exact. A UE never gets more than its size.
+    not each share, makes the total exact.
     """
-    n_ues = len(sizes)
-    dealt = [0]
-    for n, size in enumerate(sizes, start=1):
-        upto = (2 * indoor * n * (2 * n_ues - n) + n_ues**2) // (2 * n_ues**2)
-        dealt.append(min(upto, dealt[-1] + size))
-    assert dealt[-1] == indoor
-    return [stop - start for start, stop in pairwise(dealt)]
+    upto = [
+        (2 * indoor * n * (2 * ues - n) + ues**2) // (2 * ues**2)  # + ues^2: round to nearest
+        for n in range(ues + 1)
+    ]
+    return [stop - start for start, stop in pairwise(upto)]
 
 
 def _spans(site: Site, counts: list[int]) -> list[Span]:

@@ -20,7 +20,7 @@ from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.topology import Topology
 from csipipe.world import World
 
-__all__ = ["Part", "Worker", "prepare"]
+__all__ = ["Part", "Worker", "load", "prepare"]
 
 Builder = Callable[[World], Worker]
 
@@ -37,7 +37,7 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
     if topology.is_bts(rank):
         return lambda world: BtsHalf(settings, topology, world, device, deepspeed)
-    ues, test = _load(settings, topology.ues_of(rank), device)
+    ues, test = load(settings, topology.ues_of(rank), device)
     return lambda world: UeHalf(settings, topology, world, device, ues, test)
 
 
@@ -49,11 +49,11 @@ def _prepare_centralised(settings: Settings, world_size: int, device: torch.devi
             f"{settings.topology.stages}; start it with torchrun --nproc_per_node=1 and leave "
             "topology.stages out."
         )
-    ues, test = _load(settings, range(settings.topology.ues), device)
+    ues, test = load(settings, range(settings.topology.ues), device)
     return lambda world: Centralised(settings, ues, test, device)
 
 
-def _load(
+def load(
     settings: Settings, numbers: range, device: torch.device
 ) -> tuple[list[UserEquipment], torch.Tensor]:
     """The UEs' private rows, and the common test set (B, 2, A, D)."""

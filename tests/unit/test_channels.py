@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import io, linalg  # type: ignore[import-untyped]
+from scipy import io, linalg
 
 from csipipe.channels import Deal, Span, deal, load_test, load_ue, open_source
 from csipipe.channels.images import images_of_rays
@@ -33,8 +33,11 @@ def small() -> SyntheticSource:
 
 def test_rows_have_shape_type_and_range(small: SyntheticSource) -> None:
     rows = small.rows("outdoor", "train", 5, 12)
-    assert rows.shape == (7, 2, 8, 4) and rows.dtype == np.float32 and rows.flags.c_contiguous
-    assert 0 <= rows.min() and rows.max() <= 1
+    assert rows.shape == (7, 2, 8, 4)
+    assert rows.dtype == np.float32
+    assert rows.flags.c_contiguous
+    assert rows.min() >= 0
+    assert rows.max() <= 1
     peak = np.abs(to_complex(rows)).max(axis=(1, 2))
     np.testing.assert_allclose(peak, 0.5, atol=1e-6)
     assert small.rows("indoor", "train", 4, 4).shape == (0, 2, 8, 4)
@@ -236,7 +239,8 @@ def test_the_papers_mixture() -> None:
     data = settings(environment="noniid", train_samples=130_000, test_samples=20_000)
     dealt = deal(data, 10, endless)
     shares = [12_350 - 1_300 * n for n in range(10)]
-    assert counts_of(dealt, "indoor", 10) == shares and shares[-1] == 650
+    assert counts_of(dealt, "indoor", 10) == shares
+    assert shares[-1] == 650
     assert counts_of(dealt, "outdoor", 10) == shares[::-1]
     assert dealt.train(1)[0] == Span("indoor", "train", 12_350, 12_350 + 11_050)
     test = (Span("indoor", "test", 0, 10_000), Span("outdoor", "test", 0, 10_000))
@@ -331,7 +335,8 @@ def test_holdout_splits_a_ues_rows(environment: Any, holdout: float) -> None:
 def test_one_row_is_trained_on_and_not_held_out() -> None:
     dealt = deal(settings(train_samples=3), 3, endless)
     train, held = load_ue(Numbered(), dealt, 2, 0.9)
-    assert train[:, 0, 0, 0].tolist() == [2] and held.shape == (0, 2, 1, 1)
+    assert train[:, 0, 0, 0].tolist() == [2]
+    assert held.shape == (0, 2, 1, 1)
 
 
 def test_the_test_set_is_common_and_mixed() -> None:
@@ -368,10 +373,12 @@ def test_training_and_validation_files_are_joined_and_shuffled_by_seed(folder: P
     source = open_source(csinet(folder), 32, 32)
     rows = source.rows("indoor", "train", 0, 12)
     assert source.available("indoor", "train") == 12
-    assert rows.dtype == np.float32 and rows.flags.c_contiguous
+    assert rows.dtype == np.float32
+    assert rows.flags.c_contiguous
     joined = np.concatenate([images(9), images(3, 1)])
     order = [int(np.flatnonzero((joined == row).all(axis=(1, 2, 3)))[0]) for row in rows]
-    assert sorted(order) == list(range(12)) and order != sorted(order)
+    assert sorted(order) == list(range(12))
+    assert order != sorted(order)
     np.testing.assert_array_equal(source.rows("indoor", "train", 5, 8), rows[5:8])
     again = open_source(csinet(folder), 32, 32).rows("indoor", "train", 0, 12)
     np.testing.assert_array_equal(again, rows)
@@ -488,7 +495,8 @@ def test_cost_2100_files(site: Site) -> None:
         pytest.skip("the COST 2100 files are not here; set CSIPIPE_COST2100 to their folder")
     source = open_source(csinet(found), 32, 32)
     count = source.available(site, "test")
-    assert count is not None and count > 500
+    assert count is not None
+    assert count > 500
     rows = source.rows(site, "test", 0, count)
     np.testing.assert_allclose(shrink(rows, 32, 32), rows, atol=1e-6)
     made, expected = Statistics(rows), REFERENCE[site]

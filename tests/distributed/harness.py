@@ -1,0 +1,96 @@
+"""Spawned ranks for tests: real processes, real gloo, a file store, and a hard time limit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# a server process imports torch and DeepSpeed once; ranks are forked from it in a moment
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch.utils.tensorboard"])
+
+
+def run_world(
+    size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
+) -> list[Any]:
+    """Run `function(world, *arguments)` on `size` connected ranks; results in order of rank.
+
+    Args:
+        function: importable from a test module; what it returns must pickle.
+        timeout: seconds after which every rank is killed.
+
+    Raises:
+        AssertionError: a rank failed (with its traceback) or the time was over.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results: Any = _CONTEXT.Queue()
+        ranks = [
+            _CONTEXT.Process(
+                target=_rank,
+                args=(rank, size, str(Path(folder) / "store"), results, function, arguments),
+            )
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            return _collect(ranks, results, time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def _collect(ranks: list[Any], results: Any, deadline: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    while len(found) < len(ranks):
+        assert time.monotonic() < deadline, f"only ranks {sorted(found)} ended in time"
+        try:
+            rank, result, error = results.get(timeout=0.2)
+        except queue.Empty:
+            dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0)]
+            assert not set(dead) - set(found), f"ranks {dead} died"
+            continue
+        assert error is None, f"rank {rank} failed:\n{error}"
+        found[rank] = pickle.loads(result)
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+        assert process.exitcode == 0, "a rank returned but did not end"
+    return [found[rank] for rank in range(len(ranks))]
+
+
+def _rank(
+    rank: int,
+    size: int,
+    store: str,
+    results: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)
+    )
+    import torch
+    import torch.distributed as dist
+
+    from csipipe.world import World
+
+    torch.set_num_threads(1)
+    try:
+        world = World(dist.FileStore(store, -1), rank, size, rank, size)
+        # pickled here: a queue would pass tensors as shared memory that dies with this rank
+        results.put((rank, pickle.dumps(function(world, *arguments)), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        results.close()
+        results.join_thread()
+        sys.exit(1)

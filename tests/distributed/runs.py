@@ -1,0 +1,115 @@
+"""Small runs that the distributed tests share: what a rank does, and the unsplit counterpart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from csipipe import methods
+from csipipe.config import (
+    DataSettings,
+    ModelSettings,
+    RunSettings,
+    Settings,
+    TopologySettings,
+    TrainSettings,
+)
+from csipipe.methods.centralised import Centralised
+from csipipe.methods.csilocal import BtsHalf
+from csipipe.world import World
+
+CPU = torch.device("cpu")
+
+
+def small(**sections: Any) -> Settings:
+    """A run that takes a moment: 8 angles × 8 delays, 4 UEs × 8 rows, 10 iterations."""
+    defaults = Settings(
+        model=ModelSettings(c1=24, c2=16, angles=8, delays=8),
+        topology=TopologySettings(ues=4, stages=2, partition="uniform"),
+        data=DataSettings(train_samples=80, test_samples=20, holdout=0.1),
+        train=TrainSettings(iterations=10, batch_size=8, micro_batches=4, warmup=0.2),
+        run=RunSettings(timeout=20.0),
+    )
+    return replace(
+        defaults,
+        **{
+            name: replace(getattr(defaults, name), **changes) for name, changes in sections.items()
+        },
+    )
+
+
+def named_parameters(worker: Any) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a rank's worker by part, UE and layer, whatever the rank."""
+    found: dict[str, torch.nn.Parameter] = {}
+    if not isinstance(worker, BtsHalf):
+        for ue in worker.ues:
+            for part in ("encoder", "head"):
+                for name, parameter in getattr(ue, part).named_parameters():
+                    found[f"ue-{ue.number}.{part}.{name}"] = parameter
+    if isinstance(worker, BtsHalf):
+        first = worker.parts[worker.rank]
+        for i, layer in enumerate(worker.layers):
+            for name, parameter in layer.named_parameters():
+                found[f"tail.{first + i}.{name}"] = parameter
+    if isinstance(worker, Centralised):
+        for name, parameter in worker.tail.named_parameters():
+            found[f"tail.{name}"] = parameter
+    return found
+
+
+def follow(worker: Any, iterations: int) -> dict[str, Any]:
+    """Train; first gradients, losses per UE and iteration (rank 0), final parameters, figures."""
+    gradients: dict[str, Tensor] = {}
+    parameters = named_parameters(worker)
+
+    def record(*_: object) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                gradients.setdefault(name, parameter.grad.clone())
+
+    hook = register_optimizer_step_pre_hook(record)
+    losses = [worker.train_iteration(k) for k in range(iterations)]
+    hook.remove()
+    evaluations = [worker.evaluate(part) for part in ("holdout", "test")]
+    return {
+        "gradients": gradients,
+        "losses": [f.loss_per_ue for f in losses if f is not None],
+        "parameters": {name: p.detach().clone() for name, p in parameters.items()},
+        "evaluations": [f.sums for f in evaluations if f is not None],
+        "ledger": worker.exchanged().counts,
+    }
+
+
+def split(world: World, settings: Settings) -> dict[str, Any]:
+    """One rank of CSILocal."""
+    build = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(settings.run.timeout)
+    result = follow(build(world), settings.train.iterations)
+    world.leave()
+    return result
+
+
+def unsplit(settings: Settings) -> dict[str, Any]:
+    """CSILocal without a wire, in this process: private encoders and heads."""
+    torch.set_num_threads(1)
+    ues, test = methods.load(settings, range(settings.topology.ues), CPU)
+    worker = Centralised(settings, ues, test, CPU, shared=False)
+    return follow(worker, settings.train.iterations)
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks of one world found, together."""
+    return {
+        "gradients": {k: v for r in results for k, v in r["gradients"].items()},
+        "parameters": {k: v for r in results for k, v in r["parameters"].items()},
+        "losses": results[0]["losses"],
+        "evaluations": results[0]["evaluations"],
+        "ledger": results[0]["ledger"],
+    }
+
+
