@@ -12,14 +12,14 @@ setup(
     description="Split, pipelined training of CSI-feedback autoencoders on clusters (CSILocal)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["csipipe", "csipipe.*"]),
     package_data={"csipipe": ["py.typed"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",  # csipipe/pipeline/subworld.py knows this release
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "numpy>=2.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
@@ -27,5 +27,5 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"]},
+    extras_require={"test": ["pytest>=8", "psutil", "ruff", "mypy", "types-PyYAML"]},
 )

@@ -32,7 +32,7 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
     """
     try:
         parsed = parser.parse_args(list(arguments))
-        values = parser.instantiate_classes(parsed)
+        values = parser.instantiate(parsed)
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for every setting.") from error
     fields = {name: getattr(values, name) for name in Settings.__dataclass_fields__}

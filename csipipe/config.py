@@ -118,7 +118,7 @@ class DataSettings:
 class TrainSettings:
     """Algorithm 1: iterations, batches, Adam, precision, devices."""
 
-    iterations: int = 900
+    iterations: int = 500
     """Training iterations; one iteration is one exchange between the UEs and the BTS."""
     batch_size: int = 32
     """Samples per UE and iteration, drawn uniformly from the UE's own rows."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import AbstractContextManager
 
 import torch
 
 from csipipe.config import Precision
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -41,6 +44,18 @@ def set_threads(wanted: int | None, ranks_on_node: int) -> int:
         )
     torch.set_num_threads(wanted)
     return wanted
+
+
+def keep_memory() -> None:
+    """Let the allocator keep what is freed: an iteration needs the same memory as the last one.
+
+    glibc returns large blocks to the system and faults them in, zeroed, at every use, which costs
+    a CPU rank a tenth of its time. Does nothing on other C libraries.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def wire_dtype(precision: Precision) -> torch.dtype:

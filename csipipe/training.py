@@ -11,7 +11,7 @@ from typing import Any
 
 from csipipe import commandline
 from csipipe.config import Settings
-from csipipe.device import pick_device, set_threads
+from csipipe.device import keep_memory, pick_device, set_threads
 from csipipe.figures import Figures
 from csipipe.methods import Worker, prepare
 from csipipe.tracking import Tracker, exchanged_summary
@@ -26,6 +26,7 @@ def launch(world: World, settings: Settings) -> None:
     """
     device = pick_device(settings.train.device, world.local_rank)
     set_threads(settings.train.threads, world.local_size)
+    keep_memory()
     build = prepare(settings, world.rank, world.size, device)
     world.ready("data")
     world.connect(settings.run.timeout)

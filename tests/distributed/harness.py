@@ -16,7 +16,7 @@ from typing import Any
 
 # a server process imports torch and DeepSpeed once; ranks are forked from it in a moment
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch.utils.tensorboard"])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "csipipe.training", "csipipe.pipeline.engine"])
 
 
 def run_world(

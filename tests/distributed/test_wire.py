@@ -1,0 +1,159 @@
+"""What crosses between UEs and BTS: the paper's count, both ledgers alike, and no channel data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_world
+from runs import CPU, follow, joined, small, split
+
+from csipipe import methods
+from csipipe.config import Settings
+from csipipe.wire import COUNTED, PHASES, Channel, Kind, Ledger, Peer
+from csipipe.world import World
+
+SETTINGS = small()
+
+
+@pytest.fixture(scope="module")
+def ledger() -> torch.Tensor:
+    """(phase, kind, UE, 2) counts of a run of ten iterations and two evaluations."""
+    counts: torch.Tensor = joined(run_world(4, split, SETTINGS))["ledger"]
+    return counts
+
+
+def test_training_exchanges_what_the_paper_counts(ledger: torch.Tensor) -> None:
+    train, model = SETTINGS.train, SETTINGS.model
+    training = ledger[PHASES.index("training")]
+    widths = {
+        Kind.SMASHED: model.c1,
+        Kind.OUTPUT: model.c2,
+        Kind.OUTPUT_GRADIENT: model.c2,
+        Kind.SMASHED_GRADIENT: model.c1,
+    }
+    for kind, width in widths.items():
+        scalars = train.iterations * train.batch_size * width
+        for ue in range(SETTINGS.topology.ues):
+            assert training[COUNTED.index(kind), ue].tolist() == [scalars, 4 * scalars]
+    per_ue = 2 * (model.c1 + model.c2) * train.batch_size * train.iterations
+    assert int(training[..., 0].sum()) == SETTINGS.topology.ues * per_ue
+
+
+def test_evaluation_is_counted_apart_and_sends_no_gradients(ledger: torch.Tensor) -> None:
+    evaluation = ledger[PHASES.index("evaluation"), ..., 0].sum(dim=1)
+    # 20 test rows and 2 held-out ones, in batches of 8
+    rows = SETTINGS.topology.ues * (3 + 1) * 8
+    assert evaluation[COUNTED.index(Kind.SMASHED)] == rows * SETTINGS.model.c1
+    assert evaluation[COUNTED.index(Kind.OUTPUT)] == rows * SETTINGS.model.c2
+    assert evaluation[COUNTED.index(Kind.OUTPUT_GRADIENT)] == 0
+    assert evaluation[COUNTED.index(Kind.SMASHED_GRADIENT)] == 0
+
+
+def test_bf16_halves_the_bytes() -> None:
+    settings = small(train={"precision": "bf16", "iterations": 2})
+    result = joined(run_world(4, split, settings))
+    scalars, size = result["ledger"].sum(dim=(0, 1, 2)).tolist()
+    assert size == 2 * scalars
+    assert all(np.isfinite(result["losses"]).ravel())
+
+
+def eavesdrop(world: World, settings: Settings) -> dict[str, Any]:
+    """One rank; notes the bytes of everything it hands to the network, and its own channels."""
+    sent: list[bytes] = []
+    isend = dist.isend
+
+    def listen(tensor: torch.Tensor, *arguments: Any) -> Any:
+        sent.append(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return isend(tensor, *arguments)
+
+    dist.isend = listen
+    build = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(settings.run.timeout)
+    worker = build(world)
+    follow(worker, settings.train.iterations)
+    world.leave()
+    rows = [ue.rows.numpy() for ue in worker.ues] if hasattr(worker, "ues") else []
+    return {"sent": b"".join(sent), "rows": np.concatenate(rows) if rows else None}
+
+
+def test_no_channel_leaves_its_ue() -> None:
+    ranks = run_world(4, eavesdrop, small(train={"iterations": 3}))
+    sent = b"".join(rank["sent"] for rank in ranks)
+    rows = np.concatenate([rank["rows"] for rank in ranks if rank["rows"] is not None])
+    assert len(rows) == 4 * 18
+    assert len(sent) > 10_000
+    for row in rows.reshape(-1, 8):  # any eight neighbouring reals that say something
+        if np.abs(row - 0.5).max() > 1e-3:
+            assert row.tobytes() not in sent
+
+
+def lose_a_message(world: World) -> str:
+    """Two ranks whose ledgers differ by one message."""
+    world.connect(20)
+    ledger = Ledger(1)
+    if world.rank == 0:
+        ledger.count(Kind.SMASHED, range(1), torch.zeros(2, 3))
+    try:
+        ledger.merge(is_bts=world.rank == 0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ledgers_that_differ_are_an_error() -> None:
+    assert all("ledgers differ" in message for message in run_world(2, lose_a_message))
+
+
+def mix_up(world: World) -> list[float]:
+    """Rank 0 sends two kinds in one order, rank 1 receives them in the other."""
+    world.connect(20)
+    peer = [Peer(1 - world.rank, slice(0, 1), range(0))]
+    one, two = (
+        Channel(kind, peer, (1, 1), 2, torch.float32, CPU)
+        for kind in (Kind.ACTIVATION, Kind.ACTIVATION_GRADIENT)
+    )
+    got = []
+    if world.rank == 0:
+        for value, (channel, m) in enumerate([(two, 1), (one, 0), (two, 0), (one, 1)]):
+            channel.send(m, torch.full((1, 1), float(value)))
+        one.finish()
+        two.finish()
+    else:
+        one.post()
+        two.post()
+        got = [channel.receive(m).item() for channel in (one, two) for m in range(2)]
+    world.leave()
+    return got
+
+
+def test_a_tag_tells_kinds_and_micro_batches_apart() -> None:
+    assert run_world(2, mix_up)[1] == [1.0, 3.0, 2.0, 0.0]
+
+
+def stay_silent(world: World) -> str:
+    """Rank 0 never sends what rank 1 waits for."""
+    world.connect(1.0)
+    channel = Channel(
+        Kind.SMASHED, [Peer(0, slice(0, 1), range(0))], (1, 1), 3, torch.float32, CPU
+    )
+    if world.rank == 0:
+        world.store.get("rank 1 gave up")
+        return ""
+    channel.post()
+    try:
+        channel.receive(2)
+        return "received"
+    except ConnectionError as error:
+        return str(error)
+    finally:
+        world.store.set("rank 1 gave up", "")
+
+
+def test_a_silent_peer_is_named_after_the_timeout() -> None:
+    message = run_world(2, stay_silent, timeout=20)[1]
+    assert "waiting for smashed of micro-batch 2 from rank 0" in message

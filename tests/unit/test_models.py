@@ -1,0 +1,81 @@
+"""The model, counted as in the paper (reading.md)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from csipipe import models
+from csipipe.config import ModelSettings
+from csipipe.methods.base import count_parts
+
+
+@pytest.mark.parametrize(
+    ("c", "encoder", "tail", "head", "whole"),
+    [
+        (512, 1_049_130, 2_102_600, 1_050_624, 4_202_354),
+        (256, 524_586, 1_053_768, 526_336, 2_104_690),
+    ],
+)
+def test_parameters_are_the_papers(c: int, encoder: int, tail: int, head: int, whole: int) -> None:
+    parts = count_parts(ModelSettings(c1=c, c2=c))
+    assert parts == {"encoder": encoder, "tail": tail, "head": head}
+    assert sum(parts.values()) == whole
+
+
+def test_a_crblock_has_1425_parameters() -> None:
+    assert models.count_parameters([models.CRBlock(ModelSettings().kernels)]) == 1425
+
+
+def test_sizes_and_kernels_are_settings() -> None:
+    model = ModelSettings(c1=12, c2=20, angles=6, delays=10, kernels=(((3, 1), (1, 3)), ((5, 5),)))
+    h = torch.rand(3, 2, 6, 10)
+    z = models.build_encoder(model, 0)(h)
+    y = torch.nn.Sequential(*models.build_tail(model, 0))(z)
+    assert z.shape == (3, 12)
+    assert y.shape == (3, 20)
+    h_hat = models.build_head(model, 0)(y)
+    assert h_hat.shape == h.shape
+    assert h_hat.min() >= 0
+    assert h_hat.max() <= 1
+
+
+def test_tail_shapes_are_those_of_a_real_pass() -> None:
+    model = ModelSettings(c1=12, c2=20, angles=6, delays=10)
+    x = torch.rand(2, 12)
+    found = [tuple(x.shape[1:])]
+    for layer in models.build_tail(model, 0):
+        x = layer(x)
+        found.append(tuple(x.shape[1:]))
+    assert models.tail_shapes(model) == found
+
+
+def test_weights_follow_from_the_seed_alone() -> None:
+    model = ModelSettings(c1=8, c2=8, angles=4, delays=4)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = models.build_encoder(model, 3).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    two = models.build_encoder(model, 3).state_dict()
+    other = models.build_encoder(model, 4).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["0.weight"], other["0.weight"])
+    assert not torch.equal(
+        one["4.weight"].flatten()[:8],
+        models.build_head(model, 3).state_dict()["0.weight"].flatten()[:8],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"c1": 0}, "model.c1 is 0"),
+        ({"delays": -1}, "model.delays is -1"),
+        ({"kernels": (((3, 3), (2, 9)),)}, r"\(2, 9\)"),
+        ({"kernels": ((),)}, "needs a kernel"),
+    ],
+)
+def test_impossible_models_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelSettings(**change)  # type: ignore[arg-type]

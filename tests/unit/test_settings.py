@@ -1,0 +1,151 @@
+"""Settings: names, checks, presets, YAML there and back, DeepSpeed files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csipipe import commandline
+from csipipe.config import DataSettings, Settings, TopologySettings, TrainSettings
+from csipipe.pipeline import settings as deepspeed
+
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+
+
+def parse(*arguments: str) -> Settings:
+    return commandline.settings(commandline.parser("test"), arguments)[0]
+
+
+def test_no_arguments_are_the_laptop_preset() -> None:
+    laptop = parse("--config", str(ROOT / "launch" / "configs" / "laptop.yaml"))
+    assert parse() == Settings()
+    assert laptop == parse("--topology.stages", "2")
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_read(preset: Path) -> None:
+    settings = parse("--config", str(preset), "--data.source", "csinet", "--data.path", "x")
+    assert settings.data.path == "x"
+
+
+def test_the_paper_preset_is_the_paper() -> None:
+    paper = parse("--config", str(ROOT / "launch/configs/paper.yaml"), "--data.path", "x")
+    assert (paper.topology.ues, paper.train.batch_size, paper.train.micro_batches) == (10, 800, 2)
+    assert (paper.train.lr, paper.train.betas) == (8e-5, (0.9, 0.95))
+    assert paper.train.lr_at(0) == paper.train.lr_at(19_999) == 8e-5
+    assert (paper.data.train_samples, paper.data.test_samples) == (130_000, 20_000)
+
+
+def test_yaml_goes_there_and_back(tmp_path: Path) -> None:
+    settings = parse("--model.c1", "64", "--train.betas", "[0.8, 0.9]", "--run.dir", "somewhere")
+    file = tmp_path / "config.yaml"
+    file.write_text(commandline.to_yaml(settings))
+    assert parse("--config", str(file)) == settings
+
+
+def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {lr: 1.0, seed: 7}")
+    settings = parse("--config", str(file), "--train.lr", "0.5")
+    assert (settings.train.lr, settings.train.seed) == (0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.learning_rate", "1"], "train.learning_rate"),
+        (["--train.lr", "fast"], "train.lr"),
+        (["--topology.ues", "2.5"], "topology.ues"),
+        (["--method", "magic"], "magic"),
+        (["--train.micro_batches", "5"], "32 is not divisible by train.micro_batches 5"),
+        (["--train.micro_batches", "0"], "train.micro_batches is 0"),
+        (["--topology.stages", "0"], "topology.stages is 0"),
+        (["--topology.partition", "halves"], "'halves'; expected uniform, parameters"),
+        (["--data.source", "csinet"], "csinet needs a folder in data.path"),
+        (["--data.path", "x"], "synthetic takes none"),
+        (["--data.holdout", "1"], r"must lie in \[0, 1\)"),
+        (["--data.train_samples", "0"], "data.train_samples is 0"),
+        (["--train.lr", ".inf"], "train.lr is inf"),
+        (["--train.betas", "[0.9, 1.0]"], "train.betas"),
+        (["--run.timeout", "0"], "run.timeout is 0"),
+        (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(*arguments)
+
+
+def test_a_misspelt_key_in_a_file_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {learning_rate: 1.0}")
+    with pytest.raises(ValueError, match="learning_rate"):
+        parse("--config", str(file))
+
+
+def test_the_rate_warms_up_and_decays() -> None:
+    train = TrainSettings(iterations=100, lr=1.0, warmup=0.1)
+    rates = [train.lr_at(k) for k in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 1e-3
+    assert TrainSettings(iterations=1, lr=1.0).lr_at(0) == 1.0
+
+
+def test_defaults_that_follow_from_others() -> None:
+    assert Settings().stages == 2
+    assert Settings(topology=TopologySettings(stages=3)).stages == 3
+    assert Settings(train=TrainSettings(iterations=5)).eval_every == 1
+    assert Settings(train=TrainSettings(iterations=500)).eval_every == 50
+    assert math.isfinite(DataSettings().holdout)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shipped_deepspeed_files_are_read(precision: Any) -> None:
+    keys = deepspeed.load(None, precision)
+    assert deepspeed.with_batches(keys, 32, 4)["train_batch_size"] == 128
+    assert not set(deepspeed.BATCH_KEYS) & set(keys)
+
+
+def test_every_deepspeed_file_switches_clipping_off() -> None:
+    files = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert len(files) >= 3
+    for file in files:
+        assert json.loads(file.read_text())["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"gradient_clipping": 0.0, "train_batch_size": 8}', "'train_batch_size'"),
+        ('{"gradient_clipping": 0.0, "gradient_accumulation_steps": 1}', "derives"),
+        ('{"gradient_clipping": 0.0, "optimizer": {}}', "'optimizer'"),
+        ("{}", "gradient_clipping None"),
+        ('{"gradient_clipping": 1.0}', "gradient_clipping 1.0"),
+        ('{"gradient_clipping": 0.0, "fp16": {"enabled": true}}', "enables fp16"),
+        (
+            '{"gradient_clipping": 0.0, "torch_autocast": {"enabled": true, "dtype": "bfloat16"}}',
+            "computes in bf16, but train.precision is fp32",
+        ),
+        ('{"gradient_clipping": 0.0, "zero_optimization": {"stage": 2}}', "ZeRO stage 2"),
+        ("{", "is not JSON"),
+        ("[]", "no JSON object"),
+    ],
+)
+def test_deepspeed_files_that_cannot_be_used(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        deepspeed.load(str(file), "fp32")
+
+
+def test_a_missing_deepspeed_file_names_the_shipped_ones() -> None:
+    with pytest.raises(FileNotFoundError, match="ds_configs"):
+        deepspeed.load("nowhere.json", "fp32")

@@ -1,0 +1,94 @@
+"""The walls of the house: imports go down only, and few rooms touch the outside."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# a room imports rooms of lower levels only; rooms on one level don't import each other
+LEVELS = [
+    {"config"},
+    {"topology", "schedule", "device", "metrics"},
+    {"models", "channels", "figures", "commandline"},
+    {"world", "wire", "checkpoint", "pipeline"},
+    {"tracking"},
+    {"methods"},
+    {"training"},
+    {"launch"},
+]
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """(room, file) of every source file."""
+    for file in sorted((ROOT / "csipipe").rglob("*.py")):
+        room = file.relative_to(ROOT / "csipipe").parts[0].removesuffix(".py")
+        if room != "__init__":
+            yield room, file
+    for file in sorted((ROOT / "launch").glob("*.py")):
+        yield "launch", file
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_down_only() -> None:
+    level = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
+    for room, file in sources():
+        for name in imports(file):
+            top, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if top == "csipipe" and target != room:
+                assert level[target] < level[room], f"{file} imports {name}"
+
+
+def test_only_the_pipeline_imports_deepspeed() -> None:
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for _, file in sources()
+        for name in imports(file)
+        if name.split(".")[0] == "deepspeed"
+    }
+    assert users == {"csipipe/pipeline/engine.py", "csipipe/pipeline/subworld.py"}
+
+
+def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for _, file in sources()
+        if any(name.startswith("torch.distributed") for name in imports(file))
+    }
+    # world starts and ends the group; the pipeline's files confine DeepSpeed to the BTS
+    assert users == {
+        "csipipe/wire.py",
+        "csipipe/world.py",
+        "csipipe/pipeline/engine.py",
+        "csipipe/pipeline/subworld.py",
+    }
+
+
+def test_ue_code_loads_no_deepspeed() -> None:
+    code = "import sys, csipipe.training, csipipe.methods; sys.exit('deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_nothing_is_unpickled() -> None:
+    risky = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "numpy.load"}
+    for _, file in sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in risky | {"np.load"}, f"{file}: {called}"
+                assert not called.endswith("_object_list"), f"{file}: {called}"
