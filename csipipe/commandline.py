@@ -18,7 +18,9 @@ def parser(description: str) -> ArgumentParser:
     # the sentence under each field of the settings is its help
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; later arguments win")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings; later arguments win"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_class_arguments(Settings)
     return parser

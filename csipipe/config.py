@@ -190,7 +190,9 @@ class RunSettings:
         if self.eval_every is not None:
             _at_least("run.eval_every", self.eval_every, 1)
         if not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise ValueError(f"run.timeout is {self.timeout}; it must be a positive time in seconds.")
+            raise ValueError(
+                f"run.timeout is {self.timeout}; it must be a positive time in seconds."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ class Topology:
         if self.is_bts(rank):
             return f"BTS stage {rank}"
         ues = self.ues_of(rank)
-        return f"UE rank {rank} (UE {ues[0]})" if len(ues) == 1 else (
-            f"UE rank {rank} (UEs {ues[0]}-{ues[-1]})"
+        return (
+            f"UE rank {rank} (UE {ues[0]})"
+            if len(ues) == 1
+            else (f"UE rank {rank} (UEs {ues[0]}-{ues[-1]})")
         )

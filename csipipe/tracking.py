@@ -50,9 +50,7 @@ class Tracker:
         )
         self._bar.update()
 
-    def evaluation(
-        self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger
-    ) -> None:
+    def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
         """Note an evaluation after `done` iterations."""
         scalars, size = (up + down for up, down in zip(*_exchanged(ledger), strict=True))
         for name, figures in (("test", test), ("holdout", holdout)):
@@ -112,7 +110,9 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     for row in test["per_ue"]:
         lines.append(f"{'UE ' + str(row['ue']):>10}  {row['loss']:>10.3e}  {row['nmse_db']:>10.2f}")
     lines.append(f"{'mean':>10}  {test['loss']:>10.3e}  {test['nmse_db']:>10.2f}")
-    lines.append(f"{'0.5':>10}  {test['floor_loss']:>10.3e}  {0:>10.2f}   a constant 0.5: the floor")
+    lines.append(
+        f"{'0.5':>10}  {test['floor_loss']:>10.3e}  {0:>10.2f}   a constant 0.5: the floor"
+    )
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

@@ -73,7 +73,9 @@ class World:
 
         Called on BTS ranks only.
         """
-        own_gpu = device.type == "cuda" and min(stages, self.local_size) <= torch.cuda.device_count()
+        own_gpu = (
+            device.type == "cuda" and min(stages, self.local_size) <= torch.cuda.device_count()
+        )
         group = dist.new_group(
             range(stages),
             timeout=timedelta(seconds=timeout),
@@ -118,7 +120,9 @@ class World:
         text = str(error) or type(error).__name__
         if not isinstance(error, ValueError | OSError):
             text = f"{type(error).__name__}: {text}"
-        mine = f"{self.doing}: {text}" if self.doing else text
+        if self.doing and not isinstance(error, ValueError):
+            text = f"{self.doing}: {text}"
+        mine = f"rank {self.rank}: {text}"  # several ranks may find the same mistake
         try:
             first = self.store.compare_set("failure", "", mine).decode()
         except RuntimeError:  # the store went with its torchrun; nobody else can speak
@@ -126,7 +130,7 @@ class World:
         if first == mine and not isinstance(error, PeerFailed):
             if debug:
                 traceback.print_exception(error)
-            print(f"\ncsipipe: error: {mine}", file=sys.stderr)
+            print(f"\ncsipipe: error: {text}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

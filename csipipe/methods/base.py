@@ -49,9 +49,7 @@ class Worker(Protocol):
 
 def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> torch.optim.Adam:
     """The optimiser of every part (paper, eqs. 6–8); the loop sets the rate per iteration."""
-    return torch.optim.Adam(
-        list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True
-    )
+    return torch.optim.Adam(list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

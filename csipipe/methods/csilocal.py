@@ -40,6 +40,7 @@ class _Half:
         self.topology = topology
         self.device = device
         self.rank = world.rank
+        world.doing = topology.role(world.rank)
         self.wire = Wire(
             topology,
             world.rank,

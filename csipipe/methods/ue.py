@@ -41,9 +41,7 @@ class UserEquipment:
         self.holdout = torch.from_numpy(holdout).to(device)
         self.encoder = build_encoder(model, seed).to(device)
         self.head = build_head(model, seed).to(device)
-        self.optimizer = adam(
-            [*self.encoder.parameters(), *self.head.parameters()], settings.train
-        )
+        self.optimizer = adam([*self.encoder.parameters(), *self.head.parameters()], settings.train)
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))
 

@@ -6,13 +6,22 @@ import multiprocessing
 import os
 import pickle
 import queue
+import runpy
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from csipipe.world import World
+
+ROOT = Path(__file__).parents[2]
 
 # a server process imports torch and DeepSpeed once; ranks are forked from it in a moment
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -68,6 +77,81 @@ def _collect(ranks: list[Any], results: Any, deadline: float) -> list[Any]:
     return [found[rank] for rank in range(len(ranks))]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: exit code and what it wrote."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+def run_program(size: int, arguments: Sequence[str], timeout: float = 60.0) -> list[Ended]:
+    """Run launch/train.py on `size` ranks as torchrun would, but let each end by itself.
+
+    The key-value store lives in this process, as it does in torchrun's agent.
+
+    Raises:
+        AssertionError: a rank was still there when the time was over.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _CONTEXT.Process(target=_program, args=(rank, size, store.port, folder, arguments))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        try:
+            for rank, process in enumerate(ranks):
+                process.join(max(0.0, deadline - time.monotonic()))
+                assert process.exitcode is not None, f"rank {rank} did not end"
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return [
+            Ended(
+                process.exitcode,
+                Path(folder, f"{rank}.out").read_text(),
+                Path(folder, f"{rank}.err").read_text(),
+            )
+            for rank, process in enumerate(ranks)
+        ]
+
+
+def errors(ranks: list[Ended]) -> list[str]:
+    """The messages that the program itself showed, over all ranks."""
+    lines = (line for rank in ranks for line in rank.err.splitlines())
+    return [line for line in lines if line.startswith("csipipe: error:")]
+
+
+def _environment(rank: int, size: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _program(rank: int, size: int, port: int, folder: str, arguments: Sequence[str]) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(
+        _environment(rank, size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    sys.argv = ["launch/train.py", *arguments]
+    runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+
+
 def _rank(
     rank: int,
     size: int,
@@ -76,14 +160,7 @@ def _rank(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)
-    )
-    import torch
-    import torch.distributed as dist
-
-    from csipipe.world import World
-
+    os.environ.update(_environment(rank, size))
     torch.set_num_threads(1)
     try:
         world = World(dist.FileStore(store, -1), rank, size, rank, size)

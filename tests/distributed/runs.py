@@ -36,9 +36,7 @@ def small(**sections: Any) -> Settings:
     )
     return replace(
         defaults,
-        **{
-            name: replace(getattr(defaults, name), **changes) for name, changes in sections.items()
-        },
+        **{name: replace(getattr(defaults, name), **changes) for name, changes in sections.items()},
     )
 
 
@@ -111,5 +109,3 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluations": results[0]["evaluations"],
         "ledger": results[0]["ledger"],
     }
-
-

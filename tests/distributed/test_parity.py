@@ -49,9 +49,7 @@ def worst_loss(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("ue_ranks", [1, 2])
-def test_split_training_is_unsplit_training(
-    stages: int, micro_batches: int, ue_ranks: int
-) -> None:
+def test_split_training_is_unsplit_training(stages: int, micro_batches: int, ue_ranks: int) -> None:
     found = csilocal(stages, ue_ranks, micro_batches, "uniform")
     wanted = reference(micro_batches)
     gradient, loss = worst_gradient(found, wanted), worst_loss(found, wanted)

@@ -6,16 +6,16 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
+from harness import errors, run_program
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,26 +33,21 @@ TINY = {
 }
 
 
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-
-def command(folder: Path, ranks: int, settings: dict[str, str]) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    chosen = {**TINY, "run.dir": str(folder), **settings}
-    arguments = [text for key, value in chosen.items() for text in (f"--{key}", value)]
-    return [*torchrun, "launch/train.py", *arguments]
+def arguments(folder: Path, **settings: str) -> list[str]:
+    """A tiny run in `folder`; `train__lr="1"` stands for --train.lr 1."""
+    chosen = {**TINY, "run.dir": str(folder)}
+    chosen |= {name.replace("__", "."): value for name, value in settings.items()}
+    return [text for key, value in chosen.items() for text in (f"--{key}", value)]
 
 
 @contextmanager
-def started(folder: Path, ranks: int, settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def torchrun(ranks: int, arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A run in the background; whatever is left of it is killed at the end."""
     process = subprocess.Popen(
-        command(folder, ranks, settings),
+        [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
+            *("launch/train.py", *arguments),
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -67,27 +62,17 @@ def started(folder: Path, ranks: int, settings: dict[str, str]) -> Iterator[subp
             process.communicate()
 
 
-def run(folder: Path, ranks: int = 4, timeout: float = 90.0, **settings: str) -> Ended:
-    before = time.monotonic()
-    with started(folder, ranks, {k.replace("__", "."): v for k, v in settings.items()}) as process:
-        out, err = process.communicate(timeout=timeout)
-        return Ended(process.returncode, out, err, time.monotonic() - before)
-
-
-def errors(ended: Ended) -> list[str]:
-    """The messages that the program itself showed."""
-    return [line for line in ended.err.splitlines() if line.startswith("csipipe: error:")]
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A finished run: its folder, what it printed, what it logged."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    ended = run(folder)
-    assert ended.code == 0, ended.err
-    return folder, ended
+    with torchrun(4, arguments(folder)) as process:
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0, err
+    return folder, out, err
 
 
-def test_the_summary_says_what_the_interface_promises(finished: tuple[Path, Ended]) -> None:
+def test_the_summary_says_what_the_interface_promises(finished: tuple[Path, str, str]) -> None:
     summary = json.loads((finished[0] / "summary.json").read_text())
     assert (summary["method"], summary["status"], summary["iterations"]) == (
         "csilocal",
@@ -111,13 +96,13 @@ def test_the_summary_says_what_the_interface_promises(finished: tuple[Path, Ende
     assert summary["topology"]["stages"] == 2
 
 
-def test_the_config_repeats_the_run(finished: tuple[Path, Ended]) -> None:
+def test_the_config_repeats_the_run(finished: tuple[Path, str, str]) -> None:
     config = yaml.safe_load((finished[0] / "config.yaml").read_text())
     assert config["model"]["c1"] == 24
     assert config["train"]["lr_schedule"] == "cosine"  # complete, not only what was given
 
 
-def test_weights_are_saved_by_ue_and_by_layer(finished: tuple[Path, Ended]) -> None:
+def test_weights_are_saved_by_ue_and_by_layer(finished: tuple[Path, str, str]) -> None:
     for folder in (finished[0] / "weights", finished[0] / "checkpoints" / "best"):
         files = sorted(path.name for path in folder.iterdir())
         assert files == ["tail.safetensors", *(f"ue-{n}.safetensors" for n in range(4))]
@@ -130,7 +115,7 @@ def test_weights_are_saved_by_ue_and_by_layer(finished: tuple[Path, Ended]) -> N
             assert ue.get_tensor("head.0.weight").shape == (128, 16)
 
 
-def test_tensorboard_has_the_curves(finished: tuple[Path, Ended]) -> None:
+def test_tensorboard_has_the_curves(finished: tuple[Path, str, str]) -> None:
     events = EventAccumulator(str(finished[0]))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
@@ -140,25 +125,48 @@ def test_tensorboard_has_the_curves(finished: tuple[Path, Ended]) -> None:
     assert events.Scalars("exchanged/scalars")[-1].value == 2 * 6 * 4 * 8 * (24 + 16)
 
 
-def test_the_screen_ends_with_the_table(finished: tuple[Path, Ended]) -> None:
-    folder, ended = finished
+def test_the_screen_ends_with_the_table(finished: tuple[Path, str, str]) -> None:
+    folder, out, err = finished
     for text in ("UE 3", "NMSE (dB)", "floor", "UE → BTS", f"tensorboard --logdir {folder}"):
-        assert text in ended.out
-    assert "iteration 6/6" in ended.err
+        assert text in out
+    assert "iteration 6/6" in err
 
 
-def test_a_run_is_never_overwritten(finished: tuple[Path, Ended]) -> None:
+def test_a_run_is_never_overwritten(finished: tuple[Path, str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
-    ended = run(finished[0])
-    assert ended.code != 0
-    assert len(errors(ended)) == 1
-    assert "already holds a run" in errors(ended)[0]
+    ranks = run_program(4, arguments(finished[0]))
+    assert [rank.code for rank in ranks] == [1] * 4
+    assert len(errors(ranks)) == 1
+    assert "already holds a run" in errors(ranks)[0]
     assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data__environment": "noniid", "topology__ues": "5"},
+        {"train__precision": "bf16"},
+        {"train__deepspeed": "ds_configs/zero1.json"},
+        {"data__holdout": "0", "data__environment": "outdoor", "train__micro_batches": "1"},
+    ],
+    ids=["noniid", "bf16", "zero1", "no-holdout"],
+)
+def test_other_settings_train_too(
+    settings: dict[str, str], tmp_path: Path, finished: tuple[Path, str, str]
+) -> None:
+    ranks = run_program(4, arguments(tmp_path / "run", **settings))
+    assert [rank.code for rank in ranks] == [0] * 4, errors(ranks)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert (tmp_path / "run" / "checkpoints" / "best").exists() == ("data__holdout" not in settings)
+    if "train__deepspeed" in settings:  # the same arithmetic in another place
+        one = json.loads((finished[0] / "summary.json").read_text())
+        assert summary["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-5)
+
+
 def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
-    ended = run(tmp_path / "run", ranks=1, method="centralised")
-    assert ended.code == 0, ended.err
+    [rank] = run_program(1, arguments(tmp_path / "run", method="centralised"))
+    assert rank.code == 0, rank.err
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["exchanged"]["scalars"] == {"up": 0, "down": 0}
     assert len({row["loss"] for row in summary["test"]["per_ue"]}) == 1
@@ -168,34 +176,50 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
     ("ranks", "settings", "message"),
     [
         (2, {}, "start with --nproc_per_node=3 or more"),
-        (4, {"method": "centralised"}, "--nproc_per_node=1"),
-        (4, {"train__bogus": "1"}, "train.bogus"),
-        (3, {"topology__stages": "2", "topology__partition": "type:Flatten"}, "without parameters"),
+        (4, {"topology__ues": "1"}, "start at most 3 processes"),
+        (2, {"method": "centralised"}, "--nproc_per_node=1"),
+        (3, {"train__bogus": "1"}, "train.bogus"),
+        (
+            5,
+            {"topology__stages": "4", "topology__partition": "type:CRBlock"},
+            "leaves BTS stage 2 without parameters",
+        ),
+        (3, {"topology__partition": "type:Transformer"}, "there are: CRBlock"),
         (3, {"run__dir": "/proc/nowhere/run"}, "can't be written"),
+        (3, {"data__source": "csinet", "data__path": "/nowhere"}, "/nowhere"),
+        (3, {"train__device": "cuda"}, "no CUDA device"),
+        (3, {"train__lr": "1e30"}, "the loss of UE 0 is"),
     ],
 )
-def test_mistakes_end_the_run_with_one_message(
+def test_mistakes_end_every_rank_with_one_message(
     ranks: int, settings: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    ended = run(tmp_path / "run", ranks, **settings)
-    assert ended.code != 0
+    if "train__device" in settings and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    ended = run_program(ranks, arguments(tmp_path / "run", **settings))
+    assert [rank.code for rank in ended] == [1] * ranks
     assert len(errors(ended)) == 1
-    assert message in ended.err
-    assert "Traceback" not in ended.err.split("torch.distributed.elastic")[0].split("W1")[0]
-    assert not (tmp_path / "run").exists()
+    assert message in "".join(rank.err for rank in ended)
+    assert not any("Traceback" in rank.err for rank in ended)
+    assert (tmp_path / "run").exists() == ("train__lr" in settings)  # found before training
 
 
-def test_the_first_error_is_the_one_that_is_shown(tmp_path: Path) -> None:
-    ended = run(tmp_path / "run", train__lr="1e30")
-    assert ended.code != 0
-    assert len(errors(ended)) == 1
-    assert "the loss of UE 0 is" in errors(ended)[0]
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    ended = run_program(2, [*arguments(tmp_path / "run"), "--debug"])
+    assert "Traceback" in "".join(rank.err for rank in ended)
+
+
+def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
+    with torchrun(2, arguments(tmp_path / "run")) as process:
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert err.count("csipipe: error:") == 1
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_killed_rank_ends_the_run(rank: int, tmp_path: Path) -> None:
-    settings = {"train.iterations": "100000", "run.eval_every": "20"}
-    with started(tmp_path / "run", 4, settings) as process:
+    endless = arguments(tmp_path / "run", train__iterations="100000", run__eval_every="20")
+    with torchrun(4, endless) as process:
         assert process.stderr is not None
         while "iteration 20/" not in process.stderr.readline():
             assert process.poll() is None
@@ -204,7 +228,7 @@ def test_a_killed_rank_ends_the_run(rank: int, tmp_path: Path) -> None:
         victim.kill()
         process.communicate(timeout=45)
         assert process.returncode != 0
-        assert not any(child.is_running() for child in ranks if child.pid != process.pid)
+        assert not any(child.is_running() for child in ranks)
 
 
 def test_plain_python_answers_with_the_torchrun_line() -> None:

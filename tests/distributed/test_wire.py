@@ -138,9 +138,7 @@ def test_a_tag_tells_kinds_and_micro_batches_apart() -> None:
 def stay_silent(world: World) -> str:
     """Rank 0 never sends what rank 1 waits for."""
     world.connect(1.0)
-    channel = Channel(
-        Kind.SMASHED, [Peer(0, slice(0, 1), range(0))], (1, 1), 3, torch.float32, CPU
-    )
+    channel = Channel(Kind.SMASHED, [Peer(0, slice(0, 1), range(0))], (1, 1), 3, torch.float32, CPU)
     if world.rank == 0:
         world.store.get("rank 1 gave up")
         return ""
