@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from csipipe.config import Settings
 
@@ -26,19 +29,33 @@ def parser(description: str) -> ArgumentParser:
     return parser
 
 
-def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings, bool]:
-    """Parse arguments; returns the settings and whether `--debug` was given.
+def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings, Namespace]:
+    """Parse arguments; returns the settings and everything that was parsed.
 
     Raises:
         ValueError: an unknown setting, a wrong type or a value that can't be used.
     """
     try:
-        parsed = parser.parse_args(list(arguments))
-        values = parser.instantiate(parsed)
+        values = parser.instantiate(parser.parse_args(list(arguments)))
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for every setting.") from error
-    fields = {name: getattr(values, name) for name in Settings.__dataclass_fields__}
-    return Settings(**fields), bool(values.debug)
+    return Settings(**{name: values[name] for name in Settings.__dataclass_fields__}), values
+
+
+def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: str) -> None:
+    """Leave, with the torchrun line to use, if this process wasn't started by torchrun.
+
+    Help and the configuration are printed without torchrun, and by rank 0 only under it.
+    """
+    asked = any(a in ("-h", "--help") or a.startswith("--print_config") for a in arguments)
+    rank = os.environ.get("RANK")
+    if asked and rank not in (None, "0"):
+        sys.exit(0)
+    if asked:
+        parser.parse_args(list(arguments))  # prints and leaves
+    if rank is None:
+        line = shlex.join(["torchrun", "--nproc_per_node=4", script, *arguments])
+        sys.exit(f"csipipe: a run has several processes; start it with\n  {line}")
 
 
 def to_yaml(settings: Settings) -> str:

@@ -36,7 +36,7 @@ class ModelSettings:
     c2: int = 256
     """Tail-output dimension: reals per sample that the BTS sends to the decoder heads."""
     angles: int = 32
-    """Angular bins of the input. Fewer than the data has: the aperture is cut to that many antennas."""
+    """Angular bins of the input. Fewer than the data has: that many antennas are kept."""
     delays: int = 32
     """Delay bins of the input. Fewer than the data has: the first ones are kept."""
     kernels: tuple[tuple[Kernel, ...], ...] = CRNET_KERNELS
@@ -59,14 +59,14 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TopologySettings:
-    """Who takes part: BTS pipeline stages (ranks 0 … stages-1) and UEs (dealt to the other ranks)."""
+    """Who takes part: BTS pipeline stages (ranks 0 … stages-1), UEs (on the other ranks)."""
 
     stages: int | None = None
     """BTS pipeline stages, one rank each. null: 2 for csilocal, none for centralised."""
     ues: int = 4
     """UEs, numbered from 0, dealt in order to the UE ranks."""
     partition: str = "type:CRBlock"
-    """How the tail's layers are cut into stages: uniform, parameters, or type:REGEX (DeepSpeed's methods)."""
+    """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's)."""
 
     def __post_init__(self) -> None:
         _at_least("topology.ues", self.ues, 1)
@@ -90,7 +90,7 @@ class DataSettings:
     path: str | None = None
     """Folder with DATA_Htrainin.mat and its siblings (source csinet)."""
     environment: Environment = "indoor"
-    """indoor, outdoor, or noniid: the paper's mixture, from mostly indoor (UE 0) to mostly outdoor."""
+    """indoor, outdoor, or noniid: the paper's mixture, UE 0 mostly indoor, the last outdoor."""
     train_samples: int | None = None
     """Training rows over all UEs. null: every row there is; synthetic: 8000."""
     test_samples: int | None = None
@@ -137,13 +137,13 @@ class TrainSettings:
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
     precision: Precision = "fp32"
-    """Arithmetic of UEs, tail and wire. bf16: autocast with fp32 weights; half the bytes exchanged."""
+    """Arithmetic of UEs, tail and wire. bf16: autocast, fp32 weights, half the bytes exchanged."""
     deepspeed: str | None = None
     """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
     threads: int | None = None
-    """CPU threads per rank. null: OMP_NUM_THREADS if you set one above 1, else cores / ranks of the node."""
+    """CPU threads per rank. null: OMP_NUM_THREADS if above 1, else cores / ranks of the node."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "micro_batches"):
@@ -200,7 +200,7 @@ class Settings:
     """One run of one method."""
 
     method: Literal["csilocal", "centralised"] = "csilocal"
-    """csilocal: the split, pipelined training. centralised: the unsplit model on all data, one process."""
+    """csilocal: split, pipelined training. centralised: the unsplit model on all data."""
     model: ModelSettings = field(default_factory=ModelSettings)
     topology: TopologySettings = field(default_factory=TopologySettings)
     data: DataSettings = field(default_factory=DataSettings)

@@ -61,7 +61,7 @@ class Topology:
         return rank < self.stages
 
     def ues_of(self, rank: int) -> range:
-        """UEs that UE rank `rank` hosts, ascending; the first ranks get one more if it is uneven."""
+        """UEs that UE rank `rank` hosts, ascending; the first ranks get one more if need be."""
         assert not self.is_bts(rank)
         each, extra = divmod(self.ues, len(self.ue_ranks))
         place = rank - self.stages

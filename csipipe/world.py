@@ -18,6 +18,8 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or making its data, in seconds."""
@@ -39,7 +41,7 @@ class World:
         doing: what this rank is, for messages; empty before it has a role.
     """
 
-    store: dist.Store
+    store: Store
     rank: int
     size: int
     local_rank: int
@@ -49,7 +51,7 @@ class World:
     @classmethod
     def from_torchrun(cls) -> World:
         """Connect to the store of the torchrun that started this process."""
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store, rank, size = next(iter(rendezvous("env://")))
         return cls(
             store, rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         )
@@ -62,7 +64,7 @@ class World:
         """
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore("world", self.store),
+            store=PrefixStore("world", self.store),
             rank=self.rank,
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
@@ -76,7 +78,7 @@ class World:
         own_gpu = (
             device.type == "cuda" and min(stages, self.local_size) <= torch.cuda.device_count()
         )
-        group = dist.new_group(
+        group: dist.ProcessGroup | None = dist.new_group(
             range(stages),
             timeout=timedelta(seconds=timeout),
             backend="nccl" if own_gpu and dist.is_nccl_available() else "gloo",

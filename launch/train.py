@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from csipipe import commandline
@@ -13,25 +12,17 @@ pipeline stages, the others host the UEs."""
 
 def main(arguments: list[str]) -> None:
     parser = commandline.parser(ABOUT)
-    if "RANK" not in os.environ:
-        commandline.settings(parser, arguments)  # so that --help and mistakes don't need torchrun
-        sys.exit(
-            "csipipe: a run has several processes; start it with\n"
-            f"  torchrun --nproc_per_node=4 launch/train.py {' '.join(arguments)}".rstrip()
-        )
-    if os.environ["RANK"] != "0" and {"-h", "--help"} & set(arguments):
-        return
+    commandline.require_torchrun(parser, arguments, "launch/train.py")
 
     from csipipe import training
     from csipipe.world import World
 
     world = World.from_torchrun()
-    debug = "--debug" in arguments
     try:
-        settings, debug = commandline.settings(parser, arguments)
+        settings, _ = commandline.settings(parser, arguments)
         training.launch(world, settings)
     except Exception as error:
-        world.fail(error, debug)
+        world.fail(error, "--debug" in arguments)
 
 
 if __name__ == "__main__":

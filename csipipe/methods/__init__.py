@@ -20,7 +20,7 @@ from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.topology import Topology
 from csipipe.world import World
 
-__all__ = ["Part", "Worker", "load", "prepare"]
+__all__ = ["Centralised", "Part", "Worker", "load", "prepare"]
 
 Builder = Callable[[World], Worker]
 

@@ -23,8 +23,11 @@ class Worker(Protocol):
 
     parameters: dict[str, int]
     """Trainable scalars of `encoder`, `tail` and `head`."""
-    has_holdout: bool
-    """Whether any UE keeps rows for choosing."""
+
+    @property
+    def has_holdout(self) -> bool:
+        """Whether any UE keeps rows for choosing."""
+        ...
 
     def train_iteration(self, iteration: int) -> Figures | None:
         """One iteration; figures of the UEs' batches before the step."""

@@ -64,7 +64,7 @@ class Centralised:
         self.tail.train()
         set_rate(self.optimizer, train.lr_at(iteration))
         sums, loss = self.forward([ue.draw(train.batch_size) for ue in self.ues])
-        loss.backward()
+        torch.autograd.backward(loss)
         for ue in owners:
             ue.step()
         self.optimizer.step()

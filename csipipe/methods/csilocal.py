@@ -185,8 +185,8 @@ class _UeBatch:
         self.z_UBC = [ue.encoder(h) for ue, h in zip(half.ues, self.h_UBAD, strict=True)]
         # rows of a micro-batch, UE by UE
         by_ue = torch.stack(self.z_UBC).detach()
-        by_ue = by_ue.unflatten(1, (half.wire.micro_batches, self.rows))
-        self.z_MRC = list(by_ue.transpose(0, 1).flatten(1, 2).contiguous())
+        by_ue = by_ue.view(len(half.ues), half.wire.micro_batches, self.rows, -1)
+        self.z_MRC = list(by_ue.transpose(0, 1).flatten(1, 2))
 
     def send_forward(self, m: int) -> None:
         self.half.smashed.send(m, self.z_MRC[m])
@@ -209,7 +209,7 @@ class _UeBatch:
             self.sums[u] += sums
             if torch.is_grad_enabled():
                 # a UE's loss is the mean over its whole mini-batch
-                (loss.sum() / len(self.h_UBAD[u])).backward()
+                torch.autograd.backward(loss.sum() / len(self.h_UBAD[u]))
                 assert y.grad is not None
                 gradients.append(y.grad)
         if gradients:
@@ -225,7 +225,7 @@ class _UeBatch:
         dz_MRC = torch.stack([self.dz[m] for m in range(len(self.dz))])
         for u, z in enumerate(self.z_UBC):
             rows = slice(u * self.rows, (u + 1) * self.rows)
-            z.backward(dz_MRC[:, rows].flatten(0, 1).to(z.dtype))
+            torch.autograd.backward(z, dz_MRC[:, rows].flatten(0, 1).to(z.dtype))
 
     def step(self) -> None:
         for ue in self.half.ues:

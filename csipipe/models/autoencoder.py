@@ -17,7 +17,6 @@ from torch import nn
 from csipipe.config import ModelSettings
 from csipipe.models.crblock import SLOPE, CRBlock
 
-
 T = TypeVar("T")
 
 

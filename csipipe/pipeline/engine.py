@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no type
                 f"topology.partition {partition!r} matches no layer of the tail; there are: "
                 f"{', '.join(names)}."
             ) from error
-        self._layer_specs = []  # the other stages' layers
+        self._layer_specs: list[nn.Module] = []  # the other stages' layers
 
     def _partition_layers(self, method: str = "uniform") -> None:
         super()._partition_layers(method)
@@ -82,7 +83,7 @@ def check_partition(layers: list[nn.Module], parts: list[int], method: str) -> N
     Raises:
         ValueError: a stage without layers or without parameters.
     """
-    for stage, (start, stop) in enumerate(zip(parts, parts[1:], strict=False)):
+    for stage, (start, stop) in enumerate(itertools.pairwise(parts)):
         parameters = sum(p.numel() for layer in layers[start:stop] for p in layer.parameters())
         if not parameters:
             what = "parameters" if stop > start else "layers"
@@ -182,7 +183,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         output, gradient = self._outputs.pop(m), self._gradients.pop(m)
         self._running_engine_backward = True  # or DeepSpeed refuses tensor.backward()
         try:
-            output.backward(gradient.to(output.dtype))
+            torch.autograd.backward(output, gradient.to(output.dtype))
         finally:
             self._running_engine_backward = False
 

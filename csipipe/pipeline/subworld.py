@@ -53,12 +53,13 @@ class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
         members = list(ranks)
         if dist.get_rank() not in members:
             return None
-        return dist.new_group(
+        group: dist.ProcessGroup | None = dist.new_group(
             members,
             timeout=self.timeout,  # groups don't inherit it
             backend=dist.get_backend(self.group),
             use_local_synchronization=True,  # the UE ranks don't take part
         )
+        return group
 
     def barrier(self, group: dist.ProcessGroup | None = None, **kwargs: Any) -> Any:
         return dist.barrier(group or self.group, **kwargs)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
 from csipipe.world import World
 
@@ -94,7 +94,7 @@ def run_program(size: int, arguments: Sequence[str], timeout: float = 60.0) -> l
     Raises:
         AssertionError: a rank was still there when the time was over.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             _CONTEXT.Process(target=_program, args=(rank, size, store.port, folder, arguments))
@@ -163,7 +163,7 @@ def _rank(
     os.environ.update(_environment(rank, size))
     torch.set_num_threads(1)
     try:
-        world = World(dist.FileStore(store, -1), rank, size, rank, size)
+        world = World(FileStore(store, -1), rank, size, rank, size)
         # pickled here: a queue would pass tensors as shared memory that dies with this rank
         results.put((rank, pickle.dumps(function(world, *arguments)), None))
     except BaseException:

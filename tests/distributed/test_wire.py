@@ -70,7 +70,7 @@ def eavesdrop(world: World, settings: Settings) -> dict[str, Any]:
         sent.append(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return isend(tensor, *arguments)
 
-    dist.isend = listen
+    dist.isend = listen  # type: ignore[assignment]
     build = methods.prepare(settings, world.rank, world.size, CPU)
     world.ready("data")
     world.connect(settings.run.timeout)

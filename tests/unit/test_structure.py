@@ -18,7 +18,7 @@ LEVELS = [
     {"world", "wire", "checkpoint", "pipeline"},
     {"tracking"},
     {"methods"},
-    {"training"},
+    {"training", "bench"},
     {"launch"},
 ]
 

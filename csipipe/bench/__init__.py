@@ -1,0 +1,1 @@
+"""What the benchmark measures csipipe against, and how: interleaved, in one session."""
