@@ -86,39 +86,68 @@ class Ended:
     err: str
 
 
-def run_program(size: int, arguments: Sequence[str], timeout: float = 60.0) -> list[Ended]:
-    """Run launch/train.py on `size` ranks as torchrun would, but let each end by itself.
+class Program:
+    """launch/train.py on `size` ranks as torchrun would start it, each ending by itself.
 
-    The key-value store lives in this process, as it does in torchrun's agent.
-
-    Raises:
-        AssertionError: a rank was still there when the time was over.
+    The key-value store lives in this process, as it does in torchrun's agent. Use as a context:
+    what is left of the ranks is killed at the end.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _CONTEXT.Process(target=_program, args=(rank, size, store.port, folder, arguments))
+
+    def __init__(self, size: int, arguments: Sequence[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.ranks = [
+            _CONTEXT.Process(
+                target=_program,
+                args=(rank, size, self._store.port, self._folder.name, arguments),
+            )
             for rank in range(size)
         ]
-        for process in ranks:
+
+    def __enter__(self) -> Program:
+        for process in self.ranks:
             process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+    def text(self, rank: int, stream: str) -> str:
+        """What a rank wrote to `out` or `err` so far."""
+        file = Path(self._folder.name, f"{rank}.{stream}")
+        return file.read_text() if file.exists() else ""
+
+    def wait_for(self, text: str, timeout: float = 60.0) -> None:
+        """Wait until rank 0 has written `text` to its error stream."""
         deadline = time.monotonic() + timeout
-        try:
-            for rank, process in enumerate(ranks):
-                process.join(max(0.0, deadline - time.monotonic()))
-                assert process.exitcode is not None, f"rank {rank} did not end"
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
+        while text not in self.text(0, "err"):
+            assert self.ranks[0].is_alive(), self.text(0, "err")
+            assert time.monotonic() < deadline, f"no {text!r} in time"
+            time.sleep(0.05)
+
+    def join(self, timeout: float = 60.0) -> list[Ended]:
+        """Wait until every rank has ended.
+
+        Raises:
+            AssertionError: a rank was still there when the time was over.
+        """
+        deadline = time.monotonic() + timeout
+        for rank, process in enumerate(self.ranks):
+            process.join(max(0.0, deadline - time.monotonic()))
+            assert process.exitcode is not None, f"rank {rank} did not end"
         return [
-            Ended(
-                process.exitcode,
-                Path(folder, f"{rank}.out").read_text(),
-                Path(folder, f"{rank}.err").read_text(),
-            )
-            for rank, process in enumerate(ranks)
+            Ended(process.exitcode, self.text(rank, "out"), self.text(rank, "err"))
+            for rank, process in enumerate(self.ranks)
         ]
+
+
+def run_program(size: int, arguments: Sequence[str]) -> list[Ended]:
+    """Run launch/train.py to its end."""
+    with Program(size, arguments) as program:
+        return program.join()
 
 
 def errors(ranks: list[Ended]) -> list[str]:
@@ -141,7 +170,7 @@ def _program(rank: int, size: int, port: int, folder: str, arguments: Sequence[s
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY)
         os.dup2(file, number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ.update(
         _environment(rank, size),
         MASTER_ADDR="127.0.0.1",

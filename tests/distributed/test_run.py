@@ -6,16 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
-from harness import errors, run_program
+from harness import Program, errors, run_program
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -40,36 +37,25 @@ def arguments(folder: Path, **settings: str) -> list[str]:
     return [text for key, value in chosen.items() for text in (f"--{key}", value)]
 
 
-@contextmanager
-def torchrun(ranks: int, arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A run in the background; whatever is left of it is killed at the end."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
-            *("launch/train.py", *arguments),
-        ],
+def torchrun(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command as a user types it."""
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*line, "launch/train.py", *arguments],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=120,
     )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-            process.communicate()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A finished run: its folder, what it printed, what it logged."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with torchrun(4, arguments(folder)) as process:
-        out, err = process.communicate(timeout=90)
-        assert process.returncode == 0, err
-    return folder, out, err
+    ended = torchrun(4, arguments(folder))
+    assert ended.returncode == 0, ended.stderr
+    return folder, ended.stdout, ended.stderr
 
 
 def test_the_summary_says_what_the_interface_promises(finished: tuple[Path, str, str]) -> None:
@@ -210,25 +196,20 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
-    with torchrun(2, arguments(tmp_path / "run")) as process:
-        err = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
-    assert err.count("csipipe: error:") == 1
+    ended = torchrun(2, arguments(tmp_path / "run"))
+    assert ended.returncode != 0
+    assert ended.stderr.count("csipipe: error:") == 1
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_killed_rank_ends_the_run(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [1, 3], ids=["BTS", "UE"])
+def test_a_killed_rank_ends_the_others(rank: int, tmp_path: Path) -> None:
     endless = arguments(tmp_path / "run", train__iterations="100000", run__eval_every="20")
-    with torchrun(4, endless) as process:
-        assert process.stderr is not None
-        while "iteration 20/" not in process.stderr.readline():
-            assert process.poll() is None
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        [victim] = [child for child in ranks if child.environ().get("RANK") == str(rank)]
-        victim.kill()
-        process.communicate(timeout=45)
-        assert process.returncode != 0
-        assert not any(child.is_running() for child in ranks)
+    with Program(4, endless) as program:
+        program.wait_for("iteration 20/")
+        program.ranks[rank].kill()
+        ended = program.join(timeout=20)
+    assert sorted(e.code for e in ended if e.code is not None) == [-9, 1, 1, 1]
+    assert len(errors(ended)) == 1
 
 
 def test_plain_python_answers_with_the_torchrun_line() -> None:
