@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +22,11 @@ def tail_file(folder: Path) -> Path:
 
 
 def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
-    """Write the states of some parts, whole or not at all; keys are `<part>.<name>`."""
+    """Write the states of some parts, whole or not at all; keys are `<part>.<name>`.
+
+    Raises:
+        OSError: the file can't be written, for example on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
@@ -29,7 +34,11 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for name, tensor in state.items()
     }
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
+    try:
+        save_file(tensors, partial)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error}") from error
     os.replace(partial, path)
 
 

@@ -52,7 +52,10 @@ def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: s
     if asked and rank not in (None, "0"):
         sys.exit(0)
     if asked:
-        parser.parse_args(list(arguments))  # prints and leaves
+        try:
+            parser.parse_args(list(arguments))  # prints and leaves
+        except ArgumentError as error:
+            sys.exit(f"csipipe: error: {error}")
     if rank is None:
         line = shlex.join(["torchrun", "--nproc_per_node=4", script, *arguments])
         sys.exit(f"csipipe: a run has several processes; start it with\n  {line}")

@@ -209,8 +209,8 @@ class Settings:
 
     @property
     def stages(self) -> int:
-        """BTS pipeline stages of this run."""
-        return self.topology.stages or 2
+        """BTS pipeline stages of this run; the unsplit model has none."""
+        return self.topology.stages or (0 if self.method == "centralised" else 2)
 
     @property
     def eval_every(self) -> int:

@@ -53,9 +53,12 @@ def keep_memory() -> None:
     a CPU rank a tenth of its time. Does nothing on other C libraries.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    # glibc before 2.35 takes no more than 32 MiB; one of the two must hold before trimming ends,
+    # since setting either ends glibc's own adjustment of both
+    if any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def wire_dtype(precision: Precision) -> torch.dtype:

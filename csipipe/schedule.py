@@ -42,14 +42,18 @@ Plan = Iterable[Instruction]
 """One rank's instructions, in order."""
 
 
-def stage_training(micro_batches: int) -> Iterator[Instruction]:
-    """GPipe on a BTS stage: all forward passes, then all backward passes, then Adam."""
+def gpipe(micro_batches: int) -> Iterator[Instruction]:
+    """A BTS stage's training: all forward passes, then all backward passes, then Adam."""
     yield from stage_evaluation(micro_batches)
     for m in range(micro_batches):
         yield Instruction(Op.RECEIVE_BACKWARD, m)
         yield Instruction(Op.BACKWARD, m)
         yield Instruction(Op.SEND_BACKWARD, m)
     yield Instruction(Op.STEP)
+
+
+TRAINING = {"gpipe": gpipe}
+"""A BTS stage's schedules by the name that `train.schedule` gives them."""
 
 
 def stage_evaluation(micro_batches: int) -> Iterator[Instruction]:
@@ -66,18 +70,26 @@ def ue_training(micro_batches: int) -> Iterator[Instruction]:
     The encoder's BatchNorm sees the whole mini-batch, so encoding isn't cut; heads work on each
     micro-batch as it comes back.
     """
-    yield from ue_evaluation(micro_batches, send_back=True)
+    yield from ue_encoding(micro_batches)
+    yield from ue_decoding(micro_batches, send_back=True)
     for m in range(micro_batches):
         yield Instruction(Op.RECEIVE_BACKWARD, m)
     yield Instruction(Op.ENCODE_BACKWARD)
     yield Instruction(Op.STEP)
 
 
-def ue_evaluation(micro_batches: int, send_back: bool = False) -> Iterator[Instruction]:
-    """Encode, send, receive, reconstruct; `send_back` adds the gradient at each head's input."""
+def ue_encoding(micro_batches: int) -> Iterator[Instruction]:
+    """The UE rank's first half of an evaluation batch; the next batch's may precede `ue_decoding`.
+
+    So the first stage has something to do while the heads work.
+    """
     yield Instruction(Op.ENCODE)
     for m in range(micro_batches):
         yield Instruction(Op.SEND_FORWARD, m)
+
+
+def ue_decoding(micro_batches: int, send_back: bool = False) -> Iterator[Instruction]:
+    """The second half: reconstruct; `send_back` adds the gradient at each head's input."""
     for m in range(micro_batches):
         yield Instruction(Op.RECEIVE_FORWARD, m)
         yield Instruction(Op.HEAD, m)

@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import asdict
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def launch(world: World, settings: Settings) -> None:
     Raises:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
     """
+    _same_settings(world, settings)
     device = pick_device(settings.train.device, world.local_rank)
     set_threads(settings.train.threads, world.local_size)
     keep_memory()
@@ -39,6 +41,18 @@ def launch(world: World, settings: Settings) -> None:
     world.ready("training")
     run(worker, settings, folder, tracker)
     world.leave()
+
+
+def _same_settings(world: World, settings: Settings) -> None:
+    """Refuse to train (ValueError) where nodes were started with different settings."""
+    mine = commandline.to_yaml(settings)
+    theirs = world.shared("settings", mine)
+    for here, there in zip_longest(mine.splitlines(), theirs.splitlines(), fillvalue=""):
+        if here != there:
+            raise ValueError(
+                f"rank {world.rank} was started with {here.strip()!r}, rank 0 with "
+                f"{there.strip()!r}; start every node with the same settings."
+            )
 
 
 def new_folder(settings: Settings) -> Path:

@@ -10,7 +10,8 @@ Everything that crosses is a tensor of a shape that both ends computed; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -76,7 +77,8 @@ class Ledger:
         """
         sides = torch.zeros(2, *self.counts.shape, dtype=torch.int64)
         sides[int(is_bts)] = self.counts
-        dist.all_reduce(sides)
+        with _watch("comparing ledgers with all ranks"):
+            dist.all_reduce(sides)
         if not torch.equal(sides[0], sides[1]):
             raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
         merged = Ledger(self.counts.shape[2])
@@ -86,11 +88,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of a channel: its rank, its rows of every micro-batch, and whose they are."""
+    """The other end of a channel: its rank, its rows of every micro-batch, whose, and its role."""
 
     rank: int
     rows: slice
-    ues: range
+    ues: range = range(0)
+    role: str = ""
 
 
 class Channel:
@@ -125,7 +128,7 @@ class Channel:
         self.staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
         self._buffers: list[Tensor] = []
         self._receives: list[list[dist.Work]] = []
-        self._sends: list[tuple[dist.Work, Tensor]] = []
+        self._sends: list[tuple[dist.Work, Peer, Tensor]] = []
 
     def post(self) -> None:
         """Post the receives of an iteration, into buffers made the first time."""
@@ -143,10 +146,12 @@ class Channel:
             ConnectionError: a peer is gone, or silent for longer than the group's timeout.
         """
         for peer, work in zip(self.peers, self._receives[m], strict=True):
-            self._wait(work, f"waiting for {self._name(m)} from rank {peer.rank}")
+            with _watch(f"waiting for {self._name(m)} from {peer.role}"):
+                work.wait()
             self._count(peer, self._buffers[m])
         buffer = self._buffers[m]
-        return buffer.to(self.device, non_blocking=True) if self.staged else buffer
+        # a blocking copy: the next `post` lets peers write into the host buffer
+        return buffer.to(self.device) if self.staged else buffer
 
     def send(self, m: int, tensor: Tensor) -> None:
         """Send micro-batch `m`, of `shape`, without waiting; `finish` waits."""
@@ -156,7 +161,7 @@ class Channel:
         for peer in self.peers:
             work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
             assert work is not None
-            self._sends.append((work, tensor))
+            self._sends.append((work, peer, tensor))
             self._count(peer, tensor)
 
     def finish(self) -> None:
@@ -165,8 +170,9 @@ class Channel:
         Raises:
             ConnectionError: as `receive`.
         """
-        for work, _ in self._sends:
-            self._wait(work, f"sending {self._name()} to rank(s) {[p.rank for p in self.peers]}")
+        for work, peer, _ in self._sends:
+            with _watch(f"sending {self._name()} to {peer.role}"):
+                work.wait()
         self._sends.clear()
 
     def _buffer(self) -> Tensor:
@@ -185,13 +191,6 @@ class Channel:
     def _name(self, m: int | None = None) -> str:
         name = self.kind.name.lower().replace("_", " ")
         return name if m is None or self.slots == 1 else f"{name} of micro-batch {m}"
-
-    @staticmethod
-    def _wait(work: dist.Work, doing: str) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise ConnectionError(f"{doing}: {str(error).splitlines()[0]}") from error
 
     def _count(self, peer: Peer, tensor: Tensor) -> None:
         if self.ledger is not None:
@@ -245,16 +244,12 @@ class Wire:
     def decisions(self) -> Channel:
         """One number from rank 0 to every other rank."""
         ranks = [0] if self.rank else range(1, self.topology.world_size)
-        return self._host_channel(
-            Kind.DECISION, [Peer(rank, slice(0, 1), range(0)) for rank in ranks], (1,)
-        )
+        return self._host_channel(Kind.DECISION, [self._peer(rank, 1) for rank in ranks], (1,))
 
     def weights(self, stage: int, scalars: int) -> Channel:
         """A stage's flattened weights, between that stage and rank 0."""
         other = 0 if self.rank else stage
-        return self._host_channel(
-            Kind.WEIGHTS, [Peer(other, slice(0, scalars), range(0))], (scalars,)
-        )
+        return self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
 
     def neighbour(
         self, kind: Kind, stage: int, shape: tuple[int, ...], group: dist.ProcessGroup
@@ -263,7 +258,7 @@ class Wire:
         rows = self.rows * self.topology.ues
         return Channel(
             kind,
-            [Peer(stage, slice(0, rows), range(0))],
+            [self._peer(stage, rows)],
             (rows, *shape),
             self.micro_batches,
             self.dtype,
@@ -276,13 +271,17 @@ class Wire:
         topology = self.topology
         if topology.is_bts(self.rank):
             return [
-                Peer(rank, slice(ues.start * rows, ues.stop * rows), ues)
+                Peer(rank, slice(ues.start * rows, ues.stop * rows), ues, topology.role(rank))
                 for rank in topology.ue_ranks
                 for ues in [topology.ues_of(rank)]
             ]
         ues = topology.ues_of(self.rank)
         stage = topology.last_stage if kind in _LAST_STAGE else 0
-        return [Peer(stage, slice(0, len(ues) * rows), ues)]
+        return [self._peer(stage, len(ues) * rows, ues)]
+
+    def _peer(self, rank: int, rows: int, ues: range = range(0)) -> Peer:
+        """The only peer of a channel."""
+        return Peer(rank, slice(0, rows), ues, self.topology.role(rank))
 
     @staticmethod
     def _host_channel(kind: Kind, peers: list[Peer], shape: tuple[int, ...]) -> Channel:
@@ -292,5 +291,29 @@ class Wire:
 def largest(values: Sequence[int]) -> list[int]:
     """Element-wise maximum over all ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    with _watch("agreeing with all ranks"):
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
+
+
+def connect_stages(rank: int, stages: int, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Connect neighbouring stages, pair by pair.
+
+    NCCL connects two ranks at their first transfer and holds both up until it has; met in another
+    order than the neighbour's, two stages would wait for each other for ever.
+    """
+    greeting = torch.zeros(1, device=device if dist.get_backend(group) == "nccl" else "cpu")
+    for stage in range(stages - 1):
+        if rank == stage:
+            dist.send(greeting, stage + 1, group)
+        elif rank == stage + 1:
+            dist.recv(greeting, stage, group)
+
+
+@contextlib.contextmanager
+def _watch(doing: str) -> Iterator[None]:
+    """Say what this rank was doing when a transfer failed (ConnectionError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"{doing}: {str(error).splitlines()[0]}") from error

@@ -8,7 +8,9 @@ connection, a timeout) only follow from the first.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or making its data, in seconds."""
 _POLL = 0.02
+_SPEAKING = 3.0
 
 
 class PeerFailed(Exception):
@@ -51,9 +54,16 @@ class World:
     @classmethod
     def from_torchrun(cls) -> World:
         """Connect to the store of the torchrun that started this process."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank: no tracebacks
         store, rank, size = next(iter(rendezvous("env://")))
+        # a restarted run finds the same store, with what the last attempt left in it
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(
-            store, rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+            PrefixStore(f"attempt {attempt}", store),
+            rank,
+            size,
+            int(os.environ["LOCAL_RANK"]),
+            int(os.environ["LOCAL_WORLD_SIZE"]),
         )
 
     def connect(self, timeout: float) -> None:
@@ -75,13 +85,13 @@ class World:
 
         Called on BTS ranks only.
         """
-        own_gpu = (
-            device.type == "cuda" and min(stages, self.local_size) <= torch.cuda.device_count()
-        )
+        owner = device.type == "cuda" and self.local_rank < torch.cuda.device_count()
+        self.store.set(f"owns a GPU/{self.rank}", str(owner and dist.is_nccl_available()))
+        owners = [self._read(f"owns a GPU/{rank}") == "True" for rank in range(stages)]
         group: dist.ProcessGroup | None = dist.new_group(
             range(stages),
             timeout=timedelta(seconds=timeout),
-            backend="nccl" if own_gpu and dist.is_nccl_available() else "gloo",
+            backend="nccl" if all(owners) else "gloo",
             use_local_synchronization=True,
         )
         assert group is not None
@@ -94,20 +104,26 @@ class World:
             PeerFailed: a rank published a failure instead.
             TimeoutError: a rank did not come within `SETUP_TIMEOUT`.
         """
-        self.store.add(f"ready/{step}", 1)
+        self.store.set(f"ready/{step}/{self.rank}", "")
+        for rank in range(self.size):
+            self._read(f"ready/{step}/{rank}")
+
+    def shared(self, name: str, mine: str) -> str:
+        """Rank 0's text of that name, on every rank; raises as `ready`."""
+        if self.rank == 0:
+            self.store.set(name, mine)
+        return self._read(name)
+
+    def _read(self, key: str) -> str:
+        """A text that another rank writes during set-up."""
         deadline = time.monotonic() + SETUP_TIMEOUT
-        while self.store.add(f"ready/{step}", 0) < self.size:
+        while not self.store.check([key]):
             if self.store.check(["failure"]):
                 raise PeerFailed
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not every rank came to {step!r} within {SETUP_TIMEOUT:.0f} s.")
+                raise TimeoutError(f"no rank wrote {key!r} within {SETUP_TIMEOUT:.0f} s.")
             time.sleep(_POLL)
-
-    def shared(self, name: str, mine: str) -> str:
-        """Rank 0's text of that name, on every rank."""
-        if self.rank == 0:
-            self.store.set(name, mine)
-        return str(self.store.get(name).decode())
+        return str(self.store.get(key).decode())
 
     def leave(self) -> None:
         """End together: no rank closes its connections before the others are done with them."""
@@ -125,14 +141,25 @@ class World:
         if self.doing and not isinstance(error, ValueError):
             text = f"{self.doing}: {text}"
         mine = f"rank {self.rank}: {text}"  # several ranks may find the same mistake
-        try:
-            first = self.store.compare_set("failure", "", mine).decode()
-        except RuntimeError:  # the store went with its torchrun; nobody else can speak
-            first = mine
-        if first == mine and not isinstance(error, PeerFailed):
-            if debug:
-                traceback.print_exception(error)
-            print(f"\ncsipipe: error: {text}", file=sys.stderr)
+        # the store may have gone with its torchrun: then nobody else can speak
+        with contextlib.suppress(RuntimeError):
+            if self.store.compare_set("failure", "", mine).decode() != mine:
+                self._let_speak()
+        if debug:
+            traceback.print_exception(error)
+        print(f"\ncsipipe: error: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            self.store.set("failure shown", "")
+        self._exit()
+
+    def _let_speak(self) -> NoReturn:
+        """Exit once the first rank that failed has spoken: torchrun ends all when one is gone."""
+        deadline = time.monotonic() + _SPEAKING
+        while not self.store.check(["failure shown"]) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        self._exit()
+
+    @staticmethod
+    def _exit() -> NoReturn:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(1)

@@ -31,14 +31,14 @@ def measure(world: World, settings: Settings, rounds: int) -> dict[str, list[flo
     device = pick_device(settings.train.device, world.local_rank)
     keep_memory()
     build = methods.prepare(settings, world.rank, world.size, device)
-    world.ready("data")
-    world.connect(settings.run.timeout)
-    split = build(world)
-    seconds: dict[str, list[float]] = {"split": [], "one process": []}
     unsplit = None
     if world.rank == 0:
         ues, test = methods.load(settings, range(settings.topology.ues), device)
         unsplit = Centralised(settings, ues, test, device, shared=False)
+    world.ready("data")
+    world.connect(settings.run.timeout)
+    split = build(world)
+    seconds: dict[str, list[float]] = {"split": [], "one process": []}
     cores = len(os.sched_getaffinity(0))
     for k in range(WARM_UP + rounds):
         split.agree(True)  # start together

@@ -144,3 +144,11 @@ def _check_values(path: Path, values: NDArray[Any]) -> None:
             f"{path}: {KEY} lies in [{least:g}, {most:g}]; expected [0, 1] with 0.5 for zero. "
             f"{hint}"
         )
+    rows = values.reshape(len(values), -1)
+    empty = np.flatnonzero((rows == rows[:, :1]).all(axis=1))
+    if empty.size:
+        raise ValueError(
+            f"{path}: {empty.size} row(s) of {KEY} hold one value throughout, the first of "
+            f"them row {empty[0]} (counted from 0): a channel without energy, for which no NMSE "
+            "exists. Remove the rows."
+        )

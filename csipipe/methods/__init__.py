@@ -6,7 +6,9 @@ before the ranks meet; what it returns builds the rank's worker once they have.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -36,9 +38,20 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     topology = Topology(world_size, settings.stages, settings.topology.ues)
     deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
     if topology.is_bts(rank):
-        return lambda world: BtsHalf(settings, topology, world, device, deepspeed)
+        engine = _import_engine(device)
+        return lambda world: BtsHalf(settings, topology, world, device, deepspeed, engine)
     ues, test = load(settings, topology.ues_of(rank), device)
     return lambda world: UeHalf(settings, topology, world, device, ues, test)
+
+
+def _import_engine(device: torch.device) -> ModuleType:
+    """DeepSpeed, on BTS ranks only, before the ranks meet: on a shared disk it takes a while."""
+    os.environ["DS_ACCELERATOR"] = device.type  # read at import
+    if device.index is not None:  # DeepSpeed takes the local rank for the number of a GPU
+        os.environ["LOCAL_RANK"] = str(device.index)
+    from csipipe.pipeline import engine
+
+    return engine
 
 
 def _prepare_centralised(settings: Settings, world_size: int, device: torch.device) -> Builder:

@@ -63,8 +63,7 @@ class Centralised:
             set_rate(ue.optimizer, train.lr_at(iteration))
         self.tail.train()
         set_rate(self.optimizer, train.lr_at(iteration))
-        sums, loss = self.forward([ue.draw(train.batch_size) for ue in self.ues])
-        torch.autograd.backward(loss)
+        sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
         for ue in owners:
             ue.step()
         self.optimizer.step()
@@ -84,35 +83,46 @@ class Centralised:
         with torch.no_grad():
             for start in range(0, batches_of(max(map(len, rows)), size) * size, size):
                 valid = [min(size, max(0, len(h) - start)) for h in rows]
-                sums += self.forward([padded(h, start, size) for h in rows], valid)[0]
+                sums += self.run([padded(h, start, size) for h in rows], valid)
         return Figures(sums.expand(len(self.ues), -1) if common else sums)
 
-    def forward(
-        self, h_UBAD: list[Tensor], valid: list[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One pass over a mini-batch per UE.
+    def run(self, h_UBAD: list[Tensor], valid: list[int] | None = None) -> Tensor:
+        """Forward and, where gradients are on, backward pass over a mini-batch per UE.
+
+        As at the BTS, micro-batches hold rows of every UE, ordered by UE number, and each is done
+        with before the next: its activations are still in the cache.
 
         Args:
             h_UBAD: mini-batches of the first len(h_UBAD) UEs.
+            valid: how many rows of each count; None: all.
 
         Returns:
-            (UEs, WIDTH) sums over the first `valid` rows of each UE, and the objective.
+            (UEs, WIDTH) sums over the rows that count.
         """
         train = self.settings.train
         rows = train.batch_size // train.micro_batches
         ues = self.ues[: len(h_UBAD)]
+        training = torch.is_grad_enabled()
         sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
-        objective = torch.zeros((), device=self.device)
         with autocast(train.precision, self.device):
             z_UBC = [ue.encoder(h) for ue, h in zip(ues, h_UBAD, strict=True)]
-            for first in range(0, train.batch_size, rows):
-                y = self.tail(torch.cat([z[first : first + rows] for z in z_UBC]))
-                for u, (ue, h, y_RC) in enumerate(zip(ues, h_UBAD, y.split(rows), strict=True)):
-                    counted = rows if valid is None else min(rows, max(0, valid[u] - first))
-                    loss, part = losses(ue.head(y_RC), h[first : first + rows], counted)
-                    objective = objective + loss.sum() / train.batch_size
-                    sums[u] += part
-        return sums.cpu(), objective / (len(ues) if self.shared else 1)
+        leaves = [z.detach().requires_grad_(training) for z in z_UBC]
+        for first in range(0, train.batch_size, rows):
+            part = slice(first, first + rows)
+            with autocast(train.precision, self.device):
+                y = self.tail(torch.cat([z[part] for z in leaves]))
+                h_hats = [ue.head(y_RC) for ue, y_RC in zip(ues, y.split(rows), strict=True)]
+            objective = torch.zeros((), device=self.device)
+            for u, (h_hat, h) in enumerate(zip(h_hats, h_UBAD, strict=True)):
+                counted = rows if valid is None else min(rows, max(0, valid[u] - first))
+                loss, figures = losses(h_hat, h[part], counted)
+                objective = objective + loss.sum() / train.batch_size
+                sums[u] += figures
+            if training:
+                torch.autograd.backward(objective / (len(ues) if self.shared else 1))
+        if training:
+            torch.autograd.backward(z_UBC, [z.grad for z in leaves])
+        return sums.cpu()
 
     def agree(self, decision: bool) -> bool:
         return decision

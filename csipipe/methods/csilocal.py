@@ -11,71 +11,25 @@ A angles, D delays, C = c1 or c2.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models, schedule
 from csipipe.config import Settings
-from csipipe.device import autocast, wire_dtype
 from csipipe.figures import WIDTH, Figures
-from csipipe.methods.base import Part, adam, batches_of, count_parts, padded, set_rate
+from csipipe.methods.base import Part, adam, padded, set_rate
+from csipipe.methods.half import Half
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.schedule import Op
 from csipipe.topology import Topology
-from csipipe.wire import Channel, Kind, Ledger, Wire, largest
+from csipipe.wire import Channel, Kind, connect_stages
 from csipipe.world import World
 
 
-class _Half:
-    """What both halves share: the wire, and the channels for figures and decisions."""
-
-    def __init__(
-        self, settings: Settings, topology: Topology, world: World, device: torch.device
-    ) -> None:
-        train = settings.train
-        self.settings = settings
-        self.topology = topology
-        self.device = device
-        self.rank = world.rank
-        world.doing = topology.role(world.rank)
-        self.wire = Wire(
-            topology,
-            world.rank,
-            train.batch_size // train.micro_batches,
-            train.micro_batches,
-            wire_dtype(train.precision),
-            device,
-        )
-        self.parameters = count_parts(settings.model)
-        self.reports = self.wire.reports(WIDTH)
-        self.decisions = self.wire.decisions()
-        self.batches: dict[str, int] = {}
-
-    @property
-    def has_holdout(self) -> bool:
-        return self.batches["holdout"] > 0
-
-    def agree(self, decision: bool) -> bool:
-        if self.rank == 0:
-            self.decisions.send(0, torch.tensor([float(decision)], dtype=torch.float64))
-            self.decisions.finish()
-            return decision
-        self.decisions.post()
-        return bool(self.decisions.receive(0).item())
-
-    def exchanged(self) -> Ledger:
-        return self.wire.ledger.merge(self.topology.is_bts(self.rank))
-
-    def agree_on_batches(self, rows: dict[str, int]) -> None:
-        """Every rank runs as many evaluation batches as the UE with the most rows needs."""
-        batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
-        self.batches = dict(zip(rows, largest(batches), strict=True))
-
-
-class UeHalf(_Half):
+class UeHalf(Half):
     """The UEs of one rank.
 
     Args:
@@ -104,6 +58,7 @@ class UeHalf(_Half):
 
     def train_iteration(self, iteration: int) -> None:
         """Lines 3 and 8–10 of Algorithm 1."""
+        self.start(iteration)
         size = self.settings.train.batch_size
         for ue in self.ues:
             ue.train(True)
@@ -115,25 +70,38 @@ class UeHalf(_Half):
         self._report(batch.sums)
 
     def evaluate(self, part: Part) -> None:
-        """Forward passes only, over whole batches; rows of the padding don't count."""
+        """Forward passes only, over whole batches; rows of the padding don't count.
+
+        A batch is encoded and sent before the one ahead of it comes back.
+        """
         size = self.settings.train.batch_size
         rows = [self.test if part == "test" else ue.holdout for ue in self.ues]
         sums = torch.zeros(len(self.ues), WIDTH, dtype=torch.float64, device=self.device)
         self.wire.ledger.phase = "evaluation"
         for ue in self.ues:
             ue.train(False)
+        ahead: list[_UeBatch] = []
         with torch.no_grad():
             for start in range(0, self.batches[part] * size, size):
-                self.output.post()
                 batch = _UeBatch(
                     self,
                     [padded(h, start, size) for h in rows],
                     [min(size, max(0, len(h) - start)) for h in rows],
                 )
-                batch.execute(schedule.ue_evaluation(self.wire.micro_batches))
-                sums += batch.sums
+                batch.execute(schedule.ue_encoding(self.wire.micro_batches))
+                ahead.append(batch)
+                if len(ahead) > 1:
+                    sums += self._decode(ahead.pop(0))
+                    self.smashed.finish()
+            for batch in ahead:
+                sums += self._decode(batch)
         self.wire.ledger.phase = "training"
         self._report(sums)
+
+    def _decode(self, batch: _UeBatch) -> Tensor:
+        self.output.post()
+        batch.execute(schedule.ue_decoding(self.wire.micro_batches))
+        return batch.sums
 
     def save_weights(self, folder: Path) -> None:
         for ue in self.ues:
@@ -171,18 +139,16 @@ class _UeBatch:
 
     def execute(self, plan: schedule.Plan) -> None:
         """Execute the UE rank's instructions."""
-        train = self.half.settings.train
         for instruction in plan:
-            m = instruction.micro_batch
-            with autocast(train.precision, self.half.device):
-                if m is None:
-                    _WHOLE[instruction.op](self)
-                else:
-                    _PER_MICRO_BATCH[instruction.op](self, m)
+            if instruction.micro_batch is None:
+                _WHOLE[instruction.op](self)
+            else:
+                _PER_MICRO_BATCH[instruction.op](self, instruction.micro_batch)
 
     def encode(self) -> None:
         half = self.half
-        self.z_UBC = [ue.encoder(h) for ue, h in zip(half.ues, self.h_UBAD, strict=True)]
+        with half.autocast():
+            self.z_UBC = [ue.encoder(h) for ue, h in zip(half.ues, self.h_UBAD, strict=True)]
         # rows of a micro-batch, UE by UE
         by_ue = torch.stack(self.z_UBC).detach()
         by_ue = by_ue.view(len(half.ues), half.wire.micro_batches, self.rows, -1)
@@ -201,11 +167,10 @@ class _UeBatch:
         for u, ue in enumerate(self.half.ues):
             y = self.y[m][u * self.rows : (u + 1) * self.rows]
             y = y.detach().requires_grad_(torch.is_grad_enabled())
-            loss, sums = losses(
-                ue.head(y),
-                self.h_UBAD[u][first : first + self.rows],
-                min(self.rows, max(0, self.valid[u] - first)),
-            )
+            with self.half.autocast():
+                h_hat = ue.head(y)
+            h = self.h_UBAD[u][first : first + self.rows]
+            loss, sums = losses(h_hat, h, min(self.rows, max(0, self.valid[u] - first)))
             self.sums[u] += sums
             if torch.is_grad_enabled():
                 # a UE's loss is the mean over its whole mini-batch
@@ -246,11 +211,12 @@ _PER_MICRO_BATCH = {
 }
 
 
-class BtsHalf(_Half):
+class BtsHalf(Half):
     """One stage of the tail on a BTS rank; rank 0 also gathers the figures.
 
     Args:
         deepspeed: DeepSpeed's settings, without batch keys.
+        engine: `csipipe.pipeline.engine`, which UE ranks never import.
     """
 
     def __init__(
@@ -260,11 +226,9 @@ class BtsHalf(_Half):
         world: World,
         device: torch.device,
         deepspeed: dict[str, object],
+        engine: ModuleType,
     ) -> None:
         super().__init__(settings, topology, world, device)
-        os.environ["DS_ACCELERATOR"] = device.type  # read when DeepSpeed is imported
-        from csipipe.pipeline import engine  # UE ranks never import DeepSpeed
-
         train, timeout = settings.train, settings.run.timeout
         engine.open_subworld(world.bts_group(topology.stages, device, timeout), timeout)
         tail = models.build_tail(settings.model, train.seed)
@@ -283,9 +247,10 @@ class BtsHalf(_Half):
 
     def train_iteration(self, iteration: int) -> Figures | None:
         """Lines 4–7 and 11 of Algorithm 1."""
+        self.start(iteration)
         if self.rank == 0:
             self.reports.post()
-        plan = schedule.stage_training(self.wire.micro_batches)
+        plan = schedule.TRAINING[self.settings.train.schedule](self.wire.micro_batches)
         self.stage.train_iteration(plan, self.settings.train.lr_at(iteration))
         return self._figures()
 
@@ -329,6 +294,8 @@ class BtsHalf(_Half):
         model, wire, rank = self.settings.model, self.wire, self.rank
         topology, shapes = self.topology, models.tail_shapes(self.settings.model)
         groups = [world.bts_group(topology.stages, self.device, timeout) for _ in range(2)]
+        for group in groups:
+            connect_stages(rank, topology.stages, self.device, group)
 
         def near(kind: Kind, stage: int, layer: int, group: int) -> Channel:
             return wire.neighbour(kind, stage, shapes[layer], groups[group])

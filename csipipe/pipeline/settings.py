@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from csipipe.config import Precision
 
+KNOWN_VERSIONS = ("0.19.8",)
+"""DeepSpeed releases that csipipe was run with; it relies on what they don't promise."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -16,9 +19,15 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
     """Read and check a DeepSpeed file; `None` is ds_configs/<precision>.json.
 
     Raises:
-        ValueError, OSError: not a JSON object, batch keys of its own, gradient clipping, an
-            optimiser or a precision that csipipe decides.
+        ValueError, OSError: a DeepSpeed release that csipipe doesn't know; not a JSON object,
+            batch keys of its own, gradient clipping, an optimiser or a precision that csipipe
+            decides.
     """
+    if version("deepspeed") not in KNOWN_VERSIONS:
+        raise ValueError(
+            f"DeepSpeed {version('deepspeed')} is installed; csipipe knows "
+            f"{', '.join(KNOWN_VERSIONS)}. Install with: pip install -c constraints.txt -e ."
+        )
     file = Path(path) if path else _FOLDER / f"{precision}.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -47,25 +56,29 @@ def _check(file: Path, keys: dict[str, Any], precision: Precision) -> None:
             "it must be 0.0, since DeepSpeed clips per stage (to 1.0 when the key is missing) and "
             "results would depend on the partition."
         )
-    for key in ("bf16", "fp16"):
-        if isinstance(keys.get(key), dict) and keys[key].get("enabled"):
+    for key in ("bf16", "bfloat16", "fp16", "torch_autocast", "zero_optimization"):
+        if not isinstance(keys.get(key, {}), dict):
+            raise ValueError(f"train.deepspeed: {file} has {key} {keys[key]!r}, not an object.")
+    for key in ("bf16", "bfloat16", "fp16"):
+        if keys.get(key, {}).get("enabled"):
             raise ValueError(
                 f"train.deepspeed: {file} enables {key}; use torch_autocast, as in "
                 "ds_configs/bf16.json: the weights stay fp32."
             )
     autocast = keys.get("torch_autocast", {})
     found = "fp32"
-    if isinstance(autocast, dict) and autocast.get("enabled"):
+    if autocast.get("enabled"):
         found = "bf16" if autocast.get("dtype") == "bfloat16" else str(autocast.get("dtype"))
     if found != precision:
         raise ValueError(
             f"train.deepspeed: {file} computes in {found}, but train.precision is {precision}; "
             f"leave train.deepspeed out, or use a file with that precision."
         )
-    stage = keys.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1):
+    zero = keys.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1) or "offload_optimizer" in zero:
         raise ValueError(
-            f"train.deepspeed: {file} sets ZeRO stage {stage}; pipelines work with 0 and 1."
+            f"train.deepspeed: {file} has zero_optimization {zero}; pipelines work with stages 0 "
+            "and 1, without offloading (which compiles an optimiser)."
         )
 
 

@@ -12,15 +12,11 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import deepspeed.comm.comm as ds_comm
 import torch
 import torch.distributed as dist
 from deepspeed.comm.backend import Backend
 from deepspeed.comm.torch import TorchBackend, has_coalescing_manager
-
-KNOWN_VERSIONS = ("0.19.8",)
-"""DeepSpeed releases that the adapter was run with; it relies on what they don't promise."""
 
 
 class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
@@ -119,14 +115,5 @@ class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
 
 
 def install(group: dist.ProcessGroup, timeout: float) -> None:
-    """Put DeepSpeed's communication on the BTS ranks of `group`.
-
-    Raises:
-        RuntimeError: a DeepSpeed release that this adapter wasn't run with.
-    """
-    if deepspeed.__version__ not in KNOWN_VERSIONS:
-        raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} is installed; csipipe's adapter knows "
-            f"{', '.join(KNOWN_VERSIONS)}. Install with: pip install -c constraints.txt -e ."
-        )
+    """Put DeepSpeed's communication on the BTS ranks of `group`."""
     ds_comm.cdb = SubWorld(group, timeout)

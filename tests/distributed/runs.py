@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -79,7 +82,15 @@ def follow(worker: Any, iterations: int) -> dict[str, Any]:
         "parameters": {name: p.detach().clone() for name, p in parameters.items()},
         "evaluations": [f.sums for f in evaluations if f is not None],
         "ledger": worker.exchanged().counts,
+        "files": saved(worker),
     }
+
+
+def saved(worker: Any) -> dict[str, dict[str, Tensor]]:
+    """What a rank's worker writes: tensors by file name."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker.save_weights(Path(folder))
+        return {path.name: load_file(path) for path in Path(folder).iterdir()}
 
 
 def split(world: World, settings: Settings) -> dict[str, Any]:
@@ -92,11 +103,11 @@ def split(world: World, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def unsplit(settings: Settings) -> dict[str, Any]:
-    """CSILocal without a wire, in this process: private encoders and heads."""
+def unsplit(settings: Settings, shared: bool = False) -> dict[str, Any]:
+    """The model without a wire, in this process; unless `shared`, with private ends (CSILocal)."""
     torch.set_num_threads(1)
     ues, test = methods.load(settings, range(settings.topology.ues), CPU)
-    worker = Centralised(settings, ues, test, CPU, shared=False)
+    worker = Centralised(settings, ues, test, CPU, shared)
     return follow(worker, settings.train.iterations)
 
 

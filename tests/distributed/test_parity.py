@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from harness import run_world
-from runs import joined, small, split, unsplit
+from runs import CPU, joined, small, split, unsplit
+from torch import nn
+
+from csipipe import methods, models
 
 TOLERANCE = 1e-5
 # before a BatchNorm the bias's true gradient is zero; what is computed is noise
@@ -32,11 +35,12 @@ def reference(micro_batches: int) -> dict[str, Any]:
 def worst_gradient(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     """Largest ‖difference‖ / ‖gradient‖ over the parameters of every part."""
     assert found["gradients"].keys() == wanted["gradients"].keys()
-    return max(
-        float((found["gradients"][name] - g).norm() / g.norm())
+    ratios = [
+        (found["gradients"][name] - g).norm() / g.norm()
         for name, g in wanted["gradients"].items()
         if not name.endswith(NOISE)
-    )
+    ]
+    return float(torch.stack(ratios).max())  # NaN if any is
 
 
 def worst_loss(found: dict[str, Any], wanted: dict[str, Any]) -> float:
@@ -75,3 +79,59 @@ def test_stages_partition_and_placement_change_no_bit(
         assert torch.equal(parameter, other["parameters"][name]), name
     for a, b in zip(one["evaluations"], other["evaluations"], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_one_ue_trains_the_centralised_model(stages: int) -> None:
+    settings = small(topology={"ues": 1, "stages": stages})
+    found = joined(run_world(stages + 1, split, settings))
+    wanted = unsplit(settings, shared=True)
+    assert worst_gradient(found, wanted) <= TOLERANCE
+    assert worst_loss(found, wanted) <= TOLERANCE
+
+
+def test_bf16_is_the_same_model_in_coarser_steps() -> None:
+    settings = small(train={"precision": "bf16", "iterations": 3})
+    found, wanted = joined(run_world(4, split, settings)), unsplit(settings)
+    assert worst_gradient(found, wanted) <= 3e-2  # bf16 keeps 8 bits
+    assert worst_loss(found, wanted) <= 3e-2
+    assert found["losses"] != reference(4)["losses"][:3]
+
+
+def test_evaluation_is_the_mean_over_the_whole_test_set() -> None:
+    settings = small()  # 20 test rows in batches of 8: the last is padded
+    ranks = run_world(4, split, settings)
+    [_, test] = ranks[0]["evaluations"]
+    assert test[:, 0].tolist() == [20.0] * 4
+    tail = nn.Sequential(*models.build_tail(settings.model, 0)).eval()
+    tail.load_state_dict(strip(ranks[0]["files"]["tail.safetensors"], "tail."))
+    ues = ranks[2]["files"] | ranks[3]["files"]
+    for ue, sums in enumerate(test):
+        encoder = models.build_encoder(settings.model, 0).eval()
+        head = models.build_head(settings.model, 0).eval()
+        encoder.load_state_dict(strip(ues[f"ue-{ue}.safetensors"], "encoder."))
+        head.load_state_dict(strip(ues[f"ue-{ue}.safetensors"], "head."))
+        h = methods.load(settings, range(1), CPU)[1]
+        with torch.no_grad():
+            h_hat = head(tail(encoder(h)))
+        error, power = ((h_hat - h) ** 2).sum((1, 2, 3)), (h**2).sum((1, 2, 3))
+        centred = ((h - 0.5) ** 2).sum((1, 2, 3))
+        wanted = [
+            20.0,
+            *(float(x.sum()) for x in (error / power, error / centred, centred / power)),
+        ]
+        torch.testing.assert_close(sums.tolist(), wanted, rtol=1e-4, atol=0)
+
+
+def test_saved_weights_are_the_trained_ones() -> None:
+    ranks = run_world(4, split, small())
+    files = {name: content for rank in ranks for name, content in rank["files"].items()}
+    assert sorted(files) == ["tail.safetensors", *(f"ue-{n}.safetensors" for n in range(4))]
+    for name, parameter in joined(ranks)["parameters"].items():
+        file, key = ("tail", name) if name.startswith("tail") else name.split(".", 1)
+        assert torch.equal(files[f"{file}.safetensors"][key], parameter), name
+
+
+def strip(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A part's own state out of a file's."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -201,8 +203,8 @@ def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
     assert ended.stderr.count("csipipe: error:") == 1
 
 
-@pytest.mark.parametrize("rank", [1, 3], ids=["BTS", "UE"])
-def test_a_killed_rank_ends_the_others(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "culprit"), [(1, "BTS stage 1"), (3, "UE rank 3")])
+def test_a_killed_rank_ends_the_others(rank: int, culprit: str, tmp_path: Path) -> None:
     endless = arguments(tmp_path / "run", train__iterations="100000", run__eval_every="20")
     with Program(4, endless) as program:
         program.wait_for("iteration 20/")
@@ -210,6 +212,32 @@ def test_a_killed_rank_ends_the_others(rank: int, tmp_path: Path) -> None:
         ended = program.join(timeout=20)
     assert sorted(e.code for e in ended if e.code is not None) == [-9, 1, 1, 1]
     assert len(errors(ended)) == 1
+    assert re.search(rf"iteration \d+: .* {culprit}", errors(ended)[0])
+
+
+@pytest.mark.parametrize("rank", [1, 3], ids=["BTS", "UE"])
+def test_a_frozen_rank_ends_the_others_after_the_timeout(rank: int, tmp_path: Path) -> None:
+    endless = arguments(
+        tmp_path / "run", train__iterations="100000", run__eval_every="20", run__timeout="3"
+    )
+    with Program(4, endless) as program:
+        program.wait_for("iteration 20/")
+        pid = program.ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        ended = program.join(timeout=20, without=rank)
+    assert {e.code for i, e in enumerate(ended) if i != rank} == {1}
+    assert len(errors(ended)) == 1
+
+
+def test_a_failure_while_saving_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "weights").write_text("in the way")
+    ended = run_program(4, arguments(tmp_path / "run"))
+    assert {e.code for e in ended} == {1}
+    assert len(errors(ended)) == 1
+    assert "weights" in errors(ended)[0]
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_plain_python_answers_with_the_torchrun_line() -> None:

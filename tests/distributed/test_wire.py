@@ -61,23 +61,30 @@ def test_bf16_halves_the_bytes() -> None:
     assert all(np.isfinite(result["losses"]).ravel())
 
 
+def listen_to(name: str, sent: list[bytes]) -> None:
+    """Note what is handed to a function of torch.distributed."""
+    function = getattr(dist, name)
+
+    def listen(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return function(tensor, *arguments, **options)
+
+    setattr(dist, name, listen)
+
+
 def eavesdrop(world: World, settings: Settings) -> dict[str, Any]:
     """One rank; notes the bytes of everything it hands to the network, and its own channels."""
     sent: list[bytes] = []
-    isend = dist.isend
-
-    def listen(tensor: torch.Tensor, *arguments: Any) -> Any:
-        sent.append(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return isend(tensor, *arguments)
-
-    dist.isend = listen  # type: ignore[assignment]
+    for name in ("isend", "send", "all_reduce", "broadcast", "all_gather", "reduce"):
+        listen_to(name, sent)
     build = methods.prepare(settings, world.rank, world.size, CPU)
     world.ready("data")
     world.connect(settings.run.timeout)
-    worker = build(world)
+    worker: Any = build(world)
     follow(worker, settings.train.iterations)
     world.leave()
-    rows = [ue.rows.numpy() for ue in worker.ues] if hasattr(worker, "ues") else []
+    ues = getattr(worker, "ues", [])
+    rows = [rows.numpy() for ue in ues for rows in (ue.rows, ue.holdout, worker.test)]
     return {"sent": b"".join(sent), "rows": np.concatenate(rows) if rows else None}
 
 
@@ -85,11 +92,12 @@ def test_no_channel_leaves_its_ue() -> None:
     ranks = run_world(4, eavesdrop, small(train={"iterations": 3}))
     sent = b"".join(rank["sent"] for rank in ranks)
     rows = np.concatenate([rank["rows"] for rank in ranks if rank["rows"] is not None])
-    assert len(rows) == 4 * 18
+    assert len(rows) == 4 * 20 + 2 * 2 * 20  # rows of four UEs; the test set, twice on two ranks
     assert len(sent) > 10_000
     for row in rows.reshape(-1, 8):  # any eight neighbouring reals that say something
         if np.abs(row - 0.5).max() > 1e-3:
             assert row.tobytes() not in sent
+            assert row.astype(np.float64).tobytes() not in sent
 
 
 def lose_a_message(world: World) -> str:
@@ -112,7 +120,7 @@ def test_ledgers_that_differ_are_an_error() -> None:
 def mix_up(world: World) -> list[float]:
     """Rank 0 sends two kinds in one order, rank 1 receives them in the other."""
     world.connect(20)
-    peer = [Peer(1 - world.rank, slice(0, 1), range(0))]
+    peer = [Peer(1 - world.rank, slice(0, 1))]
     one, two = (
         Channel(kind, peer, (1, 1), 2, torch.float32, CPU)
         for kind in (Kind.ACTIVATION, Kind.ACTIVATION_GRADIENT)
@@ -138,7 +146,8 @@ def test_a_tag_tells_kinds_and_micro_batches_apart() -> None:
 def stay_silent(world: World) -> str:
     """Rank 0 never sends what rank 1 waits for."""
     world.connect(1.0)
-    channel = Channel(Kind.SMASHED, [Peer(0, slice(0, 1), range(0))], (1, 1), 3, torch.float32, CPU)
+    peer = Peer(0, slice(0, 1), role="BTS stage 0")
+    channel = Channel(Kind.SMASHED, [peer], (1, 1), 3, torch.float32, CPU)
     if world.rank == 0:
         world.store.get("rank 1 gave up")
         return ""
@@ -154,4 +163,4 @@ def stay_silent(world: World) -> str:
 
 def test_a_silent_peer_is_named_after_the_timeout() -> None:
     message = run_world(2, stay_silent, timeout=20)[1]
-    assert "waiting for smashed of micro-batch 2 from rank 0" in message
+    assert "waiting for smashed of micro-batch 2 from BTS stage 0" in message

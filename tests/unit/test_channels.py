@@ -420,6 +420,8 @@ def test_missing_folders_files_rows_and_bins(folder: Path) -> None:
 
 WITH_NAN = images(5).reshape(5, -1)
 WITH_NAN[3, 7], WITH_NAN[4, 0] = np.nan, np.inf
+WITH_EMPTY = images(4).reshape(4, -1)
+WITH_EMPTY[1], WITH_EMPTY[3] = 0.5, 0.0
 
 
 @pytest.mark.parametrize(
@@ -434,6 +436,7 @@ WITH_NAN[3, 7], WITH_NAN[4, 0] = np.nan, np.inf
         (np.ones((2, 2048), np.int16), "HT", r"class int16; expected real single or double"),
         (np.full((2, 2048), "a", object), "HT", r"class cell; expected real"),
         (WITH_NAN, "HT", r"NaN or infinite values in 2 row\(s\), the first of them row 3"),
+        (WITH_EMPTY, "HT", r"2 row\(s\) of HT hold one value .* row 1 .* without energy"),
         (images(2).reshape(2, -1) - 0.5, "HT", r"lies in \[-0\.\d+, 0\.\d+\].*add 0\.5"),
         (np.linspace(0, 255, 4096).reshape(2, -1), "HT", r"lies in \[0, 255\].*Scale each row"),
     ],

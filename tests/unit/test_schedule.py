@@ -1,4 +1,4 @@
-"""Schedules as data: order, pairing of sends and receives, buffers in flight."""
+"""Schedules as data: order, and the pairing of sends and receives."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 from csipipe.schedule import (
     Instruction,
     Op,
+    gpipe,
     stage_evaluation,
-    stage_training,
-    ue_evaluation,
+    ue_decoding,
+    ue_encoding,
     ue_training,
 )
 
@@ -22,7 +23,7 @@ def micro_batches_of(plan: list[Instruction], op: Op) -> list[int | None]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_send_has_its_receive_in_the_same_order(size: int) -> None:
-    stage, ue = list(stage_training(size)), list(ue_training(size))
+    stage, ue = list(gpipe(size)), list(ue_training(size))
     for sender, receiver in [(ue, stage), (stage, stage), (stage, ue)]:
         for send, receive in [
             (Op.SEND_FORWARD, Op.RECEIVE_FORWARD),
@@ -34,7 +35,8 @@ def test_every_send_has_its_receive_in_the_same_order(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_evaluation_pairs_too_and_sends_no_gradient(size: int) -> None:
-    stage, ue = list(stage_evaluation(size)), list(ue_evaluation(size))
+    stage = list(stage_evaluation(size))
+    ue = [*ue_encoding(size), *ue_decoding(size)]
     for plan in (stage, ue):
         assert micro_batches_of(plan, Op.SEND_FORWARD) == list(range(size))
         assert micro_batches_of(plan, Op.RECEIVE_FORWARD) == list(range(size))
@@ -47,7 +49,7 @@ def test_a_stage_computes_what_it_has_received_and_sends_what_it_has_computed(si
         (Op.RECEIVE_FORWARD, Op.FORWARD, Op.SEND_FORWARD),
         (Op.FORWARD, Op.RECEIVE_BACKWARD, Op.BACKWARD, Op.SEND_BACKWARD),
     ]
-    plan = list(stage_training(size))
+    plan = list(gpipe(size))
     for m in range(size):
         for chain in chains:
             places = [plan.index(Instruction(op, m)) for op in chain]
@@ -57,7 +59,7 @@ def test_a_stage_computes_what_it_has_received_and_sends_what_it_has_computed(si
 
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_summed_in_ascending_order(size: int) -> None:
-    assert micro_batches_of(list(stage_training(size)), Op.BACKWARD) == list(range(size))
+    assert micro_batches_of(list(gpipe(size)), Op.BACKWARD) == list(range(size))
     assert micro_batches_of(list(ue_training(size)), Op.HEAD) == list(range(size))
 
 

@@ -23,8 +23,7 @@ def parse(*arguments: str) -> Settings:
 
 def test_no_arguments_are_the_laptop_preset() -> None:
     laptop = parse("--config", str(ROOT / "launch" / "configs" / "laptop.yaml"))
-    assert parse() == Settings()
-    assert laptop == parse("--topology.stages", "2")
+    assert parse() == laptop == Settings()
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -101,6 +100,7 @@ def test_the_rate_warms_up_and_decays() -> None:
 
 def test_defaults_that_follow_from_others() -> None:
     assert Settings().stages == 2
+    assert Settings(method="centralised").stages == 0
     assert Settings(topology=TopologySettings(stages=3)).stages == 3
     assert Settings(train=TrainSettings(iterations=5)).eval_every == 1
     assert Settings(train=TrainSettings(iterations=500)).eval_every == 50
@@ -135,6 +135,12 @@ def test_every_deepspeed_file_switches_clipping_off() -> None:
             "computes in bf16, but train.precision is fp32",
         ),
         ('{"gradient_clipping": 0.0, "zero_optimization": {"stage": 2}}', "ZeRO stage 2"),
+        ('{"gradient_clipping": 0.0, "zero_optimization": true}', "not an object"),
+        ('{"gradient_clipping": 0.0, "bfloat16": {"enabled": true}}', "enables bfloat16"),
+        (
+            '{"gradient_clipping": 0.0, "zero_optimization": {"offload_optimizer": {}}}',
+            "without offloading",
+        ),
         ("{", "is not JSON"),
         ("[]", "no JSON object"),
     ],
@@ -149,3 +155,9 @@ def test_deepspeed_files_that_cannot_be_used(content: str, message: str, tmp_pat
 def test_a_missing_deepspeed_file_names_the_shipped_ones() -> None:
     with pytest.raises(FileNotFoundError, match="ds_configs"):
         deepspeed.load("nowhere.json", "fp32")
+
+
+def test_an_unknown_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed, "version", lambda package: "9.9.9")
+    with pytest.raises(ValueError, match=r"DeepSpeed 9\.9\.9 is installed; csipipe knows 0\.19\.8"):
+        deepspeed.load(None, "fp32")

@@ -1,0 +1,71 @@
+"""What the UE half and the BTS half of a method share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from csipipe.config import Settings
+from csipipe.device import autocast, wire_dtype
+from csipipe.figures import WIDTH
+from csipipe.methods.base import batches_of, count_parts
+from csipipe.topology import Topology
+from csipipe.wire import Ledger, Wire, largest
+from csipipe.world import World
+
+
+class Half:
+    """What both halves share: the wire, and the channels for figures and decisions."""
+
+    def __init__(
+        self, settings: Settings, topology: Topology, world: World, device: torch.device
+    ) -> None:
+        train = settings.train
+        self.settings = settings
+        self.topology = topology
+        self.device = device
+        self.world = world
+        self.rank = world.rank
+        world.doing = topology.role(world.rank)
+        self.wire = Wire(
+            topology,
+            world.rank,
+            train.batch_size // train.micro_batches,
+            train.micro_batches,
+            wire_dtype(train.precision),
+            device,
+        )
+        self.parameters = count_parts(settings.model)
+        self.reports = self.wire.reports(WIDTH)
+        self.decisions = self.wire.decisions()
+        self.batches: dict[str, int] = {}
+
+    @property
+    def has_holdout(self) -> bool:
+        return self.batches["holdout"] > 0
+
+    def agree(self, decision: bool) -> bool:
+        if self.rank == 0:
+            self.decisions.send(0, torch.tensor([float(decision)], dtype=torch.float64))
+            self.decisions.finish()
+            return decision
+        self.decisions.post()
+        return bool(self.decisions.receive(0).item())
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Arithmetic of the UE parts' forward passes."""
+        return autocast(self.settings.train.precision, self.device)
+
+    def start(self, iteration: int) -> None:
+        """Say where this rank is, should it have to report an error."""
+        self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
+
+    def exchanged(self) -> Ledger:
+        return self.wire.ledger.merge(self.topology.is_bts(self.rank))
+
+    def agree_on_batches(self, rows: dict[str, int]) -> None:
+        """Every rank runs as many evaluation batches as the UE with the most rows needs."""
+        self.world.ready("parts")  # building them may take longer than a wait inside an iteration
+        batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
+        self.batches = dict(zip(rows, largest(batches), strict=True))
