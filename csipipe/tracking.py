@@ -34,8 +34,9 @@ class Tracker:
         self.folder = folder
         self.writer = SummaryWriter(str(folder))
         self.seconds: list[float] = []
-        self._lines = not sys.stderr.isatty()
-        self._bar = tqdm(total=iterations, unit="it", disable=self._lines, dynamic_ncols=True)
+        # a log file gets the lines of `say`, not a bar that is drawn again and again
+        lines = not sys.stderr.isatty()
+        self._bar = tqdm(total=iterations, unit="it", disable=lines, dynamic_ncols=True)
         self._started = time.monotonic()
 
     def iteration(self, done: int, figures: Figures, lr: float, seconds: float) -> None:

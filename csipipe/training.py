@@ -27,7 +27,7 @@ def launch(world: World, settings: Settings) -> None:
     """
     _same_settings(world, settings)
     device = pick_device(settings.train.device, world.local_rank)
-    set_threads(settings.train.threads, world.local_size)
+    threads = set_threads(settings.train.threads, world.local_size)
     keep_memory()
     build = prepare(settings, world.rank, world.size, device)
     world.ready("data")
@@ -38,6 +38,10 @@ def launch(world: World, settings: Settings) -> None:
     if world.rank == 0:
         claim(folder, settings)
         tracker = Tracker(folder, settings.train.iterations)
+        tracker.say(
+            f"{settings.method}: {settings.stages} BTS stage(s) and {settings.topology.ues} UEs on "
+            f"{world.size} rank(s), {device.type}, {threads} thread(s) each; run: {folder}"
+        )
     world.ready("training")
     run(worker, settings, folder, tracker)
     world.leave()
