@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -40,6 +40,25 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} can't be written: {error}") from error
     os.replace(partial, path)
+
+
+def load(path: Path, part: str, into: nn.Module) -> None:
+    """Read one part's state out of a file that `save` wrote.
+
+    Raises:
+        ValueError: no such file, damaged, or weights of another model.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no weights that can be read: {error}") from error
+    prefix = f"{part}."
+    try:
+        into.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another model's {part}: {error}") from error
 
 
 def flatten(module: nn.Module) -> Tensor:

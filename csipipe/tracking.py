@@ -104,16 +104,19 @@ def exchanged_summary(ledger: Ledger, phase: str = "training") -> dict[str, dict
     }
 
 
+def test_table(test: dict[str, Any]) -> str:
+    """Loss and NMSE on a test set, per UE and mean, with the floor (of `Figures.summary`)."""
+    rows = [(f"UE {row['ue']}", row["loss"], row["nmse_db"]) for row in test["per_ue"]]
+    rows += [("mean", test["loss"], test["nmse_db"]), ("0.5", test["floor_loss"], 0.0)]
+    head = f"{'test set':>10}  {'loss':>10}  {'NMSE (dB)':>10}\n"
+    lines = (f"{name:>10}  {loss:>10.3e}  {nmse_db:>10.2f}" for name, loss, nmse_db in rows)
+    return head + "\n".join(lines) + "   a constant 0.5: the floor"
+
+
 def closing_table(summary: dict[str, Any], folder: Path) -> str:
     """What a finished run prints."""
-    test, crossed = summary["test"], summary["exchanged"]
-    lines = ["", f"{'test set':>10}  {'loss':>10}  {'NMSE (dB)':>10}"]
-    for row in test["per_ue"]:
-        lines.append(f"{'UE ' + str(row['ue']):>10}  {row['loss']:>10.3e}  {row['nmse_db']:>10.2f}")
-    lines.append(f"{'mean':>10}  {test['loss']:>10.3e}  {test['nmse_db']:>10.2f}")
-    lines.append(
-        f"{'0.5':>10}  {test['floor_loss']:>10.3e}  {0:>10.2f}   a constant 0.5: the floor"
-    )
+    crossed = summary["exchanged"]
+    lines = ["", test_table(summary["test"])]
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 
-from csipipe import channels
+from csipipe import channels, checkpoint
 from csipipe.config import Settings
 from csipipe.methods.base import Part, Worker
 from csipipe.methods.centralised import Centralised
@@ -22,7 +24,7 @@ from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.topology import Topology
 from csipipe.world import World
 
-__all__ = ["Centralised", "Part", "Worker", "load", "prepare"]
+__all__ = ["Centralised", "Part", "Worker", "load", "prepare", "trained"]
 
 Builder = Callable[[World], Worker]
 
@@ -64,6 +66,27 @@ def _prepare_centralised(settings: Settings, world_size: int, device: torch.devi
         )
     ues, test = load(settings, range(settings.topology.ues), device)
     return lambda world: Centralised(settings, ues, test, device)
+
+
+def trained(settings: Settings, weights: Path, device: torch.device) -> Centralised:
+    """The unsplit model with a run's weights, every UE with its own ends, and the test set.
+
+    Raises:
+        ValueError, OSError: weights or data that can't be used.
+    """
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    deal = channels.deal(data, settings.topology.ues, source.available)
+    test = torch.from_numpy(channels.load_test(source, deal)).to(device)
+    none = np.empty((0, *test.shape[1:]), np.float32)
+    ues = [UserEquipment(n, settings, none, none, device) for n in range(settings.topology.ues)]
+    worker = Centralised(settings, ues, test, device, shared=False)
+    checkpoint.load(checkpoint.tail_file(weights), "tail", worker.tail)
+    for ue in ues:
+        file = checkpoint.ue_file(weights, ue.number)
+        checkpoint.load(file, "encoder", ue.encoder)
+        checkpoint.load(file, "head", ue.head)
+    return worker
 
 
 def load(

@@ -120,6 +120,30 @@ def test_the_screen_ends_with_the_table(finished: tuple[Path, str, str]) -> None
     assert "iteration 6/6" in err
 
 
+def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "launch/evaluate.py", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_evaluate_repeats_the_figures_of_the_run(finished: tuple[Path, str, str]) -> None:
+    ended = evaluate(str(finished[0]))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() in finished[1]  # the same table, from one process
+
+
+def test_evaluate_takes_other_data_and_refuses_what_is_no_run(
+    finished: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    other = evaluate(str(finished[0]), "--data.environment", "outdoor")
+    assert other.returncode == 0, other.stderr
+    assert other.stdout.strip() not in finished[1]
+    for folder, message in ((tmp_path, "has no config.yaml"), (finished[0], "another model's")):
+        ended = evaluate(str(folder), "--model.c1", "8")
+        assert ended.returncode == 1
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
 def test_a_run_is_never_overwritten(finished: tuple[Path, str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     ranks = run_program(4, arguments(finished[0]))
