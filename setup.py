@@ -19,7 +19,9 @@ setup(
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",  # csipipe/pipeline/subworld.py knows this release
+        "h5py>=3.11",
         "jsonargparse[signatures]>=4.49",
+        "matplotlib>=3.9",
         "numpy>=2.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",

@@ -2,15 +2,28 @@
 
 B samples, each an image (2, A, D) of reals in [0, 1] with 0.5 for zero. Results are in the
 input's dtype; a mean over samples is the caller's, who takes it in float64.
+
+rho and SGCS compare channels bin by bin over frequency: (B, A, K) complex, A angles, K bins. Both
+sides must have the same first axis. Angles, which the image has, or antennas make no difference
+to a cosine (the transform between them is unitary up to a scale), but one of each is nonsense.
+`HF_all` of CsiNet's files is in angles; antennas would have to go through `torch.fft.fft(dim=1)`.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 ZERO = 0.5
+PADDED = 257
+"""Delay bins that CsiNet pads an image to before it goes to frequency: about every fourth
+subcarrier of 1024."""
+BINS = 125
+"""Frequency bins that CsiNet compares: the first of the 257, those of `HF_all`."""
+SUBBANDS = 13
+"""Subbands that 3GPP's studies commonly report: 52 resource blocks in groups of 4."""
 
 
 def _energy(x: Tensor) -> Tensor:
@@ -39,6 +52,67 @@ def centred_nmse(h_hat: Tensor, h: Tensor) -> Tensor:
 def floor_loss(h: Tensor) -> Tensor:
     """`paper_loss` of a constant 0.5, ||h - 0.5||^2 / ||h||^2: (B,), linear."""
     return _energy(h - ZERO) / _energy(h)
+
+
+def to_frequency(h: Tensor, bins: int = BINS, padded: int = PADDED) -> Tensor:
+    """Angle-frequency response of images: (B, A, bins) complex, linear.
+
+    Delays are padded with zeros from D to `padded` and go through a DFT, as in CsiNet's published
+    script; the angles stay what they are.
+
+    Args:
+        h: (B, 2, A, D) in [0, 1].
+        bins: how many of the first frequency bins to return, at most `padded`.
+        padded: length of the DFT, at least D.
+    """
+    assert h.shape[3] <= padded, (h.shape, padded)
+    assert bins <= padded, (bins, padded)
+    channel = torch.complex(h[:, 0] - ZERO, h[:, 1] - ZERO)
+    response: Tensor = torch.fft.fft(channel, n=padded, dim=2)
+    return response[..., :bins]
+
+
+def rho(hf_hat: Tensor, hf: Tensor) -> Tensor:
+    """Cosine similarity |ĥ^H h| / (||ĥ|| ||h||) per frequency bin, mean over bins: (B,), 0 … 1.
+
+    CsiNet's ρ, with `hf_hat` = `to_frequency` of a reconstruction and `hf` = `HF_all`. It doesn't
+    see a common phase or scale of a bin. A bin without energy has no direction: NaN.
+
+    Args:
+        hf_hat, hf: (B, A, K) complex, the same first axis (see the module).
+    """
+    assert hf_hat.shape == hf.shape, (hf_hat.shape, hf.shape)
+    inner = (hf_hat.conj() * hf).sum(1).abs()
+    norms = hf_hat.abs().square().sum(1).sqrt() * hf.abs().square().sum(1).sqrt()
+    return (inner / norms).mean(1)
+
+
+def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
+    """Squared generalised cosine similarity per subband, mean over subbands: (B,), 0 … 1.
+
+    3GPP TR 38.843 (layer 1): |v̂^H v|^2 / (||v̂||^2 ||v||^2), with v the principal eigenvector of the
+    covariance over a subband's bins, Σ_k h_k h_k^H. With one bin per subband v is h itself.
+
+    Args:
+        hf_hat, hf: (B, A, K) complex, the same first axis (see the module).
+        subbands: 1 … K; the first K % subbands have one bin more.
+
+    Raises:
+        ValueError: more subbands than bins.
+    """
+    assert hf_hat.shape == hf.shape, (hf_hat.shape, hf.shape)
+    bins = hf.shape[2]
+    if not 1 <= subbands <= bins:
+        raise ValueError(f"subbands is {subbands}; there are {bins} bins. Set it to 1 … {bins}.")
+    pairs = zip(hf_hat.tensor_split(subbands, 2), hf.tensor_split(subbands, 2), strict=True)
+    cosines = [(_principal(one).conj() * _principal(other)).sum(1).abs() for one, other in pairs]
+    return torch.stack(cosines, 1).square().mean(1)
+
+
+def _principal(h_BAK: Tensor) -> Tensor:
+    """(B, A): the direction of most energy, of norm 1."""
+    left: Tensor = torch.linalg.svd(h_BAK, full_matrices=False)[0]
+    return left[..., 0]
 
 
 def to_db(linear: float) -> float:

@@ -14,7 +14,7 @@ from csipipe import commandline
 from csipipe.config import Settings
 from csipipe.device import keep_memory, pick_device, set_threads
 from csipipe.figures import Figures
-from csipipe.methods import Worker, prepare
+from csipipe.methods import Worker, manifest, prepare
 from csipipe.tracking import Tracker, exchanged_summary
 from csipipe.world import World
 
@@ -28,8 +28,9 @@ def launch(world: World, settings: Settings) -> None:
     _same_settings(world, settings)
     device = pick_device(settings.train.device, world.local_rank)
     threads = set_threads(settings.train.threads, world.local_size)
-    keep_memory()
     build = prepare(settings, world.rank, world.size, device)
+    dealt = manifest(settings, world.rank, world.size)
+    keep_memory()  # from here on: a file that was converted is not held on to
     world.ready("data")
     world.connect(settings.run.timeout)
     worker = build(world)
@@ -43,6 +44,8 @@ def launch(world: World, settings: Settings) -> None:
             f"{world.size} rank(s), {device.type}, {threads} thread(s) each; run: {folder}"
         )
     world.ready("training")
+    if dealt is not None:
+        dealt.write(folder)
     run(worker, settings, folder, tracker)
     world.leave()
 

@@ -7,14 +7,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from csipipe.channels.csinet import CsiNetSource
+from csipipe.channels.csinet import CsiNetSource, frequency_channels
 from csipipe.channels.load import load_test, load_ue
+from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal, deal
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.config import DataSettings
 
-__all__ = ["Deal", "Source", "Span", "deal", "load_test", "load_ue", "open_source"]
+__all__ = [
+    "Deal",
+    "Manifest",
+    "Source",
+    "Span",
+    "deal",
+    "frequency_channels",
+    "load_test",
+    "load_ue",
+    "manifest_of",
+    "open_source",
+]
 
 
 def open_source(data: DataSettings, angles: int, delays: int) -> Source:

@@ -6,23 +6,30 @@ Feedback", IEEE Wireless Communications Letters 7(5), 2018, and its published fi
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels.matfile import ANGLES, DELAYS, count_rows, read_images
+from csipipe.channels.cache import Copy, converted
+from csipipe.channels.layout import ANGLES, DELAYS, HF, HT, check_finite
+from csipipe.channels.matfile import count_rows, read_rows
 from csipipe.channels.source import Images, Part, Site, check_range
 from csipipe.channels.transform import shrink
 
 _SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
+_PIECE = 1024
+"""Rows copied at once from a mapped file."""
 
 
 class CsiNetSource:
     """Rows of CsiNet's files; training and validation files together are the training rows.
 
     Training rows come in an order drawn from the seed, so that a range of them is a random
-    draw; test rows come in file order. A file is read on the first call that needs its values.
+    draw; test rows come in file order. The first call that needs a file's values converts it (see
+    `cache`); only the rows that are asked for take memory of this process.
 
     Args:
         folder: where the files are.
@@ -51,7 +58,7 @@ class CsiNetSource:
         self._angles = angles
         self._delays = delays
         self._counts: dict[tuple[Site, Part], int] = {}
-        self._images: dict[tuple[Site, Part], Images] = {}
+        self._copies: dict[tuple[Site, Part], list[Copy]] = {}
 
     def available(self, environment: Site, part: Part) -> int:
         """Rows in the files of an environment and part, from their headers."""
@@ -65,15 +72,33 @@ class CsiNetSource:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or holds something else (see `matfile`), or the range
-                goes beyond what is available.
+            ValueError: a file is damaged or holds something else (see `matfile`, `layout`), or
+                the range goes beyond what is available.
+            OSError: there is no room for the converted copy (see `cache`).
         """
         check_range(start, stop, self.available(environment, part))
         chosen = self._order(environment, part)[start:stop]
-        images = self._read(environment, part)[chosen]
+        images = _gather(self._converted(environment, part), chosen)
         if (self._angles, self._delays) == (ANGLES, DELAYS):
             return images
         return shrink(images, self._angles, self._delays)
+
+    def identity(self, environment: Site, part: Part) -> dict[str, Any]:
+        """The files by name, rows and SHA-256, and how the order of the rows is drawn."""
+        order = self._order(environment, part).astype("<i8")
+        return {
+            "files": [
+                {"name": Path(copy.path).name, "rows": copy.rows, "sha256": copy.sha256}
+                for copy in self._converted(environment, part)
+            ],
+            "order": (
+                "as in the files"
+                if part == "test"
+                else f"numpy.random.default_rng(numpy.random.SeedSequence(({self._seed}, "
+                f"{list(_SUFFIX).index(environment)}))).permutation({len(order)})"
+            ),
+            "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
+        }
 
     def _files(self, environment: Site, part: Part) -> list[Path]:
         """The first must exist; the validation file is optional."""
@@ -88,6 +113,19 @@ class CsiNetSource:
         validation = self._folder / f"DATA_Hval{suffix}.mat"
         return [needed, validation] if part == "train" and validation.is_file() else [needed]
 
+    def _converted(self, environment: Site, part: Part) -> list[Copy]:
+        key = (environment, part)
+        if key not in self._copies:
+            copies = [converted(path) for path in self._files(environment, part)]
+            found, counted = sum(copy.rows for copy in copies), self.available(environment, part)
+            if found != counted:
+                raise ValueError(
+                    f"{self._folder}: the {environment} {part} files had {counted} rows and have "
+                    f"{found} now; start again when they are complete."
+                )
+            self._copies[key] = copies
+        return self._copies[key]
+
     def _order(self, environment: Site, part: Part) -> NDArray[np.int64]:
         count = self.available(environment, part)
         if part == "test":
@@ -95,9 +133,42 @@ class CsiNetSource:
         stream = np.random.SeedSequence((self._seed, list(_SUFFIX).index(environment)))
         return np.random.default_rng(stream).permutation(count)
 
-    def _read(self, environment: Site, part: Part) -> Images:
-        key = (environment, part)
-        if key not in self._images:
-            files = [read_images(path) for path in self._files(environment, part)]
-            self._images[key] = files[0] if len(files) == 1 else np.concatenate(files)
-        return self._images[key]
+
+def frequency_channels(folder: Path, environment: Site) -> NDArray[np.complex64] | None:
+    """`HF_all` of an environment's test rows, in file order; None if the folder has none.
+
+    CsiNet calls these spatial-frequency channels, but compares them with reconstructions whose
+    angles it doesn't transform back: the first axis is the images' (see
+    `images.frequencies_of_rays`).
+
+    Returns:
+        (rows, 32, 125) complex64: angles, the first 125 of 257 frequencies; of any scale.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else (see `matfile`, `layout`).
+    """
+    path = folder / f"DATA_HtestF{_SUFFIX[environment]}_all.mat"
+    if not path.is_file():
+        return None
+    channels = np.empty((count_rows(path, HF), HF.width), np.complex64)
+    first = 0
+    for values in read_rows(path, HF):
+        check_finite(path, HF, values, first)
+        channels[first : first + len(values)] = values
+        first += len(values)
+    return channels.reshape(-1, *HF.row)
+
+
+def _gather(copies: list[Copy], chosen: NDArray[np.int64]) -> Images:
+    """Rows by their numbers in the joined files: (len(chosen), 2, 32, 32)."""
+    images = np.empty((len(chosen), HT.width), np.float32)
+    first = 0
+    for copy in copies:
+        mine = np.flatnonzero((first <= chosen) & (chosen < first + copy.rows))
+        mine = mine[np.argsort(chosen[mine])]  # a disk reads forward
+        for begin in range(0, len(mine), _PIECE):
+            piece = mine[begin : begin + _PIECE]
+            # mapped for a moment: pages that were touched don't add up in this process
+            images[piece] = copy.open()[chosen[piece] - first]
+        first += copy.rows
+    return images.reshape(-1, *HT.row)

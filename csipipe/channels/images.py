@@ -10,7 +10,9 @@ Its DFT over antennas and inverse DFT over subcarriers are Dirichlet kernels,
     g exp(j pi (A-1) (u - a/A)) S(A, u - a/A) x exp(-j pi (K-1) (t-d)/K) S(K, (t-d)/K),
     S(N, x) = sin(pi N x) / (N sin(pi x)),
 
-so a sample is a sum of rank-one images: one matmul. The phases split into one factor per ray,
+so a sample is a sum of rank-one images: one matmul. The frequencies of CsiNet's `HF_all` are a
+grid of F points over the same band, of which the first are kept, x exp(-j 2 pi t f / F), and
+its angles are the image's. The phases split into one factor per ray,
 which joins g, and one per bin, which is applied to the sum; what is left to compute per ray
 and bin is real.
 """
@@ -20,7 +22,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from csipipe.channels.layout import FREQUENCIES
+
 Reals = NDArray[np.float64]
+
+GRID = 257
+"""Points of the frequency grid over the band; CsiNet keeps the first 125."""
 
 
 def kernel(turns: Reals, size: int, bins: int) -> NDArray[np.float32]:
@@ -91,3 +98,34 @@ def images_of_rays(
     per_bin = np.outer(bin_phase(angles, angles), bin_phase(subcarriers, delays).conj())
     image *= per_bin.astype(np.complex64)
     return image
+
+
+def frequencies_of_rays(
+    gain: NDArray[np.complex128], frequency: Reals, delay: Reals, *, angles: int
+) -> NDArray[np.complex64]:
+    """Sum of rays over angles and frequencies, not truncated in delay: CsiNet's `HF_all`.
+
+    The convention is that of CsiNet's evaluation: a reconstruction of 32 delays is padded with
+    zeros to 257, goes through a DFT over delay and keeps the first 125 frequencies; its angles are
+    not transformed back. Frequency f of the 257 is f/257 of the bandwidth, so that a ray of delay
+    t (in bins) has the phase -2 pi t f / 257 there, whole delays or not.
+
+    Args:
+        gain, frequency, delay: (B, R), as `images_of_rays`.
+        angles: antennas and angular bins A.
+
+    Returns:
+        (B, A, 125) complex64: the angle DFT is scaled by 1/A.
+    """
+    g_BR = (gain * np.exp(1j * np.pi * (angles - 1) * frequency)).astype(np.complex64)
+    over_angle_BRA = kernel(frequency, angles, angles)
+    # powers of the phase step between two frequencies: one complex exponential per ray
+    step_BR = np.exp(-2j * np.pi * delay / GRID)
+    steps_BRF = np.broadcast_to(step_BR[..., None], (*step_BR.shape, FREQUENCIES)).copy()
+    steps_BRF[..., 0] = 1
+    over_frequency_BRF = np.cumprod(steps_BRF, axis=2).astype(np.complex64)
+    weighted_BRF = g_BR[..., None] * over_frequency_BRF
+    sums = np.matmul(over_angle_BRA.transpose(0, 2, 1), weighted_BRF.view(np.float32))
+    response: NDArray[np.complex64] = sums.view(np.complex64)
+    response *= bin_phase(angles, angles).astype(np.complex64)[:, None]
+    return response

@@ -23,12 +23,8 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
     Raises:
         FileNotFoundError, ValueError: the source can't give the rows.
     """
-    spans = deal.train(ue)
-    held = _held_counts([span.size for span in spans], holdout)
-    cuts = [span.stop - count for span, count in zip(spans, held, strict=True)]
-    train = [s._replace(stop=cut) for s, cut in zip(spans, cuts, strict=True)]
-    kept = [s._replace(start=cut) for s, cut in zip(spans, cuts, strict=True)]
-    return _rows(source, train), _rows(source, kept)
+    train, kept = hold_out(deal.train(ue), holdout)
+    return rows_of(source, train), rows_of(source, kept)
 
 
 def load_test(source: Source, deal: Deal) -> Images:
@@ -37,7 +33,16 @@ def load_test(source: Source, deal: Deal) -> Images:
     Raises:
         FileNotFoundError, ValueError: the source can't give the rows.
     """
-    return _rows(source, list(deal.test))
+    return rows_of(source, deal.test)
+
+
+def hold_out(spans: tuple[Span, ...], holdout: float) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """A UE's spans, cut into those it trains on and those it holds out (see `load_ue`)."""
+    held = _held_counts([span.size for span in spans], holdout)
+    cuts = [span.stop - count for span, count in zip(spans, held, strict=True)]
+    train = tuple(s._replace(stop=cut) for s, cut in zip(spans, cuts, strict=True))
+    kept = tuple(s._replace(start=cut) for s, cut in zip(spans, cuts, strict=True))
+    return train, kept
 
 
 def _held_counts(counts: list[int], holdout: float) -> list[int]:
@@ -52,5 +57,6 @@ def _held_counts(counts: list[int], holdout: float) -> list[int]:
     return [first, held - first]
 
 
-def _rows(source: Source, spans: list[Span]) -> Images:
+def rows_of(source: Source, spans: tuple[Span, ...]) -> Images:
+    """The rows of all spans, in their order: (n, 2, A, D) float32 in [0, 1]."""
     return np.concatenate([source.rows(*span) for span in spans])

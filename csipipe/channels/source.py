@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,10 @@ class Source(Protocol):
         Raises:
             ValueError: the range is empty backwards or beyond what is available.
         """
+        ...
+
+    def identity(self, environment: Site, part: Part) -> dict[str, Any]:
+        """What a stream is taken from, in JSON's types: equal if and only if its rows are."""
         ...
 
 

@@ -6,15 +6,23 @@ UE makes only the blocks that its rows lie in.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any
 
-from csipipe.channels.images import images_of_rays
-from csipipe.channels.scenario import SCENARIOS, SUBCARRIERS, draw_rays
+import numpy as np
+from numpy.typing import NDArray
+
+from csipipe.channels.images import frequencies_of_rays, images_of_rays
+from csipipe.channels.layout import FREQUENCIES
+from csipipe.channels.scenario import SCENARIOS, SUBCARRIERS, Rays, draw_rays
 from csipipe.channels.source import Images, Part, Site, check_range
 from csipipe.channels.transform import to_unit
 
 BLOCK = 128
 """Rows per block. Part of the stream's definition: another size makes other channels."""
+
+VERSION = 1
+"""Named in manifests: raise it with any change by which a seed makes other channels."""
 
 _SITES: tuple[Site, ...] = ("indoor", "outdoor")
 _PARTS: tuple[Part, ...] = ("train", "test")
@@ -56,17 +64,48 @@ class SyntheticSource:
         """Rows start … stop-1 of the stream: (stop-start, 2, A, D) float32 in [0, 1]."""
         check_range(start, stop, None)
         rows = np.empty((stop - start, 2, self._angles, self._delays), np.float32)
+        self._fill(rows, environment, part, start, self._images)
+        return rows
+
+    def frequency_rows(
+        self, environment: Site, part: Part, start: int, stop: int
+    ) -> NDArray[np.complex64]:
+        """The untruncated channels of the same samples as `rows`, for the cosine similarity.
+
+        Returns:
+            (stop-start, A, 125) complex64, angles and frequencies in CsiNet's convention (see
+            `images.frequencies_of_rays`); the scale is the rays', not the images'.
+        """
+        check_range(start, stop, None)
+        rows = np.empty((stop - start, self._angles, FREQUENCIES), np.complex64)
+        self._fill(rows, environment, part, start, self._frequencies)
+        return rows
+
+    def identity(self, environment: Site, part: Part) -> dict[str, Any]:
+        """Version of the generator, and the stream that the rows are taken from."""
+        return {
+            "generator": f"csipipe synthetic {VERSION}",
+            "stream": f"seed {self._seed}, {environment}, {part}, blocks of {BLOCK} rows",
+        }
+
+    def _fill(
+        self,
+        rows: NDArray[Any],
+        environment: Site,
+        part: Part,
+        start: int,
+        of_rays: Callable[[Rays], NDArray[Any]],
+    ) -> None:
+        """Fill `rows` with the stream from row `start` on, in the form that `of_rays` gives it."""
+        stop = start + len(rows)
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             first = block * BLOCK
             begin, end = max(start, first), min(stop, first + BLOCK)
-            rows[begin - start : end - start] = self._block(environment, part, block)[
-                begin - first : end - first
-            ]
-        return rows
+            rng = generator(self._seed, environment, part, block)
+            made = of_rays(draw_rays(SCENARIOS[environment], BLOCK, rng))
+            rows[begin - start : end - start] = made[begin - first : end - first]
 
-    def _block(self, environment: Site, part: Part, block: int) -> Images:
-        rng = generator(self._seed, environment, part, block)
-        rays = draw_rays(SCENARIOS[environment], BLOCK, rng)
+    def _images(self, rays: Rays) -> Images:
         return to_unit(
             images_of_rays(
                 rays.gain,
@@ -77,3 +116,6 @@ class SyntheticSource:
                 subcarriers=SUBCARRIERS,
             )
         )
+
+    def _frequencies(self, rays: Rays) -> NDArray[np.complex64]:
+        return frequencies_of_rays(rays.gain, rays.frequency, rays.delay, angles=self._angles)

@@ -24,7 +24,7 @@ from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.topology import Topology
 from csipipe.world import World
 
-__all__ = ["Centralised", "Part", "Worker", "load", "prepare", "trained"]
+__all__ = ["Centralised", "Part", "Worker", "load", "manifest", "prepare", "trained"]
 
 Builder = Callable[[World], Worker]
 
@@ -101,3 +101,18 @@ def load(
         for n in numbers
     ]
     return ues, torch.from_numpy(channels.load_test(source, deal)).to(device)
+
+
+def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifest | None:
+    """Which rows are whose, on the rank that hosts UE 0; None on the others.
+
+    A BTS rank may run where no data is, so rank 0 can't be the one.
+    """
+    if settings.method != "centralised":
+        topology = Topology(world_size, settings.stages, settings.topology.ues)
+        if rank != topology.ue_ranks[0]:
+            return None
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    deal = channels.deal(data, settings.topology.ues, source.available)
+    return channels.manifest_of(deal, data.holdout, source)

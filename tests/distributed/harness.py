@@ -102,7 +102,8 @@ class Program:
         self.ranks = [
             _CONTEXT.Process(
                 target=_program,
-                args=(rank, size, self._store.port, self._folder.name, arguments),
+                # the fork server's environment is that of the test that started it
+                args=(rank, size, self._store.port, self._folder.name, arguments, {**os.environ}),
             )
             for rank in range(size)
         ]
@@ -170,13 +171,20 @@ def _environment(rank: int, size: int) -> dict[str, str]:
     }
 
 
-def _program(rank: int, size: int, port: int, folder: str, arguments: Sequence[str]) -> None:
+def _program(
+    rank: int,
+    size: int,
+    port: int,
+    folder: str,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY)
         os.dup2(file, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ.update(
-        _environment(rank, size),
+        environment | _environment(rank, size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",

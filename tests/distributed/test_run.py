@@ -11,12 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from harness import Program, errors, run_program
 from safetensors import safe_open
+from scipy import io
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from csipipe.channels import Manifest, Span
+from csipipe.channels.csinet import CsiNetSource
+from csipipe.channels.synthetic import SyntheticSource
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -88,6 +94,14 @@ def test_the_config_repeats_the_run(finished: tuple[Path, str, str]) -> None:
     config = yaml.safe_load((finished[0] / "config.yaml").read_text())
     assert config["model"]["c1"] == 24
     assert config["train"]["lr_schedule"] == "cosine"  # complete, not only what was given
+
+
+def test_the_manifest_says_which_rows_are_whose(finished: tuple[Path, str, str]) -> None:
+    dealt = Manifest.read(finished[0])
+    assert dealt.train[1] == (Span("indoor", "train", 50, 98),)
+    assert dealt.holdout[1] == (Span("indoor", "train", 98, 100),)
+    assert dealt.test == (Span("indoor", "test", 0, 30),)
+    dealt.check(SyntheticSource(0, 8, 8))
 
 
 def test_weights_are_saved_by_ue_and_by_layer(finished: tuple[Path, str, str]) -> None:
@@ -174,6 +188,23 @@ def test_other_settings_train_too(
     if "train__deepspeed" in settings:  # the same arithmetic in another place
         one = json.loads((finished[0] / "summary.json").read_text())
         assert summary["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-5)
+
+
+def test_ranks_share_one_copy_of_csinets_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CSIPIPE_CACHE", str(tmp_path / "cache"))
+    for name, count in (("train", 160), ("val", 40), ("test", 30)):
+        rows = np.random.default_rng(count).random((count, 2048), np.float32)
+        io.savemat(tmp_path / f"DATA_H{name}out.mat", {"HT": rows})
+    files = {"data__source": "csinet", "data__path": str(tmp_path), "data__environment": "outdoor"}
+    ranks = run_program(4, arguments(tmp_path / "run", **files))
+    assert [rank.code for rank in ranks] == [0] * 4, errors(ranks)
+    dealt = Manifest.read(tmp_path / "run")
+    assert [spans[0].size for spans in dealt.train] == [48] * 4
+    dealt.check(CsiNetSource(tmp_path, 0, 8, 8))
+    left = sorted(path.suffix or path.name for path in (tmp_path / "cache").iterdir())
+    assert left == [".json"] * 3 + [".npy"] * 3 + ["lock"]
 
 
 def test_centralised_runs_in_one_process(tmp_path: Path) -> None:

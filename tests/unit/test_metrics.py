@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from csipipe.metrics import centred_nmse, floor_loss, paper_loss, to_db
+from csipipe.metrics import (
+    centred_nmse,
+    floor_loss,
+    paper_loss,
+    rho,
+    sgcs,
+    to_db,
+    to_frequency,
+)
 
 # Two samples of 2 x 1 x 2. Squares of h add up to .25 + 1 + .25 + 0 = 1.5 and
 # 3 x .25 + .36 = 1.11; those of h - .5 to .25 + .25 = .5 and .01.
@@ -53,3 +61,56 @@ def test_to_db() -> None:
     assert math.isnan(to_db(math.nan))
     with pytest.raises(ValueError, match=r"ratio is -0\.1"):
         to_db(-0.1)
+
+
+# Frequency: samples of 2 angles x 2 bins, [[angle 0], [angle 1]].
+
+
+def test_to_frequency_is_a_padded_dft_over_delay() -> None:
+    h = torch.full((1, 2, 2, 2), 0.5)
+    h[0, 0, 0, 1] = 0.9  # 0.4 at angle 0, one bin late: a turn of a quarter per bin of four
+    h[0, 1, 1, 0] = 0.2  # -0.3j at angle 1, delay 0
+    expected = torch.tensor([[[0.4, -0.4j, -0.4], [-0.3j, -0.3j, -0.3j]]])
+    torch.testing.assert_close(to_frequency(h, bins=3, padded=4), expected)
+    assert to_frequency(h).shape == (1, 2, 125)
+
+
+def test_rho_is_the_mean_cosine_over_bins() -> None:
+    # bin 0: (1, 1) and (1, 0), cosine 1/sqrt(2); bin 1: (1, j) and (1, -j), orthogonal
+    hf_hat = torch.tensor([[[1, 1], [1, 1j]]])
+    hf = torch.tensor([[[1, 1], [0, -1j]]])
+    torch.testing.assert_close(rho(hf_hat, hf), torch.tensor([0.5**0.5 / 2]))
+
+
+def test_rho_sees_neither_phase_nor_scale_of_a_bin() -> None:
+    hf = torch.randn(3, 4, 5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    turned = hf * torch.tensor([1, 2j, -3, 0.1, -1j])
+    torch.testing.assert_close(rho(turned, hf), torch.ones(3))
+    torch.testing.assert_close(sgcs(turned, hf, 5), torch.ones(3))
+    over_antennas = torch.fft.ifft(turned, dim=1), torch.fft.ifft(hf, dim=1)
+    torch.testing.assert_close(rho(*over_antennas), torch.ones(3))
+    assert rho(over_antennas[0], hf).max() < 0.95
+
+
+def test_a_bin_without_energy_has_no_rho() -> None:
+    hf = torch.ones(1, 2, 2, dtype=torch.complex64)
+    assert rho(hf * torch.tensor([1, 0]), hf).isnan().all()
+
+
+def test_sgcs_compares_the_strongest_directions_of_subbands() -> None:
+    # bins (3, 4) and (-2, 1.5), orthogonal: the first is the stronger; and (2, 0), (1j, 0)
+    hf_hat = torch.tensor([[[3, -2], [4, 1.5]]], dtype=torch.complex64)
+    hf = torch.tensor([[[2, 1j], [0, 0]]])
+    torch.testing.assert_close(sgcs(hf_hat, hf, 1), torch.tensor([9 / 25]))
+    torch.testing.assert_close(sgcs(hf_hat, hf, 2), torch.tensor([(9 / 25 + 4 / 6.25) / 2]))
+    for subbands in (0, 3):
+        with pytest.raises(ValueError, match=rf"subbands is {subbands}; there are 2 bins"):
+            sgcs(hf_hat, hf, subbands)
+
+
+def test_sgcs_of_single_bins_is_the_squared_cosine() -> None:
+    generator = torch.Generator().manual_seed(1)
+    one, other = torch.randn(2, 3, 4, 1, dtype=torch.complex64, generator=generator)
+    torch.testing.assert_close(sgcs(one, other, 1), rho(one, other).square())
+    many = torch.randn(2, 3, 4, 125, dtype=torch.complex64, generator=generator)
+    assert sgcs(many[0], many[1]).shape == (3,)

@@ -1,0 +1,211 @@
+"""One converted copy of each .mat file per machine, which all its ranks map into memory.
+
+A copy is an .npy file of checked float32 rows, named after the SHA-256 of its source. Beside it
+lies a note per source path with the size and time that the hash was taken at, so that a source
+that hasn't changed is not hashed again. Files are written under another name and renamed when
+they are whole; one lock per cache lets one process convert while the others wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from csipipe.channels.layout import HT, check_images
+from csipipe.channels.matfile import count_rows, read_rows
+
+_VERSION = 1
+"""Part of every name: raise it when conversion or its checks change, and copies are made anew."""
+_PARTIAL = "converting.partial"  # one name: what an interrupted process left is written over
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The copy of one .mat file, and the state of the file that it was made of."""
+
+    path: str
+    size: int
+    """Bytes of the source."""
+    mtime_ns: int
+    sha256: str
+    rows: int
+
+    def file(self) -> Path:
+        """Where the copy lies."""
+        return cache_folder() / f"{self.sha256}.v{_VERSION}.npy"
+
+    def is_whole(self) -> bool:
+        """Whether the copy is there, with all its bytes."""
+        try:
+            return self.file().stat().st_size == len(_header(self.rows)) + self.bytes
+        except FileNotFoundError:
+            return False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows * HT.width * 4
+
+    def open(self) -> NDArray[np.float32]:
+        """(rows, 2048) in [0, 1], mapped into memory, read-only, in the source's order."""
+        # the header is ours and known: nothing in the file is interpreted
+        offset = len(_header(self.rows))
+        return np.memmap(self.file(), np.float32, "r", offset, (self.rows, HT.width))
+
+
+def cache_folder() -> Path:
+    """Folder of the copies: $CSIPIPE_CACHE, else csipipe in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("CSIPIPE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csipipe"
+
+
+def converted(source: Path) -> Copy:
+    """The copy of a .mat file, made now if there is none; waits if another process is at it.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: the source is damaged or holds something else (see `matfile`, `layout`), or
+            changes while it is read.
+        OSError: the cache can't be written.
+    """
+    source = source.resolve()
+    copy = _noted(source)
+    if copy is None or not copy.is_whole():
+        with _locked():
+            copy = _noted(source)  # another process may have been faster
+            if copy is None or not copy.is_whole():
+                copy = _convert(source)
+    return copy
+
+
+def _convert(source: Path) -> Copy:
+    before = source.stat()
+    rows = count_rows(source)
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    copy = Copy(str(source), before.st_size, before.st_mtime_ns, sha256, rows)
+    if not copy.is_whole():  # the same content may be known under another path
+        with _published(copy.file(), copy.bytes) as partial:
+            _write_rows(partial, copy)
+            now = source.stat()
+            if (now.st_size, now.st_mtime_ns) != (copy.size, copy.mtime_ns):
+                raise ValueError(
+                    f"{source} changed while it was read; start again when it is complete."
+                )
+    note = json.dumps(asdict(copy), indent=2) + "\n"
+    with _published(_note_file(source), len(note)) as partial:
+        partial.write_text(note)
+    return copy
+
+
+def _write_rows(partial: Path, copy: Copy) -> None:
+    """Write all rows of the source to `partial`, checked."""
+    if shutil.disk_usage(partial.parent).free < copy.bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    source = Path(copy.path)
+    first = 0
+    with (
+        tqdm(total=copy.rows, unit="row", desc=f"converting {source.name}", disable=None) as bar,
+        partial.open("wb", buffering=0) as file,  # no buffer that fails once more when closed
+    ):
+        _write(file, _header(copy.rows))
+        for values in read_rows(source):
+            check_images(source, values, first)
+            _write(file, np.ascontiguousarray(values, np.float32).data.cast("B"))
+            first += len(values)
+            bar.update(len(values))
+
+
+def _write(file: io.FileIO, data: bytes | memoryview) -> None:
+    """Write all of `data`; one call may write less, on a nearly full disk for example."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _header(rows: int) -> bytes:
+    """Header of the .npy file, so that NumPy alone opens a copy as well."""
+    text = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (rows, HT.width)}
+    np.lib.format.write_array_header_1_0(text, described)
+    return text.getvalue()
+
+
+@contextmanager
+def _published(file: Path, size: int) -> Iterator[Path]:
+    """A path to write `size` bytes to, which becomes `file` if all goes well, else nothing.
+
+    Raises:
+        OSError: it can't be written, with the remedy.
+    """
+    partial = file.parent / _PARTIAL
+    try:
+        with _explained(file, size):
+            yield partial
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(file: Path, size: int) -> Iterator[None]:
+    """Name file, room and remedy where the cache can't be written (OSError)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a message of ours, about the source
+            raise
+        folder = next(place for place in file.parents if place.is_dir())
+        raise OSError(
+            f"the converted copy {file} can't be written: {error.strerror or error}. It takes "
+            f"{size:,} bytes, and {shutil.disk_usage(folder).free:,} are free there. Make room, "
+            "or set CSIPIPE_CACHE to a folder on another disk."
+        ) from error
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Alone in the cache: until the end, or until this process is gone."""
+    file = cache_folder() / "lock"
+    with ExitStack() as opened:
+        with _explained(file, 0):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = opened.enter_context(file.open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the one that holds it
+        yield
+
+
+def _note_file(source: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:32]
+    return cache_folder() / f"{name}.json"
+
+
+def _noted(source: Path) -> Copy | None:
+    """The copy that was made of a source, if the source is still as it was."""
+    state = source.stat()
+    try:
+        copy = Copy(**json.loads(_note_file(source).read_text()))
+        same = (copy.path, copy.size, copy.mtime_ns) == (
+            str(source),
+            state.st_size,
+            state.st_mtime_ns,
+        )
+        return copy if same else None
+    except (OSError, ValueError, TypeError):
+        return None  # none yet, or damaged: made again

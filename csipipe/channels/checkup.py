@@ -1,0 +1,170 @@
+"""A folder of CsiNet's files examined: each file, and what only shows when they are together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from csipipe.channels.csinet import frequency_channels
+from csipipe.channels.doctor import Examined, Finding, examine
+from csipipe.channels.layout import ANGLES, DELAYS
+from csipipe.channels.source import Images, Site
+from csipipe.channels.statistics import (
+    MOST_ROWS,
+    Statistics,
+    bars,
+    four_fifths,
+    measure,
+    pca_db,
+    spaced,
+)
+from csipipe.channels.synthetic import SyntheticSource
+from csipipe.metrics import rho, to_frequency
+
+SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
+PARTS = ("train", "val", "test")
+GENERATED = (6500, 1500)
+"""Training and test rows made for statistics of generated channels."""
+_SAME = 0.95
+"""Least ρ between an image and its untruncated channel: what is cut off in delay costs about 0.01;
+other rows or antennas leave 0.2, the conjugate 0.5, frequencies in reverse 0.8 to 0.9."""
+
+
+@dataclass
+class Checked:
+    """The channels of one environment: files in a folder, or generated ones."""
+
+    environment: Site
+    files: dict[str, Examined]
+    """By part, those that are there; none of generated channels."""
+    sets: tuple[Images, Images] | None
+    """Training (with validation) and test rows for statistics; None if no file has usable ones."""
+    rho: float | None = None
+    """Mean ρ of the uncompressed test images with HF_all, if there is one."""
+
+    @property
+    def good(self) -> bool:
+        """Whether no file has a finding."""
+        return all(file.verdict == "good" for file in self.files.values())
+
+    def figures(self) -> tuple[Statistics, dict[int, float]] | None:
+        """Statistics of the training rows, and the NMSE in dB that their principal components
+        leave of the test rows."""
+        return None if self.sets is None else (measure(self.sets[0]), pca_db(*self.sets))
+
+
+def check_folder(folder: Path, environment: Site) -> Checked:
+    """Examine a folder's files of one environment.
+
+    Raises:
+        OSError: a file can't be opened.
+    """
+    paths = {part: folder / f"DATA_H{part}{SUFFIX[environment]}.mat" for part in PARTS}
+    files = {part: examine(path) for part, path in paths.items() if path.is_file()}
+    _compare_parts(files)
+    checked = Checked(environment, files, _sets(files))
+    if "test" in files:
+        _compare_frequencies(folder, checked)
+    return checked
+
+
+def generated(environment: Site, seed: int) -> Checked:
+    """Channels of the built-in generator, for statistics beside those of files."""
+    source = SyntheticSource(seed, ANGLES, DELAYS)
+    train, test = GENERATED
+    sets = source.rows(environment, "train", 0, train), source.rows(environment, "test", 0, test)
+    return Checked(environment, {}, sets)
+
+
+def _sets(files: dict[str, Examined]) -> tuple[Images, Images] | None:
+    """Without a test file, the last fifth of the others; without others, 4 : 1 of the test file."""
+    found = {part: file.images for part, file in files.items() if file.images is not None}
+    test = found.pop("test", None)
+    if not found:
+        return None if test is None else four_fifths(test)
+    train = np.concatenate(list(found.values()))
+    return four_fifths(train) if test is None else (train, test)
+
+
+def environments(folder: Path) -> list[Site]:
+    """The environments that a folder has files of.
+
+    Raises:
+        FileNotFoundError: no such folder, or none of CsiNet's files in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; expected one with DATA_Htrainin.mat.")
+    found: list[Site] = [
+        site
+        for site, suffix in SUFFIX.items()
+        if any((folder / f"DATA_H{part}{suffix}.mat").is_file() for part in PARTS)
+    ]
+    if not found:
+        names = sorted(path.name for path in folder.glob("*.mat"))
+        raise FileNotFoundError(
+            f"{folder} has none of CsiNet's files; its .mat files are {names or 'none'}. Expected "
+            "DATA_Htrainin.mat, DATA_Hvalin.mat, DATA_Htestin.mat or the ...out.mat ones."
+        )
+    return found
+
+
+def _compare_parts(files: dict[str, Examined]) -> None:
+    """Note rows that a later part has in common with an earlier one."""
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        if one in files and other in files:
+            known = set(files[one].hashes)
+            common = sum(key in known for key in files[other].hashes)
+            if common:
+                name = files[one].path.name
+                what = f"{common:,} of {len(files[other].hashes):,} rows are in {name} too"
+                files[other].note("suspicious", what, f"remove them from {name}")
+
+
+def _compare_frequencies(folder: Path, checked: Checked) -> None:
+    """Note an HF_all file that doesn't belong to the test images."""
+    test = checked.files["test"]
+    try:
+        channels = frequency_channels(folder, checked.environment)
+    except ValueError as error:
+        test.note("suspicious", str(error), "make it again, or leave it out: only ρ needs it")
+        return
+    if channels is None or test.images is None or not test.shape:
+        return
+    rows = len(test.hashes)
+    if len(channels) != rows:
+        what = f"HF_all has {len(channels):,} rows for {rows:,} usable test rows"
+        test.note("suspicious", what, "make both from the same channels; only ρ needs HF_all")
+        return
+    few = torch.from_numpy(spaced(spaced(channels, MOST_ROWS), 500))
+    images = torch.from_numpy(spaced(test.images, 500))
+    checked.rho = float(rho(to_frequency(images), few).double().mean())
+    if not checked.rho > _SAME:
+        what = f"ρ of the test images themselves with HF_all is {checked.rho:.2f}; expected near 1"
+        repair = "bring HF_all to the images' rows, angles (DFT over antennas) and frequencies"
+        test.note("suspicious", what, repair)
+
+
+def report(checked: Checked) -> Iterator[str]:
+    """Lines about each file: what it holds, and the verdict."""
+    for part, file in checked.files.items():
+        yield f"{file.path.name}: {file.verdict.upper()}"
+        if file.name:
+            yield f"  {file.name} {file.shape} {file.dtype}, from {file.low:.4g} to {file.high:.4g}"
+        if file.images is not None:
+            found = measure(file.images)
+            yield f"  delays |{bars(found.delay_profile)}|"
+            yield f"  angles |{bars(found.angle_profile)}|"
+            yield f"  power per real {found.power:.2e}, floor of the paper's loss {found.floor:.2e}"
+        if part == "test" and checked.rho is not None:
+            yield f"  ρ with HF_all {checked.rho:.4f}"
+        for finding in file.findings or [GOOD]:
+            yield f"  {finding.verdict}: {finding.what}"
+            if finding.repair:
+                yield f"    repair: {finding.repair}"
+
+
+GOOD = Finding("good", "angles before delays, 0.5 for zero, each row scaled by its own peak", "")

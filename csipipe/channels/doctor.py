@@ -1,0 +1,236 @@
+"""What is wrong with a file of channels, in words, and how to repair it.
+
+An unusable file can't be trained on as it is; a suspicious one can, but is probably not what it
+should be. Each check goes on with what the ones before could make of the file, so that two faults
+are both named. The thresholds lie far from both sides: COST 2100's and generated channels, indoor
+and outdoor, measure on one side of each, the damaged ones on the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csipipe.channels.layout import ANGLES, DELAYS, HT
+from csipipe.channels.rawfile import read_variable
+from csipipe.channels.source import Images
+from csipipe.channels.statistics import MOST_ROWS, Reals, spaced
+from csipipe.channels.transform import RADIUS, ZERO, to_unit
+
+Verdict = Literal["good", "suspicious", "unusable"]
+
+_GRID = f"{ANGLES} angles x {DELAYS} delays"
+_RESCALE = f"divide each row by twice its peak magnitude (the largest |re + j im|) and add {ZERO}"
+FEW = 64
+"""Below so many rows, mean profiles say too little to judge the layout by."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that isn't as it should be, and its repair."""
+
+    verdict: Verdict
+    what: str
+    repair: str
+
+
+@dataclass
+class Examined:
+    """A file, what it holds and what is wrong with it."""
+
+    path: Path
+    name: str = ""
+    """The variable that was read; empty if none could be."""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    low: float = float("nan")
+    """The least finite value, of real and imaginary part; `high`: the largest."""
+    high: float = float("nan")
+    images: Images | None = None
+    """Its usable rows, (n, 2, 32, 32) in [0, 1], repaired where that needs no guess; of more than
+    `statistics.MOST_ROWS`, as many evenly spaced ones."""
+    hashes: list[bytes] = field(default_factory=list)
+    """One per usable row; equal where rows are equal in single precision."""
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the findings."""
+        found = {finding.verdict for finding in self.findings}
+        return "unusable" if "unusable" in found else "suspicious" if found else "good"
+
+    def note(self, verdict: Verdict, what: str, repair: str) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(verdict, what, repair))
+
+
+def examine(path: Path) -> Examined:
+    """Examine one file of images; what is wrong with it is returned, not raised.
+
+    Raises:
+        OSError: the file can't be opened.
+    """
+    seen = Examined(path)
+    try:
+        seen.name, values = read_variable(path, HT)
+    except ValueError as error:
+        seen.note("unusable", str(error), "copy, download or save it again")
+        return seen
+    seen.shape, seen.dtype = values.shape, values.dtype.name
+    if seen.name != HT.key:
+        seen.note("unusable", f"its variable is {seen.name}", f"rename it to {HT.key}")
+    rows = _rows(seen, values)
+    if rows is not None:
+        rows = _usable(seen, rows)
+    if rows is None or not len(rows):
+        return seen
+    single = np.complex64 if rows.dtype.kind == "c" else np.float32
+    rows = rows.astype(single, copy=False)
+    seen.hashes = [blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+    if repeated := len(rows) - len(set(seen.hashes)):
+        what = f"{repeated:,} of {len(rows):,} rows are copies of others"
+        seen.note("suspicious", what, "remove them: numpy.unique(HT, axis=0)")
+    seen.images = _to_images(seen, spaced(rows, MOST_ROWS))
+    _judge_layout(seen, seen.images)
+    return seen
+
+
+def _rows(seen: Examined, values: NDArray[Any]) -> NDArray[Any] | None:
+    """(n, 2048) reals or (n, 1024) complex values; None if there is no way to see such rows."""
+    if values.dtype.kind not in "fciu":
+        what = f"{seen.name} is a cell array, a struct or text ({values.dtype.name})"
+        seen.note("unusable", what, "save it as a plain matrix of class single")
+        return None
+    width = HT.width // 2 if values.dtype.kind == "c" else HT.width
+    if values.ndim == 2 and values.shape[0] == width != values.shape[1]:
+        seen.note("unusable", "samples lie along columns", f"save {seen.name}.' instead")
+        values = values.T
+    if not values.size or values.size != len(values) * width:
+        seen.note(
+            "unusable",
+            f"the shape is {seen.shape}; expected {HT.expected}, a row {_GRID}",
+            "if it holds antennas x subcarriers: DFT over antennas, inverse DFT over subcarriers, "
+            f"keep the first {DELAYS} delays, then {_RESCALE}",
+        )
+        return None
+    if values.dtype.kind in "iu":
+        seen.note("unusable", f"{seen.name} holds {values.dtype.name}", "save it as single")
+        values = values.astype(np.float32)
+    return values.reshape(len(values), width)
+
+
+def _usable(seen: Examined, rows: NDArray[Any]) -> NDArray[Any]:
+    """The finite rows with energy; notes the others, and the range of values."""
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        bad = np.flatnonzero(~finite)
+        what = f"NaN or infinite values in {bad.size:,} of {len(rows):,} rows, first in row "
+        what += f"{bad[0]} (counted from 0)"
+        seen.note("unusable", what, "remove these rows or make them again")
+        rows = rows[finite]
+    if len(rows):
+        parts = (rows.real, rows.imag) if rows.dtype.kind == "c" else (rows,)
+        seen.low = float(min(part.min() for part in parts))
+        seen.high = float(max(part.max() for part in parts))
+    empty = (rows == rows[:, :1]).all(axis=1)
+    if empty.any():
+        what = f"{int(empty.sum()):,} rows hold one value throughout, a channel without energy"
+        seen.note("unusable", what, "remove these rows")
+        rows = rows[~empty]
+    return rows
+
+
+def _to_images(seen: Examined, rows: NDArray[Any]) -> Images:
+    """Rows as images in [0, 1]; notes what has to be done to them, or should have been."""
+    half = ANGLES * DELAYS
+    if rows.dtype.kind == "c":
+        what = f"complex values; expected {half} real parts, then {half} imaginary parts, in [0, 1]"
+        seen.note("unusable", what, f"{_RESCALE} to both parts, then put them side by side")
+        return to_unit(rows.reshape(-1, ANGLES, DELAYS))
+
+    zero = float(np.median(rows))  # most bins of a sparse image are nearly empty
+    if len(rows) >= FEW and _alternate(rows - np.float32(zero)):
+        seen.note(
+            "suspicious",
+            "real and imaginary parts alternate instead of standing one half after the other",
+            f"HT.reshape(-1, {ANGLES}, {DELAYS}, 2).transpose(0, 3, 1, 2).reshape(-1, {HT.width})",
+        )
+        rows = rows.reshape(-1, half, 2).transpose(0, 2, 1).reshape(rows.shape)
+    channel = rows[:, :half] - np.float32(zero) + 1j * (rows[:, half:] - np.float32(zero))
+    peaks = np.abs(channel).max(axis=1)
+    span = f"values lie in [{seen.low:.4g}, {seen.high:.4g}]"
+    in_range = seen.low >= 0 and seen.high <= 1
+    if not in_range and not (abs(zero) < 0.1 and peaks.max() <= 1.01 * RADIUS):
+        what = f"{span}; expected [0, 1] with {ZERO} for a zero of the channel"
+        seen.note("unusable", what, f"subtract what stands for zero ({zero:.3g}), {_RESCALE}")
+        return to_unit(channel.reshape(-1, ANGLES, DELAYS))
+    if not in_range:
+        seen.note("unusable", f"{span} around 0 instead of {ZERO}", f"add {ZERO} to every value")
+    elif abs(zero - ZERO) > 0.02:
+        what = f"the median, where the channel is zero, is {zero:.3g} instead of {ZERO}"
+        seen.note("suspicious", what, f"subtract it, {_RESCALE}")
+    if np.quantile(peaks, 0.05) < 0.9 * peaks.max():
+        what = f"rows have peak magnitudes from {peaks.min():.2g} to {peaks.max():.2g}: scaled by "
+        what += "the peak of the whole set, not each by its own"
+        seen.note("suspicious", what, f"subtract {ZERO if in_range else 0}, {_RESCALE}")
+    image: Images = rows.reshape(-1, *HT.row)
+    return image if in_range else image + np.float32(ZERO)
+
+
+def _alternate(centred: NDArray[Any]) -> bool:
+    """Whether values (n, 2048) belong together two by two, rather than half with half.
+
+    Where one part of a complex value is large, the other usually is, too: with random phase
+    2 E|re im| / E(re^2 + im^2) is 2/pi = 0.64; for parts of different bins it is 0.1 to 0.2.
+    """
+    size = np.abs(centred)
+    half = size.shape[1] // 2
+    halves = (size[:, :half] * size[:, half:]).sum()
+    neighbours = (size[:, ::2] * size[:, 1::2]).sum()
+    return bool(2 * halves < 0.4 * np.square(size).sum() < 2 * neighbours)
+
+
+def _judge_layout(seen: Examined, images: Images) -> None:
+    """Note axes in the wrong order and domains that aren't angles and delays."""
+    if len(images) < FEW:
+        return
+    power_BAD = np.square(images - np.float32(ZERO)).sum(axis=1)
+    share_BAD = power_BAD / power_BAD.sum(axis=(1, 2), keepdims=True)
+    over_angle_BA, over_delay_BD = share_BAD.sum(axis=2), share_BAD.sum(axis=1)
+    spread = [
+        name
+        for name, share in (("angles", over_angle_BA), ("delays", over_delay_BD))
+        if np.sort(share, axis=1)[:, -4:].sum(axis=1).mean() < 0.5
+    ]
+    if spread:
+        axes = " and ".join(spread)
+        seen.note(
+            "suspicious",
+            f"energy is spread over all {axes}: a second DFT over data that was in angles and "
+            "delays, or none over antennas and subcarriers",
+            "leave the second DFT out or undo it with the inverse (numpy.fft.ifft2 of re + j im, "
+            f"or fft2 after an inverse one); then {_RESCALE}",
+        )
+        return
+    if (
+        _one_sided(over_angle_BA.mean(axis=0)) > 0.3
+        and _one_sided(over_delay_BD.mean(axis=0)) < 0.25
+    ):
+        seen.note(
+            "suspicious",
+            "the axes look exchanged, delays before angles: the first one has a delay profile",
+            f"HT.reshape(-1, 2, {DELAYS}, {ANGLES}).transpose(0, 1, 3, 2).reshape(-1, {HT.width})",
+        )
+
+
+def _one_sided(profile: Reals) -> float:
+    """Share of a profile that has no counterpart in bin -n, counted round: 0 … 1.
+
+    A UE is as likely on the left as on the right, so angles have one; delays don't.
+    """
+    return float(np.abs(profile - np.roll(profile[::-1], 1)).sum() / 2)

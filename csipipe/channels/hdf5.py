@@ -1,0 +1,94 @@
+"""MAT v7.3 files, which are HDF5: header and rows of one variable.
+
+MATLAB stores a matrix with its axes reversed: n x 2048 is (2048, n) on disk. Files that other
+programs wrote have it as it is; which of the two is told by where a row's values lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csipipe.channels.layout import Layout, check_class, check_key
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An open dataset."""
+
+    dataset: Any
+    shape: tuple[int, ...]
+    """As MATLAB shows it, rows first."""
+    turned: bool
+    """Whether the axes on disk are reversed."""
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        """(stop-start, …) rows, rows first."""
+        block = self.dataset[..., start:stop] if self.turned else self.dataset[start:stop]
+        if block.dtype.names:  # MATLAB's complex numbers
+            block = block["real"] + 1j * block["imag"]
+        return np.asarray(block.T if self.turned else block)
+
+    def step(self, least: int) -> int:
+        """Rows to read at once, `least` or more: whole chunks, so that none is unpacked twice."""
+        if self.dataset.chunks is None:
+            return least
+        chunk = int(self.dataset.chunks[-1 if self.turned else 0])
+        return -(-least // chunk) * chunk
+
+
+@contextmanager
+def opened(path: Path, layout: Layout) -> Iterator[Stored]:
+    """The variable of a file, its rows not read yet.
+
+    Raises:
+        ValueError: no such variable, or not one of floating point numbers.
+        OSError: not HDF5, or damaged (h5py's errors, of several types).
+    """
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        check_key(path, layout, [name for name in file if not name.startswith("#")])
+        # a link into another file would read what the message doesn't name
+        stored = file[layout.key] if _is_own(h5py, file, layout.key) else None
+        if not isinstance(stored, h5py.Dataset):
+            check_class(path, layout, "group (a struct, a sparse matrix or a link)")
+        check_class(path, layout, _class(stored))
+        yield _oriented(stored, layout)
+
+
+def _is_own(h5py: Any, file: Any, key: str) -> bool:
+    if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+        return False
+    stored = file[key]
+    return not (isinstance(stored, h5py.Dataset) and (stored.external or stored.is_virtual))
+
+
+def _class(stored: Any) -> str:
+    """MATLAB's class of a dataset; of an empty one, which holds its shape, the class it had."""
+    said = stored.attrs.get("MATLAB_class", b"")
+    said = said.decode() if isinstance(said, bytes) else str(said)
+    if "MATLAB_empty" in stored.attrs:
+        return said
+    dtype = stored.dtype
+    if dtype.names == ("real", "imag"):
+        dtype = dtype["real"]
+    names = {np.dtype("f4"): "single", np.dtype("f8"): "double"}
+    return names.get(dtype.newbyteorder("="), said or str(dtype))
+
+
+def _oriented(stored: Any, layout: Layout) -> Stored:
+    if "MATLAB_empty" in stored.attrs:
+        return Stored(stored, tuple(int(size) for size in stored[...].ravel()), False)
+    straight = Stored(stored, tuple(stored.shape), False)
+    turned = Stored(stored, tuple(stored.shape[::-1]), True)
+    ways = [turned, straight] if "MATLAB_class" in stored.attrs else [straight, turned]
+    fitting = [way for way in ways if math.prod(way.shape[1:]) == layout.width]
+    return (fitting or ways)[0]

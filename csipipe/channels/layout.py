@@ -1,0 +1,143 @@
+"""What CsiNet's variables must look like, and what is said of one that doesn't."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ANGLES = DELAYS = 32
+FREQUENCIES = 125
+"""Frequency bins of `HF_all`, the first ones of a 257-point grid over the band."""
+
+
+class Unfit(ValueError):
+    """A readable file holds something else; other errors mean that it is damaged."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A variable with one sample per row."""
+
+    key: str
+    row: tuple[int, ...]
+    """A row's axes; in the file they may be one axis, in C order."""
+    meaning: str
+    kind: str
+    """NumPy's letter of the values: f for real, c for complex."""
+
+    @property
+    def width(self) -> int:
+        """Values per row."""
+        return math.prod(self.row)
+
+    @property
+    def expected(self) -> str:
+        """The variable in words."""
+        axes = ", ".join(map(str, self.row))
+        number = "real" if self.kind == "f" else "complex"
+        return f"{number} {self.key} of shape (rows, {self.width}) or (rows, {axes})"
+
+
+HT = Layout("HT", (2, ANGLES, DELAYS), f"2 x {ANGLES} angles x {DELAYS} delays", "f")
+"""Images in [0, 1]: real and imaginary part, angles, delays."""
+HF = Layout("HF_all", (ANGLES, FREQUENCIES), f"{ANGLES} angles x {FREQUENCIES} frequencies", "c")
+"""Untruncated channels of the test rows, for the cosine similarity."""
+
+
+def check_key(path: Path, layout: Layout, found: list[str]) -> None:
+    """Refuse (`Unfit`) a file without the variable."""
+    if layout.key not in found:
+        raise Unfit(
+            f"{path} has no variable {layout.key}; found {sorted(found) or 'none'}. "
+            f"Expected {layout.expected}; rename the variable and save the file again."
+        )
+
+
+def check_class(path: Path, layout: Layout, found: str) -> None:
+    """Refuse (`Unfit`) whatever isn't MATLAB's class single or double."""
+    if found not in ("single", "double"):
+        number = "real" if layout.kind == "f" else "complex"
+        raise Unfit(
+            f"{path}: {layout.key} is of class {found}; expected {number} single or double. "
+            f"Convert it, for example with single({layout.key}), and save the file again."
+        )
+
+
+def check_shape(path: Path, layout: Layout, shape: tuple[int, ...]) -> None:
+    """Refuse (`Unfit`) a shape that isn't rows of the layout; they come first."""
+    if shape[1:] in (layout.row, (layout.width,)) and shape[0] > 0:
+        return
+    key = layout.key
+    remedy = f"Reshape {key} and save the file again."
+    if len(shape) == 2 and shape[0] == layout.width:
+        remedy = f"It looks transposed: save {key}.' instead."
+    elif 0 in shape:
+        remedy = "The file has no rows; leave it out or fill it."
+    elif math.prod(shape[1:]) != layout.width:
+        remedy = f"A row must hold {layout.meaning} = {layout.width} values" + (
+            "; channels in antennas and subcarriers must be transformed and truncated first."
+            if layout is HT
+            else "."
+        )
+    raise Unfit(f"{path}: {key} has shape {tuple(shape)}; expected {layout.expected}. {remedy}")
+
+
+def check_number(path: Path, layout: Layout, values: NDArray[Any]) -> None:
+    """Refuse (`Unfit`) complex values where reals are expected, and the other way round."""
+    if values.dtype.kind != layout.kind:
+        wanted = (
+            "reals in [0, 1], real and imaginary parts as separate halves of a row"
+            if layout.kind == "f"
+            else "complex values"
+        )
+        raise Unfit(f"{path}: {layout.key} holds {values.dtype.name} values; expected {wanted}.")
+
+
+def check_finite(path: Path, layout: Layout, values: NDArray[Any], first: int) -> None:
+    """Refuse (`Unfit`) NaN and infinite values in `values` (B, …), rows `first` … of a file."""
+    # a sum is finite unless a value isn't (or all are absurdly large): no array of flags
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = values.sum(dtype=np.complex128 if layout.kind == "c" else np.float64)
+    if np.isfinite(total):
+        return
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    bad = np.flatnonzero(~finite)
+    if bad.size:
+        raise Unfit(
+            f"{path}: {layout.key} holds NaN or infinite values, first in row {first + bad[0]} "
+            f"(counted from 0); expected finite values. Remove such rows or make them again."
+        )
+
+
+def check_images(path: Path, values: NDArray[Any], first: int) -> None:
+    """Refuse (`Unfit`) what isn't an image in [0, 1] with energy.
+
+    Args:
+        path: the file, for messages.
+        values: (B, 2048) rows of HT.
+        first: number of the first of them in the file.
+    """
+    check_finite(path, HT, values, first)
+    least, most = float(values.min()), float(values.max())
+    if least < 0 or most > 1:
+        centred = -0.5 <= least < 0 and most <= 0.5
+        hint = (
+            f"It looks centred at 0: add 0.5 to {HT.key}."
+            if centred
+            else "Scale each row by its peak magnitude to radius 0.5 and add 0.5."
+        )
+        raise Unfit(
+            f"{path}: {HT.key} lies in [{least:g}, {most:g}] in rows {first} … "
+            f"{first + len(values) - 1}; expected [0, 1] with 0.5 for zero. {hint}"
+        )
+    empty = np.flatnonzero((values == values[:, :1]).all(axis=1))
+    if empty.size:
+        raise Unfit(
+            f"{path}: row {first + empty[0]} of {HT.key} (counted from 0) holds one value "
+            "throughout: a channel without energy, for which no NMSE exists. Remove such rows."
+        )

@@ -1,0 +1,64 @@
+"""A variable of a .mat file just as it lies there, for the doctor: what can be read at all is read.
+
+Training reads through `matfile`, which refuses what isn't in order.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from scipy import io
+
+from csipipe.channels.layout import Layout
+
+
+def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
+    """The variable of a layout's name, or else the only one there is; and its name.
+
+    Raises:
+        ValueError: neither MAT v5 nor v7.3 (HDF5), damaged, or none of that name among several.
+    """
+    try:
+        if h5py.is_hdf5(path):
+            return _from_hdf5(path, layout)
+        found = [name for name, _, _ in io.whosmat(path)]
+        name = _choose(layout, found)
+        return name, np.asarray(io.loadmat(path, variable_names=[name])[name])
+    except _NoVariableError:
+        raise
+    except Exception as error:  # the readers raise whatever the damage leads to
+        with path.open("rb") as file:
+            head = file.read(10)
+        raise ValueError(
+            f"it can't be read ({type(error).__name__}: {error}); it has "
+            f"{path.stat().st_size:,} bytes and starts with {head!r}"
+        ) from error
+
+
+class _NoVariableError(ValueError):
+    pass
+
+
+def _choose(layout: Layout, found: list[str]) -> str:
+    if layout.key in found:
+        return layout.key
+    if len(found) == 1:
+        return found[0]
+    raise _NoVariableError(f"it has no variable {layout.key}; found {sorted(found) or 'none'}")
+
+
+def _from_hdf5(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
+    with h5py.File(path, "r", locking=False) as file:
+        own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+        name = _choose(layout, [name for name in own if isinstance(file[name], h5py.Dataset)])
+        values = np.asarray(file[name])
+    if values.dtype.names == ("real", "imag"):  # how MATLAB writes complex numbers
+        values = values["real"] + 1j * values["imag"]
+    # MATLAB stores the axes reversed, other programs usually don't
+    straight = values.ndim > 1 and math.prod(values.shape[1:]) == layout.width
+    return name, values if straight else values.T

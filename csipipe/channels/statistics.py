@@ -1,0 +1,160 @@
+"""What channels are like, in figures: the same for generated ones and for files, side by side.
+
+Energies are shares of a sample's own energy, averaged over samples, so that a sample's scale
+plays no part. Shapes: B rows, A angles, D delays; everything linear except PCA figures, in dB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import linalg
+
+from csipipe.channels.source import Images
+from csipipe.channels.transform import ZERO, to_complex
+from csipipe.metrics import centred_nmse, floor_loss, to_db
+
+Reals = NDArray[np.float64]
+
+DELAYS = (1, 2, 4, 8, 16)
+BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+COMPONENTS = (64, 128, 256)
+MOST_ROWS = 6500
+"""Rows that are looked at; of more, as many evenly spaced ones. A PCA of them takes seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Figures of a set of images."""
+
+    rows: int
+    """Rows looked at: those with energy, at most `MOST_ROWS`."""
+    power: float
+    """Mean square of a centred real, E (h - 0.5)^2."""
+    delay_profile: Reals
+    """(D,) mean share of the energy in each delay bin."""
+    angle_profile: Reals
+    """(A,) mean share of the energy in each angular bin."""
+    first_delays: Mapping[int, float]
+    """Mean share of the energy in the first so many delays."""
+    best_bins: Mapping[int, float]
+    """Mean share of the energy in so many of the A D bins, each sample's strongest."""
+    near_zero: float
+    """Share of the reals within 0.01 of 0.5."""
+    floor: float
+    """The paper's loss of a constant 0.5, mean over samples."""
+
+
+def measure(images: Images) -> Statistics:
+    """Figures of images, at least one of them with energy.
+
+    Args:
+        images: (B, 2, A, D) float32 in [0, 1]; rows that are 0.5 throughout are left out.
+
+    Raises:
+        ValueError: no row has energy.
+    """
+    some = spaced(images, MOST_ROWS)
+    some = some[(some != np.float32(ZERO)).any(axis=(1, 2, 3))]
+    if not len(some):
+        raise ValueError(
+            f"none of {len(images)} rows has energy: all are {ZERO}; expected channels. Look at "
+            "how they were scaled."
+        )
+    power_BAD = np.abs(to_complex(some)) ** 2
+    share_BAD = power_BAD / power_BAD.sum(axis=(1, 2), keepdims=True)
+    delay_profile = share_BAD.sum(axis=1).mean(axis=0, dtype=np.float64)
+    upto_delay = delay_profile.cumsum()
+    strongest = np.sort(share_BAD.reshape(len(some), -1), axis=1)[:, ::-1]
+    upto_bin = strongest.mean(axis=0, dtype=np.float64).cumsum()
+    return Statistics(
+        rows=len(some),
+        power=float(power_BAD.mean(dtype=np.float64) / 2),
+        delay_profile=delay_profile,
+        angle_profile=share_BAD.sum(axis=2).mean(axis=0, dtype=np.float64),
+        first_delays={n: float(upto_delay[n - 1]) for n in DELAYS if n <= len(upto_delay)},
+        best_bins={n: float(upto_bin[n - 1]) for n in BINS if n <= len(upto_bin)},
+        near_zero=float((np.abs(some - np.float32(ZERO)) < 0.01).mean()),
+        floor=float(floor_loss(torch.from_numpy(some)).double().mean()),
+    )
+
+
+def pca_db(train: Images, test: Images) -> dict[int, float]:
+    """Centred NMSE in dB that the first 64, 128, 256 principal components leave.
+
+    The components are those of `train`, about its mean; the error is that of `test`. It is what
+    the best linear code of that many reals reaches: a model worth training gets below.
+
+    Returns:
+        Components to dB; only numbers below half of `train`'s rows, as more would be fitted to
+        single rows.
+    """
+    train, test = spaced(train, MOST_ROWS), spaced(test, MOST_ROWS)
+    known = train.reshape(len(train), -1)
+    mean = known.mean(axis=0)
+    known = known - mean
+    counts = [n for n in COMPONENTS if 2 * n < len(known) and n < known.shape[1]]
+    if not counts or not len(test):
+        return {}
+    last = known.shape[1] - 1
+    _, basis = linalg.eigh(known.T @ known, subset_by_index=[last - max(counts) + 1, last])
+    code = (test.reshape(len(test), -1) - mean) @ basis  # ascending: the strongest come last
+    found = {}
+    for n in counts:
+        again = mean + code[:, -n:] @ basis[:, -n:].T
+        error = centred_nmse(torch.from_numpy(again.reshape(test.shape)), torch.from_numpy(test))
+        found[n] = to_db(float(error.double().mean()))
+    return found
+
+
+def four_fifths(images: Images) -> tuple[Images, Images]:
+    """(training, test) rows of a set that has no test rows of its own: the first 80 %, the rest."""
+    cut = len(images) * 4 // 5
+    return images[:cut], images[cut:]
+
+
+def spaced(rows: NDArray[Any], most: int) -> NDArray[Any]:
+    """At most so many rows, evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    some: NDArray[Any] = rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+    return some
+
+
+def bars(profile: Reals) -> str:
+    """A profile as a line of blocks, one per bin, the highest for the strongest bin."""
+    blocks = " ▁▂▃▄▅▆▇█"
+    levels = np.ceil(profile / profile.max() * (len(blocks) - 1) - 0.05).astype(int)
+    return "".join(blocks[level] for level in levels)
+
+
+def table(columns: Mapping[str, tuple[Statistics, Mapping[int, float]] | None]) -> str:
+    """Statistics and PCA figures, one column per set, by heading; None: nothing to show."""
+    known = {title: column for title, column in columns.items() if column is not None}
+    sets = list(known.values())
+    lines = [("", *known)]
+    lines.append(("rows looked at", *(f"{s.rows:,}" for s, _ in sets)))
+    lines.append(("power per real", *(f"{s.power:.2e}" for s, _ in sets)))
+    lines.append(("reals within 0.01 of 0.5", *(f"{s.near_zero:.3f}" for s, _ in sets)))
+    lines.append(("floor of the paper's loss", *(f"{s.floor:.2e}" for s, _ in sets)))
+    for n in DELAYS:
+        lines.append((f"energy in the first {n}", *_shares(n, [s.first_delays for s, _ in sets])))
+    for n in BINS:
+        lines.append((f"energy in the best {n} bins", *_shares(n, [s.best_bins for s, _ in sets])))
+    for n in COMPONENTS:
+        found = [f"{pca[n]:.1f} dB" if n in pca else "too few rows" for _, pca in sets]
+        lines.append((f"NMSE of PCA-{n}", *found))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    )
+
+
+def _shares(n: int, found: list[Mapping[int, float]]) -> list[str]:
+    return [f"{shares[n]:.3f}" if n in shares else "-" for shares in found]

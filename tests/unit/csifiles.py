@@ -1,0 +1,46 @@
+"""What the tests of channels share: small files in CsiNet's format, and settings that name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from scipy import io
+
+from csipipe.channels.source import Images, Site
+from csipipe.config import DataSettings
+
+SITES: tuple[Site, ...] = ("indoor", "outdoor")
+
+
+def images(count: int, seed: int = 0) -> Images:
+    return np.random.default_rng(seed).random((count, 2, 32, 32), np.float32)
+
+
+def save(path: Path, values: Any, key: str = "HT", **kwargs: Any) -> Path:
+    io.savemat(path, {key: values}, **kwargs)
+    return path
+
+
+def csinet(folder: Path, seed: int = 0) -> DataSettings:
+    return DataSettings(source="csinet", path=str(folder), seed=seed)
+
+
+def save_v73(path: Path, values: NDArray[Any], key: str = "HT", **options: Any) -> Path:
+    """As MATLAB writes it: axes reversed, the class in an attribute, MATLAB's own 512 bytes."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        if values.dtype.kind == "c":
+            part = values.real.dtype
+            turned = np.empty(values.T.shape, [("real", part), ("imag", part)])
+            turned["real"], turned["imag"] = values.T.real, values.T.imag
+        else:
+            turned = values.T
+        name = {"f4": "single", "c8": "single", "f8": "double", "c16": "double"}
+        kind = name.get(values.dtype.str[1:], str(values.dtype))
+        file.create_dataset(key, data=turned, **options).attrs["MATLAB_class"] = np.bytes_(kind)
+    with path.open("rb+") as raw:
+        raw.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM")
+    return path

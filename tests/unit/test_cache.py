@@ -1,0 +1,207 @@
+"""The converted copy of a file: made once, made again when it must be, never left half written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from csifiles import images, save, save_v73
+
+from csipipe.channels import cache
+from csipipe.channels.cache import cache_folder, converted
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CSIPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(tmp_path / "DATA_Htestin.mat", images(20).reshape(20, -1))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Sources in the order in which their rows were written to the cache."""
+    seen: list[Path] = []
+    write = cache._write_rows
+
+    def spy(partial: Path, copy: cache.Copy) -> None:
+        seen.append(Path(copy.path))
+        write(partial, copy)
+
+    monkeypatch.setattr(cache, "_write_rows", spy)
+    return seen
+
+
+def names(folder: Path) -> list[str]:
+    """Endings of what lies in the cache."""
+    return sorted(path.suffix or path.name for path in folder.iterdir())
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_folder().name == "cache"
+    monkeypatch.delenv("CSIPIPE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_folder() == Path("/elsewhere/csipipe")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "csipipe"
+
+
+def test_a_copy_is_an_npy_file_of_the_sources_rows(source: Path, folder: Path) -> None:
+    copy = converted(source)
+    assert copy.rows == 20
+    np.testing.assert_array_equal(copy.open(), images(20).reshape(20, -1))
+    assert not copy.open().flags.writeable
+    mapped = np.load(copy.file(), mmap_mode="r", allow_pickle=False)
+    np.testing.assert_array_equal(mapped, copy.open())
+    assert names(folder) == [".json", ".npy", "lock"]
+
+
+def test_doubles_and_v73_become_the_same_floats(tmp_path: Path) -> None:
+    rows = images(5).reshape(5, -1)
+    for write in (save, save_v73):
+        copy = converted(write(tmp_path / "a.mat", rows.astype(np.float64)))
+        assert copy.open().dtype == np.float32
+        np.testing.assert_array_equal(copy.open(), rows)
+
+
+def test_an_unchanged_file_is_neither_read_nor_hashed_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = converted(source)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(cache, "_convert", fail)
+    assert converted(source) == copy
+    monkeypatch.chdir(source.parent)
+    assert converted(Path(source.name)) == copy
+
+
+def test_the_same_content_is_not_converted_again(source: Path, written: list[Path]) -> None:
+    copy = converted(source)
+    os.utime(source, ns=(0, 0))
+    assert converted(source).sha256 == copy.sha256
+    moved = source.rename(source.with_name("DATA_Hvalin.mat"))
+    assert converted(moved).file() == copy.file()
+    assert written == [source]
+
+
+def test_another_content_is_converted(source: Path, written: list[Path]) -> None:
+    before = converted(source)
+    save(source, images(20, 1).reshape(20, -1))
+    os.utime(source, ns=(0, before.mtime_ns + 1))
+    after = converted(source)
+    np.testing.assert_array_equal(after.open(), images(20, 1).reshape(20, -1))
+    np.testing.assert_array_equal(before.open(), images(20).reshape(20, -1))
+    assert written == [source, source]
+
+
+@pytest.mark.parametrize("size", [0, 100, 128 + 20 * 8192 - 1, 128 + 20 * 8192 + 1])
+def test_a_copy_of_another_size_is_made_again(source: Path, size: int, written: list[Path]) -> None:
+    copy = converted(source)
+    os.truncate(copy.file(), size)
+    assert converted(source) == copy
+    np.testing.assert_array_equal(copy.open(), images(20).reshape(20, -1))
+    assert written == [source, source]
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"path": 1}', "\x00"])
+def test_a_damaged_note_is_made_again(
+    source: Path, folder: Path, note: str, written: list[Path]
+) -> None:
+    copy = converted(source)
+    [file] = folder.glob("*.json")
+    file.write_text(note)
+    assert converted(source) == copy
+    assert written == [source]
+
+
+def test_values_are_checked_in_every_piece(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csipipe.channels.matfile._ROWS", 4)
+    rows = images(10).reshape(10, -1)
+    rows[9, 5] = np.nan
+    source = save(tmp_path / "DATA_Htestin.mat", rows)
+    with pytest.raises(ValueError, match=r"NaN or infinite values, first in row 9"):
+        converted(source)
+    rows[9, 5], rows[6, 0] = 0.5, 1.5
+    save(source, rows)
+    with pytest.raises(ValueError, match=r"lies in \[.*, 1.5\] in rows 4 … 7"):
+        converted(source)
+    assert names(folder) == ["lock"]
+
+
+def test_a_full_disk_is_noticed_before(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(
+        OSError,
+        match=rf"{folder}/\w+\.v1\.npy can't be written: No space left .* 163,840 bytes, and 1,000 "
+        r"are free.*CSIPIPE_CACHE",
+    ):
+        converted(source)
+    assert names(folder) == ["lock"]
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_a_disk_that_fills_up_leaves_nothing(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    monkeypatch.setattr("csipipe.channels.matfile._ROWS", 4)
+    calls: list[int] = []
+    write = cache._write
+
+    def full(file: Any, data: bytes) -> None:
+        calls.append(len(data))
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, data)
+
+    monkeypatch.setattr(cache, "_write", full)
+    with pytest.raises(OSError, match=r"No space left on device.*CSIPIPE_CACHE"):
+        converted(source)
+    assert names(folder) == ["lock"]
+
+
+def test_a_cache_that_cannot_be_is_named_with_the_remedy(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CSIPIPE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        OSError, match=r"file/cache/lock can't be written: Not a dir.*CSIPIPE_CACHE"
+    ):
+        converted(source)
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = cache._write_rows
+
+    def meddle(partial: Path, copy: cache.Copy) -> None:
+        write(partial, copy)
+        os.utime(source, ns=(0, 0))
+
+    monkeypatch.setattr(cache, "_write_rows", meddle)
+    with pytest.raises(ValueError, match=r"DATA_Htestin\.mat changed while it was read"):
+        converted(source)
+    assert names(folder) == ["lock"]
+
+
+def test_a_missing_source_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        converted(Path("/nowhere/DATA_Htestin.mat"))

@@ -1,0 +1,228 @@
+"""launch/channels.py, run in this process; statistics and pictures on the way."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy import io
+
+from csipipe.channels import frequency_channels, open_source, statistics
+from csipipe.channels.source import Images
+from csipipe.channels.synthetic import SyntheticSource
+from csipipe.config import DataSettings
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("channels_command", ROOT / "launch/channels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where jsonargparse looks the types up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(command: ModuleType) -> Run:
+    return lambda *arguments: command.main([str(argument) for argument in arguments])
+
+
+# Statistics, worked out by hand
+
+
+def four_bins() -> Images:
+    """Two samples of 2 angles x 2 delays, energies .04 + .12 (of .16) and .01."""
+    images = np.full((3, 2, 2, 2), 0.5, np.float32)
+    images[0, 0, 0, 0] += 0.2
+    images[0, 1, 1, 1] -= 0.12**0.5
+    images[1, 0, 1, 1] += 0.1
+    return images  # the third has no energy
+
+
+def test_statistics_by_hand() -> None:
+    found = statistics.measure(four_bins())
+    assert found.rows == 2
+    assert found.power == pytest.approx(0.17 / 16)
+    np.testing.assert_allclose(found.delay_profile, [0.125, 0.875], atol=1e-6)
+    np.testing.assert_allclose(found.angle_profile, [0.125, 0.875], atol=1e-6)
+    assert found.first_delays == pytest.approx({1: 0.125, 2: 1.0})
+    assert found.best_bins == pytest.approx({1: 0.875, 2: 1.0, 4: 1.0})
+    assert found.near_zero == pytest.approx(13 / 16)
+    # ||h||^2 is 8 x .25 + energy + the sum of the deviations, as .25 + d + d^2 each
+    first, second = 0.16 / (2.16 + 0.2 - 0.12**0.5), 0.01 / (2.01 + 0.1)
+    assert found.floor == pytest.approx((first + second) / 2, rel=1e-5)
+    with pytest.raises(ValueError, match="none of 1 rows has energy"):
+        statistics.measure(four_bins()[2:])
+
+
+def test_pca_of_rows_in_a_subspace_leaves_nothing_of_them() -> None:
+    rng = np.random.default_rng(0)
+    code, basis = rng.normal(size=(400, 64)), np.linalg.qr(rng.normal(size=(200, 64)))[0]
+    images = (0.5 + 0.01 * code @ basis.T).astype(np.float32).reshape(400, 2, 10, 10)
+    found = statistics.pca_db(*statistics.four_fifths(images))
+    assert list(found) == [64, 128]  # 256 components of 320 rows say nothing
+    assert found[64] < -40
+    other = (0.5 + 0.01 * rng.normal(size=(80, 200))).astype(np.float32).reshape(80, 2, 10, 10)
+    # of the energy in no particular direction, 64 of 200 components hold 32 %
+    assert statistics.pca_db(images, other)[64] == pytest.approx(10 * np.log10(0.68), abs=0.2)
+    assert statistics.pca_db(images[:100], other) == {}
+
+
+def test_bars_and_spacing() -> None:
+    assert statistics.bars(np.array([0.0, 0.25, 0.5, 1.0])) == " ▂▄█"
+    assert statistics.spaced(np.arange(10), 4).tolist() == [0, 3, 6, 9]
+    assert statistics.spaced(np.arange(3), 4).tolist() == [0, 1, 2]
+
+
+# generate
+
+
+def test_generated_files_hold_the_synthetic_rows(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    counts = ("--train", 40, "--val", 10, "--test", 7, "--seed", 3)
+    assert run("generate", folder, "--environment", "outdoor", *counts) == 0
+    names = ["Htrainout", "Hvalout", "Htestout", "HtestFout_all"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(f"DATA_{n}.mat" for n in names)
+    made = SyntheticSource(3, 32, 32)
+    train = [io.loadmat(folder / f"DATA_{name}.mat")["HT"] for name in names[:2]]
+    assert {values.dtype for values in train} == {np.dtype(np.float32)}
+    expected = made.rows("outdoor", "train", 0, 50).reshape(50, 2048)
+    np.testing.assert_array_equal(np.concatenate(train), expected)
+    source = open_source(DataSettings(source="csinet", path=str(folder)), 32, 32)
+    test = source.rows("outdoor", "test", 0, 7)
+    np.testing.assert_array_equal(test, made.rows("outdoor", "test", 0, 7))
+    channels = frequency_channels(folder, "outdoor")
+    np.testing.assert_array_equal(channels, made.frequency_rows("outdoor", "test", 0, 7))
+
+
+def test_nothing_is_overwritten(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "DATA_Htestin.mat").write_text("mine")
+    assert run("generate", tmp_path, "--train", 4, "--val", 0, "--test", 2) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("csipipe: error: ")
+    assert error.count("\n") == 1
+    assert "DATA_Htestin.mat exists" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["DATA_Htestin.mat"]
+
+
+def test_a_failed_write_leaves_nothing(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(file: object, values: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("scipy.io.savemat", full)
+    assert run("generate", tmp_path, "--train", 4, "--val", 0, "--test", 0) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train", -1), r"train is -1; expected 0 … 262,143 rows"),
+        (("--test", 70_000), r"test is 70000; expected 0 … 67,108 rows"),
+        (("--train", 0, "--val", 0, "--test", 0), r"are all 0"),
+        (("--seed", -1), r"seed is -1"),
+        (("--environment", "attic"), r"environment.*attic"),
+        (("--trian", 3), r"trian"),
+    ],
+)
+def test_arguments_that_cant_be_used(
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    assert run("generate", tmp_path / "new", *arguments) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"csipipe: error: [^\n]*{message}[^\n]*\n", error), error
+    assert not (tmp_path / "new").exists()
+
+
+# check
+
+
+def test_check_reports_and_judges(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (300, 100))
+    run("generate", tmp_path, "--train", 200, "--val", 0, "--test", 100)
+    capsys.readouterr()
+    assert run("check", tmp_path, "--beside", "synthetic") == 0
+    said = capsys.readouterr().out
+    assert "DATA_Htrainin.mat: GOOD" in said
+    assert "HT (200, 2048) float32, from " in said
+    assert "ρ with HF_all 0.99" in said
+    lines = {line[:27].strip(): line[27:].split() for line in said.splitlines()}
+    assert lines["rows looked at"] == ["200", "300"]
+    columns = lines["energy in the first 2"]
+    assert len(columns) == 2
+    assert float(columns[0]) == pytest.approx(0.86, abs=0.05)
+    assert lines["NMSE of PCA-64"][1] == "dB"
+    assert lines["NMSE of PCA-256"][:3] == ["too", "few", "rows"]
+
+    path = tmp_path / "DATA_Htrainin.mat"
+    io.savemat(path, {"HT": io.loadmat(path)["HT"] - np.float32(0.5)})
+    assert run("check", tmp_path, "--environment", "indoor") == 1
+    said = capsys.readouterr().out
+    assert "DATA_Htrainin.mat: UNUSABLE" in said
+    assert "unusable: values lie in [-0.5, 0.5] around 0" in said
+    assert "repair: add 0.5 to every value" in said
+    assert "DATA_Htestin.mat: GOOD" in said
+
+
+def test_check_of_what_isnt_there(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("check", tmp_path / "nowhere") == 1
+    assert "is not a folder" in capsys.readouterr().err
+    run("generate", tmp_path, "--train", 2, "--val", 0, "--test", 0)
+    assert run("check", tmp_path, "--environment", "outdoor") == 1
+    assert "has no outdoor files, only indoor ones" in capsys.readouterr().err
+
+
+def test_unreadable_files_are_a_verdict(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "DATA_Htestin.mat").write_bytes(b"\0" * 300)
+    assert run("check", tmp_path) == 1
+    said = capsys.readouterr()
+    assert "DATA_Htestin.mat: UNUSABLE" in said.out
+    assert said.err == ""
+    assert run("look", tmp_path) == 1
+    assert "has rows that can be shown" in capsys.readouterr().err
+
+
+# look
+
+
+def test_look_writes_a_png(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (10, 20))
+    path = tmp_path / "channels.png"
+    assert run("look", "synthetic", "--output", path) == 0
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    run("generate", tmp_path, "--train", 0, "--val", 0, "--test", 2)
+    assert run("look", tmp_path, "--output", path) == 0  # fewer rows than panels
+    assert run("look", "synthetic", "--output", tmp_path / "channels.pdf") == 1
+    assert "ends in .png" in capsys.readouterr().err
+    assert "matplotlib.pyplot" not in sys.modules
