@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from csipipe.channels.csinet import frequency_channels
+from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
 from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.source import Images, Site
@@ -25,7 +25,6 @@ from csipipe.channels.statistics import (
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.metrics import rho, to_frequency
 
-SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
 PARTS = ("train", "val", "test")
 GENERATED = (6500, 1500)
 """Training and test rows made for statistics of generated channels."""

@@ -19,7 +19,8 @@ from csipipe.channels.matfile import count_rows, read_rows
 from csipipe.channels.source import Images, Part, Site, check_range
 from csipipe.channels.transform import shrink
 
-_SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
+SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
+"""How file names end: DATA_Htrainin.mat, DATA_Htrainout.mat."""
 _PIECE = 1024
 """Rows copied at once from a mapped file."""
 
@@ -95,14 +96,14 @@ class CsiNetSource:
                 "as in the files"
                 if part == "test"
                 else f"numpy.random.default_rng(numpy.random.SeedSequence(({self._seed}, "
-                f"{list(_SUFFIX).index(environment)}))).permutation({len(order)})"
+                f"{list(SUFFIX).index(environment)}))).permutation({len(order)})"
             ),
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
         }
 
     def _files(self, environment: Site, part: Part) -> list[Path]:
         """The first must exist; the validation file is optional."""
-        suffix = _SUFFIX[environment]
+        suffix = SUFFIX[environment]
         needed = self._folder / f"DATA_H{part}{suffix}.mat"
         if not needed.is_file():
             found = sorted(path.name for path in self._folder.glob("*.mat"))
@@ -130,7 +131,7 @@ class CsiNetSource:
         count = self.available(environment, part)
         if part == "test":
             return np.arange(count)
-        stream = np.random.SeedSequence((self._seed, list(_SUFFIX).index(environment)))
+        stream = np.random.SeedSequence((self._seed, list(SUFFIX).index(environment)))
         return np.random.default_rng(stream).permutation(count)
 
 
@@ -147,7 +148,7 @@ def frequency_channels(folder: Path, environment: Site) -> NDArray[np.complex64]
     Raises:
         ValueError: the file is damaged, or holds something else (see `matfile`, `layout`).
     """
-    path = folder / f"DATA_HtestF{_SUFFIX[environment]}_all.mat"
+    path = folder / f"DATA_HtestF{SUFFIX[environment]}_all.mat"
     if not path.is_file():
         return None
     channels = np.empty((count_rows(path, HF), HF.width), np.complex64)

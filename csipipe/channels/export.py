@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import io
 from tqdm import tqdm
 
-from csipipe.channels.checkup import SUFFIX
+from csipipe.channels.csinet import SUFFIX
 from csipipe.channels.layout import HF, HT, Layout
 from csipipe.channels.source import Part, Site
 from csipipe.channels.synthetic import SyntheticSource
