@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import checkup
+from csipipe.channels.csinet import SUFFIX
 from csipipe.channels.doctor import Examined, examine
 from csipipe.channels.source import Images, Site
 from csipipe.channels.synthetic import SyntheticSource
@@ -213,8 +214,8 @@ def test_rows_of_the_test_set_among_the_training_rows(tmp_path: Path, rows: Imag
 @pytest.mark.parametrize("site", SITES)
 def test_untruncated_channels_belong_to_the_test_rows(tmp_path: Path, site: Site) -> None:
     source = SyntheticSource(2, 32, 32)
-    save(tmp_path / f"DATA_Htest{checkup.SUFFIX[site]}.mat", source.rows(site, "test", 0, 100))
-    path = tmp_path / f"DATA_HtestF{checkup.SUFFIX[site]}_all.mat"
+    save(tmp_path / f"DATA_Htest{SUFFIX[site]}.mat", source.rows(site, "test", 0, 100))
+    path = tmp_path / f"DATA_HtestF{SUFFIX[site]}_all.mat"
     channels = source.frequency_rows(site, "test", 0, 100)
     save(path, channels, "HF_all")
     checked = checkup.check_folder(tmp_path, site)
