@@ -60,10 +60,14 @@ class Copy:
         return self.rows * HT.width * 4
 
     def open(self) -> NDArray[np.float32]:
-        """(rows, 2048) in [0, 1], mapped into memory, read-only, in the source's order."""
+        """(rows, 2048) in [0, 1], mapped into memory, in the source's order.
+
+        Copy-on-write: who writes to it changes pages of its own, never the file.
+        """
         # the header is ours and known: nothing in the file is interpreted
         offset = len(_header(self.rows))
-        return np.memmap(self.file(), np.float32, "r", offset, (self.rows, HT.width))
+        mapped = np.memmap(self.file(), np.float32, "c", offset, (self.rows, HT.width))
+        return np.asarray(mapped)
 
 
 def cache_folder() -> Path:

@@ -58,5 +58,9 @@ def _held_counts(counts: list[int], holdout: float) -> list[int]:
 
 
 def rows_of(source: Source, spans: tuple[Span, ...]) -> Images:
-    """The rows of all spans, in their order: (n, 2, A, D) float32 in [0, 1]."""
-    return np.concatenate([source.rows(*span) for span in spans])
+    """The rows of all spans, in their order: (n, 2, A, D) float32 in [0, 1].
+
+    Rows of a single span are what the source gives, which may be mapped and not copied.
+    """
+    rows = [source.rows(*span) for span in spans]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
