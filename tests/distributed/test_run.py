@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from harness import Program, errors, run_program
 from safetensors import safe_open
@@ -237,8 +236,6 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
 def test_mistakes_end_every_rank_with_one_message(
     ranks: int, settings: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    if "train__device" in settings and torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
     ended = run_program(ranks, arguments(tmp_path / "run", **settings))
     assert [rank.code for rank in ended] == [1] * ranks
     assert len(errors(ended)) == 1
