@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -135,7 +136,7 @@ class Channel:
         if not self._buffers:
             self._buffers = [self._buffer() for _ in range(self.slots)]
         self._receives = [
-            [self._irecv(buffer[peer.rows], peer.rank, m) for peer in self.peers]
+            [self._irecv(buffer[peer.rows], peer, m) for peer in self.peers]
             for m, buffer in enumerate(self._buffers)
         ]
 
@@ -146,7 +147,7 @@ class Channel:
             ConnectionError: a peer is gone, or silent for longer than the group's timeout.
         """
         for peer, work in zip(self.peers, self._receives[m], strict=True):
-            with _watch(f"waiting for {self._name(m)} from {peer.role}"):
+            with self._receiving(m, peer):
                 work.wait()
             self._count(peer, self._buffers[m])
         buffer = self._buffers[m]
@@ -159,7 +160,8 @@ class Channel:
         tensor = tensor.detach().to(self.dtype)
         tensor = (tensor.cpu() if self.staged else tensor).contiguous()
         for peer in self.peers:
-            work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
+            with self._sending(peer):
+                work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
             assert work is not None
             self._sends.append((work, peer, tensor))
             self._count(peer, tensor)
@@ -171,7 +173,7 @@ class Channel:
             ConnectionError: as `receive`.
         """
         for work, peer, _ in self._sends:
-            with _watch(f"sending {self._name()} to {peer.role}"):
+            with self._sending(peer):
                 work.wait()
         self._sends.clear()
 
@@ -180,10 +182,17 @@ class Channel:
             return host_buffer(self.shape, self.dtype, self.device)
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
-    def _irecv(self, rows: Tensor, source: int, m: int) -> dist.Work:
-        work = dist.irecv(rows, source, self.group, self._tag(m))
+    def _irecv(self, rows: Tensor, peer: Peer, m: int) -> dist.Work:
+        with self._receiving(m, peer):  # a peer that is gone may show here already
+            work = dist.irecv(rows, peer.rank, self.group, self._tag(m))
         assert work is not None
         return work
+
+    def _receiving(self, m: int, peer: Peer) -> AbstractContextManager[None]:
+        return _watch(f"waiting for {self._name(m)} from {peer.role}")
+
+    def _sending(self, peer: Peer) -> AbstractContextManager[None]:
+        return _watch(f"sending {self._name()} to {peer.role}")
 
     def _tag(self, m: int) -> int:
         return self.kind.value * _SLOTS + m
