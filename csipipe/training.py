@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -46,7 +45,7 @@ def launch(world: World, settings: Settings) -> None:
     world.ready("training")
     if dealt is not None:
         dealt.write(folder)
-    run(worker, settings, folder, tracker)
+    run(worker, settings, folder, tracker, world.size)
     world.leave()
 
 
@@ -90,11 +89,14 @@ def claim(folder: Path, settings: Settings) -> None:
         raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
 
 
-def run(worker: Worker, settings: Settings, folder: Path, tracker: Tracker | None) -> None:
+def run(
+    worker: Worker, settings: Settings, folder: Path, tracker: Tracker | None, ranks: int
+) -> None:
     """Train, evaluate and save on this rank.
 
     Args:
         tracker: rank 0's; the other ranks have none.
+        ranks: processes of the run.
     """
     started = time.monotonic()
     test = None
@@ -125,8 +127,7 @@ def run(worker: Worker, settings: Settings, folder: Path, tracker: Tracker | Non
             "seconds_per_iteration": tracker.seconds_per_iteration,
             "seconds_total": time.monotonic() - started,
             "parameters": worker.parameters,
-            "topology": asdict(settings.topology)
-            | {"stages": settings.stages, "ranks": int(os.environ.get("WORLD_SIZE", 1))},
+            "topology": asdict(settings.topology) | {"stages": settings.stages, "ranks": ranks},
         }
         tracker.finish(summary)
 

@@ -3,6 +3,7 @@
 None of them writes into the user's cache.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,3 +18,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CSIPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def cost2100() -> Path:
+    """Folder of real COST 2100 files, for tests that look at them where they are present."""
+    root = Path(__file__).resolve().parents[1]
+    found = Path(os.environ.get("CSIPIPE_COST2100", root / "../shared/data/cost2100"))
+    if not found.is_dir():
+        pytest.skip("the COST 2100 files are not here; set CSIPIPE_COST2100 to their folder")
+    return found

@@ -74,9 +74,7 @@ def trained(settings: Settings, weights: Path, device: torch.device) -> Centrali
     Raises:
         ValueError, OSError: weights or data that can't be used.
     """
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    deal = channels.deal(data, settings.topology.ues, source.available)
+    source, deal = _dealt(settings)
     test = torch.from_numpy(channels.load_test(source, deal)).to(device)
     none = np.empty((0, *test.shape[1:]), np.float32)
     ues = [UserEquipment(n, settings, none, none, device) for n in range(settings.topology.ues)]
@@ -93,11 +91,11 @@ def load(
     settings: Settings, numbers: range, device: torch.device
 ) -> tuple[list[UserEquipment], torch.Tensor]:
     """The UEs' private rows, and the common test set (B, 2, A, D)."""
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    deal = channels.deal(data, settings.topology.ues, source.available)
+    source, deal = _dealt(settings)
     ues = [
-        UserEquipment(n, settings, *channels.load_ue(source, deal, n, data.holdout), device)
+        UserEquipment(
+            n, settings, *channels.load_ue(source, deal, n, settings.data.holdout), device
+        )
         for n in numbers
     ]
     return ues, torch.from_numpy(channels.load_test(source, deal)).to(device)
@@ -112,7 +110,12 @@ def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifes
         topology = Topology(world_size, settings.stages, settings.topology.ues)
         if rank != topology.ue_ranks[0]:
             return None
+    source, deal = _dealt(settings)
+    return channels.manifest_of(deal, settings.data.holdout, source)
+
+
+def _dealt(settings: Settings) -> tuple[channels.Source, channels.Deal]:
+    """Where the channels come from, and whose they are; no values are read yet."""
     data, model = settings.data, settings.model
     source = channels.open_source(data, model.angles, model.delays)
-    deal = channels.deal(data, settings.topology.ues, source.available)
-    return channels.manifest_of(deal, data.holdout, source)
+    return source, channels.deal(data, settings.topology.ues, source.available)

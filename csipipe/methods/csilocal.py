@@ -251,7 +251,8 @@ class BtsHalf(Half):
         if self.rank == 0:
             self.reports.post()
         plan = schedule.TRAINING[self.settings.train.schedule](self.wire.micro_batches)
-        self.stage.train_iteration(plan, self.settings.train.lr_at(iteration))
+        set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
+        self.stage.train_iteration(plan)
         return self._figures()
 
     def evaluate(self, part: Part) -> Figures | None:

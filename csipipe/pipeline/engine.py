@@ -132,10 +132,8 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
 
-    def train_iteration(self, schedule: Plan, lr: float) -> None:
-        """Execute one iteration's instructions; `lr` is Adam's rate in its step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def train_iteration(self, schedule: Plan) -> None:
+        """Execute one iteration's instructions."""
         self.module.train()
         self.ports.forward_in.post()
         self.ports.backward_in.post()

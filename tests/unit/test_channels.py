@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -257,12 +256,8 @@ def test_an_empty_channel_stays_at_zero() -> None:
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_cost_2100_files(site: Site) -> None:
-    root = Path(__file__).resolve().parents[2]
-    found = Path(os.environ.get("CSIPIPE_COST2100", root / "../shared/data/cost2100"))
-    if not found.is_dir():
-        pytest.skip("the COST 2100 files are not here; set CSIPIPE_COST2100 to their folder")
-    source = open_source(csinet(found), 32, 32)
+def test_cost_2100_files(site: Site, cost2100: Path) -> None:
+    source = open_source(csinet(cost2100), 32, 32)
     count = source.available(site, "test")
     assert count is not None
     assert count > 500

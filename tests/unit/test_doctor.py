@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -251,12 +250,8 @@ def test_a_folder_without_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_cost_2100_files_are_good(site: Site) -> None:
-    root = Path(__file__).resolve().parents[2]
-    found = Path(os.environ.get("CSIPIPE_COST2100", root / "../shared/data/cost2100"))
-    if not found.is_dir():
-        pytest.skip("the COST 2100 files are not here; set CSIPIPE_COST2100 to their folder")
-    checked = checkup.check_folder(found, site)
+def test_cost_2100_files_are_good(site: Site, cost2100: Path) -> None:
+    checked = checkup.check_folder(cost2100, site)
     assert {part: words(file) for part, file in checked.files.items()} == dict.fromkeys(
         ("train", "val", "test"), ""
     )
