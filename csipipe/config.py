@@ -66,18 +66,25 @@ class TopologySettings:
     ues: int = 4
     """UEs, numbered from 0, dealt in order to the UE ranks."""
     partition: str = "type:CRBlock"
-    """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's)."""
+    """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
+    measured: by the time that each layer takes here."""
+    profile: str | None = None
+    """File for the times of partition measured: read if it exists, else written. null: none."""
 
     def __post_init__(self) -> None:
         _at_least("topology.ues", self.ues, 1)
         if self.stages is not None:
             _at_least("topology.stages", self.stages, 1)
-        if self.partition not in ("uniform", "parameters") and not self.partition.startswith(
-            "type:"
-        ):
+        named = ("uniform", "parameters", "measured")
+        if self.partition not in named and not self.partition.startswith("type:"):
             raise ValueError(
-                f"topology.partition is {self.partition!r}; expected uniform, parameters or "
+                f"topology.partition is {self.partition!r}; expected {', '.join(named)} or "
                 "type:REGEX, for example type:CRBlock."
+            )
+        if self.profile is not None and self.partition != "measured":
+            raise ValueError(
+                f"topology.profile is {self.profile!r}, but topology.partition {self.partition!r} "
+                "measures nothing; use measured, or leave the profile out."
             )
 
 
@@ -124,8 +131,10 @@ class TrainSettings:
     """Samples per UE and iteration, drawn uniformly from the UE's own rows."""
     micro_batches: int = 4
     """Micro-batches that the BTS cuts an iteration into; must divide train.batch_size."""
-    schedule: Literal["gpipe"] = "gpipe"
-    """Pipeline schedule: gpipe runs all forward passes, then all backward passes."""
+    schedule: Literal["gpipe", "1f1b", "zerobubble"] = "zerobubble"
+    """Pipeline schedule. gpipe: all forward passes, then all backward passes; 1f1b: in turn, few
+    micro-batches in memory; zerobubble: 1f1b whose weight gradients fill the gaps. All compute
+    the same, to the bit."""
     lr: float = 2e-3
     """Adam's (peak) learning rate, the same for every part."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"

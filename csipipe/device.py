@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from csipipe.config import Precision
 
@@ -71,6 +73,32 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A zeroed host tensor that transfers to and from `device` use (pinned where that helps)."""
-    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A host tensor for transfers to and from a device: pinned where there is one."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
+def upload(host: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+    """A copy of `host` on `device`, and what waits until `host` may be written to again."""
+    return host.to(device, non_blocking=True, copy=True), _mark(device)
+
+
+def download(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """A copy on the host, and what waits until it is there."""
+    host = host_buffer(tuple(tensor.shape), tensor.dtype)
+    return host.copy_(tensor, non_blocking=True), _mark(tensor.device)
+
+
+def _mark(device: torch.device) -> Callable[[], None]:
+    """What waits until `device` has done all that it was given so far."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what it was given, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

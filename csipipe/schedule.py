@@ -1,18 +1,22 @@
 """What every rank does in one iteration, as data: no processes, no tensors.
 
 The UEs are the two outermost ends of one pipeline: encoder → tail stages → head, and back. A
-schedule is the list of instructions of one rank; a loop on that rank executes it. Every send has
-its receive on the neighbour, in the same order: `tests/unit/test_schedule.py` pairs them.
+schedule is the list of instructions of one rank; `execute` runs it. Every send has its receive on
+the neighbour, in the same order: `tests/unit/test_schedule.py` pairs them.
 
-Backward passes take micro-batches in ascending order in every schedule, so that gradients are
-summed in one order and results don't depend on the schedule.
+A backward pass is cut in two: BACKWARD computes the gradient at a stage's input, for which the
+rank before waits; WEIGHTS computes the gradients of the weights, for which nobody does. Both take
+micro-batches in ascending order in every schedule, so that gradients are summed in one order and
+results don't depend on the schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+
+from csipipe.clock import Clock
 
 
 class Op(Enum):
@@ -24,8 +28,9 @@ class Op(Enum):
     RECEIVE_BACKWARD = "receive backward"  # the SEND_BACKWARD of the rank after
     BACKWARD = "backward"
     SEND_BACKWARD = "send backward"  # RECEIVE_BACKWARD of the rank before
+    WEIGHTS = "weight gradients"  # on a UE rank: the heads', of the whole mini-batch
     ENCODE = "encode"  # UE: encoder's forward pass, whole mini-batch
-    HEAD = "head"  # UE: head, loss and the head's backward pass
+    HEAD = "head"  # UE: head, loss, and the gradient at the head's input
     ENCODE_BACKWARD = "encode backward"  # UE: encoder's backward pass, whole mini-batch
     STEP = "step"  # optimiser
 
@@ -40,20 +45,61 @@ class Instruction:
 
 Plan = Iterable[Instruction]
 """One rank's instructions, in order."""
+Schedule = Callable[[int, int, int], Iterator[Instruction]]
+"""A BTS stage's training: (stage, stages, micro-batches per iteration) → its plan."""
 
 
-def gpipe(micro_batches: int) -> Iterator[Instruction]:
-    """A BTS stage's training: all forward passes, then all backward passes, then Adam."""
-    yield from stage_evaluation(micro_batches)
-    for m in range(micro_batches):
-        yield Instruction(Op.RECEIVE_BACKWARD, m)
-        yield Instruction(Op.BACKWARD, m)
-        yield Instruction(Op.SEND_BACKWARD, m)
-    yield Instruction(Op.STEP)
+def gpipe(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
+    """All forward passes, then all backward passes: holds every micro-batch at once."""
+    return _alternate(micro_batches, ahead=micro_batches, lag=0)
 
 
-TRAINING = {"gpipe": gpipe}
+def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
+    """1F1B: a stage is as many micro-batches ahead as there are ranks between it and the heads.
+
+    The heads are the last of them, so the last stage works on the next micro-batch while they
+    work on this one. Holds `stages - stage + 1` micro-batches.
+    """
+    return _alternate(micro_batches, ahead=stages - stage, lag=0)
+
+
+def zero_bubble(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
+    """1F1B whose weight gradients wait, the longer the later the stage.
+
+    Gradients reach the encoders sooner, and what was put off fills the end, where a stage would
+    wait for the ones before it. Every stage holds `stages + 2` micro-batches. After ZB-H1 in Qi
+    et al., "Zero bubble pipeline parallelism", ICLR 2024, with the UEs as first and last stage.
+    """
+    return _alternate(micro_batches, ahead=stages - stage, lag=stage + 1)
+
+
+TRAINING: dict[str, Schedule] = {
+    "gpipe": gpipe,
+    "1f1b": one_forward_one_backward,
+    "zerobubble": zero_bubble,
+}
 """A BTS stage's schedules by the name that `train.schedule` gives them."""
+
+
+def _alternate(micro_batches: int, ahead: int, lag: int) -> Iterator[Instruction]:
+    """Forward and backward passes in turn.
+
+    Args:
+        ahead: forward passes before the first backward pass.
+        lag: backward passes between one and its weight gradients.
+    """
+    for step in range(-ahead, micro_batches + lag):
+        if step + ahead < micro_batches:
+            yield Instruction(Op.RECEIVE_FORWARD, step + ahead)
+            yield Instruction(Op.FORWARD, step + ahead)
+            yield Instruction(Op.SEND_FORWARD, step + ahead)
+        if 0 <= step < micro_batches:
+            yield Instruction(Op.RECEIVE_BACKWARD, step)
+            yield Instruction(Op.BACKWARD, step)
+            yield Instruction(Op.SEND_BACKWARD, step)
+        if step >= lag:
+            yield Instruction(Op.WEIGHTS, step - lag)
+    yield Instruction(Op.STEP)
 
 
 def stage_evaluation(micro_batches: int) -> Iterator[Instruction]:
@@ -68,10 +114,11 @@ def ue_training(micro_batches: int) -> Iterator[Instruction]:
     """The UE rank's two ends of the same iteration.
 
     The encoder's BatchNorm sees the whole mini-batch, so encoding isn't cut; heads work on each
-    micro-batch as it comes back.
+    micro-batch as it comes back. The heads' weight gradients fill the wait for the last stages.
     """
     yield from ue_encoding(micro_batches)
     yield from ue_decoding(micro_batches, send_back=True)
+    yield Instruction(Op.WEIGHTS)
     for m in range(micro_batches):
         yield Instruction(Op.RECEIVE_BACKWARD, m)
     yield Instruction(Op.ENCODE_BACKWARD)
@@ -95,3 +142,40 @@ def ue_decoding(micro_batches: int, send_back: bool = False) -> Iterator[Instruc
         yield Instruction(Op.HEAD, m)
         if send_back:
             yield Instruction(Op.SEND_BACKWARD, m)
+
+
+def held(plan: Plan, start: Op, end: Op) -> int:
+    """Most micro-batches between `start` and `end` at a time: how many buffers a rank needs."""
+    now = most = 0
+    for instruction in plan:
+        now += (instruction.op is start) - (instruction.op is end)
+        most = max(most, now)
+    return most
+
+
+def execute(
+    plan: Plan,
+    whole: Mapping[Op, Callable[[], None]],
+    per_micro_batch: Mapping[Op, Callable[[int], None]],
+    clock: Clock,
+) -> None:
+    """Run a rank's instructions.
+
+    Args:
+        whole, per_micro_batch: what the rank does at instructions without and with a micro-batch.
+        clock: counts the time of each.
+    """
+    for instruction in plan:
+        if instruction.micro_batch is None:
+            whole[instruction.op]()
+        else:
+            per_micro_batch[instruction.op](instruction.micro_batch)
+        clock.note(_ACTIVITY.get(instruction.op, "compute"))
+
+
+_ACTIVITY = {
+    Op.RECEIVE_FORWARD: "wait",
+    Op.RECEIVE_BACKWARD: "wait",
+    Op.SEND_FORWARD: "send",
+    Op.SEND_BACKWARD: "send",
+}

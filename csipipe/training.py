@@ -42,6 +42,8 @@ def launch(world: World, settings: Settings) -> None:
             f"{settings.method}: {settings.stages} BTS stage(s) and {settings.topology.ues} UEs on "
             f"{world.size} rank(s), {device.type}, {threads} thread(s) each; run: {folder}"
         )
+        for note in worker.notes:
+            tracker.say(note)
     world.ready("training")
     if dealt is not None:
         dealt.write(folder)

@@ -2,8 +2,7 @@
 
 The only file that moves tensors between ranks. A message carries the rows of one micro-batch
 that one rank owns; its tag says which kind of message and which micro-batch it is, so that a
-smashed-data tensor can't be taken for a gradient. Receives are posted ahead into buffers made
-once; sends are not waited for until the iteration ends.
+smashed-data tensor can't be taken for a gradient.
 
 Everything that crosses is a tensor of a shape that both ends computed; nothing is unpickled.
 """
@@ -11,7 +10,9 @@ Everything that crosses is a tensor of a shape that both ends computed; nothing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from csipipe.device import host_buffer
+from csipipe.device import download, host_buffer, upload
 from csipipe.topology import Topology
 
 
@@ -97,14 +98,22 @@ class Peer:
     role: str = ""
 
 
-class Channel:
-    """Messages of one kind between this rank and its peers, one slot per micro-batch.
+_Works = list[tuple[dist.Work, Peer, Tensor]]
 
-    Made by `Wire`. Tensors are staged through host memory unless the group is NCCL's.
+
+class Channel:
+    """Messages of one kind between this rank and its peers, one per micro-batch.
+
+    Made by `Wire`. Receives are posted ahead into a ring of buffers, sends are not waited for.
+    Unless the group is NCCL's, tensors of a GPU are staged through pinned host memory, and a
+    thread of the channel's own hands them over once they have been copied.
 
     Args:
         shape: rows of one micro-batch at this end over all peers, then the shape of one row.
         slots: micro-batches per iteration.
+
+    Attributes:
+        window: sends under way before `send` waits for the oldest; bounds what is kept for them.
     """
 
     def __init__(
@@ -121,65 +130,104 @@ class Channel:
         self.kind = kind
         self.peers = peers
         self.shape = shape
-        self.slots = slots
+        self.slots = self.window = slots
         self.dtype = dtype
         self.device = device
         self.ledger = ledger if kind in COUNTED else None
         self.group = group
-        self.staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
+        staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
+        self._thread = ThreadPoolExecutor(1) if staged else None
         self._buffers: list[Tensor] = []
-        self._receives: list[list[dist.Work]] = []
-        self._sends: list[tuple[dist.Work, Peer, Tensor]] = []
+        self._uploaded: dict[int, Callable[[], None]] = {}
+        self._receives: dict[int, list[dist.Work]] = {}
+        self._sends: deque[_Works | Future[_Works]] = deque()
+        self._ahead = slots
 
-    def post(self) -> None:
-        """Post the receives of an iteration, into buffers made the first time."""
-        if not self._buffers:
-            self._buffers = [self._buffer() for _ in range(self.slots)]
-        self._receives = [
-            [self._irecv(buffer[peer.rows], peer, m) for peer in self.peers]
-            for m, buffer in enumerate(self._buffers)
-        ]
+    def post(self, ahead: int | None = None) -> None:
+        """Post the receives of an iteration's first micro-batches; `release` posts the others.
+
+        Args:
+            ahead: how many micro-batches are received before the first is released; None: all.
+        """
+        self._ahead = min(self.slots if ahead is None else ahead, self.slots)
+        while len(self._buffers) < self._ahead:
+            self._buffers.append(self._buffer())
+        for m in range(self._ahead):
+            self._post(m)
 
     def receive(self, m: int) -> Tensor:
-        """Micro-batch `m` on the device, of `shape`. Valid until the next `post`.
+        """Micro-batch `m` on the device, of `shape`. Valid until it is released.
 
         Raises:
             ConnectionError: a peer is gone, or silent for longer than the group's timeout.
         """
-        for peer, work in zip(self.peers, self._receives[m], strict=True):
+        buffer = self._buffers[m % self._ahead]
+        for peer, work in zip(self.peers, self._receives.pop(m), strict=True):
             with self._receiving(m, peer):
                 work.wait()
-            self._count(peer, self._buffers[m])
-        buffer = self._buffers[m]
-        # a blocking copy: the next `post` lets peers write into the host buffer
-        return buffer.to(self.device) if self.staged else buffer
+            self._count(peer, buffer)
+        if self._thread is None:
+            return buffer
+        tensor, self._uploaded[m % self._ahead] = upload(buffer, self.device)
+        return tensor
+
+    def release(self, m: int) -> None:
+        """Nobody needs what `receive` returned for `m` any more: its buffer takes another."""
+        if m + self._ahead < self.slots:
+            self._post(m + self._ahead)
 
     def send(self, m: int, tensor: Tensor) -> None:
-        """Send micro-batch `m`, of `shape`, without waiting; `finish` waits."""
-        assert tensor.shape == self.shape, (self.kind, tuple(tensor.shape), self.shape)
-        tensor = tensor.detach().to(self.dtype)
-        tensor = (tensor.cpu() if self.staged else tensor).contiguous()
-        for peer in self.peers:
-            with self._sending(peer):
-                work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
-            assert work is not None
-            self._sends.append((work, peer, tensor))
-            self._count(peer, tensor)
-
-    def finish(self) -> None:
-        """Wait for the sends since the last `finish`.
+        """Send micro-batch `m`, of `shape`, without waiting; `finish` waits.
 
         Raises:
             ConnectionError: as `receive`.
         """
-        for work, peer, _ in self._sends:
+        assert tensor.shape == self.shape, (self.kind, tuple(tensor.shape), self.shape)
+        while len(self._sends) >= self.window:
+            self._settle()
+        tensor = tensor.detach().to(self.dtype)
+        if self._thread is None:
+            self._sends.append(self._start(m, tensor.contiguous()))
+        else:
+            self._sends.append(self._thread.submit(self._start, m, *download(tensor)))
+        for peer in self.peers:
+            self._count(peer, tensor)
+
+    def finish(self) -> None:
+        """Wait for the sends since the last `finish`; raises as `receive`."""
+        while self._sends:
+            self._settle()
+
+    def _start(
+        self, m: int, tensor: Tensor, downloaded: Callable[[], None] | None = None
+    ) -> _Works:
+        """Hand a host (NCCL: device) tensor over to the group once it is there."""
+        if downloaded is not None:
+            downloaded()
+        works = []
+        for peer in self.peers:
+            with self._sending(peer):
+                work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
+            assert work is not None
+            works.append((work, peer, tensor))  # the tensor must live until it is sent
+        return works
+
+    def _settle(self) -> None:
+        """Wait for the oldest send under way."""
+        works = self._sends.popleft()
+        for work, peer, _ in works.result() if isinstance(works, Future) else works:
             with self._sending(peer):
                 work.wait()
-        self._sends.clear()
+
+    def _post(self, m: int) -> None:
+        place = m % self._ahead
+        if place in self._uploaded:  # the device may still be reading from it
+            self._uploaded.pop(place)()
+        self._receives[m] = [self._irecv(self._buffers[place][p.rows], p, m) for p in self.peers]
 
     def _buffer(self) -> Tensor:
-        if self.staged or self.device.type == "cpu":
-            return host_buffer(self.shape, self.dtype, self.device)
+        if self._thread is not None:
+            return host_buffer(self.shape, self.dtype)
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def _irecv(self, rows: Tensor, peer: Peer, m: int) -> dist.Work:

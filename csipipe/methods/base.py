@@ -23,6 +23,8 @@ class Worker(Protocol):
 
     parameters: dict[str, int]
     """Trainable scalars of `encoder`, `tail` and `head`."""
+    notes: list[str]
+    """What rank 0 tells the user before training, a line each."""
 
     @property
     def has_holdout(self) -> bool:

@@ -48,10 +48,13 @@ class Centralised:
         if shared:
             for ue in ues[1:]:
                 ue.encoder, ue.head = ues[0].encoder, ues[0].head
+        # as on a UE rank: one product per head instead of one per micro-batch
+        self.pending = models.put_off(ue.head for ue in ues)
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = count_parts(settings.model)
+        self.notes: list[str] = []
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:
@@ -121,6 +124,8 @@ class Centralised:
             if training:
                 torch.autograd.backward(objective / (len(ues) if self.shared else 1))
         if training:
+            models.accumulate(models.joined(self.pending))
+            self.pending.clear()
             torch.autograd.backward(z_UBC, [z.grad for z in leaves])
         return sums.cpu()
 

@@ -11,6 +11,7 @@ A angles, D delays, C = c1 or c2.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models, schedule
+from csipipe.clock import Clock
 from csipipe.config import Settings
-from csipipe.figures import WIDTH, Figures
+from csipipe.figures import WIDTH, Figures, row_sums
 from csipipe.methods.base import Part, adam, padded, set_rate
 from csipipe.methods.half import Half
-from csipipe.methods.ue import UserEquipment, losses
+from csipipe.methods.ue import UserEquipment
+from csipipe.metrics import floor_loss, paper_loss
+from csipipe.pipeline import balance
 from csipipe.schedule import Op
 from csipipe.topology import Topology
 from csipipe.wire import Channel, Kind, connect_stages
@@ -54,6 +58,7 @@ class UeHalf(Half):
         self.output = self.wire.link(Kind.OUTPUT, model.c2)
         self.output_gradient = self.wire.link(Kind.OUTPUT_GRADIENT, model.c2)
         self.smashed_gradient = self.wire.link(Kind.SMASHED_GRADIENT, model.c1)
+        self.pending = models.put_off(ue.head for ue in ues)
         self.agree_on_batches({"holdout": max(len(ue.holdout) for ue in ues), "test": len(test)})
 
     def train_iteration(self, iteration: int) -> None:
@@ -66,8 +71,10 @@ class UeHalf(Half):
         self.output.post()
         self.smashed_gradient.post()
         batch = _UeBatch(self, [ue.draw(size) for ue in self.ues], [size] * len(self.ues))
-        batch.execute(schedule.ue_training(self.wire.micro_batches))
-        self._report(batch.sums)
+        self.clock.note("compute")
+        batch.execute(schedule.ue_training(self.wire.micro_batches), self.clock)
+        self._report(batch.sums())
+        self.clock.note("send")
 
     def evaluate(self, part: Part) -> None:
         """Forward passes only, over whole batches; rows of the padding don't count.
@@ -81,6 +88,7 @@ class UeHalf(Half):
         for ue in self.ues:
             ue.train(False)
         ahead: list[_UeBatch] = []
+        self.output.post()  # before anything is sent: the BTS keeps few messages under way
         with torch.no_grad():
             for start in range(0, self.batches[part] * size, size):
                 batch = _UeBatch(
@@ -88,10 +96,11 @@ class UeHalf(Half):
                     [padded(h, start, size) for h in rows],
                     [min(size, max(0, len(h) - start)) for h in rows],
                 )
-                batch.execute(schedule.ue_encoding(self.wire.micro_batches))
+                batch.execute(schedule.ue_encoding(self.wire.micro_batches), Clock())
                 ahead.append(batch)
                 if len(ahead) > 1:
                     sums += self._decode(ahead.pop(0))
+                    self.output.post()
                     self.smashed.finish()
             for batch in ahead:
                 sums += self._decode(batch)
@@ -99,9 +108,8 @@ class UeHalf(Half):
         self._report(sums)
 
     def _decode(self, batch: _UeBatch) -> Tensor:
-        self.output.post()
-        batch.execute(schedule.ue_decoding(self.wire.micro_batches))
-        return batch.sums
+        batch.execute(schedule.ue_decoding(self.wire.micro_batches), Clock())
+        return batch.sums()
 
     def save_weights(self, folder: Path) -> None:
         for ue in self.ues:
@@ -127,23 +135,38 @@ class _UeBatch:
 
     def __init__(self, half: UeHalf, h_UBAD: list[Tensor], valid: list[int]) -> None:
         self.half = half
-        self.h_UBAD = h_UBAD
+        self.h_UBAD = torch.stack(h_UBAD)
         self.valid = valid
         self.rows = half.wire.rows
-        self.sums = torch.zeros(len(h_UBAD), WIDTH, dtype=torch.float64, device=half.device)
         self.z_UBC: list[Tensor] = []
         self.z_MRC: list[Tensor] = []
         self.y: dict[int, Tensor] = {}
         self.dy: dict[int, Tensor] = {}
         self.dz: dict[int, Tensor] = {}
+        self.loss_UB = self.h_UBAD.new_zeros(self.h_UBAD.shape[:2])
 
-    def execute(self, plan: schedule.Plan) -> None:
+    def execute(self, plan: schedule.Plan, clock: Clock) -> None:
         """Execute the UE rank's instructions."""
-        for instruction in plan:
-            if instruction.micro_batch is None:
-                _WHOLE[instruction.op](self)
-            else:
-                _PER_MICRO_BATCH[instruction.op](self, instruction.micro_batch)
+        whole = {
+            Op.ENCODE: self.encode,
+            Op.WEIGHTS: self.weight_gradients,
+            Op.ENCODE_BACKWARD: self.encode_backward,
+            Op.STEP: self.step,
+        }
+        per_micro_batch = {
+            Op.SEND_FORWARD: self.send_forward,
+            Op.RECEIVE_FORWARD: self.receive_forward,
+            Op.HEAD: self.head,
+            Op.SEND_BACKWARD: self.send_backward,
+            Op.RECEIVE_BACKWARD: self.receive_backward,
+        }
+        schedule.execute(plan, whole, per_micro_batch, clock)
+
+    def sums(self) -> Tensor:
+        """(UEs, WIDTH) figures of the rows that count."""
+        floor_UB = floor_loss(self.h_UBAD.flatten(0, 1)).view_as(self.loss_UB)
+        parts = zip(self.loss_UB, floor_UB, self.valid, strict=True)
+        return torch.stack([row_sums(loss[:n], floor[:n]) for loss, floor, n in parts])
 
     def encode(self) -> None:
         half = self.half
@@ -162,53 +185,43 @@ class _UeBatch:
 
     def head(self, m: int) -> None:
         """Reconstruction and loss of micro-batch `m`, and the gradient at the heads' input."""
-        first = m * self.rows
-        gradients = []
-        for u, ue in enumerate(self.half.ues):
-            y = self.y[m][u * self.rows : (u + 1) * self.rows]
-            y = y.detach().requires_grad_(torch.is_grad_enabled())
-            with self.half.autocast():
-                h_hat = ue.head(y)
-            h = self.h_UBAD[u][first : first + self.rows]
-            loss, sums = losses(h_hat, h, min(self.rows, max(0, self.valid[u] - first)))
-            self.sums[u] += sums
-            if torch.is_grad_enabled():
-                # a UE's loss is the mean over its whole mini-batch
-                torch.autograd.backward(loss.sum() / len(self.h_UBAD[u]))
-                assert y.grad is not None
-                gradients.append(y.grad)
-        if gradients:
-            self.dy[m] = torch.cat(gradients)
+        part = slice(m * self.rows, (m + 1) * self.rows)
+        training = torch.is_grad_enabled()
+        y = self.y.pop(m).detach().requires_grad_(training)
+        with self.half.autocast():
+            h_hats = [
+                ue.head(y_RC)
+                for ue, y_RC in zip(self.half.ues, torch.split(y, self.rows), strict=True)
+            ]
+        # what has no weights goes for all UEs at once
+        loss = paper_loss(torch.cat(h_hats).float(), self.h_UBAD[:, part].flatten(0, 1))
+        self.loss_UB[:, part] = loss.detach().view(len(h_hats), -1)
+        if training:
+            # a UE's loss is the mean over its whole mini-batch
+            torch.autograd.backward(loss.sum() / self.h_UBAD.shape[1])
+            assert y.grad is not None
+            self.dy[m] = y.grad
 
     def send_backward(self, m: int) -> None:
         self.half.output_gradient.send(m, self.dy.pop(m))
+
+    def weight_gradients(self) -> None:
+        models.accumulate(models.joined(self.half.pending))
+        self.half.pending.clear()
 
     def receive_backward(self, m: int) -> None:
         self.dz[m] = self.half.smashed_gradient.receive(m)
 
     def encode_backward(self) -> None:
         dz_MRC = torch.stack([self.dz[m] for m in range(len(self.dz))])
-        for u, z in enumerate(self.z_UBC):
-            rows = slice(u * self.rows, (u + 1) * self.rows)
-            torch.autograd.backward(z, dz_MRC[:, rows].flatten(0, 1).to(z.dtype))
+        dz_UBC = [rows.flatten(0, 1) for rows in torch.split(dz_MRC, self.rows, dim=1)]
+        torch.autograd.backward(
+            self.z_UBC, [dz.to(z.dtype) for dz, z in zip(dz_UBC, self.z_UBC, strict=True)]
+        )
 
     def step(self) -> None:
         for ue in self.half.ues:
             ue.step()
-
-
-_WHOLE = {
-    Op.ENCODE: _UeBatch.encode,
-    Op.ENCODE_BACKWARD: _UeBatch.encode_backward,
-    Op.STEP: _UeBatch.step,
-}
-_PER_MICRO_BATCH = {
-    Op.SEND_FORWARD: _UeBatch.send_forward,
-    Op.RECEIVE_FORWARD: _UeBatch.receive_forward,
-    Op.HEAD: _UeBatch.head,
-    Op.SEND_BACKWARD: _UeBatch.send_backward,
-    Op.RECEIVE_BACKWARD: _UeBatch.receive_backward,
-}
 
 
 class BtsHalf(Half):
@@ -232,7 +245,8 @@ class BtsHalf(Half):
         train, timeout = settings.train, settings.run.timeout
         engine.open_subworld(world.bts_group(topology.stages, device, timeout), timeout)
         tail = models.build_tail(settings.model, train.seed)
-        module = engine.TailModule(tail, topology.stages, settings.topology.partition)
+        cuts = self._measure(tail) if settings.topology.partition == "measured" else None
+        module = engine.TailModule(tail, topology.stages, settings.topology.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts
         self.stage = engine.TailStage(
@@ -242,7 +256,13 @@ class BtsHalf(Half):
             rows=self.wire.rows * topology.ues,
             micro_batches=train.micro_batches,
             ports=engine.Ports(**self._ports(world, timeout)),
+            clock=self.clock,
         )
+        if train.micro_batches < topology.stages:
+            self.notes.append(
+                f"train.micro_batches {train.micro_batches} are fewer than the {topology.stages} "
+                "stages: some stages always wait; more micro-batches fill the pipeline."
+            )
         self.agree_on_batches({"holdout": 0, "test": 0})
 
     def train_iteration(self, iteration: int) -> Figures | None:
@@ -250,10 +270,13 @@ class BtsHalf(Half):
         self.start(iteration)
         if self.rank == 0:
             self.reports.post()
-        plan = schedule.TRAINING[self.settings.train.schedule](self.wire.micro_batches)
         set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
-        self.stage.train_iteration(plan)
-        return self._figures()
+        plan = schedule.TRAINING[self.settings.train.schedule]
+        stages, micro_batches = self.topology.stages, self.wire.micro_batches
+        self.stage.train_iteration(plan(self.rank, stages, micro_batches))
+        figures = self._figures()
+        self.clock.note("wait")
+        return figures
 
     def evaluate(self, part: Part) -> Figures | None:
         """Forward passes only."""
@@ -282,6 +305,19 @@ class BtsHalf(Half):
             flat.append(channel.receive(0))
         state = checkpoint.unflatten(torch.cat(flat), tail)
         checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
+
+    def _measure(self, tail: list[nn.Module]) -> list[int]:
+        """Cuts by the layers' time on rank 0, whose word holds for all stages."""
+        cuts = ""
+        if self.rank == 0:
+            rows = self.wire.rows * self.topology.ues
+            settings, precision = self.settings, self.settings.train.precision
+            file = settings.topology.profile
+            seconds = balance.profile(settings.model, rows, precision, self.device, file)
+            parts = balance.cut(seconds, tail, self.topology.stages)
+            self.notes.append(balance.report(seconds, parts))
+            cuts = json.dumps(parts)
+        return [int(layer) for layer in json.loads(self.world.shared("cuts", cuts))]
 
     def _figures(self) -> Figures | None:
         return Figures(self.reports.receive(0).clone()) if self.rank == 0 else None

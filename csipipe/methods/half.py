@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.device import autocast, wire_dtype
 from csipipe.figures import WIDTH
@@ -39,6 +40,8 @@ class Half:
         self.parameters = count_parts(settings.model)
         self.reports = self.wire.reports(WIDTH)
         self.decisions = self.wire.decisions()
+        self.clock = Clock()
+        self.notes: list[str] = []
         self.batches: dict[str, int] = {}
 
     @property
@@ -58,7 +61,8 @@ class Half:
         return autocast(self.settings.train.precision, self.device)
 
     def start(self, iteration: int) -> None:
-        """Say where this rank is, should it have to report an error."""
+        """Start the clock, and say where this rank is, should it have to report an error."""
+        self.clock.start()
         self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
 
     def exchanged(self) -> Ledger:

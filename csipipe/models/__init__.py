@@ -8,12 +8,17 @@ from csipipe.models.autoencoder import (
     tail_shapes,
 )
 from csipipe.models.crblock import CRBlock
+from csipipe.models.layers import Pending, accumulate, joined, put_off
 
 __all__ = [
     "CRBlock",
+    "Pending",
+    "accumulate",
     "build_encoder",
     "build_head",
     "build_tail",
     "count_parameters",
+    "joined",
+    "put_off",
     "tail_shapes",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from csipipe.config import ModelSettings
 from csipipe.models.crblock import SLOPE, CRBlock
+from csipipe.models.layers import Conv2d, Linear
 
 T = TypeVar("T")
 
@@ -34,11 +35,11 @@ def build_encoder(model: ModelSettings, seed: int) -> nn.Sequential:
         1,
         seed,
         lambda: nn.Sequential(
-            nn.Conv2d(2, 2, 3, padding=1),
+            Conv2d(2, 2, (3, 3), bias=True),
             nn.BatchNorm2d(2),
-            nn.LeakyReLU(SLOPE),
+            nn.LeakyReLU(SLOPE, inplace=True),
             nn.Flatten(),
-            nn.Linear(reals, model.c1),
+            Linear(reals, model.c1),
         ),
     )
 
@@ -51,14 +52,14 @@ def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
         2,
         seed,
         lambda: [
-            nn.Linear(model.c1, reals),
+            Linear(model.c1, reals),
             nn.Unflatten(1, image),
-            nn.Conv2d(2, 2, 3, padding=1),
+            Conv2d(2, 2, (3, 3), bias=True),
             nn.LeakyReLU(SLOPE),
             CRBlock(model.kernels),
             CRBlock(model.kernels),
             nn.Flatten(),
-            nn.Linear(reals, model.c2),
+            Linear(reals, model.c2),
         ],
     )
 
@@ -74,7 +75,7 @@ def build_head(model: ModelSettings, seed: int) -> nn.Sequential:
     reals = 2 * model.angles * model.delays
 
     def build() -> nn.Sequential:
-        last = nn.Linear(model.c2, reals)
+        last = Linear(model.c2, reals)
         with torch.no_grad():
             last.weight.mul_(0.1)
             last.bias.mul_(0.1)
@@ -85,7 +86,7 @@ def build_head(model: ModelSettings, seed: int) -> nn.Sequential:
 
 def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:
     """Shape of one row before each tail layer and after the last: 9 shapes for 8 layers."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         x = torch.empty(1, model.c1)
         shapes = [tuple(x.shape[1:])]
         for layer in build_tail(model, seed=0):

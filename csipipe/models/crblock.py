@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.config import Kernel
+from csipipe.models.layers import Conv2d
 
 CHANNELS = 7
 """Channels inside a CRBlock's paths, as in CRNet."""
@@ -19,14 +20,14 @@ SLOPE = 0.3
 
 def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
     """Convolution that keeps the image's size, then BatchNorm (which makes a bias needless)."""
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False), nn.BatchNorm2d(outputs)
-    )
+    return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), nn.BatchNorm2d(outputs))
 
 
 class CRBlock(nn.Module):
     """Parallel paths of convolutions, joined by a 1×1 convolution, added to the input.
+
+    Activations overwrite their input, which nobody needs again (BatchNorm keeps its own input):
+    the same numbers, a third less memory for the backward pass.
 
     (B, 2, A, D) → (B, 2, A, D), with A angles and D delays. 1,425 parameters with CRNet's
     kernels (3×3, 1×9, 9×1 beside 1×5, 5×1).
@@ -35,7 +36,7 @@ class CRBlock(nn.Module):
     def __init__(self, kernels: tuple[tuple[Kernel, ...], ...]) -> None:
         super().__init__()
         self.paths = nn.ModuleList(self._path(path) for path in kernels)
-        self.act = nn.LeakyReLU(SLOPE)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
         self.join = _conv_bn(CHANNELS * len(kernels), 2, (1, 1))
 
     @staticmethod
@@ -43,12 +44,12 @@ class CRBlock(nn.Module):
         layers: list[nn.Module] = []
         for i, kernel in enumerate(kernels):
             if i:  # an activation between convolutions; the one after the path is applied jointly
-                layers.append(nn.LeakyReLU(SLOPE))
+                layers.append(nn.LeakyReLU(SLOPE, inplace=True))
             layers.append(_conv_bn(CHANNELS if i else 2, CHANNELS, kernel))
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 2, A, D) → (B, 2, A, D)."""
         joined = self.join(self.act(torch.cat([path(x) for path in self.paths], dim=1)))
-        out: Tensor = self.act(joined + x)
+        out: Tensor = self.act(joined.add_(x))
         return out

@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,16 +24,21 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger as ds_logger
 from torch import Tensor, nn
 
+from csipipe.clock import Clock
+from csipipe.models import Pending, accumulate, put_off
 from csipipe.pipeline import subworld
 from csipipe.pipeline.settings import with_batches
-from csipipe.schedule import Op, Plan
+from csipipe.schedule import Instruction, Op, Plan, execute, held
 
 
 class Port(Protocol):
     """One kind of message to or from a neighbour (`csipipe.wire.Channel`)."""
 
-    def post(self) -> None: ...
+    window: int
+
+    def post(self, ahead: int | None = None) -> None: ...
     def receive(self, m: int) -> Tensor: ...
+    def release(self, m: int) -> None: ...
     def send(self, m: int, tensor: Tensor) -> None: ...
     def finish(self) -> None: ...
 
@@ -50,11 +56,17 @@ class Ports:
 class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
     """The decoder tail, cut into stages; this rank keeps the layers of its own.
 
+    Args:
+        cuts: for partition measured: first layer of every stage, then the number of layers.
+
     Raises:
         ValueError: a partition that leaves a stage without layers or without parameters.
     """
 
-    def __init__(self, layers: list[nn.Module], stages: int, partition: str) -> None:
+    def __init__(
+        self, layers: list[nn.Module], stages: int, partition: str, cuts: list[int] | None = None
+    ) -> None:
+        self._cuts = cuts
         try:
             # PipelineModule prints its seeds and topology from rank 0
             with contextlib.redirect_stdout(io.StringIO()):
@@ -70,7 +82,12 @@ class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no type
         self._layer_specs: list[nn.Module] = []  # the other stages' layers
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        super()._partition_layers(method)
+        if self._cuts is None:
+            super()._partition_layers(method)
+        else:
+            stage = self.stage_id
+            self.parts = self._cuts
+            self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
         check_partition(self._layer_specs, self.parts, method)
 
 
@@ -104,6 +121,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         rows: rows of a micro-batch, over all UEs.
         micro_batches: micro-batches per iteration.
         ports: where messages come from and go to.
+        clock: counts this rank's time while it trains.
     """
 
     def __init__(
@@ -114,6 +132,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         rows: int,
         micro_batches: int,
         ports: Ports,
+        clock: Clock,
     ) -> None:
         mpu = module.mpu()
         config = with_batches(deepspeed, rows, micro_batches)
@@ -128,67 +147,95 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
             config_class=DeepSpeedConfig(config, mpu),
         )
         self.ports = ports
+        self.clock = clock
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        self._pending = put_off([module])
+        self._weights: dict[int, list[Pending]] = {}
 
-    def train_iteration(self, schedule: Plan) -> None:
+    def train_iteration(self, plan: Plan) -> None:
         """Execute one iteration's instructions."""
+        plan = list(plan)
         self.module.train()
-        self.ports.forward_in.post()
-        self.ports.backward_in.post()
-        self._execute(schedule)
+        self._open(plan, Op.WEIGHTS)
+        self.clock.start()
+        execute(plan, self._whole, self._per_micro_batch, self.clock)
         self.ports.forward_out.finish()
         self.ports.backward_out.finish()
+        self.clock.note("send")
 
-    def evaluate_iteration(self, schedule: Plan) -> None:
+    def evaluate_iteration(self, plan: Plan) -> None:
         """Execute forward passes only, BatchNorm by its running statistics."""
+        plan = list(plan)
         self.module.eval()
-        self.ports.forward_in.post()
+        self._open(plan, Op.FORWARD)
         with torch.no_grad():
-            self._execute(schedule)
+            execute(plan, self._whole, self._per_micro_batch, Clock())
         self.ports.forward_out.finish()
-        self._outputs.clear()
-        self._inputs.clear()
 
-    def _execute(self, schedule: Plan) -> None:
-        for instruction in schedule:
-            m = instruction.micro_batch
-            if m is None:
-                assert instruction.op is Op.STEP
-                self._exec_reduce_grads()
-                self._exec_optimizer_step()
-            else:
-                _STEPS[instruction.op](self, m)
+    def _open(self, plan: list[Instruction], end: Op) -> None:
+        """Post receives: of the micro-batches that are held at a time until `end`, and one more.
+
+        Sends under way are as few, so that memory follows the schedule and not the mini-batch.
+        """
+        ahead = held(plan, Op.RECEIVE_FORWARD, end) + 1
+        self.ports.forward_in.post(ahead)
+        self.ports.forward_out.window = self.ports.backward_out.window = ahead
+        if end is Op.WEIGHTS:
+            self.ports.backward_in.post(held(plan, Op.RECEIVE_BACKWARD, end) + 1)
 
     def _receive_forward(self, m: int) -> None:
         self._inputs[m] = self.ports.forward_in.receive(m)
 
     def _forward_micro_batch(self, m: int) -> None:
         # a leaf, so that its gradient can be taken for whoever sent it
-        x = self._inputs[m].detach().requires_grad_(torch.is_grad_enabled())
-        self._inputs[m] = x
+        x = self._inputs.pop(m).detach().requires_grad_(torch.is_grad_enabled())
         # not PipelineEngine's, which only answers to its own schedules
         self._outputs[m] = DeepSpeedEngine.forward(self, x)
+        if torch.is_grad_enabled():
+            self._inputs[m] = x
+        else:
+            self.ports.forward_in.release(m)
 
     def _send_forward(self, m: int) -> None:
-        self.ports.forward_out.send(m, self._outputs[m])
+        keep = torch.is_grad_enabled()
+        self.ports.forward_out.send(m, self._outputs[m] if keep else self._outputs.pop(m))
 
     def _receive_backward(self, m: int) -> None:
         self._gradients[m] = self.ports.backward_in.receive(m)
 
     def _backward_micro_batch(self, m: int) -> None:
         output, gradient = self._outputs.pop(m), self._gradients.pop(m)
-        self._running_engine_backward = True  # or DeepSpeed refuses tensor.backward()
-        try:
+        with self._allowed():
             torch.autograd.backward(output, gradient.to(output.dtype))
-        finally:
-            self._running_engine_backward = False
+        self._weights[m] = self._pending.copy()
+        self._pending.clear()
 
     def _send_backward(self, m: int) -> None:
         gradient = self._inputs.pop(m).grad
         assert gradient is not None
         self.ports.backward_out.send(m, gradient)
+
+    def _weight_gradients(self, m: int) -> None:
+        with self._allowed():
+            accumulate(self._weights.pop(m))
+        # only now: the layers at the two ends kept what was received
+        self.ports.forward_in.release(m)
+        self.ports.backward_in.release(m)
+
+    def _step(self) -> None:
+        self._exec_reduce_grads()
+        self._exec_optimizer_step()
+
+    @contextlib.contextmanager
+    def _allowed(self) -> Iterator[None]:
+        """DeepSpeed refuses backward passes that it did not start itself."""
+        self._running_engine_backward = True
+        try:
+            yield
+        finally:
+            self._running_engine_backward = False
 
     def _backward_prologue_per_tensor(self, grad: Tensor) -> Tensor:
         """Leave gradients as they come: DeepSpeed would divide the last stage's by M.
@@ -197,15 +244,21 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         """
         return grad
 
+    @property
+    def _whole(self) -> dict[Op, Callable[[], None]]:
+        return {Op.STEP: self._step}
 
-_STEPS = {
-    Op.RECEIVE_FORWARD: TailStage._receive_forward,
-    Op.FORWARD: TailStage._forward_micro_batch,
-    Op.SEND_FORWARD: TailStage._send_forward,
-    Op.RECEIVE_BACKWARD: TailStage._receive_backward,
-    Op.BACKWARD: TailStage._backward_micro_batch,
-    Op.SEND_BACKWARD: TailStage._send_backward,
-}
+    @property
+    def _per_micro_batch(self) -> dict[Op, Callable[[int], None]]:
+        return {
+            Op.RECEIVE_FORWARD: self._receive_forward,
+            Op.FORWARD: self._forward_micro_batch,
+            Op.SEND_FORWARD: self._send_forward,
+            Op.RECEIVE_BACKWARD: self._receive_backward,
+            Op.BACKWARD: self._backward_micro_batch,
+            Op.SEND_BACKWARD: self._send_backward,
+            Op.WEIGHTS: self._weight_gradients,
+        }
 
 
 def open_subworld(group: dist.ProcessGroup, timeout: float) -> None:

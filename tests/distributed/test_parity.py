@@ -19,10 +19,12 @@ NOISE = "encoder.0.bias"
 
 
 @cache
-def csilocal(stages: int, ue_ranks: int, micro_batches: int, partition: str) -> dict[str, Any]:
+def csilocal(
+    stages: int, ue_ranks: int, micro_batches: int, partition: str, schedule: str = "zerobubble"
+) -> dict[str, Any]:
     settings = small(
         topology={"stages": stages, "partition": partition},
-        train={"micro_batches": micro_batches},
+        train={"micro_batches": micro_batches, "schedule": schedule},
     )
     return joined(run_world(stages + ue_ranks, split, settings))
 
@@ -66,13 +68,33 @@ def test_split_training_is_unsplit_training(stages: int, micro_batches: int, ue_
 
 @pytest.mark.parametrize(
     ("stages", "ue_ranks", "partition"),
-    [(2, 1, "uniform"), (4, 1, "uniform"), (2, 2, "type:CRBlock"), (2, 4, "parameters")],
+    [
+        (2, 1, "uniform"),
+        (4, 1, "uniform"),
+        (2, 2, "type:CRBlock"),
+        (2, 4, "parameters"),
+        (3, 2, "measured"),
+    ],
 )
 def test_stages_partition_and_placement_change_no_bit(
     stages: int, ue_ranks: int, partition: str
 ) -> None:
-    one = csilocal(1, 1, 4, "uniform")
-    other = csilocal(stages, ue_ranks, 4, partition)
+    assert_same_bits(csilocal(1, 1, 4, "uniform"), csilocal(stages, ue_ranks, 4, partition))
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_schedules_change_no_bit(stages: int, micro_batches: int) -> None:
+    """With fewer micro-batches than stages too; 8 go around the ring of buffers more than once."""
+    plans = [
+        csilocal(stages, 1, micro_batches, "uniform", name)
+        for name in ("gpipe", "1f1b", "zerobubble")
+    ]
+    for other in plans[1:]:
+        assert_same_bits(plans[0], other)
+
+
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["losses"] == other["losses"]
     assert one["parameters"].keys() == other["parameters"].keys()
     for name, parameter in one["parameters"].items():

@@ -1,13 +1,16 @@
-"""Schedules as data: order, and the pairing of sends and receives."""
+"""Schedules as data: order, pairing of sends and receives, buffers in flight, no deadlock."""
 
 from __future__ import annotations
 
 import pytest
 
+from csipipe.clock import Clock
 from csipipe.schedule import (
+    TRAINING,
     Instruction,
     Op,
-    gpipe,
+    execute,
+    held,
     stage_evaluation,
     ue_decoding,
     ue_encoding,
@@ -15,25 +18,146 @@ from csipipe.schedule import (
 )
 
 SIZES = [1, 2, 4, 7]
+STAGES = [1, 2, 3, 5]
+PAIRS = {Op.SEND_FORWARD: Op.RECEIVE_FORWARD, Op.SEND_BACKWARD: Op.RECEIVE_BACKWARD}
+
+every_schedule = pytest.mark.parametrize("name", TRAINING)
+every_size = pytest.mark.parametrize("size", SIZES)
+every_depth = pytest.mark.parametrize("stages", STAGES)
+
+
+def plans(name: str, stages: int, size: int) -> list[list[Instruction]]:
+    """Every rank's plan: the stages', then one UE rank's."""
+    bts = [list(TRAINING[name](stage, stages, size)) for stage in range(stages)]
+    return [*bts, list(ue_training(size))]
 
 
 def micro_batches_of(plan: list[Instruction], op: Op) -> list[int | None]:
     return [i.micro_batch for i in plan if i.op is op]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_send_has_its_receive_in_the_same_order(size: int) -> None:
-    stage, ue = list(gpipe(size)), list(ue_training(size))
-    for sender, receiver in [(ue, stage), (stage, stage), (stage, ue)]:
-        for send, receive in [
-            (Op.SEND_FORWARD, Op.RECEIVE_FORWARD),
-            (Op.SEND_BACKWARD, Op.RECEIVE_BACKWARD),
-        ]:
-            sent = micro_batches_of(sender, send)
-            assert sent == micro_batches_of(receiver, receive) == list(range(size))
+@every_schedule
+@every_depth
+@every_size
+def test_every_send_has_its_receive_in_the_same_order(name: str, stages: int, size: int) -> None:
+    for plan in plans(name, stages, size):
+        for send, receive in PAIRS.items():
+            sent = micro_batches_of(plan, send)
+            assert sent == micro_batches_of(plan, receive) == list(range(size))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@every_schedule
+@every_depth
+@every_size
+def test_every_rank_comes_to_its_end(name: str, stages: int, size: int) -> None:
+    """Ranks run side by side, waiting for messages only: a circle of waits would stop them all."""
+    ring = plans(name, stages, size)
+    ues = stages  # forward goes 0 → 1 → … → UEs → 0, backward the other way
+    neighbour = {Op.SEND_FORWARD: 1, Op.SEND_BACKWARD: -1}
+    place = [0] * len(ring)
+    arrived: set[tuple[int, Op, int | None]] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, plan in enumerate(ring):
+            while place[rank] < len(plan):
+                op, m = plan[place[rank]].op, plan[place[rank]].micro_batch
+                if op in PAIRS.values() and (rank, op, m) not in arrived:
+                    break
+                if op in PAIRS:
+                    arrived.add(((rank + neighbour[op]) % (ues + 1), PAIRS[op], m))
+                place[rank] += 1
+                moved = True
+    assert place == [len(plan) for plan in ring]
+
+
+@every_schedule
+@every_depth
+@every_size
+def test_a_stage_uses_what_it_has(name: str, stages: int, size: int) -> None:
+    chain = (
+        Op.RECEIVE_FORWARD,
+        Op.FORWARD,
+        Op.SEND_FORWARD,
+        Op.RECEIVE_BACKWARD,
+        Op.BACKWARD,
+        Op.SEND_BACKWARD,
+        Op.WEIGHTS,
+    )
+    for plan in plans(name, stages, size)[:-1]:
+        for m in range(size):
+            places = [plan.index(Instruction(op, m)) for op in chain]
+            assert places == sorted(places)
+        assert plan[-1] == Instruction(Op.STEP)
+        assert len(plan) == size * len(chain) + 1
+
+
+@every_schedule
+@every_depth
+@every_size
+def test_gradients_are_summed_in_ascending_order(name: str, stages: int, size: int) -> None:
+    for plan in plans(name, stages, size)[:-1]:
+        assert micro_batches_of(plan, Op.BACKWARD) == list(range(size))
+        assert micro_batches_of(plan, Op.WEIGHTS) == list(range(size))
+    assert micro_batches_of(list(ue_training(size)), Op.HEAD) == list(range(size))
+
+
+@every_depth
+def test_micro_batches_in_flight(stages: int) -> None:
+    many = 40
+    for stage in range(stages):
+        most = {
+            name: held(schedule(stage, stages, many), Op.RECEIVE_FORWARD, Op.WEIGHTS)
+            for name, schedule in TRAINING.items()
+        }
+        assert most == {"gpipe": many, "1f1b": stages - stage + 1, "zerobubble": stages + 2}
+
+
+@every_depth
+def test_an_iteration_is_shorter_than_with_all_forward_passes_first(stages: int) -> None:
+    """Every pass takes one unit, UEs nothing: how long until the last gradient is at the UEs.
+
+    A stage's weights take as long as its backward pass; only there do the schedules differ, since
+    1F1B waits as often as GPipe, at other times.
+    """
+    many = 2 * stages + 2
+    ends = {name: _until_gradients_are_back(name, stages, many) for name in TRAINING}
+    assert ends["zerobubble"] <= ends["1f1b"] <= ends["gpipe"]
+    if stages > 1:
+        assert ends["zerobubble"] < ends["gpipe"]
+
+
+def _until_gradients_are_back(name: str, stages: int, size: int) -> int:
+    cost = {Op.FORWARD: 1, Op.BACKWARD: 1, Op.WEIGHTS: 1}
+    bts = plans(name, stages, size)[:-1]
+    now, place = [0] * stages, [0] * stages
+    # smashed data is there from the start; heads answer at once
+    arrives: dict[tuple[int, Op, int | None], int] = {
+        (0, Op.RECEIVE_FORWARD, m): 0 for m in range(size)
+    }
+    back = 0
+    while place != [len(plan) for plan in bts]:
+        for stage, plan in enumerate(bts):
+            while place[stage] < len(plan):
+                op, m = plan[place[stage]].op, plan[place[stage]].micro_batch
+                if op in PAIRS.values():
+                    if (stage, op, m) not in arrives:
+                        break
+                    now[stage] = max(now[stage], arrives[stage, op, m])
+                now[stage] += cost.get(op, 0)
+                if op is Op.SEND_FORWARD:
+                    last = stage == stages - 1
+                    goes = (stage, Op.RECEIVE_BACKWARD) if last else (stage + 1, PAIRS[op])
+                    arrives[*goes, m] = now[stage]
+                elif op is Op.SEND_BACKWARD and stage:
+                    arrives[stage - 1, PAIRS[op], m] = now[stage]
+                elif op is Op.SEND_BACKWARD:
+                    back = now[stage]
+                place[stage] += 1
+    return back
+
+
+@every_size
 def test_evaluation_pairs_too_and_sends_no_gradient(size: int) -> None:
     stage = list(stage_evaluation(size))
     ue = [*ue_encoding(size), *ue_decoding(size)]
@@ -41,30 +165,42 @@ def test_evaluation_pairs_too_and_sends_no_gradient(size: int) -> None:
         assert micro_batches_of(plan, Op.SEND_FORWARD) == list(range(size))
         assert micro_batches_of(plan, Op.RECEIVE_FORWARD) == list(range(size))
         assert not {Op.SEND_BACKWARD, Op.BACKWARD, Op.STEP} & {i.op for i in plan}
+    assert held(stage, Op.RECEIVE_FORWARD, Op.FORWARD) == 1
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_stage_computes_what_it_has_received_and_sends_what_it_has_computed(size: int) -> None:
-    chains = [
-        (Op.RECEIVE_FORWARD, Op.FORWARD, Op.SEND_FORWARD),
-        (Op.FORWARD, Op.RECEIVE_BACKWARD, Op.BACKWARD, Op.SEND_BACKWARD),
-    ]
-    plan = list(gpipe(size))
-    for m in range(size):
-        for chain in chains:
-            places = [plan.index(Instruction(op, m)) for op in chain]
-            assert places == sorted(places)
-    assert plan[-1] == Instruction(Op.STEP)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_gradients_are_summed_in_ascending_order(size: int) -> None:
-    assert micro_batches_of(list(gpipe(size)), Op.BACKWARD) == list(range(size))
-    assert micro_batches_of(list(ue_training(size)), Op.HEAD) == list(range(size))
-
-
-@pytest.mark.parametrize("size", SIZES)
+@every_size
 def test_the_encoder_sees_the_whole_mini_batch(size: int) -> None:
     plan = list(ue_training(size))
     assert plan[0] == Instruction(Op.ENCODE)
     assert plan[-2:] == [Instruction(Op.ENCODE_BACKWARD), Instruction(Op.STEP)]
+
+
+def test_heads_send_every_gradient_before_they_turn_to_their_weights() -> None:
+    plan = list(ue_training(3))
+    weights = plan.index(Instruction(Op.WEIGHTS))
+    assert plan.index(Instruction(Op.SEND_BACKWARD, 2)) < weights
+    assert weights < plan.index(Instruction(Op.RECEIVE_BACKWARD, 0))
+
+
+def test_execution_follows_the_plan_and_counts_time_by_activity() -> None:
+    seen: list[tuple[str, int | None]] = []
+    clock = Clock()
+    clock.start()
+    execute(
+        [
+            Instruction(Op.RECEIVE_FORWARD, 0),
+            Instruction(Op.FORWARD, 0),
+            Instruction(Op.SEND_FORWARD, 0),
+            Instruction(Op.STEP),
+        ],
+        {Op.STEP: lambda: seen.append(("step", None))},
+        {
+            Op.RECEIVE_FORWARD: lambda m: seen.append(("receive", m)),
+            Op.FORWARD: lambda m: seen.append(("forward", m)),
+            Op.SEND_FORWARD: lambda m: seen.append(("send", m)),
+        },
+        clock,
+    )
+    assert seen == [("receive", 0), ("forward", 0), ("send", 0), ("step", None)]
+    assert all(seconds > 0 for seconds in clock.seconds.values())
+    assert sum(clock.shares().values()) == pytest.approx(1)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"config"},
+    {"config", "clock"},
     {"topology", "schedule", "device", "metrics"},
     {"models", "channels", "figures", "commandline"},
     {"world", "wire", "checkpoint", "pipeline"},
