@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,37 @@ def mix_up(world: World) -> list[float]:
 
 def test_a_tag_tells_kinds_and_micro_batches_apart() -> None:
     assert run_world(2, mix_up)[1] == [1.0, 3.0, 2.0, 0.0]
+
+
+def go_round(world: World, staged: bool) -> list[float]:
+    """Rank 0 sends seven micro-batches, rank 1 has room for two."""
+    world.connect(20)
+    channel = Channel(
+        Kind.ACTIVATION, [Peer(1 - world.rank, slice(0, 1))], (1, 1), 7, torch.float32, CPU
+    )
+    if staged:  # as between a GPU and gloo: through host buffers, by the channel's thread
+        channel._thread = ThreadPoolExecutor(1)
+    channel.window = 2
+    got = []
+    for _ in range(2):  # iterations: buffers are used again
+        if world.rank == 0:
+            for m in range(7):
+                channel.send(m, torch.full((1, 1), float(m)))
+                assert len(channel._sends) <= 2
+            channel.finish()
+        else:
+            channel.post(2)
+            for m in range(7):
+                got.append(channel.receive(m).clone().item())
+                channel.release(m)
+            assert len(channel._buffers) == 2
+    world.leave()
+    return got
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_two_buffers_carry_any_number_of_micro_batches(staged: bool) -> None:
+    assert run_world(2, go_round, staged)[1] == [*map(float, range(7))] * 2
 
 
 def stay_silent(world: World) -> str:
