@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,14 @@ from runs import CPU, follow, joined, small, splits
 from test_run import arguments
 from torch import Tensor, nn
 
-from csipipe import commandline, methods, models
+from csipipe import commandline, methods, models, wire
 from csipipe.config import Method, Settings
+from csipipe.device import host_buffer
 from csipipe.exchange import exchanged_per_iteration
 from csipipe.methods.centralised import Centralised
+from csipipe.methods.federated import sizes
 from csipipe.wire import BUFFERS, COUNTED, PAPER, PHASES, Kind
+from csipipe.world import World
 
 FEDERATED: tuple[Method, ...] = (
     "fedavg",
@@ -268,8 +272,8 @@ def test_only_shared_parts_cross_and_statistics_are_counted_apart() -> None:
         [training, evaluation] = run["ledger"]
         assert PHASES == ("training", "evaluation")
         assert not evaluation.any()
-        sizes = models.count_parts(settings.model)
-        whole = sizes["tail"] + sizes["head"] + (0 if "per" in name else sizes["encoder"])
+        parts = models.count_parts(settings.model)
+        whole = parts["tail"] + parts["head"] + (0 if "per" in name else parts["encoder"])
         # running means and variances: two channels in the encoder, five layers of seven channels
         # and a last one of two in each of the tail's two CRBlocks
         apart = 2 * 2 * (5 * 7 + 2) + (0 if "per" in name else 2 * 2)
@@ -279,6 +283,30 @@ def test_only_shared_parts_cross_and_statistics_are_counted_apart() -> None:
             assert training[COUNTED.index(kind)].tolist() == [[scalars, size]] * 4
         paper = training[[COUNTED.index(kind) for kind in PAPER], :, 0].sum()
         assert paper == 2 * sum(exchanged_per_iteration(settings).values())
+
+
+def most_alive(world: World, settings: Settings) -> int:
+    """One rank; the most buffers for a UE's update that it had at a time."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def listen(shape: tuple[int, ...], *arguments: Any) -> Tensor:
+        nonlocal most
+        buffer = host_buffer(shape, *arguments)
+        if len(shape) == 2 and shape[1] == sizes(settings)[Kind.UPDATE]:
+            alive.add(buffer)
+            most = max(most, len(alive))
+        return buffer
+
+    vars(wire)["host_buffer"] = listen
+    splits(world, {"": settings})
+    return most
+
+
+def test_the_aggregator_holds_no_more_of_more_ues() -> None:
+    counts = {ues: run_world(2, most_alive, federated("fedavg", ues)) for ues in (2, 6)}
+    assert [bts for bts, _ in counts.values()] == [2, 2]  # one that is added, one that comes
+    assert [host for _, host in counts.values()] == [2, 6]
 
 
 def test_bf16_changes_little() -> None:
