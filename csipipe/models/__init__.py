@@ -5,6 +5,8 @@ from csipipe.models.autoencoder import (
     build_head,
     build_tail,
     count_parameters,
+    count_parts,
+    count_statistics,
     tail_shapes,
 )
 from csipipe.models.crblock import CRBlock
@@ -18,6 +20,8 @@ __all__ = [
     "build_head",
     "build_tail",
     "count_parameters",
+    "count_parts",
+    "count_statistics",
     "joined",
     "put_off",
     "tail_shapes",

@@ -143,9 +143,9 @@ class _Layer(torch.autograd.Function):
         (x,), (gradient,) = ctx.saved_tensors, gradients
         layer: Linear | Conv2d = ctx.layer
         weight = bias = None
-        if layer.pending is None:
+        if ctx.needs_input_grad[1]:
             weight, bias = layer.weight_gradients(x, gradient)
-        else:
+        if layer.pending is not None:
             layer.pending.append(Pending(layer, x, gradient))
         first = layer.input_gradient(x, gradient) if ctx.needs_input_grad[0] else None
         return first, weight, bias, None
