@@ -41,7 +41,7 @@ def available() -> int | None:
 def release() -> None:
     """Give back what training freed and `keep_memory` holds on to."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

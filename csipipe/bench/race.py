@@ -87,7 +87,7 @@ class Race:
         return {} if parts is None else {stages: parts}
 
     def warm_up(self, available: int | None = None) -> dict[str, Turn]:
-        """Rounds that don't count: how much memory each needs, and, if they may keep it, to have it.
+        """Rounds that don't count: what memory each needs, and, if it may keep it, to have it.
 
         Args:
             available: bytes of memory for all candidates; None: enough.

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +132,11 @@ def run(options: argparse.Namespace) -> None:
         ue_ranks=options.ue_ranks,
         device=options.device,
     )
-    minutes = options.minutes or (10 if options.quick else 45)
+    minutes = options.minutes
+    if minutes is None:
+        minutes = 10 if options.quick else 45
+    if not minutes > 0:
+        raise ValueError(f"--minutes is {minutes}; it must be positive.")
     if options.rounds < _LEAST_ROUNDS:
         raise ValueError(f"--rounds is {options.rounds}; it must be at least {_LEAST_ROUNDS}.")
     cells = QUICK if options.quick else ALL
@@ -145,7 +149,7 @@ def reproduce(
     folder: Path,
     rounds: int,
     seconds: float,
-    conductor: type[Conductor] = Conductor,
+    conductor: Callable[[], Conductor] = Conductor,
 ) -> None:
     """As `run`; the table shows every finished cell in `folder`."""
     if plan.stages < 2:
