@@ -28,9 +28,9 @@ def parser() -> ArgumentParser:
     parser = commandline.parser(ABOUT)
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each")
     parser.add_argument(
-        "--per_turn", type=int, default=1, help="iterations that each runs in a turn"
+        "--per-turn", type=int, default=1, help="iterations that each runs in a turn"
     )
-    parser.add_argument("--ue_ranks", type=int, default=2, help="processes that host the UEs")
+    parser.add_argument("--ue-ranks", type=int, default=2, help="processes that host the UEs")
     parser.add_argument(
         "--only",
         type=str | None,
@@ -55,9 +55,9 @@ def main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         settings, options = commandline.settings(parser(), arguments)
-        for name in ("rounds", "per_turn"):
-            if options[name] < 1:
-                raise ValueError(f"--{name} is {options[name]}; it must be at least 1.")
+        for name in ("rounds", "per-turn"):
+            if (value := options[name.replace("-", "_")]) < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1.")
         return measure(settings, options)
     except (ArgumentError, OSError, ValueError) as error:
         if debug:

@@ -149,7 +149,7 @@ def test_an_interrupted_benchmark_keeps_its_rounds_and_leaves_nothing_behind(
     process = subprocess.Popen(
         [
             *(sys.executable, "launch/benchmark.py", *arguments.split(), "--rounds", "100000"),
-            *("--ue_ranks", "1", "--only", "ours", "--json", str(target)),
+            *("--ue-ranks", "1", "--only", "ours", "--json", str(target)),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
