@@ -188,7 +188,9 @@ def picture(rows: Sequence[Row], best: float) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(1.5 + 1.1 * len(rows), 6.4))
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(max(6.0, 1.5 + 1.1 * len(rows)), 6.4)
+    )
     places = range(len(rows))
     looks: list[dict[str, Any]] = [
         {"label": "with pipeline", "color": "0.35"},
@@ -203,7 +205,13 @@ def picture(rows: Sequence[Row], best: float) -> bytes:
         middles, whiskers = _whiskers(times)
         top.bar([p + shift for p in places], middles, 0.4, yerr=whiskers, capsize=3, **look)
     top.set_ylabel("time per iteration (s)")
-    top.legend()
+    above: dict[str, Any] = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1, 1),
+        "frameon": False,
+        "ncols": 3,
+    }
+    top.legend(**above)
     middles, whiskers = _whiskers([[100 * v for v in row.saved] for row in rows])
     bottom.errorbar(places, middles, yerr=whiskers, fmt="o", color="black", capsize=3, label="ours")
     known = [
@@ -216,7 +224,7 @@ def picture(rows: Sequence[Row], best: float) -> bytes:
     bottom.set_ylabel("time saved (%)")
     bottom.set_xticks(list(places), [f"{r.environment}\nc {r.c}\nB {r.batch_size}" for r in rows])
     bottom.set_xlabel("environment, codeword dimension c, batch size B per UE")
-    bottom.legend()
+    bottom.legend(**above)
     figure.tight_layout()
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=120)
