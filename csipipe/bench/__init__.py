@@ -1,1 +1,1 @@
-"""What the benchmark measures csipipe against, and how: interleaved, in one session."""
+"""What csipipe is measured against, and how: candidates that take turns in one session."""

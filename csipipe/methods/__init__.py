@@ -25,7 +25,16 @@ from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.topology import Topology
 from csipipe.world import World
 
-__all__ = ["Centralised", "Part", "Worker", "load", "manifest", "prepare", "trained"]
+__all__ = [
+    "Centralised",
+    "Part",
+    "Worker",
+    "import_engine",
+    "load",
+    "manifest",
+    "prepare",
+    "trained",
+]
 
 Builder = Callable[[World], Worker]
 
@@ -43,7 +52,7 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     topology = Topology(world_size, settings.stages, settings.topology.ues)
     deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
     if topology.is_bts(rank):
-        engine = _import_engine(device)
+        engine = import_engine(device)
         return lambda world: BtsHalf(settings, topology, world, device, deepspeed, engine)
     ues, test = load(settings, topology.ues_of(rank), device)
     return lambda world: UeHalf(settings, topology, world, device, ues, test)
@@ -64,7 +73,7 @@ def _prepare_federated(
     return lambda world: federated.UeHalf(settings, topology, world, device, ues, test)
 
 
-def _import_engine(device: torch.device) -> ModuleType:
+def import_engine(device: torch.device) -> ModuleType:
     """DeepSpeed, on BTS ranks only, before the ranks meet: on a shared disk it takes a while."""
     os.environ["DS_ACCELERATOR"] = device.type  # read at import
     if device.index is not None:  # DeepSpeed takes the local rank for the number of a GPU

@@ -7,6 +7,7 @@ import os
 import pickle
 import queue
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,9 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 # a server process imports torch and DeepSpeed once; ranks are forked from it in a moment
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "csipipe.training", "csipipe.pipeline.engine"])
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "csipipe.training", "csipipe.pipeline.engine", "csipipe.bench.rank"]
+)
 
 
 def run_world(
@@ -159,6 +162,42 @@ def errors(ranks: list[Ended]) -> list[str]:
     """The messages that the program itself showed, over all ranks."""
     lines = (line for rank in ranks for line in rank.err.splitlines())
     return [line for line in lines if line.startswith("csipipe: error:")]
+
+
+class ForkedRank:
+    """A rank of a benchmark's candidate, forked; `csipipe.bench.conductor.Process`."""
+
+    def __init__(self, spec: Path, environment: dict[str, str], log: Path) -> None:
+        self._process = _CONTEXT.Process(
+            target=_bench_rank, args=(str(spec), {**os.environ, **environment}, str(log))
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _bench_rank(spec: str, environment: dict[str, str], log: str) -> None:
+    from csipipe.bench import rank
+
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    sys.argv = ["rank", spec]
+    rank.main()
 
 
 def _environment(rank: int, size: int) -> dict[str, str]:

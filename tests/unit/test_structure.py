@@ -19,6 +19,7 @@ LEVELS = [
     {"tracking"},
     {"methods"},
     {"training", "bench"},
+    {"reports"},
     {"launch"},
 ]
 
@@ -61,7 +62,11 @@ def test_only_the_pipeline_imports_deepspeed() -> None:
         for name in imports(file)
         if name.split(".")[0] == "deepspeed"
     }
-    assert users == {"csipipe/pipeline/engine.py", "csipipe/pipeline/subworld.py"}
+    assert users == {
+        "csipipe/pipeline/engine.py",
+        "csipipe/pipeline/subworld.py",
+        "csipipe/bench/stock.py",  # a peer: DeepSpeed's own engine is what is measured
+    }
 
 
 def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
@@ -76,6 +81,12 @@ def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
         "csipipe/world.py",
         "csipipe/pipeline/engine.py",
         "csipipe/pipeline/subworld.py",
+        # the benchmark: its conductor hosts a key-value store, its ranks meet before and after a
+        # turn, and a peer moves tensors between stages its own way; UEs are reached by the wire
+        "csipipe/bench/conductor.py",
+        "csipipe/bench/rank.py",
+        "csipipe/bench/exchange.py",
+        "csipipe/bench/torchpipe.py",
     }
 
 

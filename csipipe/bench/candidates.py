@@ -1,0 +1,141 @@
+"""Who takes part in a benchmark: settings, processes and threads of each, as data.
+
+A candidate is a set of processes of its own. All get the same UEs, rows, mini-batches, initial
+weights and rates, and as many cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from csipipe.config import Settings
+
+Layers = Literal["ours", "plain"]
+LAYERS: tuple[Layers, ...] = ("ours", "plain")
+
+ABOUT = {
+    "ours": "csipipe",
+    "ours-unpipelined": "csipipe with one BTS stage",
+    "deepspeed": "DeepSpeed's PipelineEngine and its 1F1B schedule, UE exchange in its loss_fn",
+    "torch-gpipe": "torch.distributed.pipelining, ScheduleGPipe",
+    "torch-1f1b": "torch.distributed.pipelining, Schedule1F1B",
+    "one-process": "the unsplit model in one process, on the same micro-batches",
+    "one-piece": "the unsplit model in one process, the whole mini-batch at once",
+}
+"""Candidates by name, in the order in which they are started and shown."""
+PEERS = tuple(name for name in ABOUT if not name.startswith("ours"))
+"""Candidates that can be given plain layers."""
+OTHER_NORMS = ("one-piece",)
+"""Candidates whose BatchNorms see all rows at once, so that their losses differ by right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One of those who take turns.
+
+    Attributes:
+        name: what it is, of `ABOUT`.
+        settings: complete settings of its run.
+        ranks: processes.
+        threads: CPU threads of each.
+        layers: ours, or plain: the tail as published code writes it.
+        label: its name in tables.
+    """
+
+    name: str
+    settings: Settings
+    ranks: int
+    threads: int
+    layers: Layers = "ours"
+    label: str
+
+    @property
+    def roles(self) -> list[str]:
+        """What each of its ranks is."""
+        if self.ranks == 1:
+            return ["process"]
+        stages = self.settings.stages
+        return [f"stage {r}" if r < stages else f"UE rank {r}" for r in range(self.ranks)]
+
+
+def choose(only: str | None) -> list[str]:
+    """Names of a comma-separated list, in our order; None: all.
+
+    Raises:
+        ValueError: a name that isn't one.
+    """
+    wanted = list(ABOUT) if only is None else [name.strip() for name in only.split(",")]
+    for name in wanted:
+        if name not in ABOUT:
+            raise ValueError(f"--only names {name!r}; there are: {', '.join(ABOUT)}.")
+    return [name for name in ABOUT if name in wanted]
+
+
+def line_up(
+    settings: Settings, ue_ranks: int, names: Sequence[str], layers: Sequence[Layers]
+) -> list[Candidate]:
+    """The candidates of one benchmark.
+
+    Args:
+        ue_ranks: processes that host the UEs.
+        layers: which layers the peers get; with both, each peer takes part twice.
+
+    Raises:
+        ValueError: settings that can't be compared.
+    """
+    if settings.method != "csilocal":
+        raise ValueError(f"method is {settings.method}; the benchmark trains csilocal.")
+    if not 1 <= ue_ranks <= settings.topology.ues:
+        raise ValueError(
+            f"--ue-ranks is {ue_ranks}; it must lie between 1 and topology.ues "
+            f"({settings.topology.ues})."
+        )
+    settings = _with_rows(settings)
+    found = []
+    for name in names:
+        for kind in layers if name in PEERS else ("ours",):
+            label = name if kind == "ours" or len(layers) == 1 else f"{name} (plain)"
+            found.append(_candidate(name, settings, ue_ranks, kind, label))
+    return found
+
+
+def csilocal(settings: Settings, ue_ranks: int, name: str, label: str) -> Candidate:
+    """Split training with `settings`; `ours-unpipelined` has one BTS stage instead."""
+    if name == "ours-unpipelined":
+        settings = replace(settings, topology=replace(settings.topology, stages=1))
+    ranks = settings.stages + ue_ranks
+    threads = settings.train.threads or max(1, cores() // ranks)
+    return Candidate(name=name, settings=settings, ranks=ranks, threads=threads, label=label)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _candidate(
+    name: str, settings: Settings, ue_ranks: int, layers: Layers, label: str
+) -> Candidate:
+    split = replace(csilocal(settings, ue_ranks, name, label), layers=layers)
+    if not name.startswith("one-"):
+        return split
+    if name == "one-piece":
+        settings = replace(settings, train=replace(settings.train, micro_batches=1))
+    threads = min(cores(), split.ranks * split.threads)  # as many cores as ours has
+    return replace(split, settings=settings, ranks=1, threads=threads)
+
+
+def _with_rows(settings: Settings) -> Settings:
+    """No rows are held out; of generated channels there are only as many as a mini-batch takes."""
+    data = replace(settings.data, holdout=0.0)
+    if data.source == "synthetic":
+        ues = settings.topology.ues
+        data = replace(
+            data,
+            train_samples=data.train_samples or ues * settings.train.batch_size,
+            test_samples=data.test_samples or 1,
+        )
+    return replace(settings, data=data)

@@ -1,0 +1,218 @@
+"""Rounds in which every candidate runs in turn, so that a noisy machine hits all alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csipipe.bench import memory
+from csipipe.bench.candidates import OTHER_NORMS, Candidate
+from csipipe.bench.conductor import CandidateFailed, Conductor, Resident, Turn
+from csipipe.bench.rank import Order
+
+_ROOM = 0.85
+"""Share of the memory that there is which candidates may keep while they sleep."""
+COMPARED = 5
+"""First iterations whose losses are compared: later ones drift apart by rounding alone."""
+TOLERANCE = 1e-4
+"""Largest relative difference of a UE's loss between candidates that do the same arithmetic.
+
+One model with one and with two threads differs by as much in its gradients.
+"""
+
+
+CROWDED = (
+    "there isn't memory for all at once: each gives its own back after its turn, and runs an "
+    "untimed iteration before the timed ones"
+)
+
+
+@dataclass
+class Race:
+    """Candidates, and what they have measured so far.
+
+    Attributes:
+        iterations: how many each runs in a turn.
+        same: whether all are to do the same arithmetic, which is then compared.
+        crowded: there isn't memory for all at once, so each gives its own back after its turn
+            and runs an untimed iteration first.
+        rounds: timed rounds; in each, the turn of every candidate that was still there.
+        losses: of every candidate, per iteration, the paper's loss per UE.
+        beside: of every candidate that is compared, the largest relative difference found.
+        failures: of every candidate that can't go on, why.
+    """
+
+    candidates: Sequence[Candidate]
+    iterations: int = 1
+    same: bool = True
+    crowded: bool = False
+    rounds: list[dict[str, Turn]] = field(default_factory=list)
+    losses: dict[str, list[list[float]]] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    _residents: dict[str, Resident] = field(default_factory=dict)
+    _done: int = 0
+
+    @property
+    def reference(self) -> str | None:
+        """Label of the candidate that the others' losses are compared with."""
+        fit = (c.label for c in self.candidates if c.name not in OTHER_NORMS)
+        return next((label for label in fit if label not in self.failures), None)
+
+    def start(self, conductor: Conductor) -> None:
+        """Start all; those after ours cut the tail where ours does."""
+        parts: dict[int, list[int]] = {}
+        waiting = []
+        for candidate in self.candidates:
+            stages = candidate.settings.stages
+            resident = conductor.start(candidate, parts.get(stages))
+            self._residents[candidate.label] = resident
+            if candidate.name == "ours" and stages not in parts and self.same:
+                parts |= self._built({stages: resident})
+            else:
+                waiting.append(resident)
+        for resident in waiting:
+            self._built({0: resident})
+
+    def _built(self, one: dict[int, Resident]) -> dict[int, list[int]]:
+        [(stages, resident)] = one.items()
+        try:
+            parts = resident.built()
+        except CandidateFailed as error:
+            self._fail(resident.candidate.label, str(error))
+            return {}
+        return {} if parts is None else {stages: parts}
+
+    def warm_up(self, available: int | None = None) -> dict[str, Turn]:
+        """Rounds that don't count: what memory each needs, and, if it may keep it, to have it.
+
+        Args:
+            available: bytes of memory for all candidates; None: enough.
+        """
+        turns = self._round(Order(self.iterations, release=True))
+        peaks = sum(peak or 0 for turn in turns.values() for peak in turn.peak_bytes)
+        self.crowded = available is not None and peaks > _ROOM * available
+        return turns if self.crowded else self.practise()
+
+    def practise(self) -> dict[str, Turn]:
+        """A round that doesn't count."""
+        return self._round(self._order())
+
+    def _order(self) -> Order:
+        return Order(self.iterations, untimed=int(self.crowded), release=self.crowded)
+
+    def round(self) -> dict[str, Turn]:
+        """One timed round."""
+        turns = self._round(self._order())
+        self.rounds.append(turns)
+        return turns
+
+    def _round(self, order: Order) -> dict[str, Turn]:
+        labels = list(self._residents)
+        first = self._done % max(1, len(labels))  # nobody is always behind the same other one
+        turns = {}
+        for label in labels[first:] + labels[:first]:
+            try:
+                turns[label] = self._residents[label].turn(order)
+            except CandidateFailed as error:
+                self._fail(label, str(error))
+                continue
+            self.losses.setdefault(label, []).extend(turns[label].losses)
+        self._done += 1
+        if self.same:
+            self._compare()
+        return {
+            label: turns[label] for label in labels if label in turns and label in self._residents
+        }
+
+    def _compare(self) -> None:
+        """End a candidate that computes something else: its seconds mean nothing."""
+        reference = self.reference
+        if reference is None or reference not in self.losses:
+            return
+        for candidate in self.candidates:
+            label = candidate.label
+            if label not in self._residents or candidate.name in OTHER_NORMS:
+                continue
+            found = difference(self.losses[label], self.losses[reference])
+            self.beside[label] = found
+            if not found <= TOLERANCE:
+                self._residents[label].end(patience=0)
+                self._fail(
+                    label,
+                    f"{label}: computes something else than {reference}: a UE's loss differs by "
+                    f"{found:.1e} of it within the first {COMPARED} iterations; {TOLERANCE:.0e} "
+                    "is allowed. Its times are left out.",
+                )
+                for turns in self.rounds:
+                    turns.pop(label, None)
+
+    def _fail(self, label: str, why: str) -> None:
+        self.failures[label] = why
+        self._residents.pop(label, None)
+
+    @property
+    def seconds(self) -> dict[str, list[float]]:
+        """Seconds per iteration of every candidate, round by round."""
+        return {
+            candidate.label: times
+            for candidate in self.candidates
+            if (times := [r[candidate.label].seconds for r in self.rounds if candidate.label in r])
+        }
+
+    def ratios(self, over: str, under: str) -> list[float]:
+        """Seconds of one over seconds of another, round by round."""
+        return [
+            turns[over].seconds / turns[under].seconds
+            for turns in self.rounds
+            if over in turns and under in turns
+        ]
+
+
+def difference(found: list[list[float]], wanted: list[list[float]]) -> float:
+    """Largest relative difference of a UE's loss over the first iterations; inf for no number."""
+    pairs = list(zip(found[:COMPARED], wanted[:COMPARED], strict=False))
+    ratios = [
+        abs(a - b) / abs(b) if b else math.inf
+        for mine, theirs in pairs
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    return max((r if math.isfinite(r) else math.inf for r in ratios), default=0.0)
+
+
+def run(
+    race: Race,
+    rounds: int,
+    record: Path | None = None,
+    say: Callable[[str], None] = print,
+    conductor: Conductor | None = None,
+) -> None:
+    """Start the candidates, warm up, and time `rounds` rounds; at the end none is left.
+
+    Args:
+        record: file that each round is appended to as it ends, one JSON object per line.
+        say: takes a line about what goes on.
+        conductor: who starts them; None: one who starts programs.
+    """
+    if record is not None:
+        record.write_text("")
+    room = memory.available()
+    with conductor or Conductor() as conductor:
+        say(f"starting {', '.join(c.label for c in race.candidates)}")
+        race.start(conductor)
+        race.warm_up(room)
+        if race.crowded:
+            say(CROWDED)
+        for number in range(rounds):
+            turns = race.round()
+            line = {label: turn.seconds for label, turn in turns.items()}
+            say(
+                f"round {number + 1}/{rounds}: "
+                + ", ".join(f"{k} {v:.3f} s" for k, v in line.items())
+            )
+            if record is not None:
+                with record.open("a") as file:
+                    file.write(json.dumps({"round": number, "seconds": line}) + "\n")

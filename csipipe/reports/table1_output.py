@@ -1,0 +1,247 @@
+"""Table I as CSV, PNG and a Markdown verdict beside the paper's figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from csipipe.bench.table import spread
+
+PAPER = {
+    ("indoor", 256, 400): (0.0560, 0.0583),
+    ("indoor", 256, 800): (0.0952, 0.1160),
+    ("indoor", 512, 400): (0.0574, 0.0597),
+    ("indoor", 512, 800): (0.0974, 0.1184),
+    ("outdoor", 256, 400): (0.0561, 0.0582),
+    ("outdoor", 256, 800): (0.0951, 0.1160),
+    ("outdoor", 512, 400): (0.0562, 0.0596),
+    ("outdoor", 512, 800): (0.0972, 0.1184),
+}
+"""Table I of the paper: seconds per iteration with and without pipeline, by (environment, c, B)."""
+_COLUMNS = ("q1", "median", "q3")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished cell: seconds per iteration of every round, with and without pipeline."""
+
+    environment: str
+    c: int
+    batch_size: int
+    ues: int
+    with_pipeline: list[float]
+    without: list[float]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Row:
+        """A cell's file, as `table1.measure` writes it.
+
+        Raises:
+            ValueError, KeyError, TypeError: something else.
+        """
+        found = content["candidates"]
+        times = [[float(v) for v in found[content[key]]["seconds"]] for key in ("with", "without")]
+        if not times[0] or len(times[0]) != len(times[1]):
+            raise ValueError("rounds are missing")
+        ues = found[content["with"]]["settings"]["topology"]["ues"]
+        return cls(**content["cell"], ues=ues, with_pipeline=times[0], without=times[1])
+
+    @property
+    def saved(self) -> list[float]:
+        """Share of the time saved, 1 - t_with/t_without, round by round."""
+        return [1 - a / b for a, b in zip(self.with_pipeline, self.without, strict=True)]
+
+    @property
+    def gain(self) -> list[float]:
+        """The paper's percentage, t_without/t_with - 1, round by round."""
+        return [b / a - 1 for a, b in zip(self.with_pipeline, self.without, strict=True)]
+
+    @property
+    def paper(self) -> tuple[float, float] | None:
+        """The paper's seconds with and without pipeline, if this is a cell of its table."""
+        return PAPER.get((self.environment, self.c, self.batch_size))
+
+    @property
+    def paper_saved(self) -> float | None:
+        """Share of the time that the paper's pipeline saves."""
+        return None if self.paper is None else 1 - self.paper[0] / self.paper[1]
+
+
+def bound(stages: int, micro_batches: int) -> float:
+    """Share of the time that S equal stages and M micro-batches save at best: 1-(M+S-1)/(S·M)."""
+    return 1 - (micro_batches + stages - 1) / (stages * micro_batches)
+
+
+def write(folder: Path, rows: Sequence[Row], stages: int, micro_batches: int) -> str:
+    """Write table1.csv, table1.png and table1.md into `folder`; returns the last one's text."""
+    if not rows:
+        return "no cell is finished yet"
+    best = bound(stages, micro_batches)
+    text = verdict(rows, best, stages, micro_batches)
+    _replace(folder / "table1.csv", as_csv(rows, best).encode())
+    _replace(folder / "table1.md", text.encode())
+    _replace(folder / "table1.png", picture(rows, best))
+    return text
+
+
+def as_csv(rows: Sequence[Row], best: float) -> str:
+    """One line per cell; times in seconds per iteration, shares as fractions of 1."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    series = ("with", "without", "time_saved", "without_over_with_minus_1")
+    head = [f"{name}_{column}" for name in series for column in _COLUMNS]
+    paper = ["paper_with", "paper_without", "paper_time_saved"]
+    writer.writerow(["environment", "c", "batch_size", "rounds", *head, "bound_saved", *paper])
+    for row in rows:
+        values: list[Any] = [row.environment, row.c, row.batch_size, len(row.saved)]
+        for numbers in (row.with_pipeline, row.without, row.saved, row.gain):
+            s = spread(numbers)
+            values += [f"{s[column]:.6g}" for column in _COLUMNS]
+        published = row.paper or ("", "")
+        saved = "" if row.paper_saved is None else f"{row.paper_saved:.4f}"
+        writer.writerow([*values, f"{best:.4f}", *published, saved])
+    return out.getvalue()
+
+
+def verdict(rows: Sequence[Row], best: float, stages: int, micro_batches: int) -> str:
+    """Markdown: the table, ours beside the paper's, and what it says."""
+    lines = [
+        "# Table I: time per iteration with and without the pipeline",
+        "",
+        f"{rows[0].ues} UEs. With: {stages} BTS stages, {micro_batches} micro-batches; without: "
+        "one BTS stage, the same micro-batches. Medians over rounds in which both took turns; in "
+        "brackets the quartiles. *Saved* is 1 − t_with/t_without; *gain* is t_without/t_with − 1, "
+        "the percentage in the paper's text.",
+        "",
+        "| cell | with (s) | without (s) | saved | gain | paper: with / without (s) | "
+        "paper: saved | paper: gain |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_line(row) for row in rows),
+        "",
+        f"Bound for {stages} equal stages and {micro_batches} micro-batches: {best:.1%} saved, "
+        "if the tail were all of an iteration and every stage had a core of its own.",
+        "",
+        _judgement(rows, best),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    s = {
+        "with": spread(row.with_pipeline),
+        "without": spread(row.without),
+        "saved": spread(row.saved),
+        "gain": spread(row.gain),
+    }
+    seconds = [
+        f"{v['median']:.3f} [{v['q1']:.3f}, {v['q3']:.3f}]" for v in (s["with"], s["without"])
+    ]
+    shares = [f"{v['median']:.1%} [{v['q1']:.1%}, {v['q3']:.1%}]" for v in (s["saved"], s["gain"])]
+    paper = ["–"] * 3
+    if row.paper is not None and row.paper_saved is not None:
+        a, b = row.paper
+        paper = [f"{a:.4f} / {b:.4f}", f"{row.paper_saved:.1%}", f"{b / a - 1:.1%}"]
+    cell = f"{row.environment}, c {row.c}, B {row.batch_size}"
+    return "| " + " | ".join([cell, *seconds, *shares, *paper]) + " |"
+
+
+def _judgement(rows: Sequence[Row], best: float) -> str:
+    saved = [(row, statistics.median(row.saved)) for row in rows]
+    values = [value for _, value in saved]
+    text = [f"The pipeline saves {min(values):.1%} to {max(values):.1%} of the time"]
+    beside = [(value, row.paper_saved) for row, value in saved if row.paper_saved is not None]
+    if beside:
+        published = [p for _, p in beside]
+        reached = sum(value >= p for value, p in beside)
+        text[0] += f"; in the paper's same cells {min(published):.1%} to {max(published):.1%}."
+        text.append(f"{reached} of {len(beside)} cells save at least what the paper's do.")
+    else:
+        text[0] += "."
+    slower = [row for row, value in saved if value <= 0]
+    if slower:
+        text.append(f"In {len(slower)} cell(s) it saves nothing.")
+    sizes = sorted({row.batch_size for row in rows})
+    if len(sizes) > 1:
+        ends = [
+            statistics.median(v for row, v in saved if row.batch_size == size)
+            for size in (sizes[0], sizes[-1])
+        ]
+        grows = "more" if ends[1] > ends[0] else "no more"
+        text.append(
+            f"At {sizes[-1]} samples per UE it saves {grows} than at {sizes[0]} "
+            f"({ends[1]:.1%}, {ends[0]:.1%}); the paper's saves more."
+        )
+    text.append(f"The best cell reaches {max(values) / best:.0%} of the bound.")
+    return " ".join(text)
+
+
+def picture(rows: Sequence[Row], best: float) -> bytes:
+    """PNG: seconds above, share of the time saved below; quartiles as whiskers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(max(6.0, 1.5 + 1.1 * len(rows)), 6.4)
+    )
+    places = range(len(rows))
+    looks: list[dict[str, Any]] = [
+        {"label": "with pipeline", "color": "0.35"},
+        {"label": "without", "color": "0.85", "hatch": "//", "edgecolor": "0.2"},
+    ]
+    for shift, look, times in zip(
+        (-0.2, 0.2),
+        looks,
+        ([r.with_pipeline for r in rows], [r.without for r in rows]),
+        strict=True,
+    ):
+        middles, whiskers = _whiskers(times)
+        top.bar([p + shift for p in places], middles, 0.4, yerr=whiskers, capsize=3, **look)
+    top.set_ylabel("time per iteration (s)")
+    above: dict[str, Any] = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1, 1),
+        "frameon": False,
+        "ncols": 3,
+    }
+    top.legend(**above)
+    middles, whiskers = _whiskers([[100 * v for v in row.saved] for row in rows])
+    bottom.errorbar(places, middles, yerr=whiskers, fmt="o", color="black", capsize=3, label="ours")
+    known = [
+        (p, 100 * row.paper_saved) for p, row in enumerate(rows) if row.paper_saved is not None
+    ]
+    if known:
+        bottom.plot(*zip(*known, strict=True), "s", mfc="white", mec="black", label="paper")
+    bottom.axhline(100 * best, color="0.4", linestyle="--", label="bound")
+    bottom.axhline(0, color="0.7", linewidth=0.8)
+    bottom.set_ylabel("time saved (%)")
+    bottom.set_xticks(list(places), [f"{r.environment}\nc {r.c}\nB {r.batch_size}" for r in rows])
+    bottom.set_xlabel("environment, codeword dimension c, batch size B per UE")
+    bottom.legend(**above)
+    figure.tight_layout()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _whiskers(series: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far the quartiles lie below and above them."""
+    found = [spread(values) for values in series]
+    below = [s["median"] - s["q1"] for s in found]
+    above = [s["q3"] - s["median"] for s in found]
+    return [s["median"] for s in found], [below, above]
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)

@@ -1,0 +1,176 @@
+"""Benchmarks without processes: who takes part, comparison, tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from csipipe import models
+from csipipe.bench import candidates, growth, memory, plain, race, table
+from csipipe.bench.conductor import Turn
+from csipipe.bench.rank import END, Order
+from csipipe.config import ModelSettings, Settings, TopologySettings, TrainSettings
+
+
+def turn(
+    seconds: float, spent: dict[str, float] | None = None, peak: int | None = None, ranks: int = 4
+) -> Turn:
+    shares = [{} if spent is None else spent] * ranks
+    return Turn(seconds, [[0.1]], shares, [10**8] * ranks, [peak] * ranks)
+
+
+def finished(**seconds: list[float]) -> race.Race:
+    """A race with those seconds per round of `ours`, `deepspeed`, …"""
+    found = candidates.line_up(Settings(), 2, list(seconds), ("ours",))
+    rounds = [
+        {name: turn(value) for name, value in zip(seconds, values, strict=True)}
+        for values in zip(*seconds.values(), strict=True)
+    ]
+    return race.Race(found, rounds=rounds, beside={"deepspeed": 0.0})
+
+
+def test_candidates_have_the_same_cores_rows_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "cores", lambda: 16)
+    settings = Settings(
+        topology=TopologySettings(ues=6, stages=3), train=TrainSettings(batch_size=40)
+    )
+    found = {
+        c.label: c
+        for c in candidates.line_up(settings, 2, candidates.choose(None), candidates.LAYERS)
+    }
+    assert len(found) == 12
+    assert [found["ours"].ranks, found["ours"].threads] == [5, 3]
+    assert found["ours"].settings.data.train_samples == 240
+    assert found["ours"].settings.data.holdout == 0
+    assert [found["ours-unpipelined"].ranks, found["ours-unpipelined"].settings.stages] == [3, 1]
+    assert found["deepspeed (plain)"].layers == "plain"
+    assert found["deepspeed"].settings == found["torch-1f1b"].settings == found["ours"].settings
+    assert [found["one-process"].ranks, found["one-process"].threads] == [1, 15]
+    assert found["one-piece"].settings.train.micro_batches == 1
+    assert found["ours"].roles == ["stage 0", "stage 1", "stage 2", "UE rank 3", "UE rank 4"]
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(ValueError, match="--only names 'stock'"):
+        candidates.choose("ours,stock")
+    with pytest.raises(ValueError, match=r"--ue-ranks is 5.*between 1 and topology\.ues \(4\)"):
+        candidates.line_up(Settings(), 5, ["ours"], ("ours",))
+    with pytest.raises(ValueError, match="method is centralised"):
+        candidates.line_up(Settings(method="centralised"), 1, ["ours"], ("ours",))
+
+
+def test_plain_layers_compute_the_same() -> None:
+    model = ModelSettings(c1=12, c2=10, angles=16, delays=8)
+    ours, theirs = (
+        nn.Sequential(*build(model, 3)) for build in (models.build_tail, plain.build_tail)
+    )
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    z = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
+    outputs, gradients = [], []
+    for tail in (ours, theirs):
+        x = z.clone().requires_grad_()
+        outputs.append(tail(x))
+        outputs[-1].square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in tail.parameters())])
+    torch.testing.assert_close(outputs[0], outputs[1])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b)  # running statistics
+
+
+def test_losses_are_compared_ue_by_ue_over_the_first_iterations() -> None:
+    wanted = [[1.0, 2.0]] * race.COMPARED
+    found = [[1.0, 2.0]] * (race.COMPARED - 1) + [[1.0, 2.002]]
+    assert race.difference(found, wanted) == pytest.approx(1e-3)
+    assert race.difference(wanted, wanted) == 0.0
+    assert race.difference([*wanted, [5.0, 5.0]], [*wanted, [1.0, 1.0]]) == 0.0
+    assert race.difference([[1.0, float("nan")]], [[1.0, 2.0]]) == float("inf")
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    contest = finished(ours=[1.0, 3.0, 2.0], deepspeed=[2.0, 4.0, 2.0])
+    assert contest.ratios("ours", "deepspeed") == [0.5, 0.75, 1.0]
+    lines = table.ratio_table(contest).splitlines()
+    assert lines[1].split() == ["deepspeed", "0.750", "0.625", "…", "0.875", "0.500", "1.000"]
+    lines = table.seconds_table(contest).splitlines()
+    assert lines[1].split()[:4] == ["ours", "1.000", "2.000", "3.000"]
+    assert lines[2].endswith("the same, to the bit")
+
+
+def test_a_round_without_a_failed_candidate_counts_for_the_others() -> None:
+    contest = finished(ours=[1.0, 3.0], deepspeed=[2.0, 4.0])
+    contest.rounds[1].pop("deepspeed")
+    assert contest.ratios("ours", "deepspeed") == [0.5]
+    assert contest.seconds == {"ours": [1.0, 3.0], "deepspeed": [2.0]}
+
+
+def test_shares_of_time_stand_beside_the_bubble() -> None:
+    contest = finished(ours=[2.0])
+    assert table.share_table(contest, contest.candidates[0]) == ""  # no clock is kept
+    contest.rounds = [{"ours": turn(2.0, {"compute": 1.0, "send": 0.1, "wait": 0.8})}]
+    lines = table.share_table(contest, contest.candidates[0]).splitlines()
+    assert lines[1].split() == ["stage", "0", "50.0%", "5.0%", "40.0%"]
+    assert len(lines) == 6
+    assert "20.0%" in lines[5]  # 2 stages, 4 micro-batches
+    assert table.bubble(1, 7) == 0
+
+
+def test_quartiles() -> None:
+    assert table.spread([3.0]) == dict.fromkeys(("min", "q1", "median", "q3", "max"), 3.0)
+    assert list(table.spread([5.0, 1.0, 2.0, 4.0, 3.0]).values()) == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_growth_keeps_the_rows_of_a_micro_batch() -> None:
+    settings = Settings(train=TrainSettings(batch_size=64, micro_batches=4))
+    found = growth.candidates(settings, 2)
+    for n, candidate in zip(growth.UES, found, strict=True):
+        grown = candidate.settings
+        assert grown.topology.ues == n
+        assert n * grown.train.batch_size // grown.train.micro_batches == 64
+    with pytest.raises(ValueError, match=r"64 UEs need train\.micro_batches 4 × 64/4"):
+        growth.candidates(Settings(), 2)
+
+
+def test_growth_is_shown_beside_four_ues() -> None:
+    settings = Settings(train=TrainSettings(batch_size=64, micro_batches=4))
+    found = growth.candidates(settings, 2, ues=(4, 8))
+    peak = 150_000_000
+    rounds = [{"4 UEs": turn(0.256, peak=peak), "8 UEs": turn(0.768, peak=peak)}] * 2
+    line = growth.table(race.Race(found, rounds=rounds)).splitlines()[-1]
+    wanted = "8 UEs 8 11.1% 1.500 1.500 1.500 1.50 150 (+50), 150 (+50)"
+    assert line.split() == wanted.split()
+
+
+def test_orders_cross_the_store_as_text() -> None:
+    order = Order(3, untimed=1, release=True)
+    assert Order.read(order.write()) == order
+    assert Order.read(END) is None
+
+
+def test_the_peak_of_memory_starts_anew() -> None:
+    before = memory.peak()
+    if before is None:
+        pytest.skip("this system doesn't tell")
+    block = torch.ones(50_000_000)
+    high = memory.peak()
+    del block
+    memory.release()
+    memory.forget_peak()
+    low, room = memory.peak(), memory.available()
+    assert high is not None
+    assert low is not None
+    assert low < high - 100_000_000
+    assert room is not None
+    assert room > 0
+
+
+def test_others_are_compared_with_the_first_that_is_left() -> None:
+    contest = finished(ours=[1.0])
+    assert contest.reference == "ours"
+    contest.failures["ours"] = "gone"
+    assert contest.reference is None
+    assert replace(contest, failures={}).reference == "ours"

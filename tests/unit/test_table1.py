@@ -1,0 +1,130 @@
+"""Table I without measuring: plan, bound, files, verdict."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from csipipe.reports import table1, table1_output
+from csipipe.reports.table1_output import Row
+
+
+def row(environment: str = "indoor", batch_size: int = 400, saved: float = 0.2) -> Row:
+    without = [1.0, 2.0, 4.0]
+    return Row(environment, 256, batch_size, 10, [t * (1 - saved) for t in without], without)
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    table1.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "best"), [(2, 2, 0.25), (2, 20, 0.475), (4, 1, 0)]
+)
+def test_bound(stages: int, micro_batches: int, best: float) -> None:
+    assert table1_output.bound(stages, micro_batches) == pytest.approx(best)
+
+
+def test_cells_are_the_papers() -> None:
+    assert [(c.environment, c.c, c.batch_size) for c in table1.ALL] == list(table1_output.PAPER)
+    assert len(table1.QUICK) == 4
+    plan = table1.Plan()
+    with_pipeline, without = plan.candidates(table1.ALL[3])
+    assert with_pipeline.settings.model.c2 == 512
+    assert with_pipeline.settings.train.batch_size == 800
+    assert [with_pipeline.settings.stages, without.settings.stages] == [2, 1]
+    assert with_pipeline.settings.train == without.settings.train
+    assert [with_pipeline.ranks, without.ranks] == [4, 3]
+
+
+def test_time_is_shared_by_rows() -> None:
+    shares = dict(table1._shares(table1.ALL, 2400))
+    assert sum(shares.values()) == pytest.approx(2400)
+    assert shares[table1.ALL[1]] == 2 * shares[table1.ALL[0]]
+
+
+def test_options_that_cannot_be_used(tmp_path: Path) -> None:
+    folder = ("--output", str(tmp_path / "t"))
+    for wrong, message in (
+        (("--rounds", "2"), "--rounds is 2"),
+        (("--stages", "1"), "--stages is 1"),
+        (("--micro-batches", "3"), "not divisible by train.micro_batches 3"),
+        (("--ue-ranks", "11"), "--ue-ranks is 11"),
+        (("--minutes", "-1"), "--minutes is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table1.run(options(*folder, *wrong))
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_folder_of_another_plan_or_machine_is_refused(tmp_path: Path) -> None:
+    table1.claim(table1.Plan(), tmp_path)
+    table1.claim(table1.Plan(), tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds cells .* stages 2, not 4"):
+        table1.claim(table1.Plan(stages=4), tmp_path)
+    file = tmp_path / "plan.json"
+    other = json.loads(file.read_text())
+    other["machine"]["cores"] = 12345
+    file.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="cores 12345, not"):
+        table1.claim(table1.Plan(), tmp_path)
+    for broken in ("[]", "{}", "no"):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=r"plan\.json isn't a plan"):
+            table1.claim(table1.Plan(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"candidates": {}, "with": "ours"}'])
+def test_a_broken_cell_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "indoor-256-400.json").write_text(content)
+    with pytest.raises(ValueError, match=r"indoor-256-400\.json isn't a finished cell"):
+        table1.read(tmp_path)
+
+
+def test_both_percentages_are_medians_of_rounds() -> None:
+    one = Row("indoor", 256, 400, 10, [1.0, 1.0, 3.0], [2.0, 1.25, 3.0])
+    assert one.saved == pytest.approx([0.5, 0.2, 0.0])
+    assert one.gain == pytest.approx([1.0, 0.25, 0.0])
+    text = table1_output.verdict([one], 0.25, 2, 2)
+    line = next(line for line in text.splitlines() if line.startswith("| indoor"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "indoor, c 256, B 400",
+        "1.000 [1.000, 2.000]",
+        "2.000 [1.625, 2.500]",
+        "20.0% [10.0%, 35.0%]",
+        "25.0% [12.5%, 62.5%]",
+        "0.0560 / 0.0583",
+        "3.9%",
+        "4.1%",
+    ]
+    assert "25.0% saved" in text
+
+
+def test_the_verdict_says_what_the_figures_say() -> None:
+    text = table1_output.verdict([row(saved=0.2), row(batch_size=800, saved=0.1)], 0.25, 2, 2)
+    assert "saves 10.0% to 20.0% of the time; in the paper's same cells 3.9% to 17.9%." in text
+    assert "1 of 2 cells save at least what the paper's do." in text
+    assert "At 800 samples per UE it saves no more than at 400 (10.0%, 20.0%)" in text
+    assert "The best cell reaches 80% of the bound." in text
+    assert "saves nothing" not in text
+    assert "In 1 cell(s) it saves nothing" in table1_output.verdict([row(saved=-0.1)], 0.25, 2, 2)
+
+
+def test_csv_has_a_line_per_cell_and_columns_by_name(tmp_path: Path) -> None:
+    table1_output.write(tmp_path, [row(), row("outdoor")], 2, 2)
+    with (tmp_path / "table1.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["environment"] for line in lines] == ["indoor", "outdoor"]
+    assert float(lines[0]["with_median"]) == pytest.approx(1.6)
+    assert float(lines[0]["time_saved_q1"]) == pytest.approx(0.2)
+    assert float(lines[0]["without_over_with_minus_1_median"]) == pytest.approx(0.25)
+    assert lines[1]["paper_without"] == "0.0582"
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["table1.csv", "table1.md", "table1.png"]
