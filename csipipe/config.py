@@ -20,6 +20,18 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 
 Environment = Literal["indoor", "outdoor", "noniid"]
 Precision = Literal["fp32", "bf16"]
+Method = Literal[
+    "csilocal",
+    "centralised",
+    "fedavg",
+    "fedavgper",
+    "fedprox",
+    "fedproxper",
+    "fedgrad",
+    "fedgradper",
+]
+LOCAL_STEPS = ("fedavg", "fedavgper", "fedprox", "fedproxper")
+"""Methods whose UEs may take several steps of their own between two exchanges."""
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -62,7 +74,8 @@ class TopologySettings:
     """Who takes part: BTS pipeline stages (ranks 0 … stages-1), UEs (on the other ranks)."""
 
     stages: int | None = None
-    """BTS pipeline stages, one rank each. null: 2 for csilocal, none for centralised."""
+    """BTS pipeline stages, one rank each. null: 2 for csilocal, 1 (all they can use) for the
+    federated methods, none for centralised."""
     ues: int = 4
     """UEs, numbered from 0, dealt in order to the UE ranks."""
     partition: str = "type:CRBlock"
@@ -123,7 +136,15 @@ class TrainSettings:
     batch_size: int = 32
     """Samples per UE and iteration, drawn uniformly from the UE's own rows."""
     micro_batches: int = 4
-    """Micro-batches that the BTS cuts an iteration into; must divide train.batch_size."""
+    """Micro-batches that the tail of csilocal and centralised runs on; must divide
+    train.batch_size. A federated UE runs its whole model on its whole mini-batch."""
+    local_steps: int = 1
+    """E: Adam steps of a UE, each on a mini-batch, between two exchanges (FedAvg, FedProx)."""
+    mu: float = 0.01
+    """Weight of FedProx's proximal term: adds mu times (local - global model) to the gradient."""
+    personalisation: Literal["fedsim", "fedalt"] = "fedsim"
+    """Methods …per. fedsim: encoder and shared parts step together. fedalt: E steps of the
+    encoder, then E of the shared parts."""
     schedule: Literal["gpipe"] = "gpipe"
     """Pipeline schedule: gpipe runs all forward passes, then all backward passes."""
     lr: float = 2e-3
@@ -146,7 +167,7 @@ class TrainSettings:
     """CPU threads per rank. null: OMP_NUM_THREADS if above 1, else cores / ranks of the node."""
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "micro_batches"):
+        for name in ("iterations", "batch_size", "micro_batches", "local_steps"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.batch_size % self.micro_batches:
             raise ValueError(
@@ -160,6 +181,8 @@ class TrainSettings:
             raise ValueError(f"train.warmup is {self.warmup}; it must lie in [0, 1].")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas is {self.betas}; both must lie in [0, 1).")
+        if not (math.isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"train.mu is {self.mu}; it must be a number and at least 0.")
         _at_least("train.seed", self.seed, 0)
         if self.threads is not None:
             _at_least("train.threads", self.threads, 1)
@@ -199,18 +222,26 @@ class RunSettings:
 class Settings:
     """One run of one method."""
 
-    method: Literal["csilocal", "centralised"] = "csilocal"
-    """csilocal: split, pipelined training. centralised: the unsplit model on all data."""
+    method: Method = "csilocal"
+    """csilocal: split, pipelined training. centralised: the unsplit model on all data. fedavg,
+    fedprox, fedgrad: the whole model on every UE; …per: with an encoder of its own."""
     model: ModelSettings = field(default_factory=ModelSettings)
     topology: TopologySettings = field(default_factory=TopologySettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
+    def __post_init__(self) -> None:
+        if self.train.local_steps > 1 and self.method not in LOCAL_STEPS:
+            raise ValueError(
+                f"train.local_steps is {self.train.local_steps}, but {self.method} exchanges after "
+                f"every step; leave it at 1, or use one of {', '.join(LOCAL_STEPS)}."
+            )
+
     @property
     def stages(self) -> int:
         """BTS pipeline stages of this run; the unsplit model has none."""
-        return self.topology.stages or (0 if self.method == "centralised" else 2)
+        return self.topology.stages or {"csilocal": 2, "centralised": 0}.get(self.method, 1)
 
     @property
     def eval_every(self) -> int:

@@ -9,8 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from csipipe import models
-from csipipe.config import ModelSettings, TrainSettings
+from csipipe.config import TrainSettings
 from csipipe.figures import Figures
 from csipipe.wire import Ledger
 
@@ -72,14 +71,3 @@ def padded(h: Tensor, start: int, rows: int) -> Tensor:
     if len(part) == rows:
         return part
     return torch.cat([part, part.new_zeros(rows - len(part), *h.shape[1:])])
-
-
-def count_parts(model: ModelSettings) -> dict[str, int]:
-    """Trainable scalars of `encoder`, `tail` and `head`."""
-    with torch.device("meta"):
-        parts: dict[str, list[nn.Module]] = {
-            "encoder": [models.build_encoder(model, 0)],
-            "tail": models.build_tail(model, 0),
-            "head": [models.build_head(model, 0)],
-        }
-    return {part: models.count_parameters(layers) for part, layers in parts.items()}

@@ -17,7 +17,7 @@ from csipipe import checkpoint, models
 from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.figures import WIDTH, Figures
-from csipipe.methods.base import Part, adam, batches_of, count_parts, padded, set_rate
+from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.wire import Ledger
 
@@ -51,7 +51,7 @@ class Centralised:
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
         self.optimizer = adam(self.tail.parameters(), settings.train)
-        self.parameters = count_parts(settings.model)
+        self.parameters = models.count_parts(settings.model)
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:

@@ -9,7 +9,8 @@ import torch
 from csipipe.config import Settings
 from csipipe.device import autocast, wire_dtype
 from csipipe.figures import WIDTH
-from csipipe.methods.base import batches_of, count_parts
+from csipipe.methods.base import batches_of
+from csipipe.models import count_parts
 from csipipe.topology import Topology
 from csipipe.wire import Ledger, Wire, largest
 from csipipe.world import World

@@ -5,6 +5,7 @@ from csipipe.models.autoencoder import (
     build_head,
     build_tail,
     count_parameters,
+    count_parts,
     tail_shapes,
 )
 from csipipe.models.crblock import CRBlock
@@ -15,5 +16,6 @@ __all__ = [
     "build_head",
     "build_tail",
     "count_parameters",
+    "count_parts",
     "tail_shapes",
 ]

@@ -97,3 +97,14 @@ def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:
 def count_parameters(modules: Iterable[nn.Module]) -> int:
     """Trainable scalars of some modules (BatchNorm's running statistics are not counted)."""
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def count_parts(model: ModelSettings) -> dict[str, int]:
+    """Trainable scalars of `encoder`, `tail` and `head`."""
+    with torch.device("meta"):
+        parts: dict[str, list[nn.Module]] = {
+            "encoder": [build_encoder(model, 0)],
+            "tail": build_tail(model, 0),
+            "head": [build_head(model, 0)],
+        }
+    return {part: count_parameters(layers) for part, layers in parts.items()}

@@ -15,7 +15,7 @@ LEVELS = [
     {"config"},
     {"topology", "schedule", "device", "metrics"},
     {"models", "channels", "figures", "commandline"},
-    {"world", "wire", "checkpoint", "pipeline"},
+    {"world", "wire", "checkpoint", "pipeline", "exchange"},
     {"tracking"},
     {"methods"},
     {"training", "bench"},
