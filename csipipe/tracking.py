@@ -1,4 +1,4 @@
-"""What a run shows and writes: progress bar, TensorBoard, the closing table, history.jsonl, summary.json.
+"""What a run shows and writes: progress bar, TensorBoard, learning curve, closing table, summary.
 
 Rank 0 has a `Tracker`; it is the only one that writes.
 """

@@ -19,6 +19,7 @@ LEVELS = [
     {"tracking"},
     {"methods"},
     {"training", "bench"},
+    {"reports"},
     {"launch"},
 ]
 

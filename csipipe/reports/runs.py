@@ -1,0 +1,139 @@
+"""The runs that a report needs: which are finished, which are missing, and whether they fit.
+
+A run is known by its settings; its folder's name says the ones in which a report's runs differ,
+so that reports share them. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+
+from csipipe import commandline
+from csipipe.config import Settings
+from csipipe.reports import curves
+from csipipe.reports.curves import REMEDY, Curve
+from csipipe.reports.preset import DECIDED, Preset, plain
+
+_FREE = (
+    "run.dir",
+    "run.timeout",
+    "topology.stages",
+    "topology.partition",
+    "train.device",
+    "train.threads",
+)
+"""Settings by which runs may differ within a report: they decide where, not what is computed."""
+
+
+class State(Enum):
+    """What a run's folder holds."""
+
+    MISSING = "missing"
+    INTERRUPTED = "interrupted"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of launch/train.py for a report; `settings.run.dir` is its folder."""
+
+    name: str
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        assert self.settings.run.dir is not None
+        return Path(self.settings.run.dir)
+
+    def state(self) -> State:
+        """What the folder holds.
+
+        Raises:
+            ValueError: a damaged or foreign folder, or a run of other settings; says which.
+        """
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return State.MISSING
+        config = self.folder / "config.yaml"
+        if not config.is_file():
+            raise ValueError(
+                f"{self.folder} is in the way: it holds something, but no run (no config.yaml); "
+                "move it away or choose another --out."
+            )
+        self._check_settings(config)
+        summary = self.folder / "summary.json"
+        if not summary.is_file():
+            return State.INTERRUPTED
+        try:
+            status = json.loads(summary.read_text())["status"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{summary} can't be read ({error}); {REMEDY}.") from error
+        if status == "finished":
+            curves.read(self.folder)
+            return State.FINISHED
+        return State.INTERRUPTED
+
+    def curve(self) -> Curve:
+        """The learning curve of the finished run."""
+        return curves.read(self.folder)
+
+    def set_aside(self) -> None:
+        """Move what an interrupted run left out of the way; nothing is deleted."""
+        if self.state() is State.INTERRUPTED:
+            now = datetime.now().strftime("%Y%m%d-%H%M%S")
+            aside = self.folder.parents[1] / "interrupted" / f"{self.name}-{now}"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(aside)
+
+    def _check_settings(self, config: Path) -> None:
+        try:
+            found = plain(
+                commandline.settings(commandline.parser(""), ["--config", str(config)])[0]
+            )
+        except ValueError as error:
+            raise ValueError(f"{config} can't be read: {error}; {REMEDY}.") from error
+        for key, wanted in plain(self.settings).items():
+            if key not in _FREE and found[key] != wanted:
+                if key in ("method", *DECIDED):
+                    remedy = "move the folder away"
+                else:
+                    remedy = f"start the report with --{key} {found[key]} to go on with such runs"
+                raise ValueError(
+                    f"{self.folder} was made with {key} {found[key]!r}, this report needs "
+                    f"{wanted!r}; {remedy}, or choose another --out."
+                )
+
+
+def make(preset: Preset, out: Path, method: str, environment: str, ratio: int, seed: int) -> Run:
+    """The run of a method at one point of the figures."""
+    settings = preset.settings(method, environment, ratio, seed)
+    name = f"{method}-{environment}-c{settings.model.c1}-seed{seed}"
+    return placed(name, settings, out)
+
+
+def placed(name: str, settings: Settings, out: Path) -> Run:
+    """A run with its folder under `out`."""
+    folder = str(out / "runs" / name)
+    return Run(name, replace(settings, run=replace(settings.run, dir=folder)))
+
+
+def sort(runs: Iterable[Run]) -> dict[State, list[Run]]:
+    """Runs by state, each folder once.
+
+    Raises:
+        ValueError: naming every folder that is damaged, foreign or of other settings.
+    """
+    sorted_runs: dict[State, list[Run]] = {state: [] for state in State}
+    wrong = []
+    for run in {run.name: run for run in runs}.values():
+        try:
+            sorted_runs[run.state()].append(run)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n  ".join([f"{len(wrong)} run(s) can't be used:", *wrong]))
+    return sorted_runs

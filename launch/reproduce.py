@@ -1,0 +1,58 @@
+"""The paper's figures: python launch/reproduce.py fig5 | fig6 | headline | plan | search"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from types import ModuleType
+
+from csipipe.reports import fig5, fig6, headline, plan, search
+
+ABOUT = """Makes the paper's figures from runs of launch/train.py. Runs that are missing are
+started, one torchrun after the other; an interrupted report goes on where it was. Settings of
+train.py, such as --data.source csinet --data.path DIR, are passed on to all runs."""
+
+REPORTS: dict[str, ModuleType] = {
+    "fig5": fig5,
+    "fig6": fig6,
+    "headline": headline,
+    "plan": plan,
+    "search": search,
+}
+
+
+def parser() -> ArgumentParser:
+    """A parser of the reports' own options."""
+    parser = ArgumentParser(description=ABOUT, allow_abbrev=False)
+    reports = parser.add_subparsers(dest="report", required=True, metavar="REPORT")
+    for name, module in REPORTS.items():
+        report = reports.add_parser(
+            name,
+            help=module.ABOUT,
+            description=module.__doc__,
+            epilog="All other arguments are settings of launch/train.py.",
+            allow_abbrev=False,
+        )
+        module.add_arguments(report)
+        report.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Make one report; returns the exit code."""
+    options, settings = parser().parse_known_args(arguments)
+    options.settings = settings
+    try:
+        return int(REPORTS[options.report].run(options))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        if options.debug:
+            raise
+        print(f"csipipe: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
