@@ -68,6 +68,10 @@ class Topology:
         first = place * each + min(place, extra)
         return range(first, first + each + (place < extra))
 
+    def host(self, ue: int) -> int:
+        """UE rank that hosts `ue`."""
+        return next(rank for rank in self.ue_ranks if ue in self.ues_of(rank))
+
     def role(self, rank: int) -> str:
         """Name of a rank for people, such as `BTS stage 0` or `UE rank 3 (UEs 2-3)`."""
         if self.is_bts(rank):

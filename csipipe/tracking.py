@@ -17,13 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from csipipe.figures import Figures
-from csipipe.wire import COUNTED, UP, Ledger
+from csipipe.wire import BUFFERS, PAPER, UP, Kind, Ledger
 
 HISTORY = "history.jsonl"
 """The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
 all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
-
-_DOWN = tuple(kind for kind in COUNTED if kind not in UP)
 
 
 class Tracker:
@@ -57,7 +55,7 @@ class Tracker:
 
     def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
         """Note an evaluation after `done` iterations."""
-        scalars, size = (up + down for up, down in zip(*_exchanged(ledger), strict=True))
+        scalars, size = ledger.total("training", PAPER)
         for name, figures in (("test", test), ("holdout", holdout)):
             if figures is not None:
                 self.writer.add_scalar(f"{name}/loss", figures.loss, done)
@@ -76,7 +74,7 @@ class Tracker:
         """Add an evaluation to the learning curve, `history.jsonl`: one line of JSON."""
         line = {
             "iteration": done,
-            "exchanged": exchanged_summary(ledger),
+            "exchanged": _exchanged(ledger, PAPER),
             "test": test.summary(),
             "holdout": None
             if holdout is None
@@ -108,17 +106,24 @@ class Tracker:
         return statistics.median(self.seconds) if self.seconds else float("nan")
 
 
-def _exchanged(ledger: Ledger, phase: str = "training") -> tuple[tuple[int, int], tuple[int, int]]:
-    """(scalars up, bytes up), (scalars down, bytes down)."""
-    return ledger.total(phase, UP), ledger.total(phase, _DOWN)
-
-
-def exchanged_summary(ledger: Ledger, phase: str = "training") -> dict[str, dict[str, int]]:
+def _exchanged(
+    ledger: Ledger, kinds: tuple[Kind, ...], phase: str = "training"
+) -> dict[str, dict[str, int]]:
     """`scalars` and `bytes`, each `up` and `down`, over all UEs."""
-    up, down = _exchanged(ledger, phase)
+    up = ledger.total(phase, [kind for kind in kinds if kind in UP])
+    down = ledger.total(phase, [kind for kind in kinds if kind not in UP])
     return {
         "scalars": {"up": up[0], "down": down[0]},
         "bytes": {"up": up[1], "down": down[1]},
+    }
+
+
+def exchanged_summary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
+    """Entries of `summary.json`: the paper's count, BatchNorm's statistics, evaluation."""
+    return {
+        "exchanged": _exchanged(ledger, PAPER),
+        "exchanged_buffers": _exchanged(ledger, BUFFERS),
+        "exchanged_evaluation": _exchanged(ledger, PAPER, "evaluation"),
     }
 
 
@@ -141,6 +146,10 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
             f"{direction:>10}  {crossed['scalars'][direction]:>14,}  "
             f"{crossed['bytes'][direction]:>14,}   {meaning}"
         )
+    apart = summary["exchanged_buffers"]
+    if any(apart["scalars"].values()):
+        scalars, size = (sum(apart[unit].values()) for unit in ("scalars", "bytes"))
+        lines.append(f"{'apart':>10}  {scalars:>14,}  {size:>14,}   BatchNorm's, both ways")
     lines += [
         "",
         f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "

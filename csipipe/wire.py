@@ -35,12 +35,26 @@ class Kind(Enum):
     ACTIVATION_GRADIENT = 6  # stage → stage before
     REPORT = 7  # figures per UE (losses, not data), UE → rank 0
     DECISION = 8  # rank 0 → everyone
-    WEIGHTS = 9  # stage → rank 0, to be saved
+    WEIGHTS = 9  # → rank 0, to be saved
+    UPDATE = 10  # federated: change of the shared parts, or their gradient, UE → BTS
+    MEAN_UPDATE = 11  # its mean over UEs, BTS → UE
+    STATISTICS = 12  # federated: change of BatchNorm's running statistics, UE → BTS
+    MEAN_STATISTICS = 13  # its mean over UEs, BTS → UE
 
 
-COUNTED = (Kind.SMASHED, Kind.OUTPUT, Kind.OUTPUT_GRADIENT, Kind.SMASHED_GRADIENT)
+PAPER = (
+    Kind.SMASHED,
+    Kind.OUTPUT,
+    Kind.OUTPUT_GRADIENT,
+    Kind.SMASHED_GRADIENT,
+    Kind.UPDATE,
+    Kind.MEAN_UPDATE,
+)
 """Kinds in the paper's count of exchanged parameters."""
-UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT)
+BUFFERS = (Kind.STATISTICS, Kind.MEAN_STATISTICS)
+"""Kinds that the ledger counts apart from the paper's."""
+COUNTED = PAPER + BUFFERS
+UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT, Kind.UPDATE, Kind.STATISTICS)
 """Counted kinds that go from a UE to the BTS; the others go down."""
 _LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the first stage
 PHASES = ("training", "evaluation")
@@ -255,9 +269,9 @@ class Wire:
         ranks = [0] if self.rank else range(1, self.topology.world_size)
         return self._host_channel(Kind.DECISION, [self._peer(rank, 1) for rank in ranks], (1,))
 
-    def weights(self, stage: int, scalars: int) -> Channel:
-        """A stage's flattened weights, between that stage and rank 0."""
-        other = 0 if self.rank else stage
+    def weights(self, rank: int, scalars: int) -> Channel:
+        """Flattened weights that `rank` has, between that rank and rank 0."""
+        other = 0 if self.rank else rank
         return self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
 
     def neighbour(
@@ -274,6 +288,22 @@ class Wire:
             self.device,
             group=group,
         )
+
+    def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:
+        """A vector of (1, scalars) between the BTS and each of `ues`: the same one, going down."""
+        at_bts = self.topology.is_bts(self.rank)
+        ranks = [self.topology.host(ue) if at_bts else 0 for ue in ues]
+        peers = [
+            self._peer(rank, 1, range(ue, ue + 1)) for rank, ue in zip(ranks, ues, strict=True)
+        ]
+        return Channel(kind, peers, (1, scalars), 1, self.dtype, self.device, self.ledger)
+
+    def vectors(self, kind: Kind, scalars: int) -> Iterator[Tensor]:
+        """At the BTS: the (1, scalars) of every UE, in UE order, one in memory at a time."""
+        for ue in range(self.topology.ues):
+            channel = self.vector(kind, scalars, range(ue, ue + 1))
+            channel.post()
+            yield channel.receive(0)
 
     def _across(self, kind: Kind, rows: int) -> list[Peer]:
         """The other side of the UE–BTS boundary, `rows` per UE."""

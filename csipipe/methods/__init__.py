@@ -16,6 +16,7 @@ import torch
 
 from csipipe import channels, checkpoint
 from csipipe.config import Settings
+from csipipe.methods import federated
 from csipipe.methods.base import Part, Worker
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal import BtsHalf, UeHalf
@@ -37,6 +38,8 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     """
     if settings.method == "centralised":
         return _prepare_centralised(settings, world_size, device)
+    if settings.method != "csilocal":
+        return _prepare_federated(settings, rank, world_size, device)
     topology = Topology(world_size, settings.stages, settings.topology.ues)
     deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
     if topology.is_bts(rank):
@@ -44,6 +47,21 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
         return lambda world: BtsHalf(settings, topology, world, device, deepspeed, engine)
     ues, test = load(settings, topology.ues_of(rank), device)
     return lambda world: UeHalf(settings, topology, world, device, ues, test)
+
+
+def _prepare_federated(
+    settings: Settings, rank: int, world_size: int, device: torch.device
+) -> Builder:
+    if settings.stages != 1:
+        raise ValueError(
+            f"method {settings.method} aggregates on one BTS rank, but topology.stages is "
+            f"{settings.topology.stages}; leave topology.stages out, or set it to 1."
+        )
+    topology = Topology(world_size, settings.stages, settings.topology.ues)
+    if topology.is_bts(rank):
+        return lambda world: federated.BtsHalf(settings, topology, world, device)
+    ues, test = load(settings, topology.ues_of(rank), device)
+    return lambda world: federated.UeHalf(settings, topology, world, device, ues, test)
 
 
 def _import_engine(device: torch.device) -> ModuleType:

@@ -6,6 +6,7 @@ from csipipe.models.autoencoder import (
     build_tail,
     count_parameters,
     count_parts,
+    count_statistics,
     tail_shapes,
 )
 from csipipe.models.crblock import CRBlock
@@ -17,5 +18,6 @@ __all__ = [
     "build_tail",
     "count_parameters",
     "count_parts",
+    "count_statistics",
     "tail_shapes",
 ]

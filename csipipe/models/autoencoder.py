@@ -101,10 +101,22 @@ def count_parameters(modules: Iterable[nn.Module]) -> int:
 
 def count_parts(model: ModelSettings) -> dict[str, int]:
     """Trainable scalars of `encoder`, `tail` and `head`."""
+    return {part: count_parameters(layers) for part, layers in _parts(model).items()}
+
+
+def count_statistics(model: ModelSettings) -> dict[str, int]:
+    """BatchNorm's running means and variances in `encoder`, `tail` and `head`, in scalars."""
+    return {
+        part: sum(b.numel() for layer in layers for b in layer.buffers() if b.is_floating_point())
+        for part, layers in _parts(model).items()
+    }
+
+
+def _parts(model: ModelSettings) -> dict[str, list[nn.Module]]:
+    """Every part's layers, without memory."""
     with torch.device("meta"):
-        parts: dict[str, list[nn.Module]] = {
+        return {
             "encoder": [build_encoder(model, 0)],
             "tail": build_tail(model, 0),
             "head": [build_head(model, 0)],
         }
-    return {part: count_parameters(layers) for part, layers in parts.items()}

@@ -210,8 +210,8 @@ def verdict(curves: Curves, common: float | None, notes: str) -> str:
         loss = given_loss(curves, common)
         parts += [
             f"The given loss is **{loss:.3e}**. The rule, fixed before any run: {GIVEN:.0%} of "
-            f"the way from the floor ({_floor(curves):.3e}) to the loss that the worst-placed of CSILocal, "
-            f"FedAvg and FedProx still reaches in every seed ({common:.3e}). Exchange is "
+            f"the way from the floor ({_floor(curves):.3e}) to the loss that the worst-placed of "
+            f"CSILocal, FedAvg and FedProx still reaches in every seed ({common:.3e}). Exchange is "
             "interpolated on a straight line between evaluations.",
             pages.table(
                 [

@@ -117,7 +117,8 @@ def winners(losses: Mapping[Key, float], search: Search) -> dict[str, float]:
 def write_rates(file: Path, best: Mapping[str, float], search: Search, source: str) -> None:
     """Write the preset's rates."""
     lines = [
-        f"# Written by launch/reproduce.py search: {source} channels, panel {search.panel} of Fig. 6.",
+        "# Written by launch/reproduce.py search: "
+        f"{source} channels, panel {search.panel} of Fig. 6.",
         *(f"{method}: {rate!r}" for method, rate in best.items()),
     ]
     pages.write(file, "\n".join(lines) + "\n")

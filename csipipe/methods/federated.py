@@ -1,0 +1,251 @@
+"""FedAvg, FedProx and FedGrad, each with a personal encoder too (…Per): UE half and BTS half.
+
+The whole model lives on every UE. In one iteration each UE trains on its own rows and sends one
+vector up, the BTS sends the mean over UEs back, and each UE applies it. BatchNorm's running
+statistics are averaged beside, by their change. Parts start as CSILocal's, and so do the draws.
+
+Shapes: N UEs, P scalars of the shared parts, A angles, D delays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from csipipe import checkpoint, models
+from csipipe.config import Settings
+from csipipe.exchange import shared_parts
+from csipipe.figures import WIDTH, Figures
+from csipipe.methods.base import Part
+from csipipe.methods.half import Half
+from csipipe.methods.replica import Agreed, Replica, flat, split
+from csipipe.methods.ue import UserEquipment
+from csipipe.topology import Topology
+from csipipe.wire import Kind
+from csipipe.world import World
+
+
+class FedAvg(Replica):
+    """FedAvg and FedProx at a UE: local Adam steps, then the mean of the models.
+
+    Sources: McMahan et al., AISTATS 2017; Li et al., MLSys 2020. FedProx adds μ·(θ − θ_global) to
+    the gradient of the shared parts; FedAvg is FedProx with μ = 0. Adam's moments stay at the UE.
+    """
+
+    def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
+        super().__init__(ue, settings, device)
+        self.mu = settings.train.mu if settings.method.startswith("fedprox") else 0.0
+        self.agreed = Agreed(list(self.shared))
+
+    def train(self) -> tuple[Tensor, Tensor]:
+        """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
+        sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
+        for learning in self.phases:
+            for _ in range(self.settings.train.local_steps):
+                sums += self.gradient(learning)
+                self._pull()
+                self.step()
+        return self.agreed.change(), sums
+
+    def apply(self, mean: Tensor) -> None:
+        """Go on from the mean of the models."""
+        self.agreed.apply(mean)
+
+    def _pull(self) -> None:
+        """The proximal term, towards the global model."""
+        if self.mu:
+            for parameter, value in zip(self.shared, self.agreed.parts(), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - value, alpha=self.mu)
+
+
+class FedGrad(Replica):
+    """FedGrad at a UE: the gradient at the global model, then Adam with the mean gradient.
+
+    Every UE takes the same step from the same model, so Adam's state of the shared parts is one,
+    replicated. The personal part steps by its own gradient: with the shared ones (FedSim), or
+    before theirs is taken (FedAlt).
+    """
+
+    def train(self) -> tuple[Tensor, Tensor]:
+        """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
+        sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
+        *before, last = self.phases
+        for learning in before:
+            sums += self.gradient(learning)
+            self.step()
+        sums += self.gradient(last)
+        return flat(p.grad for p in self.shared if p.grad is not None), sums
+
+    def apply(self, mean: Tensor) -> None:
+        """Adam, with the gradient of all UEs."""
+        for parameter, gradient in zip(self.shared, split(mean, list(self.shared)), strict=True):
+            parameter.grad = gradient
+        self.step()
+
+
+def sizes(settings: Settings) -> dict[Kind, int]:
+    """Scalars of each vector that crosses."""
+    update, statistics = (
+        sum(count(settings.model)[part] for part in shared_parts(settings.method))
+        for count in (models.count_parts, models.count_statistics)
+    )
+    return {
+        Kind.UPDATE: update,
+        Kind.MEAN_UPDATE: update,
+        Kind.STATISTICS: statistics,
+        Kind.MEAN_STATISTICS: statistics,
+    }
+
+
+class UeHalf(Half):
+    """The UEs of one rank.
+
+    Args:
+        ues: this rank's UEs, ascending.
+        test: (B, 2, A, D) the common test set.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        topology: Topology,
+        world: World,
+        device: torch.device,
+        ues: list[UserEquipment],
+        test: Tensor,
+    ) -> None:
+        super().__init__(settings, topology, world, device)
+        method = FedGrad if settings.method.startswith("fedgrad") else FedAvg
+        self.ues = ues
+        self.test = test
+        self.replicas = [method(ue, settings, device) for ue in ues]
+        self.statistics = [Agreed(replica.statistics) for replica in self.replicas]
+        self.lines = [
+            {
+                kind: self.wire.vector(kind, scalars, range(ue.number, ue.number + 1))
+                for kind, scalars in sizes(settings).items()
+            }
+            for ue in ues
+        ]
+        # one model for all is tested once: the UEs take its batches in turn
+        self.takers = topology.ues if is_one_model(settings) else 1
+        self.agree_on_batches(
+            {
+                "holdout": max(len(ue.holdout) for ue in ues),
+                "test": -(-len(test) // self.takers),
+            }
+        )
+
+    def train_iteration(self, iteration: int) -> None:
+        """Train and send, UE by UE; then apply what comes back."""
+        self.start(iteration)
+        for line in self.lines:
+            line[Kind.MEAN_UPDATE].post()
+            line[Kind.MEAN_STATISTICS].post()
+        sums = []
+        everyone = list(zip(self.replicas, self.statistics, self.lines, strict=True))
+        for replica, statistics, line in everyone:
+            replica.start(iteration)
+            update, figures = replica.train()
+            sums.append(figures)
+            line[Kind.UPDATE].send(0, update[None])
+            line[Kind.STATISTICS].send(0, statistics.change()[None])
+        self._report(sums)
+        for replica, statistics, line in everyone:
+            replica.apply(line[Kind.MEAN_UPDATE].receive(0)[0].float())
+            statistics.apply(line[Kind.MEAN_STATISTICS].receive(0)[0].float())
+            line[Kind.UPDATE].finish()
+            line[Kind.STATISTICS].finish()
+
+    def evaluate(self, part: Part) -> None:
+        """Every UE's model on its held-out rows or on the test set, one batch of each at a time."""
+        size = self.settings.train.batch_size
+        turns = self.takers if part == "test" else 1
+        for k in range(self.batches[part]):
+            sums = []
+            for replica in self.replicas:
+                first = (k * turns + replica.ue.number % turns) * size
+                h_BAD = (self.test if part == "test" else replica.ue.holdout)[first : first + size]
+                empty = torch.zeros(WIDTH, dtype=torch.float64)
+                sums.append(replica.figures(h_BAD) if len(h_BAD) else empty)
+            self._report(sums)
+
+    def save_weights(self, folder: Path) -> None:
+        """Every UE's encoder and head; the first UE rank sends the tail, which all UEs share."""
+        for ue in self.ues:
+            checkpoint.save(
+                checkpoint.ue_file(folder, ue.number),
+                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
+            )
+        if self.rank == self.topology.ue_ranks[0]:
+            tail = checkpoint.flatten(self.replicas[0].tail)
+            channel = self.wire.weights(self.rank, len(tail))
+            channel.send(0, tail)
+            channel.finish()
+
+    def _report(self, sums: list[Tensor]) -> None:
+        """Send this rank's figures to rank 0."""
+        self.reports.send(0, torch.stack([figures.cpu() for figures in sums]))
+        self.reports.finish()
+
+
+class BtsHalf(Half):
+    """The aggregator, on the one BTS rank: it adds up what the UEs send and has no model.
+
+    It adds in UE order, so that sums don't depend on who is first or where a UE is hosted, and
+    holds one UE's vector at a time.
+    """
+
+    def __init__(
+        self, settings: Settings, topology: Topology, world: World, device: torch.device
+    ) -> None:
+        super().__init__(settings, topology, world, device)
+        self.sizes = sizes(settings)
+        self.down = {
+            kind: self.wire.vector(kind, self.sizes[kind], range(topology.ues))
+            for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
+        }
+        self.agree_on_batches({"holdout": 0, "test": 0})
+
+    def train_iteration(self, iteration: int) -> Figures:
+        """The mean of what the UEs send, back to each of them."""
+        self.start(iteration)
+        self.reports.post()
+        self.down[Kind.MEAN_UPDATE].send(0, self._mean(Kind.UPDATE))
+        self.down[Kind.MEAN_STATISTICS].send(0, self._mean(Kind.STATISTICS))
+        for channel in self.down.values():
+            channel.finish()
+        return Figures(self.reports.receive(0).clone())
+
+    def evaluate(self, part: Part) -> Figures:
+        """Gathers figures; all UEs have those of one model where it is tested once."""
+        sums = torch.zeros(self.topology.ues, WIDTH, dtype=torch.float64)
+        for _ in range(self.batches[part]):
+            self.reports.post()
+            sums += self.reports.receive(0)
+        if part == "test" and is_one_model(self.settings):
+            sums = sums.sum(dim=0).expand(self.topology.ues, -1)
+        return Figures(sums)
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes the tail that the first UE rank sends."""
+        tail = nn.Sequential(*models.build_tail(self.settings.model, 0))
+        channel = self.wire.weights(self.topology.ue_ranks[0], len(checkpoint.flatten(tail)))
+        channel.post()
+        state = checkpoint.unflatten(channel.receive(0), tail)
+        checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
+
+    def _mean(self, kind: Kind) -> Tensor:
+        """(1, scalars) mean over UEs, in fp32 whatever crossed."""
+        total = torch.zeros(1, self.sizes[kind], device=self.device)
+        for vector in self.wire.vectors(kind, self.sizes[kind]):
+            total += vector
+        return total / self.topology.ues
+
+
+def is_one_model(settings: Settings) -> bool:
+    """Whether nothing is personal, so that after an exchange all UEs have the same model."""
+    return set(shared_parts(settings.method)) == set(models.count_parts(settings.model))

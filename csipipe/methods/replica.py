@@ -1,0 +1,129 @@
+"""The whole model at one UE of a federated method: encoder, tail and head, and their Adam.
+
+Shared parts are averaged over UEs, personal ones stay at the UE with their Adam state; which
+parts are shared is all that a method …per changes (Pillutla et al., *Federated Learning with
+Partial Model Personalization*, ICML 2022). Shapes: B rows, A angles, D delays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from csipipe import models
+from csipipe.config import Settings
+from csipipe.device import autocast
+from csipipe.exchange import shared_parts
+from csipipe.methods.base import set_rate
+from csipipe.methods.ue import UserEquipment, losses
+
+
+class Replica:
+    """One UE's model, unsplit, on its own rows.
+
+    Attributes:
+        shared, personal: the model's parameters, by who has them.
+        statistics: BatchNorm's running means and variances of the shared parts. How many batches
+            they have seen is the same at every UE and needs no exchange.
+    """
+
+    def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
+        self.ue = ue
+        self.settings = settings
+        self.device = device
+        self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
+        self.tail.to(device)
+        ue.optimizer.add_param_group({"params": list(self.tail.parameters())})
+        self.parts = {"encoder": ue.encoder, "tail": self.tail, "head": ue.head}
+        names = shared_parts(settings.method)
+        common = [part for name, part in self.parts.items() if name in names]
+        self.shared = [p for part in common for p in part.parameters()]
+        self.statistics = [b for part in common for b in part.buffers() if b.is_floating_point()]
+        self.personal = [
+            p for name, part in self.parts.items() if name not in names for p in part.parameters()
+        ]
+
+    @property
+    def phases(self) -> list[list[nn.Parameter]]:
+        """Parameters that step together: all (FedSim), or personal, then shared ones (FedAlt)."""
+        if self.settings.train.personalisation == "fedalt" and self.personal:
+            return [self.personal, self.shared]
+        return [self.personal + self.shared]
+
+    def start(self, iteration: int) -> None:
+        """Training mode, and the iteration's learning rate."""
+        for part in self.parts.values():
+            part.train()
+        set_rate(self.ue.optimizer, self.settings.train.lr_at(iteration))
+
+    def gradient(self, learning: Iterable[nn.Parameter]) -> Tensor:
+        """Put the gradient of a fresh mini-batch's mean loss into `.grad` of `learning` alone.
+
+        Returns:
+            (WIDTH,) sums of the mini-batch's figures.
+        """
+        for parameter in self.personal + self.shared:
+            parameter.requires_grad_(False)
+        for parameter in learning:
+            parameter.requires_grad_()
+        h_BAD = self.ue.draw(self.settings.train.batch_size)
+        loss_B, sums = self._losses(h_BAD)
+        torch.autograd.backward(loss_B.mean())
+        return sums
+
+    def step(self) -> None:
+        """Adam on the parameters that have a gradient."""
+        self.ue.step()
+
+    def figures(self, h_BAD: Tensor) -> Tensor:
+        """(WIDTH,) sums over rows, BatchNorm by running statistics."""
+        for part in self.parts.values():
+            part.eval()
+        with torch.no_grad():
+            return self._losses(h_BAD)[1]
+
+    def _losses(self, h_BAD: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.settings.train.precision, self.device):
+            h_hat = self.ue.head(self.tail(self.ue.encoder(h_BAD)))
+        return losses(h_hat, h_BAD, len(h_BAD))
+
+
+class Agreed:
+    """Tensors of a replica as one vector, which all UEs change by the mean of their changes.
+
+    What crosses is the change since the last exchange, as many scalars as the tensors have. The
+    mean of the changed tensors is the same; but bf16 keeps 8 bits, and small changes of a
+    weight sent whole would be lost in its rounding.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.value = flat(tensors)
+
+    def change(self) -> Tensor:
+        """(scalars,): how far this UE's tensors have moved since the last exchange."""
+        return flat(self.tensors) - self.value
+
+    def apply(self, mean_change: Tensor) -> None:
+        """Move to what all UEs agree on."""
+        self.value += mean_change
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors, self.parts(), strict=True):
+                tensor.copy_(value)
+
+    def parts(self) -> list[Tensor]:
+        """The agreed value of each tensor."""
+        return split(self.value, self.tensors)
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """(scalars,): a copy of some tensors, one after the other."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def split(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of a vector that `flat` made, of the shapes of `like`."""
+    pieces = torch.split(vector, [tensor.numel() for tensor in like])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
