@@ -83,12 +83,12 @@ def read(folder: Path) -> Curve:
     Raises:
         ValueError: the folder isn't whole, naming the file, what is wrong and the remedy.
     """
-    summary = _object(folder / "summary.json", (folder / "summary.json").read_text())
+    summary = _json(folder / "summary.json", (folder / "summary.json").read_text())
     file = folder / HISTORY
     if not file.is_file():
         raise ValueError(f"{file} is missing, but the run is finished; {REMEDY}.")
     lines = [
-        _object(file, line, f", line {number}")
+        _json(file, line, f", line {number}")
         for number, line in enumerate(file.read_text().splitlines(), 1)
     ]
     try:
@@ -129,7 +129,7 @@ def _curve(lines: list[dict[str, Any]]) -> Curve:
     )
 
 
-def _object(file: Path, text: str, where: str = "") -> dict[str, Any]:
+def _json(file: Path, text: str, where: str = "") -> dict[str, Any]:
     try:
         read = json.loads(text)
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from csipipe.config import Environment
 from csipipe.reports import command, pages, pictures, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
@@ -20,7 +21,7 @@ from csipipe.reports.runs import Run
 __all__ = ["add_arguments", "run"]
 
 ABOUT = "test loss against compression ratio"
-ENVIRONMENTS = ("indoor", "outdoor", "noniid")
+ENVIRONMENTS: tuple[Environment, ...] = ("indoor", "outdoor", "noniid")
 Points = Mapping[tuple[str, int], Curve]
 """Curves by distribution and compression ratio (reals of a sample per real of its codeword)."""
 

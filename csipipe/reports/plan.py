@@ -156,7 +156,7 @@ def page(settings: Settings, rows: list[Row]) -> str:
         "Plan: what each method exchanges",
         f"{ues} UEs, B = {train.batch_size} samples per UE and step, c1 = {model.c1}, "
         f"c2 = {model.c2}, {train.iterations:,} iterations, {train.precision}. The model has "
-        f"d = {d:,} parameters (encoder {sizes['encoder']:,}, tail {sizes['tail']:,}, head {sizes['head']:,}).",
+        f"d = {d:,} parameters (" + ", ".join(f"{part} {n:,}" for part, n in sizes.items()) + ").",
         table,
         "Scalars and bytes are those of training, over all UEs and both directions (the paper's "
         "count, without BatchNorm's running statistics). Seconds are for all of it over one link "

@@ -29,7 +29,7 @@ METHODS: tuple[Method, ...] = (
     "fedgrad",
     "fedgradper",
 )
-REFERENCE = "centralised"
+REFERENCE: Method = "centralised"
 
 PANELS: dict[str, tuple[Environment, int]] = {
     "a": ("indoor", 8),
@@ -83,7 +83,7 @@ class Preset:
     rates_file: Path | None
     """Where `search` writes the rates; None: the preset has its rates from the paper."""
     search: Search | None
-    headline: tuple[str, ...] = METHODS
+    headline: tuple[Method, ...] = METHODS
     """Methods of the headline."""
 
     def __post_init__(self) -> None:
@@ -105,11 +105,10 @@ class Preset:
         """
         return _parse((*self.arguments, *ANY))
 
-    def settings(
-        self, method: str, environment: str, ratio: int, seed: int, rate: float | None = None
-    ) -> Settings:
+    def settings(self, method: Method, environment: Environment, ratio: int, seed: int) -> Settings:
         """Settings of one run, without `run.dir`; raises as `common`."""
-        model = self.common().model
+        common = self.common()
+        model, train, topology = common.model, common.train, common.topology
         reals = 2 * model.angles * model.delays
         if reals % ratio:
             raise ValueError(
@@ -117,17 +116,19 @@ class Preset:
                 f"which the compression ratio 1/{ratio} of preset {self.name} doesn't divide; "
                 f"choose sizes whose product is a multiple of {max(self.compression) // 2}."
             )
-        c = str(reals // ratio)
-        mine = ["--method", method, "--model.c1", c, "--model.c2", c, "--train.seed", str(seed)]
-        mine += ["--data.environment", environment]
-        if method not in LOCAL_STEPS:
-            mine += ["--train.local_steps", "1"]
-        if method != "csilocal":
-            mine += ["--topology.stages", "null"]
-        rate = self.rates.get(method) if rate is None else rate
-        if rate is not None:
-            mine += ["--train.lr", repr(rate)]
-        return _parse((*self.arguments, *mine))
+        return Settings(
+            method=method,
+            model=replace(model, c1=reals // ratio, c2=reals // ratio),
+            topology=topology if method == "csilocal" else replace(topology, stages=None),
+            data=replace(common.data, environment=environment),
+            train=replace(
+                train,
+                lr=self.rates.get(method, train.lr),
+                seed=seed,
+                local_steps=train.local_steps if method in LOCAL_STEPS else 1,
+            ),
+            run=common.run,
+        )
 
 
 _parsed: dict[tuple[str, ...], Settings] = {}
@@ -209,8 +210,13 @@ def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
 
 def plain(settings: Settings) -> dict[str, Any]:
     """Settings by dotted key, as YAML has them."""
+    return dotted(yaml.safe_load(commandline.to_yaml(settings)))
+
+
+def dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted key."""
     flat: dict[str, Any] = {}
-    for name, value in yaml.safe_load(commandline.to_yaml(settings)).items():
+    for name, value in settings.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         else:
@@ -222,9 +228,8 @@ def _flat(settings: dict[str, Any]) -> list[str]:
     """Nested settings as arguments of train.py."""
     return [
         word
-        for section, values in settings.items()
-        for key, value in values.items()
-        for word in (f"--{section}.{key}", value if isinstance(value, str) else json.dumps(value))
+        for key, value in dotted(settings).items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
 
 

@@ -13,11 +13,12 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
-from csipipe import commandline
-from csipipe.config import Settings
+import yaml
+
+from csipipe.config import Environment, Method, Settings
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
-from csipipe.reports.preset import DECIDED, Preset, plain
+from csipipe.reports.preset import DECIDED, Preset, dotted, plain
 
 _FREE = (
     "run.dir",
@@ -90,25 +91,31 @@ class Run:
             self.folder.rename(aside)
 
     def _check_settings(self, config: Path) -> None:
+        wanted = plain(self.settings)
         try:
-            found = plain(
-                commandline.settings(commandline.parser(""), ["--config", str(config)])[0]
+            # a setting younger than the run had its default's effect
+            found = plain(Settings()) | dotted(yaml.safe_load(config.read_text()))
+        except (AttributeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{config} isn't the settings of a run ({' '.join(str(error).split())}); {REMEDY}."
+            ) from error
+        if unknown := sorted(set(found) - set(wanted)):
+            raise ValueError(f"{config} has {unknown[0]}, which is no setting; {REMEDY}.")
+        for key, value in found.items():
+            if key in _FREE or value == wanted[key]:
+                continue
+            remedy = f"start the report with --{key} {value} to go on with such runs"
+            if key in ("method", *DECIDED):
+                remedy = "move the folder away"
+            raise ValueError(
+                f"{self.folder} was made with {key} {value!r}, this report needs "
+                f"{wanted[key]!r}; {remedy}, or choose another --out."
             )
-        except ValueError as error:
-            raise ValueError(f"{config} can't be read: {error}; {REMEDY}.") from error
-        for key, wanted in plain(self.settings).items():
-            if key not in _FREE and found[key] != wanted:
-                if key in ("method", *DECIDED):
-                    remedy = "move the folder away"
-                else:
-                    remedy = f"start the report with --{key} {found[key]} to go on with such runs"
-                raise ValueError(
-                    f"{self.folder} was made with {key} {found[key]!r}, this report needs "
-                    f"{wanted!r}; {remedy}, or choose another --out."
-                )
 
 
-def make(preset: Preset, out: Path, method: str, environment: str, ratio: int, seed: int) -> Run:
+def make(
+    preset: Preset, out: Path, method: Method, environment: Environment, ratio: int, seed: int
+) -> Run:
     """The run of a method at one point of the figures."""
     settings = preset.settings(method, environment, ratio, seed)
     name = f"{method}-{environment}-c{settings.model.c1}-seed{seed}"

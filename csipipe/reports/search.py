@@ -9,6 +9,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from csipipe.reports import command, pages, runs
@@ -29,11 +30,12 @@ Key = tuple[str, float, int]
 
 def wanted(report: Report, search: Search) -> dict[Key, Run]:
     """A run per method, rate and seed."""
-    asked = {}
+    asked: dict[Key, Run] = {}
     for method in (*METHODS, REFERENCE):
         for rate in search.grid:
             for seed in search.seeds:
-                settings = report.preset.settings(method, *PANELS[search.panel], seed, rate)
+                preset = replace(report.preset, rates={method: rate})
+                settings = preset.settings(method, *PANELS[search.panel], seed)
                 name = f"search-{method}-lr{rate:g}-seed{seed}"
                 asked[method, rate, seed] = runs.placed(name, settings, report.out)
     return asked
@@ -105,7 +107,7 @@ def medians(losses: Mapping[Key, float], method: str, search: Search) -> dict[fl
 
 def winners(losses: Mapping[Key, float], search: Search) -> dict[str, float]:
     """The rate with the lowest median for every method that has one."""
-    best = {}
+    best: dict[str, float] = {}
     for method in (*METHODS, REFERENCE):
         by_rate = medians(losses, method, search)
         finite = {rate: loss for rate, loss in by_rate.items() if math.isfinite(loss)}
