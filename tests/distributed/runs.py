@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from csipipe import methods
 from csipipe.config import (
     DataSettings,
+    Method,
     ModelSettings,
     RunSettings,
     Settings,
@@ -28,7 +29,7 @@ from csipipe.world import World
 CPU = torch.device("cpu")
 
 
-def small(**sections: Any) -> Settings:
+def small(method: Method = "csilocal", **sections: Any) -> Settings:
     """A run that takes a moment: 8 angles × 8 delays, 4 UEs × 8 rows, 10 iterations."""
     defaults = Settings(
         model=ModelSettings(c1=24, c2=16, angles=8, delays=8),
@@ -39,6 +40,7 @@ def small(**sections: Any) -> Settings:
     )
     return replace(
         defaults,
+        method=method,
         **{name: replace(getattr(defaults, name), **changes) for name, changes in sections.items()},
     )
 
@@ -46,11 +48,13 @@ def small(**sections: Any) -> Settings:
 def named_parameters(worker: Any) -> dict[str, torch.nn.Parameter]:
     """Parameters of a rank's worker by part, UE and layer, whatever the rank."""
     found: dict[str, torch.nn.Parameter] = {}
-    if not isinstance(worker, BtsHalf):
-        for ue in worker.ues:
-            for part in ("encoder", "head"):
-                for name, parameter in getattr(ue, part).named_parameters():
-                    found[f"ue-{ue.number}.{part}.{name}"] = parameter
+    for ue in getattr(worker, "ues", []):
+        for part in ("encoder", "head"):
+            for name, parameter in getattr(ue, part).named_parameters():
+                found[f"ue-{ue.number}.{part}.{name}"] = parameter
+    for replica in getattr(worker, "replicas", []):  # federated: a tail on every UE
+        for name, parameter in replica.tail.named_parameters():
+            found[f"ue-{replica.ue.number}.tail.{name}"] = parameter
     if isinstance(worker, BtsHalf):
         first = worker.parts[worker.rank]
         for i, layer in enumerate(worker.layers):
@@ -94,13 +98,23 @@ def saved(worker: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def split(world: World, settings: Settings) -> dict[str, Any]:
-    """One rank of CSILocal."""
-    build = methods.prepare(settings, world.rank, world.size, CPU)
+    """One rank of a run."""
+    return splits(world, {"": settings})[""]
+
+
+def splits(world: World, runs: dict[str, Settings]) -> dict[str, dict[str, Any]]:
+    """One rank of several runs in one world, one after the other."""
+    builders = {
+        name: methods.prepare(settings, world.rank, world.size, CPU)
+        for name, settings in runs.items()
+    }
     world.ready("data")
-    world.connect(settings.run.timeout)
-    result = follow(build(world), settings.train.iterations)
+    world.connect(20.0)
+    results = {
+        name: follow(build(world), runs[name].train.iterations) for name, build in builders.items()
+    }
     world.leave()
-    return result
+    return results
 
 
 def unsplit(settings: Settings, shared: bool = False) -> dict[str, Any]:
@@ -119,4 +133,5 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         "losses": results[0]["losses"],
         "evaluations": results[0]["evaluations"],
         "ledger": results[0]["ledger"],
+        "files": {name: tensors for r in results for name, tensors in r["files"].items()},
     }

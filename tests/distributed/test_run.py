@@ -220,6 +220,7 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
         (2, {}, "start with --nproc_per_node=3 or more"),
         (4, {"topology__ues": "1"}, "start at most 3 processes"),
         (2, {"method": "centralised"}, "--nproc_per_node=1"),
+        (3, {"method": "fedavg", "topology__stages": "2"}, "aggregates on one BTS rank"),
         (3, {"train__bogus": "1"}, "train.bogus"),
         (
             5,
@@ -255,9 +256,21 @@ def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
     assert ended.stderr.count("csipipe: error:") == 1
 
 
-@pytest.mark.parametrize(("rank", "culprit"), [(1, "BTS stage 1"), (3, "UE rank 3")])
-def test_a_killed_rank_ends_the_others(rank: int, culprit: str, tmp_path: Path) -> None:
-    endless = arguments(tmp_path / "run", train__iterations="100000", run__eval_every="20")
+@pytest.mark.parametrize(
+    ("method", "rank", "culprit"),
+    [
+        ("csilocal", 1, "BTS stage 1"),
+        ("csilocal", 3, "UE rank 3"),
+        ("fedavg", 0, "BTS stage 0"),
+        ("fedavg", 3, "UE rank 3"),
+    ],
+)
+def test_a_killed_rank_ends_the_others(
+    method: str, rank: int, culprit: str, tmp_path: Path
+) -> None:
+    endless = arguments(
+        tmp_path / "run", method=method, train__iterations="100000", run__eval_every="20"
+    )
     with Program(4, endless) as program:
         program.wait_for("iteration 20/")
         program.ranks[rank].kill()

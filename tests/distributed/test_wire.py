@@ -12,7 +12,7 @@ from harness import run_world
 from runs import CPU, follow, joined, small, split
 
 from csipipe import methods
-from csipipe.config import Settings
+from csipipe.config import Method, Settings
 from csipipe.wire import COUNTED, PHASES, Channel, Kind, Ledger, Peer
 from csipipe.world import World
 
@@ -88,10 +88,13 @@ def eavesdrop(world: World, settings: Settings) -> dict[str, Any]:
     return {"sent": b"".join(sent), "rows": np.concatenate(rows) if rows else None}
 
 
-def test_no_channel_leaves_its_ue() -> None:
-    ranks = run_world(4, eavesdrop, small(train={"iterations": 3}))
-    sent = b"".join(rank["sent"] for rank in ranks)
-    rows = np.concatenate([rank["rows"] for rank in ranks if rank["rows"] is not None])
+@pytest.mark.parametrize(("method", "ranks"), [("csilocal", 4), ("fedgrad", 3)])
+def test_no_channel_leaves_its_ue(method: Method, ranks: int) -> None:
+    stages = ranks - 2
+    settings = small(method, topology={"stages": stages}, train={"iterations": 3})
+    heard = run_world(ranks, eavesdrop, settings)
+    sent = b"".join(rank["sent"] for rank in heard)
+    rows = np.concatenate([rank["rows"] for rank in heard if rank["rows"] is not None])
     assert len(rows) == 4 * 20 + 2 * 2 * 20  # rows of four UEs; the test set, twice on two ranks
     assert len(sent) > 10_000
     for row in rows.reshape(-1, 8):  # any eight neighbouring reals that say something

@@ -7,7 +7,6 @@ import torch
 
 from csipipe import models
 from csipipe.config import ModelSettings
-from csipipe.methods.base import count_parts
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,7 @@ from csipipe.methods.base import count_parts
     ],
 )
 def test_parameters_are_the_papers(c: int, encoder: int, tail: int, head: int, whole: int) -> None:
-    parts = count_parts(ModelSettings(c1=c, c2=c))
+    parts = models.count_parts(ModelSettings(c1=c, c2=c))
     assert parts == {"encoder": encoder, "tail": tail, "head": head}
     assert sum(parts.values()) == whole
 

@@ -71,6 +71,12 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--data.train_samples", "0"], "data.train_samples is 0"),
         (["--train.lr", ".inf"], "train.lr is inf"),
         (["--train.betas", "[0.9, 1.0]"], "train.betas"),
+        (["--train.local_steps", "0"], "train.local_steps is 0"),
+        (["--train.local_steps", "2"], "csilocal exchanges after every step"),
+        (["--method", "fedgrad", "--train.local_steps", "2"], "one of fedavg, fedavgper, fedprox"),
+        (["--train.mu", "-0.1"], "train.mu is -0.1"),
+        (["--train.mu", ".inf"], "train.mu is inf"),
+        (["--train.personalisation", "fedper"], "train.personalisation"),
         (["--run.timeout", "0"], "run.timeout is 0"),
         (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
     ],
@@ -101,6 +107,7 @@ def test_the_rate_warms_up_and_decays() -> None:
 def test_defaults_that_follow_from_others() -> None:
     assert Settings().stages == 2
     assert Settings(method="centralised").stages == 0
+    assert Settings(method="fedproxper").stages == 1
     assert Settings(topology=TopologySettings(stages=3)).stages == 3
     assert Settings(train=TrainSettings(iterations=5)).eval_every == 1
     assert Settings(train=TrainSettings(iterations=500)).eval_every == 50

@@ -1,0 +1,50 @@
+"""The paper's totals of exchanged parameters, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from csipipe.config import Method, ModelSettings, Settings, TopologySettings, TrainSettings
+from csipipe.exchange import exchanged_per_iteration, shared_parts
+
+
+def paper(method: Method, c: int = 512) -> Settings:
+    return Settings(
+        method=method,
+        model=ModelSettings(c1=c, c2=c),
+        topology=TopologySettings(ues=10),
+        train=TrainSettings(batch_size=800),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "iterations", "billions", "printed"),
+    [
+        ("csilocal", 1200, 19.6608, 19.66),
+        ("fedavg", 560, 47.0664, 47.06),
+        ("fedprox", 455, 38.2414, 38.24),
+    ],
+)
+def test_the_headline_to_every_printed_digit(
+    method: Method, iterations: int, billions: float, printed: float
+) -> None:
+    total = iterations * sum(exchanged_per_iteration(paper(method)).values())
+    assert round(total / 1e9, 4) == billions
+    assert total // 10**7 / 100 == printed  # the paper truncates
+
+
+def test_personal_encoders_are_not_exchanged() -> None:
+    for method in get_args(Method):
+        if method.startswith("fed"):
+            each = 10 * (3_153_224 if method.endswith("per") else 4_202_354)
+            assert exchanged_per_iteration(paper(method)) == {"up": each, "down": each}
+
+
+def test_what_crosses_of_every_method() -> None:
+    crossing = {method: exchanged_per_iteration(paper(method, 256)) for method in get_args(Method)}
+    assert crossing["centralised"] == {"up": 0, "down": 0}
+    assert crossing["csilocal"] == {"up": 10 * 800 * 512, "down": 10 * 800 * 512}
+    assert crossing["fedprox"] == {"up": 21_046_900, "down": 21_046_900}
+    assert shared_parts("csilocal") == ()
