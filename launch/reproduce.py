@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> int:
     options, settings = parser().parse_known_args(arguments)
     options.settings = settings
     try:
-        return int(REPORTS[options.report].run(options))
+        if settings and "preset" not in options:
+            raise ValueError(f"{options.report} takes no {settings[0]}; see --help.")
+        return int(REPORTS[options.report].run(options) or 0)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -169,13 +169,18 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
             arguments=tuple(arguments),
             rates_file=None if rates_file is None else file.parent / rates_file,
             rates={},
-            search=None if search is None else Search(**_tuples(search)),
+            search=None if search is None else _search(search),
             **_tuples({"panels": list(PANELS)} | read),
         )
     except TypeError as error:
         raise ValueError(f"{file}: {error}.") from error
     _refuse_decided(preset.arguments, tuple(user))
     return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
+
+
+def _search(values: dict[str, Any]) -> Search:
+    # YAML takes 1e-3 for a text
+    return Search(**_tuples(values | {"grid": [float(rate) for rate in values.get("grid", [])]}))
 
 
 def _rates(file: Path | None) -> dict[str, float]:
