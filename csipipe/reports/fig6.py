@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from csipipe.reports import command, pages, pictures, runs
 from csipipe.reports.command import Report, add_arguments
@@ -90,7 +91,9 @@ def draw(curves: Panels, unit: Unit) -> Figure:
     panels = sorted({panel for panel, _ in curves})
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.5 * lines + 0.9), layout="constrained")
+    figure = Figure(
+        figsize=(5.2 * columns, 3.5 * lines + 0.9), layout=ConstrainedLayoutEngine(h_pad=0.08)
+    )
     grid = figure.subplots(lines, columns, squeeze=False).flat
     for axes, panel in zip(grid, panels, strict=False):
         _panel(axes, panel, {m: c for (p, m), c in curves.items() if p == panel}, unit)

@@ -63,7 +63,7 @@ def run(options: Namespace) -> int:
     write_csv(table, curves, common)
     if common is not None:
         pictures.save(draw(curves, common), picture)
-    pages.write(page, verdict(curves, common, found.notes()))
+    pages.write(page, verdict(curves, common, len(report.preset.seeds), found.notes()))
     return command.close(found, [file for file in files if file.exists()])
 
 
@@ -170,13 +170,18 @@ def draw(curves: Curves, common: float) -> Figure:
     return figure
 
 
-def claims(curves: Curves, common: float | None) -> list[Claim]:
-    """Whether CSILocal exchanges less than FedAvg and FedProx, and by the paper's factor."""
+def claims(curves: Curves, common: float | None, seeds: int) -> list[Claim]:
+    """Whether CSILocal exchanges less than FedAvg and FedProx, and by the paper's factor.
+
+    Args:
+        seeds: how many there should be; with fewer, nothing is judged.
+    """
     judged = []
     for method in COMPARED[1:]:
         paper, name = paper_ratio(method), NAMES[method]
         found = [] if common is None else ratios(curves, method, given_loss(curves, common))
         median = statistics.median(found) if found else None
+        complete = len(found) == seeds
         ours = (
             "runs missing, or nothing learnt"
             if median is None
@@ -187,13 +192,13 @@ def claims(curves: Curves, common: float | None) -> list[Claim]:
                 f"{name} exchanges more than CSILocal until the given loss (judged: in every seed)",
                 f"{PAPER_TOTALS[method] / 1e9:.2f} against 19.66 billion",
                 ours,
-                min(found) > 1 if found else None,
+                min(found) > 1 if complete else None,
             ),
             Claim(
                 f"… at least {paper:.2f} times as much (judged: the median)",
                 f"{paper:.2f} times",
                 ours,
-                None if median is None else median >= paper,
+                median >= paper if complete and median is not None else None,
             ),
         ]
     return judged
@@ -203,9 +208,9 @@ def _listed(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in sorted(values))
 
 
-def verdict(curves: Curves, common: float | None, notes: str) -> str:
+def verdict(curves: Curves, common: float | None, seeds: int, notes: str) -> str:
     """The Markdown page."""
-    parts = [pages.claims_table(claims(curves, common))]
+    parts = [pages.claims_table(claims(curves, common, seeds))]
     if common is not None:
         loss = given_loss(curves, common)
         parts += [

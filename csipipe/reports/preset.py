@@ -155,27 +155,30 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
         raise ValueError(f"--preset {name}: there is no {file}; known presets: {known}.")
-    read: dict[str, Any] = yaml.safe_load(file.read_text())
-    fewer: dict[str, Any] = read.pop("quick", {})
-    if quick:
-        read |= fewer
-    arguments = _flat(read.pop("settings") or {})
-    if (config := read.pop("config", None)) is not None:
-        arguments = ["--config", str((file.parent / config).resolve()), *arguments]
-    rates_file, search = read.pop("rates"), read.pop("search")
     try:
-        preset = Preset(
-            name=file.stem,
-            arguments=tuple(arguments),
-            rates_file=None if rates_file is None else file.parent / rates_file,
-            rates={},
-            search=None if search is None else _search(search),
-            **_tuples({"panels": list(PANELS)} | read),
-        )
-    except TypeError as error:
-        raise ValueError(f"{file}: {error}.") from error
+        read: dict[str, Any] = yaml.safe_load(file.read_text())
+        fewer = read.pop("quick", {})
+        preset = _preset(file, read | fewer if quick else read)
+    except (AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no preset of reports: {error}.") from error
     _refuse_decided(preset.arguments, tuple(user))
     return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
+
+
+def _preset(file: Path, read: dict[str, Any]) -> Preset:
+    """A preset's file without the user's settings and the rates."""
+    arguments = _flat(read.pop("settings", None) or {})
+    if (config := read.pop("config", None)) is not None:
+        arguments = ["--config", str((file.parent / config).resolve()), *arguments]
+    rates_file, search = read.pop("rates", None), read.pop("search", None)
+    return Preset(
+        name=file.stem,
+        arguments=tuple(arguments),
+        rates_file=None if rates_file is None else file.parent / rates_file,
+        rates={},
+        search=None if search is None else _search(search),
+        **_tuples({"panels": list(PANELS)} | read),
+    )
 
 
 def _search(values: dict[str, Any]) -> Search:
@@ -232,10 +235,13 @@ def dotted(settings: dict[str, Any]) -> dict[str, Any]:
 def _flat(settings: dict[str, Any]) -> list[str]:
     """Nested settings as arguments of train.py."""
     return [
-        word
-        for key, value in dotted(settings).items()
-        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        word for key, value in dotted(settings).items() for word in (f"--{key}", argument(value))
     ]
+
+
+def argument(value: Any) -> str:
+    """A setting's value as an argument of train.py."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

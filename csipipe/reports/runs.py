@@ -18,7 +18,7 @@ import yaml
 from csipipe.config import Environment, Method, Settings
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
-from csipipe.reports.preset import DECIDED, Preset, dotted, plain
+from csipipe.reports.preset import DECIDED, Preset, argument, dotted, plain
 
 _FREE = (
     "run.dir",
@@ -29,6 +29,9 @@ _FREE = (
     "train.threads",
 )
 """Settings by which runs may differ within a report: they decide where, not what is computed."""
+
+_SHOWN = 5
+"""Folders that one message names."""
 
 
 class State(Enum):
@@ -104,7 +107,7 @@ class Run:
         for key, value in found.items():
             if key in _FREE or value == wanted[key]:
                 continue
-            remedy = f"start the report with --{key} {value} to go on with such runs"
+            remedy = f"start the report with --{key} {argument(value)} to go on with such runs"
             if key in ("method", *DECIDED):
                 remedy = "move the folder away"
             raise ValueError(
@@ -132,7 +135,7 @@ def sort(runs: Iterable[Run]) -> dict[State, list[Run]]:
     """Runs by state, each folder once.
 
     Raises:
-        ValueError: naming every folder that is damaged, foreign or of other settings.
+        ValueError: naming the folders that are damaged, foreign or of other settings.
     """
     sorted_runs: dict[State, list[Run]] = {state: [] for state in State}
     wrong = []
@@ -142,5 +145,7 @@ def sort(runs: Iterable[Run]) -> dict[State, list[Run]]:
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
-        raise ValueError("\n  ".join([f"{len(wrong)} run(s) can't be used:", *wrong]))
+        more = [f"… and {len(wrong) - _SHOWN} more."] if len(wrong) > _SHOWN else []
+        lines = [f"{len(wrong)} run(s) can't be used:", *wrong[:_SHOWN], *more]
+        raise ValueError("\n  ".join(lines))
     return sorted_runs

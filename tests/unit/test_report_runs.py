@@ -99,6 +99,15 @@ def test_a_size_that_a_ratio_does_not_divide_is_refused() -> None:
         preset.settings("csilocal", "indoor", 64, 0)
 
 
+@pytest.mark.parametrize("text", ["- 1", "settings: {model", "colour: blue", "panels: [g]"])
+def test_files_that_are_no_presets_are_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    rest = "processes: 3\ncompression: [4]\nseeds: [0]\n" if ": [" in text else ""
+    file.write_text(rest + text)
+    with pytest.raises(ValueError, match=r"mine.yaml is no preset|preset mine: panel 'g'"):
+        presets.load(str(file))
+
+
 def test_unknown_presets_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="known presets: laptop"):
         presets.load("desktop")
