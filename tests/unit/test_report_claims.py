@@ -282,7 +282,7 @@ def searching(out: Path, rates: Path, losses: Mapping[Method, tuple[float | None
     preset = yaml.safe_load((PRESETS / "laptop.yaml").read_text())
     grid = [1e-3, 2e-3, 4e-3]
     preset |= {"rates": str(rates)}
-    preset["search"] |= {"grid": grid, "seeds": [0]}
+    preset["search"] |= {"grid": grid, "seeds": [0], "iterations": 120, "holdout": 0.1}
     file = out / "small.yaml"
     out.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(preset))
