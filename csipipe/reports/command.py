@@ -40,7 +40,7 @@ class Found:
     absent: dict[str, str]
     """Why a run isn't there, by its name."""
     failed: bool
-    """Whether a run was started and failed."""
+    """Whether a run was started and didn't finish."""
 
     def notes(self) -> str:
         """A paragraph for the verdict; empty if every run is there."""
@@ -102,7 +102,7 @@ def obtain(report: Report, wanted: Iterable[Run]) -> Found:
     failed = start.start(missing, report.out, report.preset.processes, report.jobs)
     done = {run.name: run for run in states.sort(runs.values())[State.FINISHED]}
     absent = {name: failed.get(name, "not finished") for name in runs if name not in done}
-    return Found(done, absent, failed=bool(failed))
+    return Found(done, absent, failed=bool(absent))
 
 
 def close(found: Found, files: Iterable[Path]) -> int:

@@ -59,11 +59,12 @@ def run(options: Namespace) -> int:
     found = command.obtain(report, asked.values())
     curves = {key: r.curve() for key, r in asked.items() if r.name in found.finished}
     table, picture, page = files = [report.file(f"headline.{e}") for e in ("csv", "png", "md")]
-    common = common_loss(curves)
+    common, seeds = common_loss(curves), len(report.preset.seeds)
     write_csv(table, curves, common)
     if common is not None:
-        pictures.save(draw(curves, common), picture)
-    pages.write(page, verdict(curves, common, len(report.preset.seeds), found.notes()))
+        loss = report.preset.loss or given_loss(curves, common)
+        pictures.save(draw(curves, common, loss), picture)
+    pages.write(page, verdict(curves, common, seeds, report.preset.loss, found.notes()))
     return command.close(found, [file for file in files if file.exists()])
 
 
@@ -128,7 +129,7 @@ def write_csv(file: Path, curves: Curves, common: float | None) -> None:
     pages.write_csv(file, header, rows)
 
 
-def draw(curves: Curves, common: float) -> Figure:
+def draw(curves: Curves, common: float, given: float) -> Figure:
     """Ratios to CSILocal over the given loss: medians, bands from lowest to highest seed."""
     figure = Figure(figsize=(6.4, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -153,7 +154,7 @@ def draw(curves: Curves, common: float) -> Figure:
         )
     axes.axhline(1, color="black", linewidth=1, label="as much as CSILocal")
     axes.axvline(
-        given_loss(curves, common),
+        given,
         color="0.6",
         linewidth=4,
         alpha=0.5,
@@ -170,22 +171,23 @@ def draw(curves: Curves, common: float) -> Figure:
     return figure
 
 
-def claims(curves: Curves, common: float | None, seeds: int) -> list[Claim]:
+def claims(curves: Curves, given: float | None, seeds: int) -> list[Claim]:
     """Whether CSILocal exchanges less than FedAvg and FedProx, and by the paper's factor.
 
     Args:
-        seeds: how many there should be; with fewer, nothing is judged.
+        given: the test loss.
+        seeds: how many should get there; with fewer, nothing is judged.
     """
     judged = []
     for method in COMPARED[1:]:
         paper, name = paper_ratio(method), NAMES[method]
-        found = [] if common is None else ratios(curves, method, given_loss(curves, common))
+        found = [] if given is None else ratios(curves, method, given)
         median = statistics.median(found) if found else None
         complete = len(found) == seeds
         ours = (
-            "runs missing, or nothing learnt"
+            "a method has no run, or learnt nothing"
             if median is None
-            else f"{median:.2f} times (median of {len(found)} seeds: {_listed(found)})"
+            else f"{median:.2f} times (median of {len(found)} of {seeds} seeds: {_listed(found)})"
         )
         judged += [
             Claim(
@@ -208,16 +210,21 @@ def _listed(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in sorted(values))
 
 
-def verdict(curves: Curves, common: float | None, seeds: int, notes: str) -> str:
-    """The Markdown page."""
-    parts = [pages.claims_table(claims(curves, common, seeds))]
-    if common is not None:
-        loss = given_loss(curves, common)
-        parts += [
-            f"The given loss is **{loss:.3e}**. The rule, fixed before any run: {GIVEN:.0%} of "
+def verdict(
+    curves: Curves, common: float | None, seeds: int, fixed: float | None, notes: str
+) -> str:
+    """The Markdown page; `fixed` is the preset's given loss, None for the rule's."""
+    loss = None if common is None else fixed or given_loss(curves, common)
+    parts = [pages.claims_table(claims(curves, loss, seeds))]
+    if common is not None and loss is not None:
+        way = (
             f"the way from the floor ({_floor(curves):.3e}) to the loss that the worst-placed of "
-            f"CSILocal, FedAvg and FedProx still reaches in every seed ({common:.3e}). Exchange is "
-            "interpolated on a straight line between evaluations.",
+            f"CSILocal, FedAvg and FedProx still reaches in every seed ({common:.3e})"
+        )
+        rule = f"The rule, fixed before any run: {GIVEN:.0%} of {way}."
+        parts += [
+            f"The given loss is **{loss:.3e}**. {rule if fixed is None else 'It is the preset’s.'} "
+            "Exchange is interpolated on a straight line between evaluations.",
             pages.table(
                 [
                     "method",
@@ -227,7 +234,7 @@ def verdict(curves: Curves, common: float | None, seeds: int, notes: str) -> str
                 ],
                 [_row(curves, method, loss) for method in methods_of(curves)],
             ),
-            "Is the loss picked? The median ratio over a range of losses, by share of that way:",
+            f"Is the loss picked? The median ratio over a range of losses, by share of {way}:",
             _range_table(curves, common),
         ]
     return pages.page(
@@ -258,7 +265,7 @@ def _range_table(curves: Curves, common: float) -> str:
         found = [ratios(curves, method, loss) for method in rivals]
         cells = [f"{statistics.median(r):.2f} ({len(r)})" if r else "never" for r in found]
         rows.append(
-            [f"{share:.0%}" + (" (given)" if share == GIVEN else ""), f"{loss:.3e}", *cells]
+            [f"{share:.0%}" + (" (the rule)" if share == GIVEN else ""), f"{loss:.3e}", *cells]
         )
     heads = [f"{NAMES[method]} (seeds)" for method in rivals]
     return pages.table(["share", "loss", *heads], rows)

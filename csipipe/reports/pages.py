@@ -19,7 +19,7 @@ class Claim:
     """The paper's figure or words."""
     ours: str
     holds: bool | None
-    """None: runs are missing, so that it can't be judged."""
+    """None: it can't be judged; `ours` says why."""
 
 
 def write(file: Path, text: str) -> None:
@@ -47,7 +47,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def claims_table(claims: Iterable[Claim]) -> str:
     """Claim by claim: the paper's figure, ours, holds or doesn't."""
-    words = {True: "**holds**", False: "**doesn't hold**", None: "not judged: runs are missing"}
+    words = {True: "**holds**", False: "**doesn't hold**", None: "can't be judged"}
     rows = [[c.text, c.paper, c.ours, words[c.holds]] for c in claims]
     return table(["the paper's claim", "paper", "here", "verdict"], rows)
 

@@ -85,11 +85,18 @@ class Preset:
     search: Search | None
     headline: tuple[Method, ...] = METHODS
     """Methods of the headline."""
+    loss: float | None = None
+    """The headline's given test loss; None: by its rule."""
 
     def __post_init__(self) -> None:
         if not (self.compression and self.panels and self.seeds):
             raise ValueError(
                 f"preset {self.name}: compression, panels and seeds must not be empty."
+            )
+        if list(self.compression) != sorted(self.compression, reverse=True):
+            raise ValueError(
+                f"preset {self.name}: compression is {self.compression}; order it from the "
+                "smallest codeword to the largest, such as 64, 32, 16, 8, 4."
             )
         for panel in self.panels:
             if panel not in PANELS:

@@ -185,16 +185,20 @@ def test_the_headline_by_hand(tmp_path: Path) -> None:
     # FedAvg: 500, and 500 + 500 · 0.34/0.6; FedProx: 100 + 100 · 0.44/0.8, and 100
     assert headline.ratios(curves, "fedavg", loss) == pytest.approx([500 / 270, 783.333 / 220])
     assert headline.ratios(curves, "fedprox", loss) == pytest.approx([155 / 270, 100 / 220])
-    claims = headline.claims(curves, common, seeds=2)
+    claims = headline.claims(curves, loss, seeds=2)
     assert [claim.holds for claim in claims] == [True, True, False, False]
-    assert {claim.holds for claim in headline.claims(curves, common, seeds=3)} == {None}
-    assert claims[0].ours == "2.71 times (median of 2 seeds: 1.85, 3.56)"
-    page = headline.verdict(curves, common, 2, "")
+    assert {claim.holds for claim in headline.claims(curves, loss, seeds=3)} == {None}
+    assert claims[0].ours == "2.71 times (median of 2 of 2 seeds: 1.85, 3.56)"
+    page = headline.verdict(curves, common, 2, None, "")
     assert "The given loss is **4.600e-01**" in page
     assert "| FedAvg | 2.39 times" not in page
     assert "| … at least 2.39 times as much (judged: the median) | 2.39 times |" in page
     assert "at least 1.95 times" in page
-    headline.draw(curves, common)
+    headline.draw(curves, common, loss)
+    paper = headline.verdict(curves, common, 2, 0.5, "")
+    assert "The given loss is **5.000e-01**. It is the preset" in paper
+    # at 0.5: CSILocal 250 and 200, FedAvg 500 and 750
+    assert "| FedAvg | 0.00; 0.00, 0.00 | 2.88; 2.00, 3.75 | 2 of 2 |" in paper
 
 
 def test_the_headline_is_not_judged_without_its_methods_or_without_learning(
@@ -209,7 +213,7 @@ def test_the_headline_is_not_judged_without_its_methods_or_without_learning(
         common = headline.common_loss(curves)
         assert common is None
         assert {claim.holds for claim in headline.claims(curves, common, 1)} == {None}
-        assert "not judged" in headline.verdict(curves, common, 2, "")
+        assert "can't be judged" in headline.verdict(curves, common, 2, None, "")
 
 
 def test_the_papers_ratios() -> None:

@@ -52,6 +52,7 @@ def test_the_paper_preset_has_the_papers_points(tmp_path: Path) -> None:
         assert (s.train.lr, s.train.iterations) == (8e-5, 20_000)
     assert {r.settings.model.c1 for r in fig6.wanted(one).values()} == {256, 512}
     assert len(fig6.wanted(one)) == 48
+    assert preset.loss == 1.3e-3
 
 
 def test_reports_share_runs(tmp_path: Path) -> None:
