@@ -113,6 +113,17 @@ def test_fig6_as_in_the_paper_holds(tmp_path: Path) -> None:
     assert holds([*fig6_claims(found)]) == [True] * 9
 
 
+def test_fig6_against_the_paper_does_not_hold(tmp_path: Path) -> None:
+    upside_down = {panel: 1 - loss for panel, loss in LIKE_THE_PAPER.items()}
+    spreads = {panel: 0.1 - spread for panel, spread in SPREADS.items()}
+    found = panels(tmp_path, paper_like(upside_down), **spreads)
+    assert holds([*fig6_claims(found)])[2:8] == [False] * 6
+    # one pair of three is enough to fail
+    spreads = SPREADS | {"e": 0.03, "f": 0.04}
+    found = panels(tmp_path / "again", paper_like(LIKE_THE_PAPER), **spreads)
+    assert holds([*fig6_claims(found)])[2:8] == [True, True, True, True, True, False]
+
+
 def test_fig6_names_who_is_lower_at_the_same_exchange(tmp_path: Path) -> None:
     losses = paper_like({"f": 0.3})
     losses["f", "fedgrad"] = [0.1, 0.1]
