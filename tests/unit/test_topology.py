@@ -14,6 +14,7 @@ def test_every_ue_lives_on_one_rank_in_order(stages: int, ue_ranks: int, ues: in
     topology = Topology(stages + ue_ranks, stages, ues)
     dealt = [ue for rank in topology.ue_ranks for ue in topology.ues_of(rank)]
     assert dealt == list(range(ues))
+    assert all(ue in topology.ues_of(topology.host(ue)) for ue in dealt)
     sizes = [len(topology.ues_of(rank)) for rank in topology.ue_ranks]
     assert max(sizes) - min(sizes) <= 1
 
