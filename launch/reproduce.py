@@ -26,11 +26,12 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(description=ABOUT, allow_abbrev=False)
     reports = parser.add_subparsers(dest="report", required=True, metavar="REPORT")
     for name, module in REPORTS.items():
+        about = (module.__doc__ or "").strip()
         report = reports.add_parser(
             name,
-            help=module.ABOUT,
-            description=module.__doc__,
-            epilog="All other arguments are settings of launch/train.py.",
+            help=about.splitlines()[0],
+            description=about,
+            epilog="Reports with a --preset pass all other arguments on to launch/train.py.",
             allow_abbrev=False,
         )
         module.add_arguments(report)
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if options.debug:
             raise
         print(f"csipipe: error: {error}", file=sys.stderr)

@@ -20,7 +20,6 @@ from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
 
-ABOUT = "test loss against compression ratio"
 ENVIRONMENTS: tuple[Environment, ...] = ("indoor", "outdoor", "noniid")
 Points = Mapping[tuple[str, int], Curve]
 """Curves by distribution and compression ratio (reals of a sample per real of its codeword)."""

@@ -21,7 +21,6 @@ from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
 
-ABOUT = "test loss against exchanged parameters"
 Panels = Mapping[tuple[str, str], Curve]
 """Curves by panel and method."""
 

@@ -24,7 +24,6 @@ from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
 
-ABOUT = "exchanged parameters until a given test loss"
 PANEL = "f"
 COMPARED = ("csilocal", "fedavg", "fedprox")
 PAPER_TOTALS = {"csilocal": 19.6608e9, "fedavg": 47.0664e9, "fedprox": 38.2414e9}

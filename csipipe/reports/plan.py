@@ -16,7 +16,6 @@ from csipipe.reports import preset as presets
 from csipipe.reports.pictures import NAMES
 from csipipe.reports.preset import METHODS
 
-ABOUT = "what each method exchanges, without training"
 LINKS = (10, 50, 100, 1000)
 """Rates in Mbit/s."""
 _BYTES = {"fp32": 4, "bf16": 2}

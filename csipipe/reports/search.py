@@ -21,7 +21,6 @@ from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
 
-ABOUT = "the learning-rate search that the laptop preset's rates come from"
 DIVERGED = "a lower train.lr usually helps"
 """What a run says that ends because its loss is no number."""
 Key = tuple[str, float, int]
