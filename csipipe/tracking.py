@@ -1,4 +1,4 @@
-"""What a run shows and writes: progress bar, TensorBoard, the closing table, summary.json.
+"""What a run shows and writes: progress bar, TensorBoard, learning curve, closing table, summary.
 
 Rank 0 has a `Tracker`; it is the only one that writes.
 """
@@ -18,6 +18,10 @@ from tqdm import tqdm
 
 from csipipe.figures import Figures
 from csipipe.wire import BUFFERS, PAPER, UP, Kind, Ledger
+
+HISTORY = "history.jsonl"
+"""The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
+all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
 
 
 class Tracker:
@@ -60,10 +64,24 @@ class Tracker:
             self.writer.add_scalar(f"test_loss_per_ue/{ue}", loss, done)
         self.writer.add_scalar("exchanged/scalars", scalars, done)
         self.writer.add_scalar("exchanged/bytes", size, done)
+        self._note(done, test, holdout, ledger)
         self.say(
             f"iteration {done}/{self._bar.total}: test loss {test.loss:.3e} "
             f"(floor {test.floor:.3e}), NMSE {test.nmse_db:.2f} dB, {self._left(done)} left"
         )
+
+    def _note(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
+        """Add an evaluation to the learning curve, `history.jsonl`: one line of JSON."""
+        line = {
+            "iteration": done,
+            "exchanged": _exchanged(ledger, PAPER),
+            "test": test.summary(),
+            "holdout": None
+            if holdout is None
+            else {"loss": holdout.loss, "nmse_db": holdout.nmse_db},
+        }
+        with open(self.folder / HISTORY, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`, whole or not at all, and print the closing table."""

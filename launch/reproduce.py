@@ -1,42 +1,61 @@
-"""The paper's tables and figures: python launch/reproduce.py table1 [--quick]"""
+"""The paper's table and figures: python launch/reproduce.py REPORT [options]; see --help."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-import traceback
+from argparse import ArgumentParser
 from types import ModuleType
 
-from csipipe.reports import table1
+from csipipe.reports import fig5, fig6, headline, plan, search, table1
 
-ABOUT = """Measures the paper's tables and figures anew: CSV, plots and a verdict. Plain python."""
-REPORTS: dict[str, ModuleType] = {"table1": table1}
+ABOUT = """Makes the paper's figures from runs of launch/train.py. Runs that are missing are
+started, one torchrun after the other; an interrupted report goes on where it was. Settings of
+train.py, such as --data.source csinet --data.path DIR, are passed on to all runs."""
+
+REPORTS: dict[str, ModuleType] = {
+    "table1": table1,
+    "fig5": fig5,
+    "fig6": fig6,
+    "headline": headline,
+    "plan": plan,
+    "search": search,
+}
 
 
-def parser() -> argparse.ArgumentParser:
-    """A subcommand per report."""
-    parser = argparse.ArgumentParser(description=ABOUT)
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    commands = parser.add_subparsers(dest="report", required=True, metavar="REPORT")
-    for name, report in REPORTS.items():
-        about = (report.__doc__ or "").strip()
-        report.add_arguments(
-            commands.add_parser(name, help=about.splitlines()[0], description=about)
+def parser() -> ArgumentParser:
+    """A parser of the reports' own options."""
+    parser = ArgumentParser(description=ABOUT, allow_abbrev=False)
+    reports = parser.add_subparsers(dest="report", required=True, metavar="REPORT")
+    for name, module in REPORTS.items():
+        about = (module.__doc__ or "").strip()
+        report = reports.add_parser(
+            name,
+            help=about.splitlines()[0],
+            description=about,
+            epilog="Reports with a --preset pass all other arguments on to launch/train.py.",
+            allow_abbrev=False,
         )
+        module.add_arguments(report)
+        report.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Run one report; returns its exit code."""
-    options = parser().parse_args(arguments)
+    """Make one report; returns the exit code."""
+    options, settings = parser().parse_known_args(arguments)
+    options.settings = settings
     try:
-        REPORTS[options.report].run(options)
+        if settings and "preset" not in options:
+            raise ValueError(f"{options.report} takes no {settings[0]}; see --help.")
+        return int(REPORTS[options.report].run(options) or 0)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
     except (OSError, RuntimeError, ValueError) as error:
         if options.debug:
-            traceback.print_exception(error)
+            raise
         print(f"csipipe: error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="indoor only: half the cells, in 10 minutes"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/table1"), help="folder of cells and table"
+        "--out", type=Path, default=Path("runs/table1"), help="folder of cells and table"
     )
     parser.add_argument("--rounds", type=int, default=10, help="most timed rounds of a cell")
     parser.add_argument(
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
     if options.rounds < _LEAST_ROUNDS:
         raise ValueError(f"--rounds is {options.rounds}; it must be at least {_LEAST_ROUNDS}.")
     cells = QUICK if options.quick else ALL
-    reproduce(plan, cells, options.output, options.rounds, minutes * 60)
+    reproduce(plan, cells, options.out, options.rounds, minutes * 60)
 
 
 def reproduce(
@@ -272,11 +272,11 @@ def claim(plan: Plan, folder: Path) -> None:
             if theirs[part].get(key) != value
         ]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} isn't a plan of Table I; choose another --output.") from error
+        raise ValueError(f"{file} isn't a plan of Table I; choose another --out.") from error
     if different:
         raise ValueError(
             f"{folder} holds cells that were measured with {'; '.join(different)}. Choose another "
-            "--output, or the same settings to go on."
+            "--out, or the same settings to go on."
         )
 
 

@@ -50,7 +50,7 @@ def test_time_is_shared_by_rows() -> None:
 
 
 def test_options_that_cannot_be_used(tmp_path: Path) -> None:
-    folder = ("--output", str(tmp_path / "t"))
+    folder = ("--out", str(tmp_path / "t"))
     for wrong, message in (
         (("--rounds", "2"), "--rounds is 2"),
         (("--stages", "1"), "--stages is 1"),

@@ -1,0 +1,65 @@
+"""What a report writes beside its picture: a CSV, and a Markdown verdict claim by claim."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the paper, and what came out."""
+
+    text: str
+    paper: str
+    """The paper's figure or words."""
+    ours: str
+    holds: bool | None
+    """None: it can't be judged; `ours` says why."""
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write rows with a header; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write(file, text.getvalue())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def claims_table(claims: Iterable[Claim]) -> str:
+    """Claim by claim: the paper's figure, ours, holds or doesn't."""
+    words = {True: "**holds**", False: "**doesn't hold**", None: "can't be judged"}
+    rows = [[c.text, c.paper, c.ours, words[c.holds]] for c in claims]
+    return table(["the paper's claim", "paper", "here", "verdict"], rows)
+
+
+def page(title: str, *parts: str) -> str:
+    """A Markdown page; empty parts are left out."""
+    return "\n\n".join([f"# {title}", *(part for part in parts if part)]) + "\n"
+
+
+def every(judged: Iterable[bool | None]) -> bool | None:
+    """Whether all hold; one that doesn't is enough, else one that can't be judged."""
+    seen = list(judged)
+    if False in seen:
+        return False
+    return None if None in seen or not seen else True

@@ -1,0 +1,64 @@
+"""How methods and distributions look in all pictures: told apart in grey too.
+
+Drawn without pyplot, so that no display is looked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+NAMES = {
+    "csilocal": "CSILocal",
+    "fedavg": "FedAvg",
+    "fedavgper": "FedAvgPer",
+    "fedprox": "FedProx",
+    "fedproxper": "FedProxPer",
+    "fedgrad": "FedGrad",
+    "fedgradper": "FedGradPer",
+    "centralised": "centralised",
+    "indoor": "Indoor",
+    "outdoor": "Outdoor",
+    "noniid": "Non-IID",
+}
+
+_DASHED, _DOTTED, _MIXED = (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))
+STYLES: dict[str, dict[str, Any]] = {
+    "csilocal": {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.2},
+    "fedavg": {"color": "#0059b3", "linestyle": "-", "marker": "s"},
+    "fedavgper": {"color": "#0059b3", "linestyle": _DASHED, "marker": "s", "mfc": "white"},
+    "fedprox": {"color": "#c0392b", "linestyle": _MIXED, "marker": "^"},
+    "fedproxper": {"color": "#c0392b", "linestyle": _DOTTED, "marker": "^", "mfc": "white"},
+    "fedgrad": {"color": "#4d9900", "linestyle": "-", "marker": "D"},
+    "fedgradper": {"color": "#4d9900", "linestyle": _DASHED, "marker": "D", "mfc": "white"},
+    "centralised": {"color": "0.35", "linestyle": _MIXED, "linewidth": 1.6},
+    "indoor": {"color": "#0059b3", "linestyle": "-", "marker": "o"},
+    "outdoor": {"color": "#c0392b", "linestyle": _DASHED, "marker": "s"},
+    "noniid": {"color": "black", "linestyle": _MIXED, "marker": "^"},
+}
+LOSS = "test loss ‖Ĥ − H‖² / ‖H‖²"
+
+
+def style(name: str) -> dict[str, Any]:
+    """Line, marker and label of a method or distribution."""
+    return {"linewidth": 1.3, "markersize": 4.5, "label": NAMES[name]} | STYLES[name]
+
+
+def scale(values: Sequence[float], unit: str) -> tuple[float, str]:
+    """What to divide by so that an axis has small numbers, and its unit, such as 10⁹ parameters."""
+    power = 3 * math.floor(math.log10(max([*values, 1.0])) / 3)
+    superscript = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return 10.0**power, f"10{superscript} {unit}" if power else unit
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    figure.savefig(partial, dpi=150, format="png")
+    os.replace(partial, file)

@@ -1,0 +1,181 @@
+"""What a configuration will exchange, before anything is trained: arithmetic."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from csipipe import commandline
+from csipipe.config import LOCAL_STEPS, Settings
+from csipipe.exchange import exchanged_per_iteration, shared_parts
+from csipipe.models import count_parts
+from csipipe.reports import pages
+from csipipe.reports import preset as presets
+from csipipe.reports.pictures import NAMES
+from csipipe.reports.preset import METHODS
+
+LINKS = (10, 50, 100, 1000)
+"""Rates in Mbit/s."""
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's exchange, over all UEs and both directions."""
+
+    method: str
+    scalars_per_iteration: int
+    bytes_per_iteration: int
+    iterations: int
+    scalars: int
+    bytes: int
+    seconds: dict[int, float]
+    """For all of it over one link that the UEs share, by its rate in Mbit/s."""
+    break_even: float | None
+    """Samples per UE and exchange (B·E) from which on CSILocal is no cheaper."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """`--preset` and `--out`; everything else is a setting of launch/train.py."""
+    parser.add_argument(
+        "--preset", help="laptop, paper, or a file; train.py's defaults if left out"
+    )
+    parser.add_argument("--out", default="reports/plan", help="folder of the files (reports/plan)")
+
+
+def run(options: Namespace) -> int:
+    """Print the plan and write it; returns the exit code."""
+    settings = configuration(options.preset, options.settings)
+    rows = plan(settings)
+    text = page(settings, rows)
+    out = Path(options.out)
+    print(text)
+    pages.write(out / "plan.md", text)
+    pages.write(out / "plan.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    header = [
+        "method",
+        "scalars_per_iteration",
+        "bytes_per_iteration",
+        "iterations",
+        "scalars",
+        "bytes",
+        *(f"seconds_at_{rate}_mbit_per_s" for rate in LINKS),
+        "break_even_samples",
+    ]
+    pages.write_csv(
+        out / "plan.csv",
+        header,
+        [
+            [
+                r.method,
+                r.scalars_per_iteration,
+                r.bytes_per_iteration,
+                r.iterations,
+                r.scalars,
+                r.bytes,
+                *r.seconds.values(),
+                r.break_even,
+            ]
+            for r in rows
+        ],
+    )
+    for ending in ("md", "csv", "json"):
+        print(out / f"plan.{ending}")
+    return 0
+
+
+def configuration(preset: str | None, arguments: list[str]) -> Settings:
+    """Settings to plan for; no data is looked at, so none is asked for.
+
+    Raises:
+        ValueError: settings that can't be used.
+    """
+    base = presets.load(preset).arguments if preset else ()
+    no_data = ("--data.source", "synthetic", "--data.path", "null", *presets.ANY)
+    return commandline.settings(commandline.parser(""), [*base, *arguments, *no_data])[0]
+
+
+def plan(settings: Settings) -> list[Row]:
+    """A row per method; local steps only where a method takes them."""
+    once = replace(settings, train=replace(settings.train, local_steps=1))
+    return [
+        _row(replace(settings if method in LOCAL_STEPS else once, method=method))
+        for method in METHODS
+    ]
+
+
+def _row(settings: Settings) -> Row:
+    each = sum(exchanged_per_iteration(settings).values())
+    iterations, size = settings.train.iterations, _BYTES[settings.train.precision]
+    sizes = count_parts(settings.model)
+    shared = sum(sizes[part] for part in shared_parts(settings.method))
+    total = each * iterations
+    return Row(
+        method=settings.method,
+        scalars_per_iteration=each,
+        bytes_per_iteration=each * size,
+        iterations=iterations,
+        scalars=total,
+        bytes=total * size,
+        seconds={rate: total * size * 8 / (rate * 1e6) for rate in LINKS},
+        break_even=shared / (settings.model.c1 + settings.model.c2) if shared else None,
+    )
+
+
+def page(settings: Settings, rows: list[Row]) -> str:
+    """The plan as Markdown."""
+    model, train, ues = settings.model, settings.train, settings.topology.ues
+    sizes = count_parts(model)
+    d = sum(sizes.values())
+    heads = [
+        "method",
+        "scalars per iteration",
+        "bytes per iteration",
+        "scalars in all",
+        "GB in all",
+    ]
+    heads += [f"s at {rate} Mbit/s" for rate in LINKS]
+    table = pages.table(
+        heads,
+        [
+            [
+                NAMES[r.method],
+                f"{r.scalars_per_iteration:,}",
+                f"{r.bytes_per_iteration:,}",
+                f"{r.scalars:,}",
+                f"{r.bytes / 1e9:.3f}",
+                *(f"{s:,.1f}" for s in r.seconds.values()),
+            ]
+            for r in rows
+        ],
+    )
+    return pages.page(
+        "Plan: what each method exchanges",
+        f"{ues} UEs, B = {train.batch_size} samples per UE and step, c1 = {model.c1}, "
+        f"c2 = {model.c2}, {train.iterations:,} iterations, {train.precision}. The model has "
+        f"d = {d:,} parameters (" + ", ".join(f"{part} {n:,}" for part, n in sizes.items()) + ").",
+        table,
+        "Scalars and bytes are those of training, over all UEs and both directions (the paper's "
+        "count, without BatchNorm's running statistics). Seconds are for all of it over one link "
+        "that the UEs share, one direction after the other, without protocol overhead.",
+        "Where CSILocal stops being the cheaper one: from B·E samples per UE and exchange on that "
+        "are at least (parameters exchanged) / (c1 + c2); E is train.local_steps.",
+        pages.table(
+            ["against", "limit of B·E", "B·E here", "cheaper here"],
+            [
+                _break_even(
+                    r, train.batch_size * (train.local_steps if r.method in LOCAL_STEPS else 1)
+                )
+                for r in rows
+                if r.break_even is not None
+            ],
+        ),
+    )
+
+
+def _break_even(row: Row, samples: int) -> list[str]:
+    assert row.break_even is not None
+    cheaper = "CSILocal" if samples < row.break_even else NAMES[row.method]
+    return [NAMES[row.method], f"{row.break_even:,.1f}", f"{samples:,}", cheaper]

@@ -1,0 +1,255 @@
+"""A report preset: what all runs of the paper's figures share, and which points they take.
+
+`launch/configs/reports/*.yaml` holds the presets. Codeword sizes follow from the compression
+ratios, c1 = c2 = 2·A·D / ratio, so that another input size keeps the paper's ratios.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from csipipe import commandline
+from csipipe.config import LOCAL_STEPS, Environment, Method, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ROOT / "launch" / "configs" / "reports"
+
+METHODS: tuple[Method, ...] = (
+    "csilocal",
+    "fedavg",
+    "fedavgper",
+    "fedprox",
+    "fedproxper",
+    "fedgrad",
+    "fedgradper",
+)
+REFERENCE: Method = "centralised"
+
+PANELS: dict[str, tuple[Environment, int]] = {
+    "a": ("indoor", 8),
+    "b": ("indoor", 4),
+    "c": ("noniid", 8),
+    "d": ("noniid", 4),
+    "e": ("outdoor", 8),
+    "f": ("outdoor", 4),
+}
+"""Fig. 6: distribution and compression ratio (8 is c = 256 of 2048 reals, 4 is c = 512)."""
+
+ANY = ("--method", "fedavg")
+"""A method that takes every setting, where none is meant."""
+DECIDED = ("model.c1", "model.c2", "data.environment", "train.lr", "train.seed", "run.dir")
+"""What a report sets itself, run by run, beside the method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The learning-rate search: on one panel, judged on held-out training rows."""
+
+    panel: str
+    """Panel of Fig. 6 whose data and codeword are taken."""
+    grid: tuple[float, ...]
+    """Rates tried, the same for every method."""
+    seeds: tuple[int, ...]
+    """Seeds of the weights and draws; the median over them counts."""
+    iterations: int
+    """Iterations of each run."""
+    holdout: float
+    """Share of the training rows that is held out and judged on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings and points of the reports; see the files for their sizes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Settings of all runs, as train.py takes them."""
+    processes: int
+    """Ranks of a run; fewer where a method can't use as many."""
+    compression: tuple[int, ...]
+    """Fig. 5's points: reals of a sample per real of its codeword, ascending in c."""
+    panels: tuple[str, ...]
+    """Panels of Fig. 6."""
+    seeds: tuple[int, ...]
+    """Seeds of the weights and draws: the headline takes all, the figures the first."""
+    rates: dict[str, float]
+    """Learning rate by method; empty: train.lr of the settings."""
+    rates_file: Path | None
+    """Where `search` writes the rates; None: the preset has its rates from the paper."""
+    search: Search | None
+    headline: tuple[Method, ...] = METHODS
+    """Methods of the headline."""
+    loss: float | None = None
+    """The headline's given test loss; None: by its rule."""
+
+    def __post_init__(self) -> None:
+        if not (self.compression and self.panels and self.seeds):
+            raise ValueError(
+                f"preset {self.name}: compression, panels and seeds must not be empty."
+            )
+        if list(self.compression) != sorted(self.compression, reverse=True):
+            raise ValueError(
+                f"preset {self.name}: compression is {self.compression}; order it from the "
+                "smallest codeword to the largest, such as 64, 32, 16, 8, 4."
+            )
+        for panel in self.panels:
+            if panel not in PANELS:
+                raise ValueError(
+                    f"preset {self.name}: panel {panel!r}; there are {', '.join(PANELS)}."
+                )
+
+    def common(self) -> Settings:
+        """Settings that all runs of the preset share.
+
+        Raises:
+            ValueError: a setting that doesn't exist, can't be used, or is a report's to choose.
+        """
+        return _parse((*self.arguments, *ANY))
+
+    def settings(self, method: Method, environment: Environment, ratio: int, seed: int) -> Settings:
+        """Settings of one run, without `run.dir`; raises as `common`."""
+        common = self.common()
+        model, train, topology = common.model, common.train, common.topology
+        reals = 2 * model.angles * model.delays
+        if reals % ratio:
+            raise ValueError(
+                f"model.angles {model.angles} × model.delays {model.delays} are {reals} reals, "
+                f"which the compression ratio 1/{ratio} of preset {self.name} doesn't divide; "
+                f"choose sizes whose product is a multiple of {max(self.compression) // 2}."
+            )
+        return Settings(
+            method=method,
+            model=replace(model, c1=reals // ratio, c2=reals // ratio),
+            topology=topology if method == "csilocal" else replace(topology, stages=None),
+            data=replace(common.data, environment=environment),
+            train=replace(
+                train,
+                lr=self.rates.get(method, train.lr),
+                seed=seed,
+                local_steps=train.local_steps if method in LOCAL_STEPS else 1,
+            ),
+            run=common.run,
+        )
+
+
+_parsed: dict[tuple[str, ...], Settings] = {}
+
+
+def _parse(arguments: tuple[str, ...]) -> Settings:
+    if arguments not in _parsed:
+        _parsed[arguments] = commandline.settings(commandline.parser(""), arguments)[0]
+    return _parsed[arguments]
+
+
+def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
+    """Read a preset.
+
+    Args:
+        name: of a file in `launch/configs/reports`, or a path of such a file.
+        quick: fewer panels and points.
+        user: settings as train.py takes them; they win over the preset's.
+
+    Raises:
+        ValueError: an unknown preset or key, or a user's setting that reports choose themselves.
+    """
+    file = PRESETS / f"{name}.yaml" if not name.endswith(".yaml") else Path(name)
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+        raise ValueError(f"--preset {name}: there is no {file}; known presets: {known}.")
+    try:
+        read: dict[str, Any] = yaml.safe_load(file.read_text())
+        fewer = read.pop("quick", {})
+        preset = _preset(file, read | fewer if quick else read)
+    except (AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no preset of reports: {error}.") from error
+    _refuse_decided(preset.arguments, tuple(user))
+    return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
+
+
+def _preset(file: Path, read: dict[str, Any]) -> Preset:
+    """A preset's file without the user's settings and the rates."""
+    arguments = _flat(read.pop("settings", None) or {})
+    if (config := read.pop("config", None)) is not None:
+        arguments = ["--config", str((file.parent / config).resolve()), *arguments]
+    rates_file, search = read.pop("rates", None), read.pop("search", None)
+    return Preset(
+        name=file.stem,
+        arguments=tuple(arguments),
+        rates_file=None if rates_file is None else file.parent / rates_file,
+        rates={},
+        search=None if search is None else _search(search),
+        **_tuples({"panels": list(PANELS)} | read),
+    )
+
+
+def _search(values: dict[str, Any]) -> Search:
+    # YAML takes 1e-3 for a text
+    return Search(**_tuples(values | {"grid": [float(rate) for rate in values.get("grid", [])]}))
+
+
+def _rates(file: Path | None) -> dict[str, float]:
+    """Learning rate by method, as `search` wrote it."""
+    if file is None or not file.is_file():
+        return {}
+    read = yaml.safe_load(file.read_text())
+    known = {*METHODS, REFERENCE}
+    if not isinstance(read, dict) or not set(read) <= known:
+        raise ValueError(
+            f"{file} isn't a table of learning rates by method; write it anew with "
+            "launch/reproduce.py search."
+        )
+    return {method: float(rate) for method, rate in read.items()}
+
+
+def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
+    """Refuse (ValueError) a user's value for what a report sets run by run."""
+    if not user:
+        return
+    sources = ("--data.source", "synthetic", "--data.path", "null")  # not looked at here
+    before = plain(_parse((*preset, *sources, *ANY)))
+    after = plain(_parse((*preset, *user, *sources, *ANY)))
+    decided = [key for key in DECIDED if before[key] != after[key]]
+    decided += ["method" for word in user if word.split("=")[0] == "--method"]
+    if decided:
+        raise ValueError(
+            f"{decided[0]} is among the settings passed on, but a report sets it itself, run by "
+            "run; leave it out."
+        )
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Settings by dotted key, as YAML has them."""
+    return dotted(yaml.safe_load(commandline.to_yaml(settings)))
+
+
+def dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _flat(settings: dict[str, Any]) -> list[str]:
+    """Nested settings as arguments of train.py."""
+    return [
+        word for key, value in dotted(settings).items() for word in (f"--{key}", argument(value))
+    ]
+
+
+def argument(value: Any) -> str:
+    """A setting's value as an argument of train.py."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}

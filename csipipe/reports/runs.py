@@ -1,0 +1,151 @@
+"""The runs that a report needs: which are finished, which are missing, and whether they fit.
+
+A run is known by its settings; its folder's name says the ones in which a report's runs differ,
+so that reports share them. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+from csipipe.config import Environment, Method, Settings
+from csipipe.reports import curves
+from csipipe.reports.curves import REMEDY, Curve
+from csipipe.reports.preset import DECIDED, Preset, argument, dotted, plain
+
+_FREE = (
+    "run.dir",
+    "run.timeout",
+    "topology.stages",
+    "topology.partition",
+    "train.device",
+    "train.threads",
+)
+"""Settings by which runs may differ within a report: they decide where, not what is computed."""
+
+_SHOWN = 5
+"""Folders that one message names."""
+
+
+class State(Enum):
+    """What a run's folder holds."""
+
+    MISSING = "missing"
+    INTERRUPTED = "interrupted"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of launch/train.py for a report; `settings.run.dir` is its folder."""
+
+    name: str
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        assert self.settings.run.dir is not None
+        return Path(self.settings.run.dir)
+
+    def state(self) -> State:
+        """What the folder holds.
+
+        Raises:
+            ValueError: a damaged or foreign folder, or a run of other settings; says which.
+        """
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return State.MISSING
+        config = self.folder / "config.yaml"
+        if not config.is_file():
+            raise ValueError(
+                f"{self.folder} is in the way: it holds something, but no run (no config.yaml); "
+                "move it away or choose another --out."
+            )
+        self._check_settings(config)
+        summary = self.folder / "summary.json"
+        if not summary.is_file():
+            return State.INTERRUPTED
+        try:
+            status = json.loads(summary.read_text())["status"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{summary} can't be read ({error}); {REMEDY}.") from error
+        if status == "finished":
+            curves.read(self.folder)
+            return State.FINISHED
+        return State.INTERRUPTED
+
+    def curve(self) -> Curve:
+        """The learning curve of the finished run."""
+        return curves.read(self.folder)
+
+    def set_aside(self) -> None:
+        """Move what an interrupted run left out of the way; nothing is deleted."""
+        if self.state() is State.INTERRUPTED:
+            now = datetime.now().strftime("%Y%m%d-%H%M%S")
+            aside = self.folder.parents[1] / "interrupted" / f"{self.name}-{now}"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(aside)
+
+    def _check_settings(self, config: Path) -> None:
+        wanted = plain(self.settings)
+        try:
+            # a setting younger than the run had its default's effect
+            found = plain(Settings()) | dotted(yaml.safe_load(config.read_text()))
+        except (AttributeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{config} isn't the settings of a run ({' '.join(str(error).split())}); {REMEDY}."
+            ) from error
+        if unknown := sorted(set(found) - set(wanted)):
+            raise ValueError(f"{config} has {unknown[0]}, which is no setting; {REMEDY}.")
+        for key, value in found.items():
+            if key in _FREE or value == wanted[key]:
+                continue
+            remedy = f"start the report with --{key} {argument(value)} to go on with such runs"
+            if key in ("method", *DECIDED):
+                remedy = "move the folder away"
+            raise ValueError(
+                f"{self.folder} was made with {key} {value!r}, this report needs "
+                f"{wanted[key]!r}; {remedy}, or choose another --out."
+            )
+
+
+def make(
+    preset: Preset, out: Path, method: Method, environment: Environment, ratio: int, seed: int
+) -> Run:
+    """The run of a method at one point of the figures."""
+    settings = preset.settings(method, environment, ratio, seed)
+    name = f"{method}-{environment}-c{settings.model.c1}-seed{seed}"
+    return placed(name, settings, out)
+
+
+def placed(name: str, settings: Settings, out: Path) -> Run:
+    """A run with its folder under `out`."""
+    folder = str(out / "runs" / name)
+    return Run(name, replace(settings, run=replace(settings.run, dir=folder)))
+
+
+def sort(runs: Iterable[Run]) -> dict[State, list[Run]]:
+    """Runs by state, each folder once.
+
+    Raises:
+        ValueError: naming the folders that are damaged, foreign or of other settings.
+    """
+    sorted_runs: dict[State, list[Run]] = {state: [] for state in State}
+    wrong = []
+    for run in {run.name: run for run in runs}.values():
+        try:
+            sorted_runs[run.state()].append(run)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        more = [f"… and {len(wrong) - _SHOWN} more."] if len(wrong) > _SHOWN else []
+        lines = [f"{len(wrong)} run(s) can't be used:", *wrong[:_SHOWN], *more]
+        raise ValueError("\n  ".join(lines))
+    return sorted_runs

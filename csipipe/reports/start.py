@@ -1,0 +1,151 @@
+"""Starts a report's missing runs, each a torchrun of launch/train.py, and follows them.
+
+A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others go on; an
+interruption loses the runs that were going, and the next start repeats only those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from csipipe import commandline
+from csipipe.reports.preset import REFERENCE, ROOT
+from csipipe.reports.runs import Run
+
+_POLL = 0.2
+_ENDING = 40.0
+"""Seconds that torchrun gets to end its ranks (it takes 30 for one that is frozen)."""
+
+
+@dataclass
+class _Started:
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: Path
+    since: float
+
+
+def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict[str, str]:
+    """Train `runs`, `jobs` at a time.
+
+    Args:
+        processes: ranks of a run, at most.
+
+    Returns:
+        What went wrong, by name of the run that failed.
+
+    Raises:
+        ValueError: another report is starting runs in `out`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; every run that was going has ended.
+    """
+    failed: dict[str, str] = {}
+    waiting, going, done = list(runs), list[_Started](), 0
+    began = time.monotonic()
+    with _alone(out), _ended_by_sigterm():
+        try:
+            while waiting or going:
+                while waiting and len(going) < jobs:
+                    going.append(_launch(waiting.pop(0), out, processes))
+                time.sleep(_POLL)
+                for ended in [s for s in going if s.process.poll() is not None]:
+                    going.remove(ended)
+                    done += 1
+                    if ended.process.returncode:
+                        failed[ended.run.name] = _reason(ended.log)
+                    _say(ended, done, len(runs), began, failed.get(ended.run.name))
+        finally:
+            _end(going)
+    return failed
+
+
+def command(run: Run, config: Path, processes: int) -> list[str]:
+    """The torchrun line of a run, as arguments."""
+    settings = run.settings
+    ranks = min(processes, settings.stages + settings.topology.ues)
+    ranks = 1 if settings.method == REFERENCE else max(ranks, settings.stages + 1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # a port of its own
+    script = str(ROOT / "launch" / "train.py")
+    return [*launcher, f"--nproc_per_node={ranks}", script, "--config", str(config)]
+
+
+def _launch(run: Run, out: Path, processes: int) -> _Started:
+    run.set_aside()
+    config, log = out / "configs" / f"{run.name}.yaml", out / "logs" / f"{run.name}.log"
+    for file in (config, log):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(commandline.to_yaml(run.settings))
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command(run, config, processes),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+    return _Started(run, process, log, time.monotonic())
+
+
+def _say(ended: _Started, done: int, of: int, began: float, reason: str | None) -> None:
+    now = time.monotonic()
+    left = tqdm.format_interval((now - began) / done * (of - done))
+    outcome = f"{now - ended.since:.0f} s" if reason is None else f"FAILED: {reason}"
+    print(
+        f"run {done} of {of}: {ended.run.name}: {outcome}; {left} left", file=sys.stderr, flush=True
+    )
+
+
+def _reason(log: Path) -> str:
+    """The run's own message, and where the rest is."""
+    lines = log.read_text(errors="replace").splitlines()
+    messages = [line for line in lines if line.startswith("csipipe: error:")]
+    text = messages[0].removeprefix("csipipe: error:").strip() if messages else "no message"
+    return f"{text} (see {log})"
+
+
+def _end(going: list[_Started]) -> None:
+    """End the runs that are still going."""
+    for started in going:
+        started.process.terminate()
+    for started in going:
+        try:
+            started.process.wait(_ENDING)
+        except subprocess.TimeoutExpired:
+            started.process.kill()
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold `<out>/lock`, so that no run is taken for an interrupted one while it is going."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another report is starting runs in {out}; wait for it, choose another --out, or "
+                "draw what there is with --collect."
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

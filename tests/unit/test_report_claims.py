@@ -1,0 +1,351 @@
+"""Figures and verdicts of the reports, from runs made by hand; plan and search by arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import reportruns
+import yaml
+from reportruns import FLOOR, finish
+
+from csipipe.config import Environment, Method
+from csipipe.models import count_parts
+from csipipe.reports import fig5, fig6, headline, plan, runs, search
+from csipipe.reports import preset as presets
+from csipipe.reports.command import Found, Report
+from csipipe.reports.curves import Curve
+from csipipe.reports.fig6_claims import claims as fig6_claims
+from csipipe.reports.preset import METHODS, PANELS, PRESETS, REFERENCE
+
+ROOT = Path(__file__).parents[2]
+COMPRESSION = (16, 8, 4)
+
+
+def options(out: Path, **others: object) -> Namespace:
+    """Options of a report that starts nothing."""
+    values = {"preset": "laptop", "quick": False, "collect": True, "jobs": 1, "settings": []}
+    return Namespace(out=str(out), **(values | others))
+
+
+def holds(claims: list[object]) -> list[bool | None]:
+    return [claim.holds for claim in claims]  # type: ignore[attr-defined]
+
+
+# Fig. 5
+
+
+def points(out: Path, ends: Mapping[Environment, tuple[float, ...]]) -> fig5.Points:
+    found: dict[tuple[str, int], Curve] = {}
+    for environment, losses in ends.items():
+        for ratio, loss in zip(COMPRESSION, losses, strict=True):
+            run = runs.make(reportruns.preset(), out, "csilocal", environment, ratio, 0)
+            finish(run, [loss])
+            found[environment, ratio] = run.curve()
+    return found
+
+
+def test_fig5_as_in_the_paper_holds(tmp_path: Path) -> None:
+    found = points(
+        tmp_path,
+        {"indoor": (0.5, 0.4, 0.3), "outdoor": (0.6, 0.5, 0.4), "noniid": (0.9, 0.7, 0.5)},
+    )
+    assert holds([*fig5.claims(found, COMPRESSION)]) == [True] * 4
+
+
+def test_fig5_against_the_paper_does_not_hold(tmp_path: Path) -> None:
+    found = points(
+        tmp_path,
+        {"indoor": (0.5, 0.4, 0.3), "outdoor": (0.9, 0.5, 0.4), "noniid": (0.8, 1.2, 0.7)},
+    )
+    learns, highest, falls, pronounced = fig5.claims(found, COMPRESSION)
+    assert (learns.holds, learns.ours) == (False, "below the floor at 8 of 9 points")
+    assert (highest.holds, highest.ours) == (False, "at 2 of 3 ratios")
+    assert falls.holds is False  # one of two steps down
+    assert "Outdoor: +5.00e-01" in pronounced.ours
+    assert pronounced.holds is False
+
+
+def test_fig5_with_missing_runs_is_not_judged_but_drawn(tmp_path: Path) -> None:
+    found = points(tmp_path, {"indoor": (0.5, 0.4, 0.3)})
+    assert holds([*fig5.claims(found, COMPRESSION)]) == [None] * 4
+    fig5.draw(found)
+
+
+# Fig. 6
+
+
+def panels(
+    out: Path, losses: Mapping[tuple[str, Method], list[float]], **shape: float
+) -> fig6.Panels:
+    """Curves; CSILocal exchanges 10 per evaluation, the others 50, spread as given by panel."""
+    found: dict[tuple[str, str], Curve] = {}
+    for (panel, method), values in losses.items():
+        run = runs.make(reportruns.preset(), out, method, *PANELS[panel], 0)
+        scalars = 10 if method == "csilocal" else 50
+        finish(run, values, scalars=scalars, spread=shape.get(panel, 0.0))
+        found[panel, method] = run.curve()
+    return found
+
+
+def paper_like(last: Mapping[str, float]) -> dict[tuple[str, Method], list[float]]:
+    """CSILocal ends at the loss given per panel, a benchmark 5 % above; in f, 5 % below."""
+    return {
+        (panel, m): [0.9, loss if m == "csilocal" else loss * (0.95 if panel == "f" else 1.05)]
+        for panel, loss in last.items()
+        for m in METHODS
+    }
+
+
+LIKE_THE_PAPER = {"a": 0.3, "b": 0.2, "c": 0.6, "d": 0.5, "e": 0.4, "f": 0.3}
+SPREADS = {"a": 0.02, "b": 0.01, "c": 0.08, "d": 0.06, "e": 0.04, "f": 0.03}
+
+
+def test_fig6_as_in_the_paper_holds(tmp_path: Path) -> None:
+    found = panels(tmp_path, paper_like(LIKE_THE_PAPER), **SPREADS)
+    for i, loss in enumerate(found["c", "csilocal"].loss):  # (c) is above (a) and (e) in the end
+        assert i == 0 or loss > found["e", "csilocal"].loss[i]
+    assert holds([*fig6_claims(found)]) == [True] * 9
+
+
+def test_fig6_against_the_paper_does_not_hold(tmp_path: Path) -> None:
+    upside_down = {panel: 1 - loss for panel, loss in LIKE_THE_PAPER.items()}
+    spreads = {panel: 0.1 - spread for panel, spread in SPREADS.items()}
+    found = panels(tmp_path, paper_like(upside_down), **spreads)
+    assert holds([*fig6_claims(found)])[2:8] == [False] * 6
+    # one pair of three is enough to fail
+    spreads = SPREADS | {"e": 0.03, "f": 0.04}
+    found = panels(tmp_path / "again", paper_like(LIKE_THE_PAPER), **spreads)
+    assert holds([*fig6_claims(found)])[2:8] == [True, True, True, True, True, False]
+
+
+def test_fig6_names_who_is_lower_at_the_same_exchange(tmp_path: Path) -> None:
+    losses = paper_like({"f": 0.3})
+    losses["f", "fedgrad"] = [0.1, 0.1]
+    losses["f", "csilocal"] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]  # 60 exchanged, fedgrad has 50 at 0.1
+    lowest, similar, *_ = fig6_claims(panels(tmp_path, losses))
+    assert lowest.holds is False
+    assert lowest.ours == "in 0 of 1 panels; lower: fedgrad in (f)"
+    assert (similar.holds, similar.ours) == (False, "(f) ×5.00")
+
+
+def test_fig6_does_not_judge_what_is_missing(tmp_path: Path) -> None:
+    found = panels(tmp_path, {("a", "csilocal"): [0.5], ("a", "fedavg"): [0.6]})
+    assert set(holds([*fig6_claims(found)])) == {None}
+    fig6.draw(found, "bytes")
+
+
+def test_collecting_draws_what_there_is_and_lists_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = presets.load("laptop")
+    methods: tuple[Method, ...] = ("csilocal", "fedavg", REFERENCE)
+    for method in methods:
+        finish(runs.make(preset, tmp_path, method, "outdoor", 4, 0), [0.5, 0.4])
+    assert fig6.run(options(tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert "3 of 48 runs are finished" in shown.err
+    assert shown.err.count("not started yet") == 45
+    page = (tmp_path / "fig6.md").read_text()
+    assert "45 run(s) are not in this report" in page
+    assert "- fedgrad-outdoor-c64-seed0: not started yet" in page
+    rows = list(csv.DictReader((tmp_path / "fig6.csv").open()))
+    assert len(rows) == 6
+    assert (rows[1]["scalars"], rows[1]["bytes"], rows[1]["test_loss"]) == ("200", "800", "0.4")
+    for name in ("fig6.png", "fig6_bytes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "logs").exists()
+
+
+# the headline
+
+
+def seeds(
+    out: Path, losses: Mapping[Method, list[list[float]]], scalars: Mapping[Method, int]
+) -> headline.Curves:
+    found: dict[tuple[str, int], Curve] = {}
+    for method, by_seed in losses.items():
+        for seed, values in enumerate(by_seed):
+            run = runs.make(reportruns.preset(), out, method, *PANELS["f"], seed)
+            finish(run, values, scalars=scalars[method])
+            found[method, seed] = run.curve()
+    return found
+
+
+def test_the_headline_by_hand(tmp_path: Path) -> None:
+    curves = seeds(
+        tmp_path,
+        {
+            "csilocal": [[0.8, 0.6, 0.4], [0.7, 0.5, 0.3]],
+            "fedavg": [[0.46, 0.4], [0.8, 0.2]],
+            "fedprox": [[0.9, 0.1], [0.46, 0.1]],
+        },
+        {"csilocal": 100, "fedavg": 500, "fedprox": 100},
+    )
+    common = headline.common_loss(curves)
+    assert common == 0.4  # CSILocal and FedAvg, first seed
+    loss = headline.given_loss(curves, common)
+    assert loss == pytest.approx(FLOOR - 0.9 * (FLOOR - 0.4))  # 0.46
+    # CSILocal: 200 + 100 · 0.14/0.2 = 270 and 200 + 100 · 0.04/0.2 = 220
+    assert headline.ratios(curves, "csilocal", loss) == pytest.approx([1, 1])
+    # FedAvg: 500, and 500 + 500 · 0.34/0.6; FedProx: 100 + 100 · 0.44/0.8, and 100
+    assert headline.ratios(curves, "fedavg", loss) == pytest.approx([500 / 270, 783.333 / 220])
+    assert headline.ratios(curves, "fedprox", loss) == pytest.approx([155 / 270, 100 / 220])
+    claims = headline.claims(curves, loss, seeds=2)
+    assert [claim.holds for claim in claims] == [True, True, False, False]
+    assert {claim.holds for claim in headline.claims(curves, loss, seeds=3)} == {None}
+    assert claims[0].ours == "2.71 times (median of 2 of 2 seeds: 1.85, 3.56)"
+    page = headline.verdict(curves, common, 2, None, "")
+    assert "The given loss is **4.600e-01**" in page
+    assert "| FedAvg | 2.39 times" not in page
+    assert "| … at least 2.39 times as much (judged: the median) | 2.39 times |" in page
+    assert "at least 1.95 times" in page
+    headline.draw(curves, common, loss)
+    paper = headline.verdict(curves, common, 2, 0.5, "")
+    assert "The given loss is **5.000e-01**. It is the preset" in paper
+    # at 0.5: CSILocal 250 and 200, FedAvg 500 and 750
+    assert "| FedAvg | 0.00; 0.00, 0.00 | 2.88; 2.00, 3.75 | 2 of 2 |" in paper
+
+
+def test_the_headline_is_not_judged_without_its_methods_or_without_learning(
+    tmp_path: Path,
+) -> None:
+    scalars: dict[Method, int] = {"csilocal": 100, "fedavg": 100, "fedprox": 100}
+    two = seeds(tmp_path / "a", {"csilocal": [[0.5]], "fedavg": [[0.5]]}, scalars)
+    flat = seeds(
+        tmp_path / "b", {"csilocal": [[0.5]], "fedavg": [[1.1]], "fedprox": [[0.4]]}, scalars
+    )
+    for curves in (two, flat):
+        common = headline.common_loss(curves)
+        assert common is None
+        assert {claim.holds for claim in headline.claims(curves, common, 1)} == {None}
+        assert "can't be judged" in headline.verdict(curves, common, 2, None, "")
+
+
+def test_the_papers_ratios() -> None:
+    assert [round(headline.paper_ratio(m), 2) for m in ("fedavg", "fedprox")] == [2.39, 1.95]
+
+
+# plan
+
+
+@pytest.mark.parametrize(
+    ("method", "iterations", "billions"),
+    [("csilocal", 1200, 19.6608), ("fedavg", 560, 47.0664), ("fedprox", 455, 38.2414)],
+)
+def test_the_plan_counts_as_the_paper(method: str, iterations: int, billions: float) -> None:
+    asked = ["--model.c1", "512", "--model.c2", "512", "--train.iterations", str(iterations)]
+    rows = {row.method: row for row in plan.plan(plan.configuration("paper", asked))}
+    assert rows[method].scalars / 1e9 == pytest.approx(billions, abs=5e-5)  # as printed
+    assert rows[method].bytes == 4 * rows[method].scalars
+    assert rows[method].seconds[100] == pytest.approx(rows[method].bytes * 8 / 1e8)
+
+
+def test_the_plan_says_where_csilocal_stops_being_cheaper(tmp_path: Path) -> None:
+    model = ["--model.angles", "8", "--model.delays", "8", "--model.c1", "16", "--model.c2", "16"]
+    for rows, cheaper in ((356, "CSILocal"), (357, "FedAvg")):
+        settings = plan.configuration(
+            None, [*model, "--train.batch_size", str(rows), "--train.micro_batches", "1"]
+        )
+        row = plan.plan(settings)[1]
+        assert row.break_even == 11410 / 32  # 356.6 samples
+        assert row.scalars_per_iteration == 4 * 2 * 11410
+        assert f"| FedAvg | 356.6 | {rows} | {cheaper} |" in plan.page(settings, [row])
+        csilocal = plan.plan(settings)[0].scalars_per_iteration
+        assert (csilocal < row.scalars_per_iteration) == (cheaper == "CSILocal")
+
+
+def test_local_steps_count_where_they_are_taken() -> None:
+    settings = plan.configuration(None, ["--train.local_steps", "3", "--train.precision", "bf16"])
+    page = plan.page(settings, plan.plan(settings))
+    cells = [line.split(" | ") for line in page.splitlines() if "|" in line]
+    here = {line[0]: line[2] for line in cells}
+    assert (here["| FedAvg"], here["| FedGrad"]) == ("96", "32")
+    assert plan.plan(settings)[0].bytes == 2 * plan.plan(settings)[0].scalars
+
+
+def test_the_plan_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.run(Namespace(preset="paper", out=str(tmp_path), settings=[])) == 0
+    assert "| CSILocal | 8,192,000 | 32,768,000 | 163,840,000,000 |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "plan.json").read_text())
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert len(list(csv.reader((tmp_path / "plan.csv").open()))) == 1 + len(METHODS)
+
+
+@pytest.mark.parametrize("panel", ["b", "d", "f"])
+def test_the_laptop_has_the_papers_ratio_of_samples_to_parameters(panel: str) -> None:
+    """B against d/(c1 + c2), which decides the comparison."""
+    share = {}
+    for name in ("paper", "laptop"):
+        preset = presets.load(name, user=["--data.source", "csinet", "--data.path", "x"])
+        settings = preset.settings("csilocal", *PANELS[panel], 0)
+        d = sum(count_parts(settings.model).values())
+        share[name] = settings.train.batch_size * (settings.model.c1 + settings.model.c2) / d
+    assert share["laptop"] == pytest.approx(share["paper"], rel=0.02)
+
+
+# the search
+
+
+def searching(out: Path, rates: Path, losses: Mapping[Method, tuple[float | None, ...]]) -> int:
+    """A search over runs with these held-out losses by method and rate; None: no run."""
+    preset = yaml.safe_load((PRESETS / "laptop.yaml").read_text())
+    grid = [1e-3, 2e-3, 4e-3]
+    preset |= {"rates": str(rates)}
+    preset["search"] |= {"grid": grid, "seeds": [0], "iterations": 120, "holdout": 0.1}
+    file = out / "small.yaml"
+    out.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(preset))
+    wanted = presets.load(str(file), user=["--train.iterations", "120", "--data.holdout", "0.1"])
+    assert wanted.search is not None
+    asked = search.wanted(Report(wanted, out, False, True, 1), wanted.search)
+    for (method, rate, _), run in asked.items():
+        value = losses.get(method, (0.3, 0.2, 0.3))[grid.index(rate)]  # type: ignore[call-overload]
+        if value is not None:
+            finish(run, [0.9, 0.8], holdout=value)
+    return search.run(options(out, preset=str(file)))
+
+
+def test_the_search_takes_the_best_rate_on_held_out_rows(tmp_path: Path) -> None:
+    rates = tmp_path / "rates.yaml"
+    assert searching(tmp_path / "out", rates, {"fedavg": (0.1, 0.2, 0.3)}) == 0
+    found = yaml.safe_load(rates.read_text())
+    assert found == dict.fromkeys([*METHODS, REFERENCE], 2e-3) | {"fedavg": 1e-3}
+    page = (tmp_path / "out" / "search.md").read_text()
+    assert "| FedAvg | **1.000e-01** | 2.000e-01 | 3.000e-01 |" in page
+    assert "At the edge of the grid: FedAvg." in page
+    preset = presets.load(str(tmp_path / "out" / "small.yaml"))
+    assert preset.settings("fedavg", "outdoor", 4, 0).train.lr == 1e-3
+
+
+def test_an_unfinished_search_leaves_the_rates_alone(tmp_path: Path) -> None:
+    rates = tmp_path / "rates.yaml"
+    rates.write_text("fedavg: 0.5\n")
+    assert searching(tmp_path / "out", rates, {"fedgrad": (0.1, None, 0.3)}) == 1
+    assert rates.read_text() == "fedavg: 0.5\n"
+    assert "| FedGrad | **1.000e-01** | missing |" in (tmp_path / "out" / "search.md").read_text()
+
+
+def test_a_rate_that_diverged_loses(tmp_path: Path) -> None:
+    run = runs.make(reportruns.preset(), tmp_path, "fedavg", "outdoor", 4, 0)
+    reason = "the loss of UE 0 is nan at iteration 3; a lower train.lr usually helps. (see log)"
+    found = Found({}, {run.name: reason}, failed=True)
+    assert search.held_out({("fedavg", 1.0, 0): run}, found) == {("fedavg", 1.0, 0): math.inf}
+    assert search.held_out({("fedavg", 1.0, 0): run}, Found({}, {run.name: "killed"}, True)) == {}
+
+
+def test_the_search_has_nothing_to_do_for_the_paper(tmp_path: Path) -> None:
+    asked = options(tmp_path, preset="paper", settings=["--data.path", "x"])
+    with pytest.raises(ValueError, match="nothing to search"):
+        search.run(asked)
+
+
+def test_rates_that_are_no_rates_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rates.yaml").write_text("fedsomething: 1")
+    with pytest.raises(ValueError, match=r"rates.yaml isn't a table of learning rates"):
+        presets._rates(tmp_path / "rates.yaml")

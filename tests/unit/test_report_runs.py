@@ -1,0 +1,259 @@
+"""Runs of reports: named, shared, found, checked, started, and curves read from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reportruns
+from reportruns import finish
+
+from csipipe.config import Method
+from csipipe.reports import curves, fig5, fig6, headline, runs, start
+from csipipe.reports import preset as presets
+from csipipe.reports.command import Report
+from csipipe.reports.preset import METHODS, PRESETS, REFERENCE
+from csipipe.reports.runs import Run, State
+
+
+def a_run(out: Path, method: Method = "csilocal", seed: int = 0) -> Run:
+    return runs.make(reportruns.preset(), out, method, "outdoor", 4, seed)
+
+
+def report(out: Path) -> Report:
+    return Report(reportruns.preset(), out, quick=False, collect=True, jobs=1)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_shipped_preset_gives_runs(name: str, quick: bool, tmp_path: Path) -> None:
+    if name.endswith("-rates"):
+        pytest.skip("learning rates, no preset")
+    preset = presets.load(name, quick, ["--data.source", "csinet", "--data.path", "x"])
+    one = Report(preset, tmp_path, quick=quick, collect=True, jobs=1)
+    for wanted in (fig5.wanted(one), fig6.wanted(one), headline.wanted(one)):
+        assert wanted
+        assert {run.settings.data.path for run in wanted.values()} == {"x"}
+
+
+def test_the_paper_preset_has_the_papers_points(tmp_path: Path) -> None:
+    preset = presets.load("paper", user=["--data.path", "x"])
+    one = Report(preset, tmp_path, quick=False, collect=True, jobs=1)
+    settings = [run.settings for run in fig5.wanted(one).values()]
+    assert sorted({s.model.c1 for s in settings}) == [32, 64, 128, 256, 512]
+    for s in settings:
+        assert (s.model.c1, s.topology.ues, s.train.batch_size) == (s.model.c2, 10, 800)
+        assert (s.train.lr, s.train.iterations) == (8e-5, 20_000)
+    assert {r.settings.model.c1 for r in fig6.wanted(one).values()} == {256, 512}
+    assert len(fig6.wanted(one)) == 48
+    assert preset.loss == 1.3e-3
+
+
+def test_reports_share_runs(tmp_path: Path) -> None:
+    one = report(tmp_path)
+    five, six, head = fig5.wanted(one), fig6.wanted(one), headline.wanted(one)
+    assert {r for (_, m), r in six.items() if m == "csilocal"} <= set(five.values())
+    assert {r for (_, seed), r in head.items() if seed == 0} <= set(six.values())
+    assert len(head) == 3 * len(METHODS)
+    names = [r.name for wanted in (five, six, head) for r in wanted.values()]
+    assert len(set(names)) == 9 + 48 - 6 + 14  # points, panels less shared, two more seeds
+
+
+def test_a_method_gets_settings_it_can_use(tmp_path: Path) -> None:
+    steps = {m: a_run(tmp_path, m).settings.train.local_steps for m in (*METHODS, REFERENCE)}
+    assert {m for m, e in steps.items() if e > 1} == set(METHODS[1:5])
+    config = tmp_path / "c.yaml"
+    ranks = {
+        m: start.command(a_run(tmp_path, m), config, 3)[4]
+        for m in ("csilocal", "fedavg", REFERENCE)
+    }
+    assert ranks == {
+        "csilocal": "--nproc_per_node=3",
+        "fedavg": "--nproc_per_node=3",
+        REFERENCE: "--nproc_per_node=1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        (["--train.lr", "1"], "train.lr is among the settings passed on"),
+        (["--method=fedavg"], "method is among"),
+        (["--data.environment", "noniid"], "data.environment is among"),
+        (["--train.bogus", "1"], "train.bogus"),
+    ],
+)
+def test_settings_that_a_report_decides_are_refused(user: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        presets.load("laptop", user=user)
+
+
+def test_a_size_that_a_ratio_does_not_divide_is_refused() -> None:
+    preset = presets.load("laptop", user=["--model.angles", "12", "--model.delays", "12"])
+    with pytest.raises(ValueError, match="288 reals, which the compression ratio 1/64"):
+        preset.settings("csilocal", "indoor", 64, 0)
+
+
+@pytest.mark.parametrize("text", ["- 1", "settings: {model", "colour: blue", "panels: [g]"])
+def test_files_that_are_no_presets_are_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    rest = "processes: 3\ncompression: [4]\nseeds: [0]\n" if ": [" in text else ""
+    file.write_text(rest + text)
+    with pytest.raises(ValueError, match=r"mine.yaml is no preset|preset mine: panel 'g'"):
+        presets.load(str(file))
+
+
+def test_unknown_presets_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="known presets: laptop"):
+        presets.load("desktop")
+
+
+def test_states_of_a_run(tmp_path: Path) -> None:
+    finished, interrupted, missing = (a_run(tmp_path, seed=seed) for seed in (0, 1, 2))
+    finish(finished, [0.5])
+    finish(interrupted, [0.5])
+    (interrupted.folder / "summary.json").unlink()
+    found = runs.sort([finished, interrupted, missing])
+    assert found[State.FINISHED] == [finished]
+    assert found[State.INTERRUPTED] == [interrupted]
+    assert found[State.MISSING] == [missing]
+
+
+def test_what_an_interrupted_run_left_is_kept_aside(tmp_path: Path) -> None:
+    finished, interrupted = a_run(tmp_path), a_run(tmp_path, seed=1)
+    for run in (finished, interrupted):
+        finish(run, [0.5])
+    (interrupted.folder / "summary.json").unlink()
+    for run in (finished, interrupted):
+        run.set_aside()
+    assert finished.state() is State.FINISHED
+    assert interrupted.state() is State.MISSING
+    [aside] = (tmp_path / "interrupted").iterdir()
+    assert aside.name.startswith(interrupted.name)
+    assert (aside / "history.jsonl").exists()
+
+
+def test_runs_may_differ_in_where_they_were_computed(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, [0.5])
+    config = run.folder / "config.yaml"
+    config.write_text(config.read_text().replace("stages: null", "stages: 4"))
+    assert run.state() is State.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.yaml", ("batch_size: 106", "batch_size: 8"), r"train.batch_size 8, .* needs 106"),
+        ("config.yaml", ("seed: 0\n  precision", "seed: 3\n  precision"), "train.seed 3"),
+        ("config.yaml", ("method: csilocal", "- 1"), "isn't the settings of a run"),
+        ("config.yaml", ("model:", "modell:"), "modell.angles, which is no setting"),
+        ("summary.json", ("finished", "finished\n"), "summary.json can't be read"),
+        ("summary.json", ('"iterations": 20', '"iterations": 30'), "ends at iteration 20"),
+        ("history.jsonl", ('{"iteration": 20', '{"iteration'), "history.jsonl, line 2 isn't JSON"),
+        ("history.jsonl", ('"exchanged"', '"sent"'), "a figure is missing.*exchanged"),
+        ("history.jsonl", ('"iteration": 20', '"iteration": 10'), "ends at iteration 10"),
+    ],
+)
+def test_damaged_and_foreign_runs_are_named(
+    file: str, change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    run = a_run(tmp_path)
+    finish(run, [0.6, 0.5])
+    path = run.folder / file
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ValueError, match=message) as error:
+        runs.sort([run, a_run(tmp_path, seed=1)])
+    assert str(run.folder) in str(error.value)
+
+
+def test_a_folder_without_a_run_is_left_alone(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    assert run.state() is State.MISSING
+    (run.folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is in the way"):
+        run.state()
+
+
+def test_a_finished_run_without_a_curve_is_named(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, [0.5])
+    (run.folder / "history.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"history.jsonl is missing"):
+        curves.read(run.folder)
+
+
+def test_a_curve_by_hand(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, [0.8, 0.4, 0.5, 0.3, 0.1], spread=0.2)
+    curve = run.curve()
+    assert curve.exchange_until(0.6) == pytest.approx(150)  # half-way from 0.8 to 0.4
+    assert curve.exchange_until(0.6, "bytes") == pytest.approx(600)
+    assert curve.exchange_until(0.4) == 200
+    assert curve.exchange_until(0.35) == pytest.approx(375)  # the rise to 0.5 counts for nothing
+    assert curve.exchange_until(0.9) == 100  # there at the first evaluation
+    assert curve.exchange_until(0.05) is None
+    assert curve.end == pytest.approx(0.3)
+    assert curve.spread == pytest.approx(0.2)
+    assert [curve.loss_at(x) for x in (99, 100, 350)] == [1.0, 0.8, 0.4]
+
+
+def program(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Runs are `python -c code NAME` instead of a torchrun."""
+
+    def command(run: Run, *_: Any) -> list[str]:
+        return [sys.executable, "-c", code, run.name]
+
+    monkeypatch.setattr(start, "command", command)
+
+
+def test_a_failing_run_does_not_lose_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys; sys.exit('csipipe: error: no luck' if 'seed1' in sys.argv[1] else 0)"
+    program(monkeypatch, code)
+    asked = [a_run(tmp_path, seed=seed) for seed in (0, 1, 2)]
+    failed = start.start(asked, tmp_path, 3, jobs=2)
+    assert list(failed) == [asked[1].name]
+    assert failed[asked[1].name].startswith("no luck (see ")
+    shown = capsys.readouterr().err
+    assert shown.count(" of 3: ") == 3
+    assert f"{asked[1].name}: FAILED: no luck" in shown
+
+
+def test_an_interruption_ends_the_runs_that_were_going(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "going"
+    program(
+        monkeypatch,
+        f"import time, os; open({str(mark)!r}, 'w').write(str(os.getpid()));time.sleep(60)",
+    )
+
+    def interrupt() -> None:
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        start.start([a_run(tmp_path), a_run(tmp_path, seed=1)], tmp_path, 3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_two_reports_do_not_start_runs_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(monkeypatch, "")
+    with start._alone(tmp_path), pytest.raises(ValueError, match="another report is starting"):
+        start.start([a_run(tmp_path)], tmp_path, 3)
+    assert start.start([a_run(tmp_path)], tmp_path, 3) == {}
