@@ -31,8 +31,3 @@ class Clock:
         now = time.perf_counter()
         self.seconds[activity] += now - self._last
         self._last = now
-
-    def shares(self) -> dict[str, float]:
-        """Share of every activity in the time counted, in [0, 1]."""
-        whole = sum(self.seconds.values())
-        return {name: value / whole if whole else 0.0 for name, value in self.seconds.items()}

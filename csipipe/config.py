@@ -20,6 +20,7 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 
 Environment = Literal["indoor", "outdoor", "noniid"]
 Precision = Literal["fp32", "bf16"]
+ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
 Method = Literal[
     "csilocal",
     "centralised",
@@ -145,7 +146,7 @@ class TrainSettings:
     micro_batches: int = 4
     """Micro-batches that the tail of csilocal and centralised runs on; must divide
     train.batch_size. A federated UE runs its whole model on its whole mini-batch."""
-    schedule: Literal["gpipe", "1f1b", "zerobubble"] = "zerobubble"
+    schedule: ScheduleName = "zerobubble"
     """Pipeline schedule. gpipe: all forward passes, then all backward passes; 1f1b: in turn, few
     micro-batches in memory; zerobubble: 1f1b whose weight gradients fill the gaps. All compute
     the same, to the bit."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from csipipe.clock import Clock
+from csipipe.config import ScheduleName
 
 
 class Op(Enum):
@@ -73,7 +74,7 @@ def zero_bubble(stage: int, stages: int, micro_batches: int) -> Iterator[Instruc
     return _alternate(micro_batches, ahead=stages - stage, lag=stage + 1)
 
 
-TRAINING: dict[str, Schedule] = {
+TRAINING: dict[ScheduleName, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,
     "zerobubble": zero_bubble,

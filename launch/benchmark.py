@@ -35,7 +35,7 @@ def parser() -> ArgumentParser:
         "--only",
         type=str | None,
         default=None,
-        help=f"some of {','.join(candidates.ABOUT)}; null: all",
+        help=f"some of {','.join(candidates.ABOUT)}; null: all but other schedules of ours",
     )
     parser.add_argument(
         "--layers",

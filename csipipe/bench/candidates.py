@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from csipipe import schedule
 from csipipe.config import Settings
 
 Layers = Literal["ours", "plain"]
 LAYERS: tuple[Layers, ...] = ("ours", "plain")
 
+SCHEDULES = {f"ours-{name}": name for name in schedule.TRAINING}
+"""Candidates that are ours with another schedule."""
 ABOUT = {
     "ours": "csipipe",
     "ours-unpipelined": "csipipe with one BTS stage",
+    **{label: f"csipipe with train.schedule {name}" for label, name in SCHEDULES.items()},
     "deepspeed": "DeepSpeed's PipelineEngine and its 1F1B schedule, UE exchange in its loss_fn",
     "torch-gpipe": "torch.distributed.pipelining, ScheduleGPipe",
     "torch-1f1b": "torch.distributed.pipelining, Schedule1F1B",
@@ -26,6 +30,8 @@ ABOUT = {
     "one-piece": "the unsplit model in one process, the whole mini-batch at once",
 }
 """Candidates by name, in the order in which they are started and shown."""
+USUAL = tuple(name for name in ABOUT if name not in SCHEDULES)
+"""Candidates of a benchmark that names none: ours has the schedule that train.schedule names."""
 PEERS = tuple(name for name in ABOUT if not name.startswith("ours"))
 """Candidates that can be given plain layers."""
 OTHER_NORMS = ("one-piece",)
@@ -62,12 +68,12 @@ class Candidate:
 
 
 def choose(only: str | None) -> list[str]:
-    """Names of a comma-separated list, in our order; None: all.
+    """Names of a comma-separated list, in our order; None: the usual ones.
 
     Raises:
         ValueError: a name that isn't one.
     """
-    wanted = list(ABOUT) if only is None else [name.strip() for name in only.split(",")]
+    wanted = list(USUAL) if only is None else [name.strip() for name in only.split(",")]
     for name in wanted:
         if name not in ABOUT:
             raise ValueError(f"--only names {name!r}; there are: {', '.join(ABOUT)}.")
@@ -103,9 +109,11 @@ def line_up(
 
 
 def csilocal(settings: Settings, ue_ranks: int, name: str, label: str) -> Candidate:
-    """Split training with `settings`; `ours-unpipelined` has one BTS stage instead."""
+    """Split training with `settings`, but for what the name says."""
     if name == "ours-unpipelined":
         settings = replace(settings, topology=replace(settings.topology, stages=1))
+    elif name in SCHEDULES:
+        settings = replace(settings, train=replace(settings.train, schedule=SCHEDULES[name]))
     ranks = settings.stages + ue_ranks
     threads = settings.train.threads or max(1, cores() // ranks)
     return Candidate(name=name, settings=settings, ranks=ranks, threads=threads, label=label)

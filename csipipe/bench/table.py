@@ -12,9 +12,8 @@ import torch
 
 from csipipe.bench.candidates import OTHER_NORMS, Candidate, cores
 from csipipe.bench.race import TOLERANCE, Race
+from csipipe.clock import ACTIVITIES
 from csipipe.config import Settings
-
-ACTIVITIES = ("compute", "send", "wait")
 
 
 def bubble(stages: int, micro_batches: int) -> float:
