@@ -65,15 +65,20 @@ def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Ite
 
 
 def zero_bubble(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
-    """1F1B whose weight gradients wait, the longer the later the stage.
+    """1F1B with `SLACK` more micro-batches ahead, whose weight gradients wait.
 
-    Gradients reach the encoders sooner, and what was put off fills the end, where a stage would
-    wait for the ones before it. Every stage holds `stages + 2` micro-batches. After ZB-H1 in Qi
-    et al., "Zero bubble pipeline parallelism", ICLR 2024, with the UEs as first and last stage.
+    The slack hides the time that messages take. Gradients reach the encoders sooner, and the
+    weight gradients that were put off, the more the later the stage, fill the end, where a stage
+    would wait for the ones before it. Every stage holds `stages + SLACK + 2` micro-batches. After
+    ZB-H1 in Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, with the UEs as first and
+    last stage.
     """
-    return _alternate(micro_batches, ahead=stages - stage, lag=stage + 1)
+    return _alternate(micro_batches, ahead=stages - stage + SLACK, lag=stage + 1)
 
 
+SLACK = 2
+"""Two processes that share a core answer one or two micro-batches late; more slack gains nothing
+on two cores, and costs memory."""
 TRAINING: dict[ScheduleName, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,
