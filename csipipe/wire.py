@@ -240,7 +240,7 @@ class Channel:
         self._receives[m] = [self._irecv(self._buffers[place][p.rows], p, m) for p in self.peers]
 
     def _buffer(self) -> Tensor:
-        if self._thread is not None:
+        if self._thread is not None or self.device.type == "cpu":
             return host_buffer(self.shape, self.dtype)
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 

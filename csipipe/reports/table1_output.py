@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from csipipe.bench.table import spread
+from csipipe.reports import pages, pictures
 
 PAPER = {
     ("indoor", 256, 400): (0.0560, 0.0583),
@@ -84,9 +86,9 @@ def write(folder: Path, rows: Sequence[Row], stages: int, micro_batches: int) ->
         return "no cell is finished yet"
     best = bound(stages, micro_batches)
     text = verdict(rows, best, stages, micro_batches)
-    _replace(folder / "table1.csv", as_csv(rows, best).encode())
-    _replace(folder / "table1.md", text.encode())
-    _replace(folder / "table1.png", picture(rows, best))
+    pages.write(folder / "table1.csv", as_csv(rows, best))
+    pages.write(folder / "table1.md", text)
+    pictures.save(picture(rows, best), folder / "table1.png")
     return text
 
 
@@ -181,16 +183,10 @@ def _judgement(rows: Sequence[Row], best: float) -> str:
     return " ".join(text)
 
 
-def picture(rows: Sequence[Row], best: float) -> bytes:
-    """PNG: seconds above, share of the time saved below; quartiles as whiskers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(max(6.0, 1.5 + 1.1 * len(rows)), 6.4)
-    )
+def picture(rows: Sequence[Row], best: float) -> Figure:
+    """Seconds above, share of the time saved below; quartiles as whiskers."""
+    figure = Figure(figsize=(max(6.0, 1.5 + 1.1 * len(rows)), 6.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     places = range(len(rows))
     looks: list[dict[str, Any]] = [
         {"label": "with pipeline", "color": "0.35"},
@@ -225,11 +221,7 @@ def picture(rows: Sequence[Row], best: float) -> bytes:
     bottom.set_xticks(list(places), [f"{r.environment}\nc {r.c}\nB {r.batch_size}" for r in rows])
     bottom.set_xlabel("environment, codeword dimension c, batch size B per UE")
     bottom.legend(**above)
-    figure.tight_layout()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    plt.close(figure)
-    return out.getvalue()
+    return figure
 
 
 def _whiskers(series: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
@@ -238,10 +230,3 @@ def _whiskers(series: Sequence[Sequence[float]]) -> tuple[list[float], list[list
     below = [s["median"] - s["q1"] for s in found]
     above = [s["q3"] - s["median"] for s in found]
     return [s["median"] for s in found], [below, above]
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

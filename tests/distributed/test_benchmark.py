@@ -44,7 +44,7 @@ def forked() -> Conductor:
 
 
 def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
-    contest = line_up(*candidates.ABOUT)
+    contest = line_up(*candidates.USUAL, "ours-gpipe")
     plain = line_up("deepspeed", "one-process", layers=("plain",)).candidates
     contest.candidates = [
         *contest.candidates,
@@ -52,7 +52,7 @@ def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
     ]
     race.run(contest, 2, tmp_path / "rounds", conductor=forked(), say=quiet)
     assert not contest.failures
-    assert len(contest.seconds) == 9
+    assert len(contest.seconds) == 10
     for candidate in contest.candidates:
         label = candidate.label
         assert len(contest.seconds[label]) == 2
@@ -68,7 +68,11 @@ def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
     assert [line["round"] for line in lines] == [0, 1]
     assert lines[1]["seconds"]["deepspeed"] == contest.seconds["deepspeed"][1]
     found = json.loads(json.dumps(table.as_json(contest)))
-    assert found["candidates"]["ours"]["peak_bytes"]["stage 1"] > 1e7
+    ours = found["candidates"]["ours"]
+    assert ours["peak_bytes"]["stage 1"] > 1e7
+    for shares in ours["shares"].values():
+        assert min(shares.values()) > 0
+        assert 0.5 < sum(shares.values()) < 1.01  # the rest: between an iteration's end and start
     assert found["ours_over"]["torch-1f1b"]["rounds"] == contest.ratios("ours", "torch-1f1b")
 
 
