@@ -172,7 +172,8 @@ def _take_turn(trainer: Trainer, first: int, order: Order, device: torch.device)
         clock.reset()
     before = time.perf_counter()
     iterate(range(start, start + order.iterations))
-    spent = {} if clock is None else dict(clock.seconds)
+    # a peer's stage doesn't keep the clock it inherits
+    spent = {} if clock is None or not any(clock.seconds.values()) else dict(clock.seconds)
     dist.barrier()
     seconds = (time.perf_counter() - before) / order.iterations
     per_iteration = {activity: value / order.iterations for activity, value in spent.items()}
