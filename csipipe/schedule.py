@@ -65,20 +65,17 @@ def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Ite
 
 
 def zero_bubble(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
-    """1F1B with `SLACK` more micro-batches ahead, whose weight gradients wait.
+    """1F1B that is two micro-batches ahead per hop, and whose weight gradients wait.
 
-    The slack hides the time that messages take. Gradients reach the encoders sooner, and the
-    weight gradients that were put off, the more the later the stage, fill the end, where a stage
-    would wait for the ones before it. Every stage holds `stages + SLACK + 2` micro-batches. After
-    ZB-H1 in Qi et al., "Zero bubble pipeline parallelism", ICLR 2024, with the UEs as first and
-    last stage.
+    Of the two, one is worked on and one under way, so that nobody waits for a message. Gradients
+    reach the encoders sooner, and the weight gradients that were put off, the more the later the
+    stage, fill the end, where a stage would wait for the ones before it. Holds
+    `2 * stages - stage + 2` micro-batches. After ZB-H1 in Qi et al., "Zero bubble pipeline
+    parallelism", ICLR 2024, with the UEs as first and last stage.
     """
-    return _alternate(micro_batches, ahead=stages - stage + SLACK, lag=stage + 1)
+    return _alternate(micro_batches, ahead=2 * (stages - stage), lag=stage + 1)
 
 
-SLACK = 2
-"""Two processes that share a core answer one or two micro-batches late; more slack gains nothing
-on two cores, and costs memory."""
 TRAINING: dict[ScheduleName, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_forward_one_backward,
