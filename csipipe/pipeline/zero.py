@@ -27,7 +27,7 @@ class ZeroMoments:
         if not state:
             return {}
         views = {key: self._view(state[key], parameter) for key in _VECTORS}
-        return {"step": state["step"], **views}
+        return {"step": state["step"].clone(), **views}  # one step for all parameters
 
     def write(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """As `Moments.write`; takes the fp32 copy of the parameter along."""
@@ -45,7 +45,8 @@ class ZeroMoments:
 
     def _owner(self, parameter: nn.Parameter) -> Tensor:
         place: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-        return self._flat[place.param_group_index]
+        group: int = place.param_group_index
+        return self._flat[group]
 
     @staticmethod
     def _view(flat: Tensor, parameter: nn.Parameter) -> Tensor:
