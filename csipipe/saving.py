@@ -6,6 +6,7 @@ on.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -115,11 +116,9 @@ class Saver:
             return None
         last = checkpoint.newest(self._checkpoints)
         kept = f"the last whole one is {last}" if last else "there is none yet"
-        tqdm.write(
-            f"csipipe: warning: {what} can't be saved: {error}; training goes on, {kept}. "
-            "Make room on the disk.",
-            file=sys.stderr,
-        )
+        line = f"{what} can't be saved: {error}; training goes on, {kept}. Make room on the disk."
+        with contextlib.suppress(OSError):  # the log may lie on the same disk
+            tqdm.write(f"csipipe: warning: {line}", file=sys.stderr)
         return error
 
 

@@ -301,8 +301,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
         program.wait_for("iteration 10/")
         pid = program.ranks[3].pid
         assert pid is not None
-        # no file of this rank may grow beyond 1 kB, as if there were no more room
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1000, 1000))
+        # no file of this rank may grow beyond 10 kB, as if there were no more room
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
         program.wait_for("iteration 30/")
         lines = [line for line in program.text(3, "err").splitlines() if "can't be saved" in line]
         assert len(lines) > 1
