@@ -63,7 +63,12 @@ def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: s
 
 def to_yaml(settings: Settings) -> str:
     """Complete settings as YAML, to be read with `--config`."""
-    return yaml.safe_dump(_plain(asdict(settings)), sort_keys=False)
+    return yaml.safe_dump(plain(settings), sort_keys=False)
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Complete settings as YAML and JSON have them."""
+    return {name: _plain(value) for name, value in asdict(settings).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -213,15 +213,27 @@ class RunSettings:
     """Where a run lies, how often it evaluates, how long it waits for a peer."""
 
     dir: str | None = None
-    """Directory of the run; must not hold one yet. null: runs/<method>-<environment>-<time>."""
+    """Directory of the run, seen by all nodes. null: runs/<method>-<environment>-<time>."""
+    resume: str = "auto"
+    """auto: an unfinished run in run.dir goes on from its newest checkpoint if the settings are the
+    same, a finished one is left alone. never: run.dir must not hold a run. Else a path: a run's
+    directory, or one of its checkpoints/<iteration>, to go on from in run.dir."""
+    save_every: int | None = None
+    """Iterations between checkpoints; one more at the end. null: a tenth of the run."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones; the best weights are kept apart."""
     eval_every: int | None = None
     """Iterations between evaluations; one more at the end. null: a tenth of the run."""
     timeout: float = 60.0
     """Longest wait for a peer inside an iteration, in seconds, on every process group."""
 
     def __post_init__(self) -> None:
-        if self.eval_every is not None:
-            _at_least("run.eval_every", self.eval_every, 1)
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _at_least(f"run.{name}", getattr(self, name), 1)
+        _at_least("run.keep", self.keep, 1)
+        if not self.resume:
+            raise ValueError("run.resume is empty; it must be auto, never or a path.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ValueError(
                 f"run.timeout is {self.timeout}; it must be a positive time in seconds."
@@ -257,3 +269,8 @@ class Settings:
     def eval_every(self) -> int:
         """Iterations between evaluations."""
         return self.run.eval_every or max(1, self.train.iterations // 10)
+
+    @property
+    def save_every(self) -> int:
+        """Iterations between checkpoints."""
+        return self.run.save_every or max(1, self.train.iterations // 10)

@@ -22,6 +22,10 @@ from csipipe.wire import BUFFERS, PAPER, UP, Kind, Ledger
 HISTORY = "history.jsonl"
 """The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
 all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
+BEGINNING: dict[str, Any] = {"history": [], "seconds": [], "seconds_total": 0.0}
+"""`Tracker.progress` of a run that has not begun."""
+_KEPT = 1000
+"""Iterations whose seconds a resumed run still knows for its median."""
 
 
 class Tracker:
@@ -40,6 +44,31 @@ class Tracker:
         lines = not sys.stderr.isatty()
         self._bar = tqdm(total=iterations, unit="it", disable=lines, dynamic_ncols=True)
         self._started = time.monotonic()
+        self._first = 0
+        self.history: list[dict[str, Any]] = []
+        self._seconds_before = 0.0
+
+    def resume(self, done: int, progress: dict[str, Any]) -> None:
+        """Go on after iteration `done` with what `progress` said then, in this run's directory."""
+        self.writer.close()
+        # readers forget the steps from here on that the run had written before
+        self.writer = SummaryWriter(str(self.folder), purge_step=done + 1)
+        self.history = list(progress["history"])
+        self.seconds = list(progress["seconds"])
+        self._seconds_before = float(progress["seconds_total"])
+        self._bar.update(done)
+        self._first = done
+        partial = self.folder / f"{HISTORY}.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        os.replace(partial, self.folder / HISTORY)
+
+    def progress(self) -> dict[str, Any]:
+        """What `resume` needs, as JSON has it."""
+        return {
+            "history": self.history,
+            "seconds": self.seconds[-_KEPT:],
+            "seconds_total": self.seconds_total,
+        }
 
     def iteration(self, done: int, figures: Figures, lr: float, seconds: float) -> None:
         """Note the `done`-th iteration: figures of its batches, rate, wall time in seconds."""
@@ -52,6 +81,10 @@ class Tracker:
             f"loss {figures.loss:.2e}, NMSE {figures.nmse_db:.2f} dB", refresh=False
         )
         self._bar.update()
+
+    def saved(self, done: int, seconds: float) -> None:
+        """Note a checkpoint after `done` iterations that took `seconds`."""
+        self.writer.add_scalar("time/seconds_per_checkpoint", seconds, done)
 
     def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
         """Note an evaluation after `done` iterations."""
@@ -80,6 +113,7 @@ class Tracker:
             if holdout is None
             else {"loss": holdout.loss, "nmse_db": holdout.nmse_db},
         }
+        self.history.append(line)
         with open(self.folder / HISTORY, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -97,8 +131,13 @@ class Tracker:
         tqdm.write(line, file=sys.stderr)
 
     def _left(self, done: int) -> str:
-        rate = (time.monotonic() - self._started) / done
+        rate = (time.monotonic() - self._started) / max(1, done - self._first)
         return str(tqdm.format_interval(rate * (self._bar.total - done)))
+
+    @property
+    def seconds_total(self) -> float:
+        """Wall time of the run so far, what it took before it was resumed included."""
+        return self._seconds_before + time.monotonic() - self._started
 
     @property
     def seconds_per_iteration(self) -> float:
@@ -139,7 +178,7 @@ def test_table(test: dict[str, Any]) -> str:
 def closing_table(summary: dict[str, Any], folder: Path) -> str:
     """What a finished run prints."""
     crossed = summary["exchanged"]
-    lines = ["", test_table(summary["test"])]
+    lines = ["", test_table(summary["test"])] if summary["test"] else []
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(
@@ -150,11 +189,15 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     if any(apart["scalars"].values()):
         scalars, size = (sum(apart[unit].values()) for unit in ("scalars", "bytes"))
         lines.append(f"{'apart':>10}  {scalars:>14,}  {size:>14,}   BatchNorm's, both ways")
+    stopped = []
+    if summary["status"] == "stopped":
+        stopped = [f"stopped:      the same command with --run.dir {folder} goes on"]
     lines += [
         "",
         f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "
         "iteration (median), "
         f"{summary['seconds_total']:.0f} s in all",
+        *stopped,
         f"run:          {folder}",
         f"look at it:   tensorboard --logdir {folder}",
     ]

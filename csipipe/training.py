@@ -1,7 +1,9 @@
-"""The loop that every rank runs: iterate, evaluate, choose, save."""
+"""The loop that every rank runs: iterate, evaluate, choose, save, stop."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -9,13 +11,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from csipipe import commandline
+from csipipe import checkpoint, commandline
+from csipipe.channels import Manifest
 from csipipe.config import Settings
 from csipipe.device import keep_memory, pick_device, set_threads
-from csipipe.figures import Figures
+from csipipe.lock import Lock
 from csipipe.methods import Worker, manifest, prepare
-from csipipe.tracking import Tracker, exchanged_summary
+from csipipe.resuming import CONFIG, Start, decide
+from csipipe.saving import Saver, restore
+from csipipe.stopping import Stopping
+from csipipe.tracking import BEGINNING, Tracker, exchanged_summary
+from csipipe.wire import Ledger
 from csipipe.world import World
+
+_NAME, _BEGUN = "run.dir", "run.dir is begun"
 
 
 def launch(world: World, settings: Settings) -> None:
@@ -25,6 +34,11 @@ def launch(world: World, settings: Settings) -> None:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
     """
     _same_settings(world, settings)
+    start = _begin(world, settings)
+    if start.finished:
+        if world.rank == 0:
+            print(f"{start.folder} holds this run, finished: nothing to do.", flush=True)
+        return
     device = pick_device(settings.train.device, world.local_rank)
     threads = set_threads(settings.train.threads, world.local_size)
     build = prepare(settings, world.rank, world.size, device)
@@ -33,22 +47,57 @@ def launch(world: World, settings: Settings) -> None:
     world.ready("data")
     world.connect(settings.run.timeout)
     worker = build(world)
-    folder = Path(world.shared("run.dir", str(new_folder(settings))))
-    tracker = None
+    if start.checkpoint is not None:
+        source = checkpoint.Snapshot(start.checkpoint)
+        restore(worker, settings, source)
+        if dealt is not None:
+            _same_rows(dealt, start.checkpoint.parents[1])
+    world.ready("state")
+    tracker = held = None
     if world.rank == 0:
-        claim(folder, settings)
-        tracker = Tracker(folder, settings.train.iterations)
-        tracker.say(
-            f"{settings.method}: {settings.stages} BTS stage(s) and {settings.topology.ues} UEs on "
-            f"{world.size} rank(s), {device.type}, {threads} thread(s) each; run: {folder}"
-        )
+        held = claim(start, settings, world)
+        tracker = Tracker(start.folder, settings.train.iterations)
+        _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
         for note in worker.notes:
             tracker.say(note)
     world.ready("training")
     if dealt is not None:
-        dealt.write(folder)
-    run(worker, settings, folder, tracker, world.size)
+        dealt.write(start.folder)
+    run(worker, settings, start, tracker, world)
     world.leave()
+    if held is not None:
+        held.release()
+
+
+def _begin(world: World, settings: Settings) -> Start:
+    """How this run begins, decided by rank 0 and the same on every rank."""
+    mine = ""
+    if world.rank == 0:
+        folder = Path(world.remembered(_NAME, str(new_folder(settings))))
+        mine = decide(settings, folder, again=world.remembered(_BEGUN, "") != "").to_text()
+    return Start.from_text(world.shared("start", mine))
+
+
+def _introduce(
+    tracker: Tracker, settings: Settings, start: Start, world: World, where: str
+) -> None:
+    tracker.say(
+        f"{settings.method}: {settings.stages} BTS stage(s) and {settings.topology.ues} UEs on "
+        f"{world.size} rank(s), {where}; run: {start.folder}"
+    )
+    if start.checkpoint is not None:
+        tracker.say(f"going on after iteration {start.iteration}, from {start.checkpoint}")
+    elif start.exists:
+        tracker.say("the run in this directory had no checkpoint yet: it begins again")
+
+
+def _same_rows(dealt: Manifest, before: Path) -> None:
+    """Refuse (ValueError) to go on with other rows than the run in `before` trained on."""
+    if (before / "manifest.json").is_file() and Manifest.read(before) != dealt:
+        raise ValueError(
+            f"the rows that data.* gives now aren't those that {before / 'manifest.json'} lists; "
+            "give the same files, seed and version of csipipe, or choose another run.dir."
+        )
 
 
 def _same_settings(world: World, settings: Settings) -> None:
@@ -71,17 +120,21 @@ def new_folder(settings: Settings) -> Path:
     return Path("runs") / f"{settings.method}-{settings.data.environment}-{now}"
 
 
-def claim(folder: Path, settings: Settings) -> None:
-    """Make the run's directory and write `config.yaml` into it.
+def claim(start: Start, settings: Settings, world: World) -> Lock:
+    """Make the run's directory this run's own, and write `config.yaml` into it.
 
     Raises:
-        ValueError: the directory holds a run already.
+        ValueError: a live run has it, or another run was faster.
         OSError: it can't be written.
     """
+    folder = start.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "config.yaml", "x") as file:
-            file.write(commandline.to_yaml(settings))
+        lock = Lock(folder)
+        if not start.exists:
+            with open(folder / CONFIG, "x") as file:
+                file.write(commandline.to_yaml(settings))
+            _take_best_along(start)
     except FileExistsError as error:
         raise ValueError(
             f"run.dir: {folder} already holds a run (or is a file); nothing was overwritten. "
@@ -89,53 +142,113 @@ def claim(folder: Path, settings: Settings) -> None:
         ) from error
     except OSError as error:
         raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
+    if start.exists:
+        _reopen(start, settings)
+    world.remembered(_BEGUN, "yes")
+    return lock
+
+
+def _reopen(start: Start, settings: Settings) -> None:
+    """Bring the directory of a run that goes on to where the checkpoint is."""
+    folder = start.folder
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(commandline.to_yaml(settings))
+    os.replace(partial, folder / CONFIG)
+    (folder / "summary.json").unlink(missing_ok=True)
+    checkpoint.sweep(folder / "checkpoints")
+
+
+def _take_best_along(start: Start) -> None:
+    """A run that goes on in another directory keeps the best weights so far."""
+    if start.checkpoint is None:
+        return
+    best = start.checkpoint.parent / "best"
+    if best.is_dir():
+        mine = start.folder / "checkpoints"
+        partial = mine / f"{best.resolve().name}.partial"
+        shutil.copytree(best, partial)
+        checkpoint.switch(partial, mine / "best")
 
 
 def run(
-    worker: Worker, settings: Settings, folder: Path, tracker: Tracker | None, ranks: int
+    worker: Worker, settings: Settings, start: Start, tracker: Tracker | None, world: World
 ) -> None:
-    """Train, evaluate and save on this rank.
+    """Train, evaluate and save on this rank until the end, or until the run is asked to stop.
 
     Args:
         tracker: rank 0's; the other ranks have none.
-        ranks: processes of the run.
     """
-    started = time.monotonic()
-    test = None
     best = float("inf")
-    iterations = settings.train.iterations
-    for iteration in range(iterations):
-        before = time.monotonic()
-        figures = worker.train_iteration(iteration)
-        done = iteration + 1
+    if tracker is not None and start.exists and start.checkpoint is None:
+        tracker.resume(0, BEGINNING)
+    if tracker is not None and start.checkpoint is not None:
+        content = checkpoint.Snapshot(start.checkpoint).content
+        tracker.resume(start.iteration, content)
+        if content["best"] is not None and (start.folder / "checkpoints" / "best").exists():
+            best = content["best"]
+    saver = Saver(worker, settings, start.folder, world.rank, world.size)
+    iterations, done = settings.train.iterations, start.iteration
+    with Stopping(world, start.folder) as stopping:
+        stop = False
+        while done < iterations and not stop:
+            before = time.monotonic()
+            figures = worker.train_iteration(done)
+            done += 1
+            if tracker is not None:
+                assert figures is not None
+                figures.check(done - 1)
+                seconds = time.monotonic() - before
+                tracker.iteration(done, figures, settings.train.lr_at(done - 1), seconds)
+            stop = stopping.after(done)
+            if done % settings.eval_every == 0 or done == iterations:
+                best = _evaluate(worker, saver, tracker, done, best)
+                stopping.progress()
+            if done % settings.save_every == 0 or done == iterations or stop:
+                error = _save(worker, saver, tracker, done, best)
+                stopping.progress()
+                if error is not None and stop and done < iterations:
+                    raise error
+        worker.save_weights(start.folder / "weights")
+        ledger = worker.exchanged()
         if tracker is not None:
-            assert figures is not None
-            figures.check(iteration)
-            seconds = time.monotonic() - before
-            tracker.iteration(done, figures, settings.train.lr_at(iteration), seconds)
-        if done % settings.eval_every == 0 or done == iterations:
-            test, best = _evaluate(worker, folder, tracker, done, best)
-    worker.save_weights(folder / "weights")
-    ledger = worker.exchanged()
+            tracker.finish(_summary(worker, settings, tracker, ledger, done, world.size))
+            stopping.answered()
+
+
+def _save(
+    worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float
+) -> OSError | None:
+    """A checkpoint; returns why there is none."""
+    progress: dict[str, Any] = {"best": None if best == float("inf") else best}
     if tracker is not None:
-        assert test is not None
-        summary: dict[str, Any] = {
-            "method": settings.method,
-            "status": "finished",
-            "iterations": iterations,
-            "test": test.summary(),
-            **exchanged_summary(ledger),
-            "seconds_per_iteration": tracker.seconds_per_iteration,
-            "seconds_total": time.monotonic() - started,
-            "parameters": worker.parameters,
-            "topology": asdict(settings.topology) | {"stages": settings.stages, "ranks": ranks},
-        }
-        tracker.finish(summary)
+        progress |= tracker.progress()
+    before = time.monotonic()
+    error = saver.snapshot(done, worker.exchanged(), progress)
+    if tracker is not None:
+        tracker.saved(done, time.monotonic() - before)
+    return error
+
+
+def _summary(
+    worker: Worker, settings: Settings, tracker: Tracker, ledger: Ledger, done: int, ranks: int
+) -> dict[str, Any]:
+    """`summary.json`; `test` is the last evaluation, null where a run stopped before its first."""
+    return {
+        "method": settings.method,
+        "status": "finished" if done == settings.train.iterations else "stopped",
+        "iterations": done,
+        "test": tracker.history[-1]["test"] if tracker.history else None,
+        **exchanged_summary(ledger),
+        "seconds_per_iteration": tracker.seconds_per_iteration,
+        "seconds_total": tracker.seconds_total,
+        "parameters": worker.parameters,
+        "topology": asdict(settings.topology) | {"stages": settings.stages, "ranks": ranks},
+    }
 
 
 def _evaluate(
-    worker: Worker, folder: Path, tracker: Tracker | None, done: int, best: float
-) -> tuple[Figures | None, float]:
+    worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float
+) -> float:
     """Report on the test set; keep the weights that are best on held-out training rows."""
     holdout = worker.evaluate("holdout") if worker.has_holdout else None
     test = worker.evaluate("test")
@@ -146,6 +259,6 @@ def _evaluate(
     if worker.has_holdout:
         better = holdout is not None and holdout.nmse_db < best
         if worker.agree(better):
-            worker.save_weights(folder / "checkpoints" / "best")
+            saver.best(done)
             best = holdout.nmse_db if holdout is not None else best
-    return test, best
+    return best

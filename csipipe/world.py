@@ -41,6 +41,8 @@ class World:
         store: key-value store shared by all ranks; strings only, nothing is unpickled.
         rank, size: this process and how many there are.
         local_rank, local_size: the same on this node.
+        lasting: a store that outlives a restart by torchrun; `store` begins anew.
+        attempt: how often torchrun has restarted the run.
         doing: what this rank is, for messages; empty before it has a role.
     """
 
@@ -49,6 +51,8 @@ class World:
     size: int
     local_rank: int
     local_size: int
+    lasting: Store | None = None
+    attempt: int = 0
     doing: str = ""
 
     @classmethod
@@ -64,6 +68,8 @@ class World:
             size,
             int(os.environ["LOCAL_RANK"]),
             int(os.environ["LOCAL_WORLD_SIZE"]),
+            PrefixStore("all attempts", store),
+            int(attempt),
         )
 
     def connect(self, timeout: float) -> None:
@@ -113,6 +119,12 @@ class World:
         if self.rank == 0:
             self.store.set(name, mine)
         return self._read(name)
+
+    def remembered(self, name: str, mine: str) -> str:
+        """The text of that name that the first attempt of the run gave, which may be this one."""
+        if self.lasting is None:
+            return mine
+        return str(self.lasting.compare_set(name, "", mine).decode())
 
     def _read(self, key: str) -> str:
         """A text that another rank writes during set-up."""

@@ -20,7 +20,9 @@ from csipipe.methods import federated
 from csipipe.methods.base import Part, Worker
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal import BtsHalf, UeHalf
+from csipipe.methods.state import layer_name, ue_name
 from csipipe.methods.ue import UserEquipment
+from csipipe.models import tail_shapes
 from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.topology import Topology
 from csipipe.world import World
@@ -32,6 +34,7 @@ __all__ = [
     "import_engine",
     "load",
     "manifest",
+    "part_names",
     "prepare",
     "trained",
 ]
@@ -112,6 +115,13 @@ def trained(settings: Settings, weights: Path, device: torch.device) -> Centrali
         checkpoint.load(file, "encoder", ue.encoder)
         checkpoint.load(file, "head", ue.head)
     return worker
+
+
+def part_names(settings: Settings) -> list[str]:
+    """Every part that a checkpoint of any method may have, in one order on all ranks."""
+    layers = len(tail_shapes(settings.model)) - 1
+    ues = [ue_name(ue) for ue in range(settings.topology.ues)]
+    return [*ues, *(layer_name(layer) for layer in range(layers))]
 
 
 def load(

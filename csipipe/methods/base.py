@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from csipipe.config import TrainSettings
 from csipipe.figures import Figures
+from csipipe.methods.state import Unit
 from csipipe.wire import Ledger
 
 Part = Literal["holdout", "test"]
@@ -46,8 +47,16 @@ class Worker(Protocol):
         """Write this rank's parts into `folder`."""
         ...
 
+    def units(self) -> dict[str, Unit]:
+        """What a checkpoint holds of this rank, by the part's name."""
+        ...
+
     def exchanged(self) -> Ledger:
         """What crossed between UEs and BTS so far; collective."""
+        ...
+
+    def restore_ledger(self, ledger: Ledger) -> None:
+        """Go on counting from what `exchanged` said on all ranks."""
         ...
 
 

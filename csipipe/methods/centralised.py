@@ -18,6 +18,7 @@ from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.figures import WIDTH, Figures
 from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
+from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.wire import Ledger
 
@@ -141,6 +142,17 @@ class Centralised:
                 {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
             )
 
+    def units(self) -> dict[str, Unit]:
+        """Shared encoder and head belong to the first UE; the others have their draws."""
+        owners = self.ues[:1] if self.shared else self.ues
+        units = {ue_name(ue.number): ue.unit() for ue in owners}
+        for ue in self.ues[len(owners) :]:
+            units[ue_name(ue.number)] = Unit({}, AdamMoments(ue.optimizer), ue.generator)
+        return units | layer_units(self.tail, 0, AdamMoments(self.optimizer))
+
     def exchanged(self) -> Ledger:
         """Nothing crosses."""
         return Ledger(len(self.ues))
+
+    def restore_ledger(self, ledger: Ledger) -> None:
+        """Nothing has crossed."""

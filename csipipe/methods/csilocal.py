@@ -24,9 +24,11 @@ from csipipe.config import Settings
 from csipipe.figures import WIDTH, Figures, row_sums
 from csipipe.methods.base import Part, adam, padded, set_rate
 from csipipe.methods.half import Half
+from csipipe.methods.state import AdamMoments, Moments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.metrics import floor_loss, paper_loss
 from csipipe.pipeline import balance
+from csipipe.pipeline.zero import ZeroMoments
 from csipipe.schedule import Op
 from csipipe.topology import Topology
 from csipipe.wire import Channel, Kind, connect_stages
@@ -117,6 +119,9 @@ class UeHalf(Half):
                 checkpoint.ue_file(folder, ue.number),
                 {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
             )
+
+    def units(self) -> dict[str, Unit]:
+        return {ue_name(ue.number): ue.unit() for ue in self.ues}
 
     def _report(self, sums: Tensor) -> None:
         """Send this rank's figures to rank 0; waits for what was sent in this iteration."""
@@ -258,6 +263,9 @@ class BtsHalf(Half):
             ports=engine.Ports(**self._ports(world, timeout)),
             clock=self.clock,
         )
+        optimizer = self.stage.optimizer
+        plain = isinstance(optimizer, torch.optim.Adam)
+        self.moments: Moments = AdamMoments(optimizer) if plain else ZeroMoments(optimizer)
         if train.micro_batches < topology.stages:
             self.notes.append(
                 f"train.micro_batches {train.micro_batches} are fewer than the {topology.stages} "
@@ -305,6 +313,10 @@ class BtsHalf(Half):
             flat.append(channel.receive(0))
         state = checkpoint.unflatten(torch.cat(flat), tail)
         checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
+
+    def units(self) -> dict[str, Unit]:
+        """The layers of this stage."""
+        return layer_units(self.layers, self.parts[self.rank], self.moments)
 
     def _measure(self, tail: list[nn.Module]) -> list[int]:
         """Cuts by the layers' time on rank 0, whose word holds for all stages."""

@@ -21,6 +21,7 @@ from csipipe.figures import WIDTH, Figures
 from csipipe.methods.base import Part
 from csipipe.methods.half import Half
 from csipipe.methods.replica import Agreed, Replica, flat, split
+from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.topology import Topology
 from csipipe.wire import Kind
@@ -175,16 +176,25 @@ class UeHalf(Half):
 
     def save_weights(self, folder: Path) -> None:
         """Every UE's encoder and head; the first UE rank sends the tail, which all UEs share."""
-        for ue in self.ues:
-            checkpoint.save(
-                checkpoint.ue_file(folder, ue.number),
-                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
-            )
+        # sent first: rank 0 waits for it, whether or not this rank's disk is full
         if self.rank == self.topology.ue_ranks[0]:
             tail = checkpoint.flatten(self.replicas[0].tail)
             channel = self.wire.weights(self.rank, len(tail))
             channel.send(0, tail)
             channel.finish()
+        for ue in self.ues:
+            checkpoint.save(
+                checkpoint.ue_file(folder, ue.number),
+                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
+            )
+
+    def units(self) -> dict[str, Unit]:
+        """The whole model of every UE; what is agreed on is in it."""
+        units = {}
+        for replica, statistics in zip(self.replicas, self.statistics, strict=True):
+            agreed = [statistics, *([replica.agreed] if isinstance(replica, FedAvg) else [])]
+            units[ue_name(replica.ue.number)] = replica.unit(agreed)
+        return units
 
     def _report(self, sums: list[Tensor]) -> None:
         """Send this rank's figures to rank 0."""
@@ -237,6 +247,10 @@ class BtsHalf(Half):
         channel.post()
         state = checkpoint.unflatten(channel.receive(0), tail)
         checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
+
+    def units(self) -> dict[str, Unit]:
+        """It keeps nothing from one iteration to the next."""
+        return {}
 
     def _mean(self, kind: Kind) -> Tensor:
         """(1, scalars) mean over UEs, in fp32 whatever crossed."""

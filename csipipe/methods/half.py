@@ -69,6 +69,15 @@ class Half:
     def exchanged(self) -> Ledger:
         return self.wire.ledger.merge(self.topology.is_bts(self.rank))
 
+    def restore_ledger(self, ledger: Ledger) -> None:
+        """Each side gets all counts once: UE ranks those of their UEs, rank 0 everyone's."""
+        counts = self.wire.ledger.counts
+        if self.rank == 0:
+            counts.copy_(ledger.counts)
+        elif not self.topology.is_bts(self.rank):
+            ues = self.topology.ues_of(self.rank)
+            counts[:, :, ues.start : ues.stop] = ledger.counts[:, :, ues.start : ues.stop]
+
     def agree_on_batches(self, rows: dict[str, int]) -> None:
         """Every rank runs as many evaluation batches as the UE with the most rows needs."""
         self.world.ready("parts")  # building them may take longer than a wait inside an iteration

@@ -7,7 +7,7 @@ Partial Model Personalization*, ICML 2022). Shapes: B rows, A angles, D delays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.exchange import shared_parts
 from csipipe.methods.base import set_rate
+from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
 
 
@@ -84,6 +85,20 @@ class Replica:
         with torch.no_grad():
             return self._losses(h_BAD)[1]
 
+    def unit(self, agreed: Sequence[Agreed]) -> Unit:
+        """What a checkpoint holds of this UE.
+
+        Args:
+            agreed: what is to be set again when the tensors have been loaded.
+        """
+
+        def loaded() -> None:
+            for one in agreed:
+                one.refresh()
+
+        parts: dict[str, nn.Module] = dict(self.parts)
+        return Unit(parts, AdamMoments(self.ue.optimizer), self.ue.generator, loaded)
+
     def _losses(self, h_BAD: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.settings.train.precision, self.device):
             h_hat = self.ue.head(self.tail(self.ue.encoder(h_BAD)))
@@ -112,6 +127,10 @@ class Agreed:
         with torch.no_grad():
             for tensor, value in zip(self.tensors, self.parts(), strict=True):
                 tensor.copy_(value)
+
+    def refresh(self) -> None:
+        """Take the tensors, as they are between two iterations, for what is agreed on."""
+        self.value.copy_(flat(self.tensors))
 
     def parts(self) -> list[Tensor]:
         """The agreed value of each tensor."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csipipe.config import Settings
 from csipipe.figures import row_sums
 from csipipe.methods.base import adam
+from csipipe.methods.state import AdamMoments, Unit
 from csipipe.metrics import floor_loss, paper_loss
 from csipipe.models import build_encoder, build_head
 
@@ -54,6 +55,11 @@ class UserEquipment:
         """Put encoder and head into training or evaluation mode."""
         self.encoder.train(mode)
         self.head.train(mode)
+
+    def unit(self) -> Unit:
+        """What a checkpoint holds of this UE."""
+        parts: dict[str, nn.Module] = {"encoder": self.encoder, "head": self.head}
+        return Unit(parts, AdamMoments(self.optimizer), self.generator)
 
     def step(self) -> None:
         """Adam on encoder and head (eqs. 6 and 8)."""

@@ -157,12 +157,11 @@ def test_evaluate_takes_other_data_and_refuses_what_is_no_run(
         assert "Traceback" not in ended.stderr
 
 
-def test_a_run_is_never_overwritten(finished: tuple[Path, str, str]) -> None:
+def test_a_finished_run_is_left_alone(finished: tuple[Path, str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     ranks = run_program(4, arguments(finished[0]))
-    assert [rank.code for rank in ranks] == [1] * 4
-    assert len(errors(ranks)) == 1
-    assert "already holds a run" in errors(ranks)[0]
+    assert [rank.code for rank in ranks] == [0] * 4, errors(ranks)
+    assert "holds this run, finished" in ranks[0].out
     assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
 
 

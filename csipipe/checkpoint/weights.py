@@ -1,8 +1,9 @@
-"""Weights on disk: safetensors per UE and for the tail, keys by part and layer, never by rank."""
+"""Weights for use: safetensors per UE and for the tail, keys by part and layer, never by rank."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -75,3 +76,26 @@ def unflatten(flat: Tensor, like: nn.Module) -> dict[str, Tensor]:
         start += tensor.numel()
     assert start == flat.numel()
     return state
+
+
+def switch(partial: Path, link: Path) -> None:
+    """Let `link` stand for the files of `partial`, all at once, and remove those of before.
+
+    The files get a folder of their own, `link` is a symbolic link to it.
+
+    Raises:
+        OSError: the folder can't be written; `link` is as before.
+    """
+    folder = partial.with_suffix("")
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{partial.stem}.{number}")
+    os.rename(partial, folder)
+    fresh = link.with_name(f"{link.name}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    os.replace(fresh, link)
+    for old in link.parent.glob(f"{link.name}-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""A run's whole state on disk, `checkpoints/<iteration>/`: there and whole, or not there.
+
+Every rank writes its parts into `<iteration>.partial`; when all have, rank 0 adds the manifest and
+renames the folder. A part (`ue-3.safetensors`, `tail-0.safetensors`) belongs to a UE or to a layer
+of the tail, whoever hosted it. Parts are flushed to the disk before the folder gets its name, so
+that a snapshot that is there survives a node that dies; its hashes tell if it didn't.
+
+The ranks of all nodes see one file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+FORMAT = 1
+"""Of the manifest and the parts; a higher one is refused."""
+MANIFEST = "manifest.json"
+_REMEDY = "delete {} to go on from the checkpoint before it, or name another in run.resume"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A part as the manifest lists it: bytes of its file, and their BLAKE2b digest."""
+
+    size: int
+    digest: bytes
+
+    DIGEST = 28
+    """Bytes of a digest."""
+
+
+def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
+    """Write a part into the folder of a snapshot in the making (OSError)."""
+    partial.mkdir(parents=True, exist_ok=True)
+    data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+    _write(_file(partial, name), data)
+    return Record(len(data), _digest(data))
+
+
+def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> Path:
+    """Write the manifest and give the snapshot its name; returns its folder (OSError)."""
+    final = partial.with_suffix("")
+    body = {
+        "format": FORMAT,
+        **content,
+        "parts": {n: {"size": r.size, "blake2b": r.digest.hex()} for n, r in parts.items()},
+    }
+    body["blake2b"] = _digest(_canonical(body)).hex()
+    _write(partial / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
+    _flush_folder(partial)
+    if final.exists():  # an earlier attempt's, later than the one that was gone on from
+        discard(final)
+    os.rename(partial, final)
+    _flush_folder(final.parent)
+    return final
+
+
+def discard(folder: Path) -> None:
+    """Remove a snapshot, whole or in the making; what has no manifest any more is none."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what dying processes left half made."""
+    for folder in checkpoints.glob("*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in _numbered(checkpoints):
+        if not (folder / MANIFEST).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` snapshots."""
+    for folder in _whole(checkpoints)[:-keep]:
+        discard(folder)
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """Folder of the newest whole snapshot."""
+    found = _whole(checkpoints)
+    return found[-1] if found else None
+
+
+def find(path: Path) -> Path:
+    """The snapshot that a person named: its folder, or a run's directory for its newest one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MANIFEST).is_file() and path.name.isdigit():
+        return path
+    found = newest(path / "checkpoints")
+    if found is None:
+        raise ValueError(
+            f"run.resume: {path} is neither a checkpoint nor the directory of a run with one; "
+            "give RUN or RUN/checkpoints/ITERATION."
+        )
+    return found
+
+
+class Snapshot:
+    """A snapshot to read from.
+
+    Attributes:
+        content: what `commit` was given: `iteration`, `settings` and the rest.
+
+    Raises:
+        ValueError: a manifest that is missing, damaged or of a newer format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        file = folder / MANIFEST
+        try:
+            content = json.loads(file.read_text())
+            version = content["format"]
+            digest = content.pop("blake2b")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} can't be read ({error!r}); {self._remedy}.") from error
+        if version != FORMAT:
+            raise ValueError(
+                f"{file} has format {version!r}, this csipipe reads {FORMAT}; go on with the "
+                "version that wrote it."
+            )
+        if digest != _digest(_canonical(content)).hex():
+            raise ValueError(f"{file} was altered since it was written; {self._remedy}.")
+        self.content: dict[str, Any] = content
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A part's tensors, after a look at size and digest.
+
+        Raises:
+            ValueError: a file that is missing, cut short or altered; it is named.
+        """
+        file = _file(self.folder, name)
+        record = self.content["parts"].get(name)
+        if record is None:
+            raise ValueError(f"{self.folder} has no part {name}; it is of another model or split.")
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{file} is missing ({error.strerror}); {self._remedy}.") from error
+        if len(data) != record["size"]:
+            raise ValueError(
+                f"{file} has {len(data)} bytes instead of {record['size']}; {self._remedy}."
+            )
+        if _digest(data).hex() != record["blake2b"]:
+            raise ValueError(f"{file} was altered since it was written; {self._remedy}.")
+        try:
+            return safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise ValueError(f"{file} can't be read ({error}); {self._remedy}.") from error
+
+    @property
+    def _remedy(self) -> str:
+        return _REMEDY.format(self.folder)
+
+
+def _numbered(checkpoints: Path) -> list[Path]:
+    """Folders that are called like snapshots, the newest last."""
+    found = [path for path in checkpoints.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _whole(checkpoints: Path) -> list[Path]:
+    return [path for path in _numbered(checkpoints) if (path / MANIFEST).is_file()]
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=Record.DIGEST).digest()
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _write(file: Path, data: bytes) -> None:
+    with open(file, "wb") as output:
+        output.write(data)
+        output.flush()
+        os.fsync(output.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make names in `folder` last; some file systems can't."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,112 @@
+"""One live run per directory: a lock that a dead process doesn't hold.
+
+The kernel gives an flock back when its process dies. Where the file system keeps flocks to one
+node, the file's time of change helps: a live run renews it, and a run on another node watches it
+for a while. A file system without locks is not guarded.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+
+NAME = "lock"
+BEAT = 5.0
+"""Seconds between two signs of life."""
+WATCH = 3 * BEAT
+"""Seconds for which a lock that names another node is watched."""
+
+
+class Lock:
+    """Holds the lock of a run's directory until `release`, or until this process ends.
+
+    Raises:
+        ValueError: a live run holds it; process, node and time are named.
+        OSError: the directory can't be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / NAME
+        self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _take(self._descriptor, self._file)
+            self._wait_for_another_node()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        now = datetime.now().isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": platform.node(), "since": now}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._ended.set()
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            try:
+                os.utime(self._file)
+            except OSError:  # a full or vanished disk shows elsewhere
+                continue
+
+    def _wait_for_another_node(self) -> None:
+        holder = _holder(self._file)
+        if holder.get("host") in (None, platform.node()):
+            return
+        before, deadline = self._file.stat().st_mtime, time.monotonic() + WATCH
+        while time.monotonic() < deadline:
+            time.sleep(BEAT / 5)
+            if self._file.stat().st_mtime != before:
+                raise _in_use(self._file)
+
+
+def check(folder: Path) -> None:
+    """Refuse (ValueError) a directory that a live run holds, as far as flocks tell."""
+    file = folder / NAME
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        _take(descriptor, file)
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, file: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(file) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def _in_use(file: Path) -> ValueError:
+    holder = _holder(file)
+    return ValueError(
+        f"run.dir: {file.parent} is in use by a live run (process {holder.get('pid', '?')} on "
+        f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, stop it with "
+        f"`touch {file.parent}/stop`, or choose another run.dir."
+    )
+
+
+def _holder(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,177 @@
+"""All ranks save a checkpoint together, and set a worker up from one.
+
+A save that fails (a full disk) is shown once and leaves the last whole checkpoint; training goes
+on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from csipipe import checkpoint, commandline
+from csipipe.checkpoint import Record, Snapshot
+from csipipe.config import Settings
+from csipipe.methods import Worker, part_names
+from csipipe.wire import COUNTED, PHASES, Ledger, largest
+
+_WORD = 7  # bytes of a digest in one integer
+_WORDS = Record.DIGEST // _WORD
+
+
+class Saver:
+    """Saves the run in `folder` on this rank.
+
+    Args:
+        ranks: processes of the run.
+    """
+
+    def __init__(
+        self, worker: Worker, settings: Settings, folder: Path, rank: int, ranks: int
+    ) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._checkpoints = folder / "checkpoints"
+        self._rank = rank
+        self._ranks = ranks
+        self._names = part_names(settings)
+        self.seconds = 0.0
+
+    def snapshot(self, done: int, ledger: Ledger, progress: dict[str, Any]) -> OSError | None:
+        """Save everything after iteration `done`; collective.
+
+        Args:
+            ledger: of all ranks.
+            progress: rank 0's: what goes into the manifest beside, JSON values.
+
+        Returns:
+            Why there is no checkpoint, on one of the ranks; it has been shown.
+        """
+        started = time.monotonic()
+        partial = self._checkpoints / f"{done}.partial"
+        written: dict[str, Record] = {}
+
+        def write() -> None:
+            for name, unit in self._worker.units().items():
+                written[name] = checkpoint.write_part(partial, name, unit.state())
+
+        def name_it() -> None:
+            content = {
+                "csipipe": version("csipipe"),
+                "iteration": done,
+                "settings": commandline.plain(self._settings),
+                "ledger": _dump(ledger),
+                **progress,
+            }
+            checkpoint.commit(partial, content, parts)
+            checkpoint.prune(self._checkpoints, self._settings.run.keep)
+
+        error = _try(write)
+        failed, parts = self._agree(error, written)
+        if failed is None and self._rank == 0:
+            error = _try(name_it)
+        if self._rank == 0 and (failed is not None or error is not None):
+            checkpoint.discard(partial)
+        self.seconds += time.monotonic() - started
+        return self._shown(f"checkpoint of iteration {done}", error, failed)
+
+    def best(self, done: int) -> None:
+        """Save the weights after iteration `done` as `checkpoints/best`; collective."""
+        partial = self._checkpoints / f"best-{done}.partial"
+        error = _try(lambda: self._worker.save_weights(partial))
+        failed, _ = self._agree(error, {})
+        if self._rank == 0:
+            if failed is None:
+                error = _try(lambda: checkpoint.switch(partial, self._checkpoints / "best"))
+            if failed is not None or error is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+        self._shown(f"best weights of iteration {done}", error, failed)
+
+    def _agree(
+        self, error: OSError | None, written: dict[str, Record]
+    ) -> tuple[int | None, dict[str, Record]]:
+        """The first rank that failed, if any, and what all ranks wrote; collective."""
+        failures = [0] * self._ranks
+        failures[self._rank] = int(error is not None)
+        table = [word for name in self._names for word in _words(written.get(name))]
+        values = largest([*failures, *table])
+        failed = next((rank for rank in range(self._ranks) if values[rank]), None)
+        rows = zip(*[iter(values[self._ranks :])] * (1 + _WORDS), strict=True)
+        return failed, {
+            name: _record(row) for name, row in zip(self._names, rows, strict=True) if row[0]
+        }
+
+    def _shown(self, what: str, error: OSError | None, failed: int | None) -> OSError | None:
+        """Show an error once: the first rank's that failed."""
+        if error is None or failed not in (None, self._rank):
+            return None
+        last = checkpoint.newest(self._checkpoints)
+        kept = f"the last whole one is {last}" if last else "there is none yet"
+        line = f"{what} can't be saved: {error}; training goes on, {kept}. Make room on the disk."
+        with contextlib.suppress(OSError):  # the log may lie on the same disk
+            tqdm.write(f"csipipe: warning: {line}", file=sys.stderr)
+        return error
+
+
+def restore(worker: Worker, settings: Settings, source: Snapshot) -> None:
+    """Set this rank's share of the run up from a snapshot.
+
+    Raises:
+        ValueError: a part that is missing, damaged or of another model; its file is named.
+    """
+    for name, unit in worker.units().items():
+        try:
+            unit.load(source.tensors(name))
+        except ValueError as error:
+            if str(source.folder) in str(error):
+                raise
+            raise ValueError(
+                f"{source.folder / name}.safetensors doesn't fit this run: {error}; go on with "
+                "the settings that it was written with."
+            ) from error
+    worker.restore_ledger(_load(source.content["ledger"], settings.topology.ues))
+
+
+def _try(save: Callable[[], object]) -> OSError | None:
+    try:
+        save()
+    except OSError as error:
+        return error
+    return None
+
+
+def _words(record: Record | None) -> list[int]:
+    """A record as integers; zeros: this rank has no such part."""
+    if record is None:
+        return [0] * (1 + _WORDS)
+    cuts = range(0, Record.DIGEST, _WORD)
+    return [record.size, *(int.from_bytes(record.digest[i : i + _WORD], "big") for i in cuts)]
+
+
+def _record(words: tuple[int, ...]) -> Record:
+    return Record(words[0], b"".join(word.to_bytes(_WORD, "big") for word in words[1:]))
+
+
+def _dump(ledger: Ledger) -> dict[str, dict[str, list[list[int]]]]:
+    """Scalars and bytes per phase, kind and UE."""
+    return {
+        phase: {kind.name: ledger.counts[p, k].tolist() for k, kind in enumerate(COUNTED)}
+        for p, phase in enumerate(PHASES)
+    }
+
+
+def _load(content: dict[str, dict[str, list[list[int]]]], ues: int) -> Ledger:
+    ledger = Ledger(ues)
+    for p, phase in enumerate(PHASES):
+        for k, kind in enumerate(COUNTED):
+            ledger.counts[p, k] = torch.tensor(content[phase][kind.name])
+    return ledger

@@ -1,0 +1,136 @@
+"""A run that is asked to stop: all ranks end after the same iteration, with everything saved.
+
+Asked by SIGTERM or SIGUSR1 on any rank, or by a file called `stop` in the run's directory. Rank 0
+then names the iteration after the one that it is at. No rank can be further: each needs messages of
+rank 0's in every iteration. So all read the name in time, one look into the store per iteration.
+
+A signal may also mean that torchrun is ending everything because a rank died. A rank that waits
+for the dead one doesn't run Python's handlers; so signals wake a thread, which ends a rank that
+makes no progress.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from csipipe.world import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "stop"
+GRACE = 5.0
+"""Seconds without progress, beyond the longest step so far, after which a signalled rank ends."""
+_LOOK = 0.5  # seconds between two looks for the file
+_ASKED, _AFTER = "stop asked", "stop after"
+
+
+class Stopping:
+    """Listens for a wish to stop while it is entered; afterwards signals do what they did before.
+
+    Args:
+        folder: the run's directory.
+    """
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self._world = world
+        self._file = folder / STOP_FILE
+        self._signal: int | None = None
+        self._after: int | None = None
+        self._told = False
+        self._looked = 0.0
+        self._progress = time.monotonic()
+        self._longest = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        self._progress = time.monotonic()
+        self._reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        threading.Thread(target=self._watch, args=(self._reading,), daemon=True).start()
+        self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        self._writing = writing
+        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writing)  # ends the thread
+
+    def progress(self) -> None:
+        """Something that all ranks do together is done: an iteration, an evaluation, a save."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._progress)
+        self._progress = now
+
+    def after(self, done: int) -> bool:
+        """Whether the run ends after its `done`-th iteration, the same on every rank."""
+        self.progress()
+        if self._world.rank == 0:
+            if self._after is None and self._wanted():
+                self._after = done + 1
+                self._world.store.set(_AFTER, str(self._after))
+        else:
+            if self._signal is not None and not self._told:
+                self._world.store.set(_ASKED, "")
+                self._told = True
+            if self._after is None and self._world.store.check([_AFTER]):
+                self._after = int(self._world.store.get(_AFTER))
+        return self._after is not None and done >= self._after
+
+    def answered(self) -> None:
+        """On rank 0, when the run has stopped: the file has been answered."""
+        self._file.unlink(missing_ok=True)
+
+    def _wanted(self) -> bool:
+        if self._signal is not None or self._world.store.check([_ASKED]):
+            return True
+        now = time.monotonic()
+        if now - self._looked < _LOOK:
+            return False
+        self._looked = now
+        return self._file.exists()
+
+    def _watch(self, reading: int) -> None:
+        """Wait for a signal, then for the end or for a standstill."""
+        wanted = {int(number) for number in SIGNALS}
+        while self._signal is None:
+            numbers = os.read(reading, 64)
+            if not numbers:
+                os.close(reading)
+                return
+            self._signal = next((number for number in numbers if number in wanted), None)
+        since = time.monotonic()
+        os.set_blocking(reading, False)
+        while True:
+            try:
+                if not os.read(reading, 64):
+                    os.close(reading)
+                    return
+            except BlockingIOError:
+                time.sleep(0.1)
+            idle = time.monotonic() - max(since, self._progress)
+            if idle > GRACE + self._longest:
+                name = signal.Signals(self._signal).name
+                print(
+                    f"csipipe: rank {self._world.rank} ends: no progress {idle:.0f} s after {name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The thread has it already."""

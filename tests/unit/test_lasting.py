@@ -1,0 +1,159 @@
+"""Snapshots, locks and what may change when a run goes on: no processes but one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from csipipe import checkpoint, commandline, lock
+from csipipe.config import RunSettings, Settings, TopologySettings, TrainSettings
+from csipipe.resuming import decide
+
+
+def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
+    """A snapshot with one part."""
+    partial = checkpoints / f"{iteration}.partial"
+    record = checkpoint.write_part(partial, "ue-0", {"x": torch.arange(5.0)})
+    plain = commandline.plain(settings or Settings())
+    content = {"iteration": iteration, "settings": plain}
+    return checkpoint.commit(partial, content, {"ue-0": record})
+
+
+def test_a_snapshot_says_what_was_written(tmp_path: Path) -> None:
+    source = checkpoint.Snapshot(snapshot(tmp_path, 7))
+    assert source.content["iteration"] == 7
+    assert torch.equal(source.tensors("ue-0")["x"], torch.arange(5.0))
+    with pytest.raises(ValueError, match="no part ue-1"):
+        source.tensors("ue-1")
+
+
+def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
+    file = snapshot(tmp_path, 7) / "manifest.json"
+    file.write_text(file.read_text().replace('"iteration": 7', '"iteration": 8'))
+    with pytest.raises(ValueError, match=r"manifest.json was altered .* delete"):
+        checkpoint.Snapshot(file.parent)
+
+
+def test_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
+    for iteration in (5, 10, 100, 20):
+        snapshot(tmp_path, iteration)
+    checkpoint.prune(tmp_path, keep=2)
+    (tmp_path / "200.partial").mkdir()
+    (tmp_path / "150").mkdir()  # one that lost its manifest while it was removed
+    assert checkpoint.newest(tmp_path) == tmp_path / "100"
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["100", "20"]
+
+
+def test_a_link_stands_for_one_set_of_weights(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        partial = tmp_path / "best-3.partial"  # the same iteration twice, after going on
+        partial.mkdir()
+        (partial / "file").write_text(text)
+        checkpoint.switch(partial, tmp_path / "best")
+        assert (tmp_path / "best" / "file").read_text() == text
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def run_in(folder: Path, settings: Settings) -> None:
+    """What a run of `settings` leaves that was killed."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(commandline.to_yaml(settings))
+
+
+def test_where_a_run_is_computed_may_change(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    source = snapshot(folder / "checkpoints", 7)
+    moved = Settings(
+        topology=TopologySettings(stages=1, partition="uniform"),
+        train=TrainSettings(threads=3, schedule="gpipe", device="cpu"),
+        run=RunSettings(timeout=5.0, save_every=3, keep=9),
+    )
+    assert decide(moved, folder, again=False).checkpoint == source
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(train=TrainSettings(lr=1e-3)), "train.lr 0.002, this run has 0.001"),
+        (Settings(train=TrainSettings(seed=1)), "train.seed 0, this run has 1"),
+        (Settings(topology=TopologySettings(ues=5)), "topology.ues 4, this run has 5"),
+        (Settings(train=TrainSettings(iterations=600)), "cosine depend on it"),
+    ],
+)
+def test_what_is_computed_may_not(settings: Settings, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    with pytest.raises(ValueError, match=message):
+        decide(settings, folder, again=False)
+
+
+def test_fewer_iterations_than_there_are_is_refused(tmp_path: Path) -> None:
+    given = [
+        Settings(train=TrainSettings(iterations=n, lr_schedule="constant")) for n in (10, 20, 5)
+    ]
+    folder = tmp_path / "run"
+    run_in(folder, given[0])
+    source = snapshot(folder / "checkpoints", 7, given[0])
+    assert decide(given[1], folder, again=False).checkpoint == source
+    with pytest.raises(ValueError, match=r"is of iteration 7, but train\.iterations is 5"):
+        decide(given[2], folder, again=False)
+
+
+def test_a_restart_goes_on_whatever_was_asked(tmp_path: Path) -> None:
+    settings = Settings(run=RunSettings(resume="never"))
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    with pytest.raises(ValueError, match="already holds a run"):
+        decide(settings, folder, again=False)
+    assert decide(settings, folder, again=True).exists
+
+
+HOLD = "import sys; from pathlib import Path; from csipipe.lock import Lock; " + (
+    "held = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"in use by a live run .process {holder.pid} on"):
+            lock.check(tmp_path)
+        with pytest.raises(ValueError, match="in use"):
+            lock.Lock(tmp_path)
+        holder.kill()
+        holder.wait()
+    lock.check(tmp_path)
+    lock.Lock(tmp_path).release()
+
+
+def test_a_lock_of_another_node_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WATCH", 0.4)
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+    file = tmp_path / "lock"
+    file.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "now"}))
+    ended = threading.Event()
+
+    def live() -> None:
+        while not ended.is_set():
+            time.sleep(0.05)
+            os.utime(file)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    with pytest.raises(ValueError, match="on elsewhere"):
+        lock.Lock(tmp_path)
+    ended.set()
+    thread.join()
+    lock.Lock(tmp_path).release()  # it shows no life any more
