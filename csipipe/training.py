@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from datetime import datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from csipipe import commandline
+from csipipe import commandline, handshake
 from csipipe.config import Settings
 from csipipe.device import keep_memory, pick_device, set_threads
 from csipipe.figures import Figures
@@ -24,7 +23,7 @@ def launch(world: World, settings: Settings) -> None:
     Raises:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
     """
-    _same_settings(world, settings)
+    handshake.compare_settings(world, settings)
     device = pick_device(settings.train.device, world.local_rank)
     threads = set_threads(settings.train.threads, world.local_size)
     build = prepare(settings, world.rank, world.size, device)
@@ -49,18 +48,6 @@ def launch(world: World, settings: Settings) -> None:
         dealt.write(folder)
     run(worker, settings, folder, tracker, world.size)
     world.leave()
-
-
-def _same_settings(world: World, settings: Settings) -> None:
-    """Refuse to train (ValueError) where nodes were started with different settings."""
-    mine = commandline.to_yaml(settings)
-    theirs = world.shared("settings", mine)
-    for here, there in zip_longest(mine.splitlines(), theirs.splitlines(), fillvalue=""):
-        if here != there:
-            raise ValueError(
-                f"rank {world.rank} was started with {here.strip()!r}, rank 0 with "
-                f"{there.strip()!r}; start every node with the same settings."
-            )
 
 
 def new_folder(settings: Settings) -> Path:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from csipipe import trust
 from csipipe.config import Settings
 from csipipe.figures import row_sums
 from csipipe.methods.base import adam
@@ -56,7 +57,13 @@ class UserEquipment:
         self.head.train(mode)
 
     def step(self) -> None:
-        """Adam on encoder and head (eqs. 6 and 8)."""
+        """Adam on encoder and head (eqs. 6 and 8).
+
+        Raises:
+            FloatingPointError: a gradient is no number; nothing was changed.
+        """
+        parts = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        trust.check_gradients(f"UE {self.number}'s", parts.named_parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -198,4 +198,4 @@ def stay_silent(world: World) -> str:
 
 def test_a_silent_peer_is_named_after_the_timeout() -> None:
     message = run_world(2, stay_silent, timeout=20)[1]
-    assert "waiting for smashed of micro-batch 2 from BTS stage 0" in message
+    assert "waiting for smashed data of micro-batch 2 from BTS stage 0" in message
