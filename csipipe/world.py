@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NoReturn
 
@@ -50,6 +51,7 @@ class World:
         doing: what this rank is, for messages; empty before it has a role.
         role: a rank's name for people.
         grace: how long a rank that gave up waiting listens whether its peer did too, in seconds.
+        told: how often this rank told something, by name.
     """
 
     store: Store
@@ -60,6 +62,7 @@ class World:
     doing: str = ""
     role: Callable[[int], str] = "rank {}".format
     grace: float = _GRACE
+    told: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def from_torchrun(cls) -> World:
@@ -126,12 +129,13 @@ class World:
         return self._read(name)
 
     def tell(self, name: str, text: str) -> None:
-        """Publish a text of this rank's."""
-        self.store.set(f"{name}/{self.rank}", text)
+        """Publish a text of this rank's; each rank tells as often as the others."""
+        self.told[name] += 1
+        self.store.set(f"{name}/{self.told[name]}/{self.rank}", text)
 
     def hear(self, name: str, rank: int) -> list[str]:
-        """The lines that `rank` tells under that name; raises as `ready`."""
-        return self._read(f"{name}/{rank}").splitlines()
+        """The lines that `rank` told when this rank last did; raises as `ready`."""
+        return self._read(f"{name}/{self.told[name]}/{rank}").splitlines()
 
     def _read(self, key: str) -> str:
         """A text that another rank writes during set-up."""
