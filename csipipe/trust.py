@@ -38,7 +38,7 @@ def fault(rows: Tensor, limit: float) -> str:
     """What is wrong with a tensor that isn't sound."""
     where = (~rows.isfinite()).flatten().nonzero()
     if not len(where):
-        return f"has root mean square {rms(rows):.3g}, above train.max_rms {limit:.3g}"
+        return f"has root mean square {rms(rows.double()):.3g}, above train.max_rms {limit:.3g}"
     first = int(where[0])
     value = float(rows.flatten()[first])
     text = f"holds {value} in {len(where)} of {rows.numel()} scalars, first at scalar {first}"
