@@ -173,6 +173,12 @@ class TrainSettings:
     """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
+    on_bad_ue: Literal["stop", "drop"] = "stop"
+    """When a UE sends values that aren't finite or exceed train.max_rms. stop: the run ends and
+    names it. drop (federated methods): the mean is taken as if the UE had not taken part."""
+    max_rms: float = 1e4
+    """Root mean square above which a tensor that crosses between a UE and the BTS is bad. Smashed
+    data are of order 1 and gradients smaller: the default only catches what has run away."""
     threads: int | None = None
     """CPU threads per rank. null: OMP_NUM_THREADS if above 1, else cores / ranks of the node."""
 
@@ -193,6 +199,8 @@ class TrainSettings:
             raise ValueError(f"train.betas is {self.betas}; both must lie in [0, 1).")
         if not (math.isfinite(self.mu) and self.mu >= 0):
             raise ValueError(f"train.mu is {self.mu}; it must be a number and at least 0.")
+        if not self.max_rms > 0:
+            raise ValueError(f"train.max_rms is {self.max_rms}; it must be a positive number.")
         _at_least("train.seed", self.seed, 0)
         if self.threads is not None:
             _at_least("train.threads", self.threads, 1)
@@ -258,6 +266,12 @@ class Settings:
             raise ValueError(
                 f"train.local_steps is {self.train.local_steps}, but {self.method} exchanges after "
                 f"every step; leave it at 1, or use one of {', '.join(LOCAL_STEPS)}."
+            )
+
+        if self.train.on_bad_ue == "drop" and self.method == "csilocal":
+            raise ValueError(
+                "train.on_bad_ue is drop, but method is csilocal, whose micro-batches hold rows of "
+                "every UE; use stop."
             )
 
     @property

@@ -39,6 +39,10 @@ class Figures:
     def _means(self, column: int) -> list[float]:
         return [float(v) for v in self.sums[:, column] / self.sums[:, 0].clamp(min=1)]
 
+    def _mean(self, per_ue: list[float]) -> float:
+        """Over the UEs that have rows: one that was left out of a step has none."""
+        return sum(per_ue) / max(1, int((self.sums[:, 0] > 0).sum()))
+
     @property
     def loss_per_ue(self) -> list[float]:
         """The paper's loss, mean over a UE's rows."""
@@ -52,17 +56,17 @@ class Figures:
     @property
     def loss(self) -> float:
         """The paper's loss, mean over UEs."""
-        return sum(self.loss_per_ue) / len(self.sums)
+        return self._mean(self.loss_per_ue)
 
     @property
     def nmse_db(self) -> float:
         """Centred NMSE in dB of the mean over UEs of the linear NMSE."""
-        return to_db(sum(self.nmse_per_ue) / len(self.sums))
+        return to_db(self._mean(self.nmse_per_ue))
 
     @property
     def floor(self) -> float:
         """The paper's loss of a constant 0.5, mean over UEs."""
-        return sum(self._means(3)) / len(self.sums)
+        return self._mean(self._means(3))
 
     def summary(self) -> dict[str, Any]:
         """The `test` entry of `summary.json`."""

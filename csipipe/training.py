@@ -7,11 +7,10 @@ import shutil
 import time
 from dataclasses import asdict
 from datetime import datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from csipipe import checkpoint, commandline
+from csipipe import checkpoint, commandline, handshake
 from csipipe.channels import Manifest
 from csipipe.config import Settings
 from csipipe.device import keep_memory, pick_device, set_threads
@@ -33,7 +32,7 @@ def launch(world: World, settings: Settings) -> None:
     Raises:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
     """
-    _same_settings(world, settings)
+    handshake.compare_settings(world, settings)
     start = _begin(world, settings)
     if start.finished:
         if world.rank == 0:
@@ -98,18 +97,6 @@ def _same_rows(dealt: Manifest, before: Path) -> None:
             f"the rows that data.* gives now aren't those that {before / 'manifest.json'} lists; "
             "give the same files, seed and version of csipipe, or choose another run.dir."
         )
-
-
-def _same_settings(world: World, settings: Settings) -> None:
-    """Refuse to train (ValueError) where nodes were started with different settings."""
-    mine = commandline.to_yaml(settings)
-    theirs = world.shared("settings", mine)
-    for here, there in zip_longest(mine.splitlines(), theirs.splitlines(), fillvalue=""):
-        if here != there:
-            raise ValueError(
-                f"rank {world.rank} was started with {here.strip()!r}, rank 0 with "
-                f"{there.strip()!r}; start every node with the same settings."
-            )
 
 
 def new_folder(settings: Settings) -> Path:

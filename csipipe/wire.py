@@ -4,14 +4,15 @@ The only file that moves tensors between ranks. A message carries the rows of on
 that one rank owns; its tag says which kind of message and which micro-batch it is, so that a
 smashed-data tensor can't be taken for a gradient.
 
-Everything that crosses is a tensor of a shape that both ends computed; nothing is unpickled.
+Everything that crosses is a tensor of a shape that both ends computed; nothing is unpickled. What
+crosses between a UE and the BTS is checked by who receives it (`csipipe.trust`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from csipipe import trust
+from csipipe.blame import EVERYONE, PeerLost
 from csipipe.device import download, host_buffer, upload
 from csipipe.topology import Topology
 
@@ -59,6 +62,7 @@ UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT, Kind.UPDATE, Kind.STATISTICS)
 """Counted kinds that go from a UE to the BTS; the others go down."""
 _LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the first stage
 PHASES = ("training", "evaluation")
+_NAMES = {Kind.SMASHED: "smashed data", Kind.OUTPUT: "tail output"}
 _SLOTS = 1 << 20  # tags: kind * _SLOTS + micro-batch
 
 
@@ -93,7 +97,7 @@ class Ledger:
         """
         sides = torch.zeros(2, *self.counts.shape, dtype=torch.int64)
         sides[int(is_bts)] = self.counts
-        with _watch("comparing ledgers with all ranks"):
+        with _watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
             dist.all_reduce(sides)
         if not torch.equal(sides[0], sides[1]):
             raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
@@ -125,8 +129,12 @@ class Channel:
     Args:
         shape: rows of one micro-batch at this end over all peers, then the shape of one row.
         slots: micro-batches per iteration.
+        limit: root mean square of a sound message; None: what arrives isn't checked.
 
     Attributes:
+        tolerant: note UEs whose messages aren't sound in `bad` and put zeros for them, instead of
+            an error.
+        bad: those UEs, with what was wrong.
         window: sends under way before `send` waits for the oldest; bounds what is kept for them.
     """
 
@@ -140,6 +148,7 @@ class Channel:
         device: torch.device,
         ledger: Ledger | None = None,
         group: dist.ProcessGroup | None = None,
+        limit: float | None = None,
     ) -> None:
         self.kind = kind
         self.peers = peers
@@ -149,6 +158,9 @@ class Channel:
         self.device = device
         self.ledger = ledger if kind in COUNTED else None
         self.group = group
+        self.limit = limit
+        self.tolerant = False
+        self.bad: dict[int, str] = {}
         staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
         self._thread = ThreadPoolExecutor(1) if staged else None
         self._buffers: list[Tensor] = []
@@ -173,13 +185,16 @@ class Channel:
         """Micro-batch `m` on the device, of `shape`. Valid until it is released.
 
         Raises:
-            ConnectionError: a peer is gone, or silent for longer than the group's timeout.
+            PeerLost: a peer is gone, or silent for longer than the group's timeout.
+            BadMessage: what it sent isn't sound.
         """
         buffer = self._buffers[m % self._ahead]
         for peer, work in zip(self.peers, self._receives.pop(m), strict=True):
             with self._receiving(m, peer):
                 work.wait()
             self._count(peer, buffer)
+            if self.limit is not None and not trust.sound(buffer[peer.rows], self.limit):
+                self._judge(m, peer, buffer[peer.rows], self.limit)
         if self._thread is None:
             return buffer
         tensor, self._uploaded[m % self._ahead] = upload(buffer, self.device)
@@ -194,7 +209,7 @@ class Channel:
         """Send micro-batch `m`, of `shape`, without waiting; `finish` waits.
 
         Raises:
-            ConnectionError: as `receive`.
+            PeerLost: as `receive`.
         """
         assert tensor.shape == self.shape, (self.kind, tuple(tensor.shape), self.shape)
         while len(self._sends) >= self.window:
@@ -237,7 +252,28 @@ class Channel:
         place = m % self._ahead
         if place in self._uploaded:  # the device may still be reading from it
             self._uploaded.pop(place)()
+        if self.limit is not None:
+            for peer in self.peers:
+                trust.mark(self._buffers[place][peer.rows])
         self._receives[m] = [self._irecv(self._buffers[place][p.rows], p, m) for p in self.peers]
+
+    def _judge(self, m: int, peer: Peer, rows: Tensor, limit: float) -> None:
+        """Find the UEs whose share of a message isn't sound."""
+        ues = peer.ues if self.from_ues else range(0)
+        for ue, share in zip(ues, rows.chunk(max(1, len(ues))), strict=False):
+            if not trust.sound(share, limit):
+                who = f"{self._name(m)} from UE {ue} ({peer.role}) {trust.fault(share, limit)}"
+                if not self.tolerant:
+                    raise trust.BadMessage(f"{who}; train.on_bad_ue is stop.")
+                self.bad.setdefault(ue, who)
+                share.zero_()
+        if not ues:
+            raise trust.BadMessage(f"{self._name(m)} from {peer.role} {trust.fault(rows, limit)}.")
+
+    @property
+    def from_ues(self) -> bool:
+        """Whether what arrives here was sent by UEs, each its share of the rows."""
+        return self.kind in UP
 
     def _buffer(self) -> Tensor:
         if self._thread is not None or self.device.type == "cpu":
@@ -251,16 +287,18 @@ class Channel:
         return work
 
     def _receiving(self, m: int, peer: Peer) -> AbstractContextManager[None]:
-        return _watch(f"waiting for {self._name(m)} from {peer.role}")
+        name = self._name(m)
+        return _watch(f"waiting for {name} from {peer.role}", peer.rank, name)
 
     def _sending(self, peer: Peer) -> AbstractContextManager[None]:
-        return _watch(f"sending {self._name()} to {peer.role}")
+        name = self._name()
+        return _watch(f"sending {name} to {peer.role}", peer.rank, f"it to take {name}")
 
     def _tag(self, m: int) -> int:
         return self.kind.value * _SLOTS + m
 
     def _name(self, m: int | None = None) -> str:
-        name = self.kind.name.lower().replace("_", " ")
+        name = _NAMES.get(self.kind, self.kind.name.lower().replace("_", " "))
         return name if m is None or self.slots == 1 else f"{name} of micro-batch {m}"
 
     def _count(self, peer: Peer, tensor: Tensor) -> None:
@@ -275,6 +313,11 @@ class Wire:
         rows: rows of one UE in one micro-batch.
         micro_batches: micro-batches per iteration.
         dtype: type of what crosses (figures are float64 whatever it is).
+        limit: root mean square above which what crosses isn't sound.
+
+    Attributes:
+        terms: a line for every kind of message that one of this rank's UEs, or the BTS with a UE,
+            exchanges; both ends must have the same ones.
     """
 
     def __init__(
@@ -285,7 +328,10 @@ class Wire:
         micro_batches: int,
         dtype: torch.dtype,
         device: torch.device,
+        limit: float,
     ) -> None:
+        self.limit = limit
+        self.terms: set[str] = set()
         self.topology = topology
         self.rank = rank
         self.rows = rows
@@ -297,6 +343,8 @@ class Wire:
     def link(self, kind: Kind, width: int) -> Channel:
         """Messages between UEs and a BTS stage, `width` scalars per row, ordered by UE number."""
         peers = self._across(kind, self.rows)
+        for peer in peers:
+            self.expect(kind, peer.ues, (self.rows, width), self.micro_batches)
         return Channel(
             kind,
             peers,
@@ -305,7 +353,16 @@ class Wire:
             self.dtype,
             self.device,
             self.ledger,
+            limit=self.limit,
         )
+
+    def expect(self, kind: Kind, ues: range, shape: tuple[int, int], messages: int) -> None:
+        """Note messages that each of `ues` exchanges with the BTS, `messages` per iteration."""
+        rows, width = shape
+        for ue in ues:
+            self.terms.add(
+                f"UE {ue}: {messages} × {kind.name.lower()} of {rows} × {width} {self.dtype}"
+            )
 
     def reports(self, width: int) -> Channel:
         """Figures of every UE, `width` each, to rank 0: float64, on the host."""
@@ -320,7 +377,9 @@ class Wire:
     def weights(self, rank: int, scalars: int) -> Channel:
         """Flattened weights that `rank` has, between that rank and rank 0."""
         other = 0 if self.rank else rank
-        return self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
+        channel = self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
+        channel.limit = self.limit
+        return channel
 
     def neighbour(
         self, kind: Kind, stage: int, shape: tuple[int, ...], group: dist.ProcessGroup
@@ -344,14 +403,24 @@ class Wire:
         peers = [
             self._peer(rank, 1, range(ue, ue + 1)) for rank, ue in zip(ranks, ues, strict=True)
         ]
-        return Channel(kind, peers, (1, scalars), 1, self.dtype, self.device, self.ledger)
+        self.expect(kind, ues, (1, scalars), 1)
+        return Channel(
+            kind, peers, (1, scalars), 1, self.dtype, self.device, self.ledger, limit=self.limit
+        )
 
-    def vectors(self, kind: Kind, scalars: int) -> Iterator[Tensor]:
-        """At the BTS: the (1, scalars) of every UE, in UE order, one in memory at a time."""
-        for ue in range(self.topology.ues):
-            channel = self.vector(kind, scalars, range(ue, ue + 1))
+    def vectors(self, sizes: Mapping[Kind, int], ue: int, tolerant: bool) -> list[Tensor] | str:
+        """At the BTS: what a UE sends, (1, scalars) of each kind; or what is wrong with it.
+
+        Args:
+            tolerant: as `Channel.tolerant`; else an error.
+        """
+        channels = [self.vector(kind, size, range(ue, ue + 1)) for kind, size in sizes.items()]
+        for channel in channels:
+            channel.tolerant = tolerant
             channel.post()
-            yield channel.receive(0)
+        tensors = [channel.receive(0) for channel in channels]
+        faults = [text for channel in channels for text in channel.bad.values()]
+        return faults[0] if faults else tensors
 
     def _across(self, kind: Kind, rows: int) -> list[Peer]:
         """The other side of the UE–BTS boundary, `rows` per UE."""
@@ -378,7 +447,7 @@ class Wire:
 def largest(values: Sequence[int]) -> list[int]:
     """Element-wise maximum over all ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.int64)
-    with _watch("agreeing with all ranks"):
+    with _watch("agreeing with all ranks", EVERYONE, "their numbers of batches"):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
 
@@ -398,9 +467,9 @@ def connect_stages(rank: int, stages: int, device: torch.device, group: dist.Pro
 
 
 @contextlib.contextmanager
-def _watch(doing: str) -> Iterator[None]:
-    """Say what this rank was doing when a transfer failed (ConnectionError)."""
+def _watch(doing: str, peer: int, what: str) -> Iterator[None]:
+    """Say what this rank was doing, with whom, when a transfer failed (PeerLost)."""
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"{doing}: {str(error).splitlines()[0]}") from error
+        raise PeerLost(doing, peer, what, str(error).splitlines()[0]) from error

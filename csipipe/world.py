@@ -3,7 +3,8 @@
 Start: every rank connects to torchrun's key-value store, sets itself up, and waits for the others
 in `World.ready`. End: a rank that fails publishes its error in the store before it exits; the
 first to publish is the one that speaks, the others end silently. Their own errors (a closed
-connection, a timeout) only follow from the first.
+connection, a timeout) only follow from the first. A rank that gave up waiting publishes for whom,
+and names the one at the end of the chain: its neighbour may be waiting as well.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NoReturn
 
@@ -23,10 +26,14 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from csipipe import blame
+
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or making its data, in seconds."""
 _POLL = 0.02
 _SPEAKING = 3.0
+_GRACE = 6.0  # ranks that wait for each other run out of time one after the other
+_GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up says so at once
 
 
 class PeerFailed(Exception):
@@ -44,6 +51,9 @@ class World:
         lasting: a store that outlives a restart by torchrun; `store` begins anew.
         attempt: how often torchrun has restarted the run.
         doing: what this rank is, for messages; empty before it has a role.
+        role: a rank's name for people.
+        grace: how long a rank that gave up waiting listens whether its peer did too, in seconds.
+        told: how often this rank told something, by name.
     """
 
     store: Store
@@ -54,6 +64,9 @@ class World:
     lasting: Store | None = None
     attempt: int = 0
     doing: str = ""
+    role: Callable[[int], str] = "rank {}".format
+    grace: float = _GRACE
+    told: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def from_torchrun(cls) -> World:
@@ -78,6 +91,7 @@ class World:
         `timeout` is the longest wait for a peer, in seconds, on this group. Connecting takes as
         long as the slowest rank's imports, so it follows `ready`.
         """
+        self.grace = min(_GRACE, timeout)
         dist.init_process_group(
             "gloo",
             store=PrefixStore("world", self.store),
@@ -126,6 +140,15 @@ class World:
             return mine
         return str(self.lasting.compare_set(name, "", mine).decode())
 
+    def tell(self, name: str, text: str) -> None:
+        """Publish a text of this rank's; each rank tells as often as the others."""
+        self.told[name] += 1
+        self.store.set(f"{name}/{self.told[name]}/{self.rank}", text)
+
+    def hear(self, name: str, rank: int) -> list[str]:
+        """The lines that `rank` told when this rank last did; raises as `ready`."""
+        return self._read(f"{name}/{self.told[name]}/{rank}").splitlines()
+
     def _read(self, key: str) -> str:
         """A text that another rank writes during set-up."""
         deadline = time.monotonic() + SETUP_TIMEOUT
@@ -152,6 +175,9 @@ class World:
             text = f"{type(error).__name__}: {text}"
         if self.doing and not isinstance(error, ValueError):
             text = f"{self.doing}: {text}"
+        if isinstance(error, blame.PeerLost):
+            with contextlib.suppress(RuntimeError):
+                text = self._blame(error)
         mine = f"rank {self.rank}: {text}"  # several ranks may find the same mistake
         # the store may have gone with its torchrun: then nobody else can speak
         with contextlib.suppress(RuntimeError):
@@ -163,6 +189,27 @@ class World:
         with contextlib.suppress(RuntimeError):
             self.store.set("failure shown", "")
         self._exit()
+
+    def _blame(self, lost: blame.PeerLost) -> str:
+        """Name the rank at the end of the chain of waits, once the others had time to say."""
+        mine = blame.Wait(lost.peer, lost.what, lost.gone, self.doing)
+        self.store.set(f"waiting/{self.rank}", mine.to_json())
+        started = time.monotonic()
+        while True:
+            if self.store.check(["failure"]):
+                self._let_speak()
+            waits = {rank: wait for rank in range(self.size) if (wait := self._waits(rank))}
+            verdict = blame.find(waits, self.rank, self.size, self.role)
+            patience = _GRACE_GONE if verdict.gone else self.grace
+            if verdict.final or time.monotonic() > started + patience:
+                return verdict.text
+            time.sleep(_POLL)
+
+    def _waits(self, rank: int) -> blame.Wait | None:
+        key = f"waiting/{rank}"
+        return (
+            blame.Wait.from_json(self.store.get(key).decode()) if self.store.check([key]) else None
+        )
 
     def _let_speak(self) -> NoReturn:
         """Exit once the first rank that failed has spoken: torchrun ends all when one is gone."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from csipipe import checkpoint, models
+from csipipe import checkpoint, models, trust
 from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.figures import WIDTH, Figures
@@ -68,6 +68,7 @@ class Centralised:
         self.tail.train()
         set_rate(self.optimizer, train.lr_at(iteration))
         sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
+        trust.check_gradients("the tail's", self.tail.named_parameters())
         for ue in owners:
             ue.step()
         self.optimizer.step()

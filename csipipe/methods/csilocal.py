@@ -332,7 +332,7 @@ class BtsHalf(Half):
         return [int(layer) for layer in json.loads(self.world.shared("cuts", cuts))]
 
     def _figures(self) -> Figures | None:
-        return Figures(self.reports.receive(0).clone()) if self.rank == 0 else None
+        return self.gather() if self.rank == 0 else None
 
     def _ports(self, world: World, timeout: float) -> dict[str, Channel]:
         """Channels to the neighbours, which are UEs at the two ends.

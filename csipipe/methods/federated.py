@@ -9,6 +9,7 @@ Shapes: N UEs, P scalars of the shared parts, A angles, D delays.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -123,11 +124,12 @@ class UeHalf(Half):
         self.ues = ues
         self.test = test
         self.replicas = [method(ue, settings, device) for ue in ues]
+        self.sizes = sizes(settings)
         self.statistics = [Agreed(replica.statistics) for replica in self.replicas]
         self.lines = [
             {
                 kind: self.wire.vector(kind, scalars, range(ue.number, ue.number + 1))
-                for kind, scalars in sizes(settings).items()
+                for kind, scalars in self.sizes.items()
             }
             for ue in ues
         ]
@@ -150,7 +152,7 @@ class UeHalf(Half):
         everyone = list(zip(self.replicas, self.statistics, self.lines, strict=True))
         for replica, statistics, line in everyone:
             replica.start(iteration)
-            update, figures = replica.train()
+            update, figures = self._train(replica)
             sums.append(figures)
             line[Kind.UPDATE].send(0, update[None])
             line[Kind.STATISTICS].send(0, statistics.change()[None])
@@ -160,6 +162,20 @@ class UeHalf(Half):
             statistics.apply(line[Kind.MEAN_STATISTICS].receive(0)[0].float())
             line[Kind.UPDATE].finish()
             line[Kind.STATISTICS].finish()
+
+    def _train(self, replica: FedAvg | FedGrad) -> tuple[Tensor, Tensor]:
+        """A UE's update and figures; where bad UEs are dropped, one that fails says so by NaN.
+
+        It keeps its state of before the step that failed, and goes on with the others' mean.
+        """
+        try:
+            return replica.train()
+        except FloatingPointError:
+            if not self.tolerant:
+                raise
+            replica.ue.optimizer.zero_grad()
+            nothing = torch.full((self.sizes[Kind.UPDATE],), math.nan, device=self.device)
+            return nothing, torch.zeros(WIDTH, dtype=torch.float64)
 
     def evaluate(self, part: Part) -> None:
         """Every UE's model on its held-out rows or on the test set, one batch of each at a time."""
@@ -214,6 +230,8 @@ class BtsHalf(Half):
     ) -> None:
         super().__init__(settings, topology, world, device)
         self.sizes = sizes(settings)
+        for kind in (Kind.UPDATE, Kind.STATISTICS):  # one vector in memory at a time, later
+            self.wire.expect(kind, range(topology.ues), (1, self.sizes[kind]), 1)
         self.down = {
             kind: self.wire.vector(kind, self.sizes[kind], range(topology.ues))
             for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
@@ -221,21 +239,26 @@ class BtsHalf(Half):
         self.agree_on_batches({"holdout": 0, "test": 0})
 
     def train_iteration(self, iteration: int) -> Figures:
-        """The mean of what the UEs send, back to each of them."""
+        """The mean of what the UEs send, back to each of them.
+
+        Where bad UEs are dropped, the mean is over the others, and a dropped UE gets it too.
+        """
         self.start(iteration)
         self.reports.post()
-        self.down[Kind.MEAN_UPDATE].send(0, self._mean(Kind.UPDATE))
-        self.down[Kind.MEAN_STATISTICS].send(0, self._mean(Kind.STATISTICS))
+        means, faults = self._means()
+        for channel, mean in zip(self.down.values(), means, strict=True):
+            channel.send(0, mean)
         for channel in self.down.values():
             channel.finish()
-        return Figures(self.reports.receive(0).clone())
+        self.drop(faults)
+        return self.gather(faults)
 
     def evaluate(self, part: Part) -> Figures:
         """Gathers figures; all UEs have those of one model where it is tested once."""
         sums = torch.zeros(self.topology.ues, WIDTH, dtype=torch.float64)
         for _ in range(self.batches[part]):
             self.reports.post()
-            sums += self.reports.receive(0)
+            sums += self.gather().sums
         if part == "test" and is_one_model(self.settings):
             sums = sums.sum(dim=0).expand(self.topology.ues, -1)
         return Figures(sums)
@@ -252,12 +275,23 @@ class BtsHalf(Half):
         """It keeps nothing from one iteration to the next."""
         return {}
 
-    def _mean(self, kind: Kind) -> Tensor:
-        """(1, scalars) mean over UEs, in fp32 whatever crossed."""
-        total = torch.zeros(1, self.sizes[kind], device=self.device)
-        for vector in self.wire.vectors(kind, self.sizes[kind]):
-            total += vector
-        return total / self.topology.ues
+    def _means(self) -> tuple[list[Tensor], dict[int, str]]:
+        """(1, scalars) means over UEs of updates and statistics, in fp32 whatever crossed.
+
+        With the UEs that are left out, and why.
+        """
+        up = {kind: self.sizes[kind] for kind in (Kind.UPDATE, Kind.STATISTICS)}
+        totals = [torch.zeros(1, scalars, device=self.device) for scalars in up.values()]
+        faults: dict[int, str] = {}
+        for ue in range(self.topology.ues):
+            vectors = self.wire.vectors(up, ue, self.tolerant)
+            if isinstance(vectors, str):
+                faults[ue] = vectors
+                continue
+            for total, vector in zip(totals, vectors, strict=True):
+                total += vector
+        sound = self.topology.ues - len(faults)
+        return [total / max(1, sound) for total in totals], faults
 
 
 def is_one_model(settings: Settings) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 
+from csipipe import handshake
 from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.device import autocast, wire_dtype
-from csipipe.figures import WIDTH
+from csipipe.figures import WIDTH, Figures
 from csipipe.methods.base import batches_of
 from csipipe.models import count_parts
 from csipipe.topology import Topology
@@ -29,6 +32,7 @@ class Half:
         self.device = device
         self.world = world
         self.rank = world.rank
+        world.role = topology.role
         world.doing = topology.role(world.rank)
         self.wire = Wire(
             topology,
@@ -37,6 +41,7 @@ class Half:
             train.micro_batches,
             wire_dtype(train.precision),
             device,
+            train.max_rms,
         )
         self.parameters = count_parts(settings.model)
         self.reports = self.wire.reports(WIDTH)
@@ -44,6 +49,8 @@ class Half:
         self.clock = Clock()
         self.notes: list[str] = []
         self.batches: dict[str, int] = {}
+        self.tolerant = train.on_bad_ue == "drop"
+        self.dropped: dict[int, int] = {}
 
     @property
     def has_holdout(self) -> bool:
@@ -66,6 +73,24 @@ class Half:
         self.clock.start()
         self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
 
+    def drop(self, faults: Mapping[int, str]) -> None:
+        """Count UEs that are left out of this iteration, and say so when it happens first."""
+        for ue, fault in faults.items():
+            if ue not in self.dropped:
+                print(f"{self.world.doing}: UE {ue} is left out: {fault}", file=sys.stderr)
+            self.dropped[ue] = self.dropped.get(ue, 0) + 1
+
+    def gather(self, without: Container[int] = ()) -> Figures:
+        """On rank 0: what the UEs report. UEs that are left out have no rows.
+
+        Where bad UEs are dropped, so are figures that are no numbers.
+        """
+        sums = self.reports.receive(0).clone()
+        for ue, row in enumerate(sums):
+            if ue in without or (self.tolerant and not row.isfinite().all()):
+                row.zero_()
+        return Figures(sums)
+
     def exchanged(self) -> Ledger:
         return self.wire.ledger.merge(self.topology.is_bts(self.rank))
 
@@ -81,5 +106,6 @@ class Half:
     def agree_on_batches(self, rows: dict[str, int]) -> None:
         """Every rank runs as many evaluation batches as the UE with the most rows needs."""
         self.world.ready("parts")  # building them may take longer than a wait inside an iteration
+        handshake.compare_messages(self.world, self.wire)
         batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
         self.batches = dict(zip(rows, largest(batches), strict=True))

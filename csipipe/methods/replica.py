@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from csipipe import models
+from csipipe import models, trust
 from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.exchange import shared_parts
@@ -75,7 +75,8 @@ class Replica:
         return sums
 
     def step(self) -> None:
-        """Adam on the parameters that have a gradient."""
+        """Adam on the parameters that have a gradient; raises as `UserEquipment.step`."""
+        trust.check_gradients(f"UE {self.ue.number}'s tail", self.tail.named_parameters())
         self.ue.step()
 
     def figures(self, h_BAD: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csipipe import trust
 from csipipe.config import Settings
 from csipipe.figures import row_sums
 from csipipe.methods.base import adam
@@ -62,7 +63,13 @@ class UserEquipment:
         return Unit(parts, AdamMoments(self.optimizer), self.generator)
 
     def step(self) -> None:
-        """Adam on encoder and head (eqs. 6 and 8)."""
+        """Adam on encoder and head (eqs. 6 and 8).
+
+        Raises:
+            FloatingPointError: a gradient is no number; nothing was changed.
+        """
+        parts = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        trust.check_gradients(f"UE {self.number}'s", parts.named_parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -24,6 +24,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger as ds_logger
 from torch import Tensor, nn
 
+from csipipe import trust
 from csipipe.clock import Clock
 from csipipe.models import Pending, accumulate, put_off
 from csipipe.pipeline import subworld
@@ -225,6 +226,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self.ports.backward_in.release(m)
 
     def _step(self) -> None:
+        trust.check_gradients("the tail's", self.module.named_parameters())
         self._exec_reduce_grads()
         self._exec_optimizer_step()
 

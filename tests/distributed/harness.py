@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
+from faults import Fault
 from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
 from csipipe.world import World
@@ -97,16 +99,27 @@ class Program:
 
     The key-value store lives in this process, as it does in torchrun's agent. Use as a context:
     what is left of the ranks is killed at the end.
+
+    Args:
+        fault: what one of the ranks does wrong.
     """
 
-    def __init__(self, size: int, arguments: Sequence[str]) -> None:
+    def __init__(self, size: int, arguments: Sequence[str], fault: Fault | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
             _CONTEXT.Process(
                 target=_program,
                 # the fork server's environment is that of the test that started it
-                args=(rank, size, self._store.port, self._folder.name, arguments, {**os.environ}),
+                args=(
+                    rank,
+                    size,
+                    self._store.port,
+                    self._folder.name,
+                    arguments,
+                    {**os.environ},
+                    fault if fault and fault.rank == rank else None,
+                ),
             )
             for rank in range(size)
         ]
@@ -134,6 +147,23 @@ class Program:
             assert self.ranks[0].is_alive(), self.text(0, "err")
             assert time.monotonic() < deadline, f"no {text!r} in time"
             time.sleep(0.05)
+
+    def wait_for_fault(self, timeout: float = 120.0) -> float:
+        """Wait until the fault has happened; when that was, on the monotonic clock."""
+        deadline = time.monotonic() + timeout
+        while not (file := Path(self._folder.name, "fault")).exists():
+            assert time.monotonic() < deadline, self.text(0, "err")
+            time.sleep(0.02)
+        return float(file.read_text() or time.monotonic())
+
+    def first_end(self, without: int | None, timeout: float = 120.0) -> float:
+        """Wait until a rank has ended; when that was."""
+        deadline = time.monotonic() + timeout
+        watched = [process for rank, process in enumerate(self.ranks) if rank != without]
+        while all(process.is_alive() for process in watched):
+            assert time.monotonic() < deadline, "no rank ended"
+            time.sleep(0.02)
+        return time.monotonic()
 
     def join(self, timeout: float = 60.0, without: int | None = None) -> list[Ended]:
         """Wait until every rank has ended, or all `without` one.
@@ -217,6 +247,7 @@ def _program(
     folder: str,
     arguments: Sequence[str],
     environment: dict[str, str],
+    fault: Fault | None,
 ) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/{rank}.{name}", os.O_CREAT | os.O_WRONLY)
@@ -228,6 +259,8 @@ def _program(
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
+    if fault is not None:
+        faults.install(fault, Path(folder, "fault"))
     sys.argv = ["launch/train.py", *arguments]
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
 

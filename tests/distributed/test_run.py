@@ -230,7 +230,7 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
         (3, {"run__dir": "/proc/nowhere/run"}, "can't be written"),
         (3, {"data__source": "csinet", "data__path": "/nowhere"}, "/nowhere"),
         (3, {"train__device": "cuda"}, "no CUDA device"),
-        (3, {"train__lr": "1e30"}, "the loss of UE 0 is"),
+        (3, {"train__lr": "1e30"}, "smashed data of micro-batch 0 from UE 0"),
     ],
 )
 def test_mistakes_end_every_rank_with_one_message(
@@ -276,11 +276,15 @@ def test_a_killed_rank_ends_the_others(
         ended = program.join(timeout=20)
     assert sorted(e.code for e in ended if e.code is not None) == [-9, 1, 1, 1]
     assert len(errors(ended)) == 1
-    assert re.search(rf"iteration \d+: .* {culprit}", errors(ended)[0])
+    assert re.search(rf"{culprit}.* is gone: .*iteration \d+, waited for", errors(ended)[0])
 
 
-@pytest.mark.parametrize("rank", [1, 3], ids=["BTS", "UE"])
-def test_a_frozen_rank_ends_the_others_after_the_timeout(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "culprit"), [(1, "BTS stage 1"), (3, r"UE rank 3 \(UEs 2-3\)")], ids=["BTS", "UE"]
+)
+def test_a_frozen_rank_ends_the_others_after_the_timeout(
+    rank: int, culprit: str, tmp_path: Path
+) -> None:
     endless = arguments(
         tmp_path / "run", train__iterations="100000", run__eval_every="20", run__timeout="3"
     )
@@ -292,6 +296,8 @@ def test_a_frozen_rank_ends_the_others_after_the_timeout(rank: int, tmp_path: Pa
         ended = program.join(timeout=20, without=rank)
     assert {e.code for i, e in enumerate(ended) if i != rank} == {1}
     assert len(errors(ended)) == 1
+    pattern = rf"{culprit} is silent: .*iteration \d+, waited for"
+    assert re.search(pattern, errors(ended)[0]), errors(ended)
 
 
 def test_a_failure_while_saving_is_one_message(tmp_path: Path) -> None:

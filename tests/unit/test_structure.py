@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"config", "clock"},
-    {"topology", "schedule", "device", "metrics"},
+    {"config", "clock", "blame"},
+    {"topology", "schedule", "device", "metrics", "trust"},
     {"models", "channels", "figures", "commandline"},
     {"world", "wire", "checkpoint", "pipeline", "exchange"},
-    {"tracking", "stopping", "lock"},
+    {"tracking", "stopping", "lock", "handshake"},
     {"methods", "resuming"},
     {"saving"},
     {"training", "bench"},

@@ -1,0 +1,100 @@
+"""Who is to blame when ranks wait: from what every rank waited for to the one that nobody excuses.
+
+A rank that fails while it waits publishes its `Wait`; following them from rank to rank ends at the
+rank that is silent or gone, or goes round in a circle. Pure: no processes, no store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+EVERYONE = -1
+"""Peer of a rank that waits in a collective."""
+
+
+class PeerLost(ConnectionError):
+    """A transfer failed: the peer is gone, or silent for longer than the group's timeout.
+
+    Attributes:
+        peer: its rank, or `EVERYONE`.
+        what: the message that didn't come, or couldn't be delivered.
+        gone: whether the connection broke; else time ran out.
+    """
+
+    def __init__(self, text: str, peer: int, what: str, reason: str) -> None:
+        super().__init__(f"{text}: {reason}")
+        self.peer = peer
+        self.what = what
+        self.gone = not any(sign in reason for sign in ("Timed out", "imeout"))
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What one rank waited for when it gave up: from which rank, and where it was itself."""
+
+    peer: int
+    what: str
+    gone: bool
+    doing: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Wait:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong, and whether another rank's word could still change it."""
+
+    text: str
+    gone: bool = False
+    final: bool = False
+
+
+def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int], str]) -> Verdict:
+    """Follow the waits from rank `start`.
+
+    Args:
+        waits: of the ranks that gave up so far; `start` is one of them.
+        size: ranks of the run.
+        role: a rank's name for people.
+    """
+    path = [start]
+    while True:
+        wait = waits[path[-1]]
+        if wait.peer == EVERYONE:
+            silent = [role(rank) for rank in range(size) if rank not in waits]
+            who = ", ".join(silent) or "no rank"
+            return Verdict(f"{_missing(wait, who)}", final=not silent)
+        if wait.peer not in waits:
+            return Verdict(_missing(wait, role(wait.peer)), wait.gone)
+        if wait.peer in path:
+            return _circle(waits, path[path.index(wait.peer) :], role)
+        path.append(wait.peer)
+
+
+def _missing(wait: Wait, who: str) -> str:
+    state = "is gone" if wait.gone else "is silent"
+    return f"{who} {state}: {wait.doing}, waited for {wait.what}."
+
+
+def _circle(waits: Mapping[int, Wait], circle: list[int], role: Callable[[int], str]) -> Verdict:
+    """Ranks that wait for each other.
+
+    A connection that broke towards a rank which gave up itself only followed from that; whom the
+    others waited for was too slow.
+    """
+    slow = [rank for rank in circle if not waits[rank].gone]
+    if len(slow) < len(circle):
+        wait = waits[slow[0] if slow else circle[0]]
+        return Verdict(_missing(wait, role(wait.peer)), final=True)
+    each = "; ".join(
+        f"{waits[rank].doing}, waits for {waits[rank].what} from {role(waits[rank].peer)}"
+        for rank in circle
+    )
+    return Verdict(f"a message was lost, and ranks wait for each other: {each}.", final=True)

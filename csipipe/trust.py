@@ -1,0 +1,64 @@
+"""Whether a tensor from another party may be used: finite, and not absurdly large.
+
+Its shape and type are those of the receive that was posted for it; a message that is too short
+leaves the mark that `mark` put at the end of the buffer, which isn't finite. One pass over the
+values: the norm is finite only if all of them are (and, in fp32, none is above 1e19).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class BadMessage(ConnectionError):
+    """A peer sent something that can't be used, and the run is to stop."""
+
+
+def mark(rows: Tensor) -> None:
+    """Make the last scalar of a buffer NaN, until a whole message overwrites it."""
+    rows.view(-1)[-1:].fill_(float("nan"))
+
+
+def rms(rows: Tensor) -> float:
+    """Root mean square of any tensor; NaN or infinite if one of its values is."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(rows, dtype=dtype)) / math.sqrt(max(1, rows.numel()))
+
+
+def sound(rows: Tensor, limit: float) -> bool:
+    """Whether a tensor is finite and its root mean square at most `limit`."""
+    return rms(rows) <= limit
+
+
+def fault(rows: Tensor, limit: float) -> str:
+    """What is wrong with a tensor that isn't sound."""
+    where = (~rows.isfinite()).flatten().nonzero()
+    if not len(where):
+        return f"has root mean square {rms(rows.double()):.3g}, above train.max_rms {limit:.3g}"
+    first = int(where[0])
+    value = float(rows.flatten()[first])
+    text = f"holds {value} in {len(where)} of {rows.numel()} scalars, first at scalar {first}"
+    if where.numel() == 1 and first == rows.numel() - 1:
+        text += " (the last: it may be shorter than agreed)"
+    return text
+
+
+def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse an optimiser step with a gradient that is no number; one norm over all of them.
+
+    Raises:
+        FloatingPointError: naming the first layer with such a gradient.
+    """
+    named = [(name, p.grad) for name, p in parameters if p.grad is not None]
+    if torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite():
+        return
+    for name, grad in named:
+        if not grad.isfinite().all():
+            raise FloatingPointError(
+                f"the gradient of {whose} {name} holds {fault(grad, math.inf)[6:]}; stopped before "
+                "the optimiser's step. A lower train.lr usually helps."
+            )

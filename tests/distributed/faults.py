@@ -1,0 +1,126 @@
+"""Faults by name: fail rank r at an instruction, or spoil a message, of iteration k.
+
+Hooks `csipipe.schedule.execute` and gloo's send from the outside, in the rank that is to fail.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from csipipe import schedule
+from csipipe.schedule import Instruction, Op
+from csipipe.wire import _SLOTS, Kind
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What rank `rank` does at an instruction, or with a message, of one iteration (from 1).
+
+    Attributes:
+        what: at an instruction: raise, kill, freeze. With a message: drop, corrupt, shorten,
+            lengthen; kill and freeze happen before it is sent.
+        at: the instruction's `Op`, or the message's `Kind`.
+        micro_batch: of a message; of an instruction it is the first with that `Op`.
+    """
+
+    rank: int
+    what: str
+    at: Op | Kind
+    iteration: int = 3
+    micro_batch: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.what} rank {self.rank} at {self.at.name.lower()}, iteration {self.iteration}"
+
+
+def install(fault: Fault, note: Path) -> None:
+    """Arm this process; `note` is the file that says when it happened."""
+
+    def happens() -> None:
+        note.write_text(str(time.monotonic()))
+
+    if isinstance(fault.at, Op):
+        _at_instruction(fault, fault.at, happens)
+    else:
+        _at_message(fault, fault.at, note, happens)
+
+
+def _act(what: str) -> None:
+    if what == "raise":
+        raise RuntimeError("injected")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[what])
+
+
+def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:
+    run = schedule.execute
+    trained = 0
+
+    def execute(plan: Any, *rest: Any) -> None:
+        nonlocal trained
+        steps: list[Instruction] = list(plan)
+        trained += any(step.op is Op.STEP for step in steps)
+        at = next((i for i, step in enumerate(steps) if step.op is op), None)
+        if trained != fault.iteration or at is None or steps[-1].op is not Op.STEP:
+            run(steps, *rest)
+            return
+        run(steps[:at], *rest)
+        happens()
+        _act(fault.what)
+        run(steps[at:], *rest)
+
+    schedule.execute = execute  # type: ignore[assignment]
+    from csipipe.pipeline import engine
+
+    engine.execute = execute  # type: ignore[attr-defined,assignment]
+
+
+def _at_message(fault: Fault, kind: Kind, note: Path, happens: Callable[[], None]) -> None:
+    isend = dist.isend
+    tag = kind.value * _SLOTS + fault.micro_batch
+    sent: Counter[int] = Counter()  # by receiver
+
+    def faulty(tensor: torch.Tensor, to: int, group: Any = None, its_tag: int = 0) -> Any:
+        sent[to] += its_tag == tag
+        if its_tag != tag or sent[to] != fault.iteration or note.exists():
+            return isend(tensor, to, group, its_tag)
+        happens()
+        if fault.what == "drop":
+            return _Sent()
+        if fault.what in _SPOIL:
+            tensor = _SPOIL[fault.what](tensor)
+        else:
+            _act(fault.what)
+        return isend(tensor, to, group, its_tag)
+
+    dist.isend = faulty  # type: ignore[assignment]
+
+
+def _corrupt(tensor: torch.Tensor) -> torch.Tensor:
+    spoiled = tensor.clone()
+    spoiled.view(-1)[1] = math.nan
+    return spoiled
+
+
+_SPOIL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "corrupt": _corrupt,
+    "shorten": lambda tensor: tensor.flatten()[:-1].clone(),
+    "lengthen": lambda tensor: torch.cat([tensor.flatten(), tensor.flatten()]),
+}
+
+
+class _Sent:
+    """The send of a message that is not sent."""
+
+    def wait(self) -> bool:
+        return True
