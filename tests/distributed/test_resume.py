@@ -222,14 +222,14 @@ def test_a_stopped_run_ends_well_and_goes_on_elsewhere(
 ) -> None:
     folder = tmp_path / "run"
     with Program(4, slow(folder)) as program:
-        program.wait_for("iteration 10/")
+        program.wait_for("iteration 10/", timeout=180)
         if how == "file":
             (folder / "stop").touch()
         else:  # to one rank: the others hear of it
             pid = program.ranks[3].pid
             assert pid is not None
             os.kill(pid, getattr(signal, how))
-        ended = program.join()
+        ended = program.join(timeout=180)
     assert [rank.code for rank in ended] == [0] * 4, errors(ended)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "stopped"
@@ -249,7 +249,7 @@ def test_a_run_killed_while_it_saves_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     with Program(4, slow(folder)) as program:
-        program.wait_for("iteration 10/")
+        program.wait_for("iteration 10/", timeout=180)
         deadline = time.monotonic() + 60
         while not list((folder / "checkpoints").glob("[0-9]*.partial")):
             assert time.monotonic() < deadline
@@ -298,12 +298,12 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     endless = slow(folder, train__iterations="100000", train__lr_schedule="constant")
     with Program(4, endless) as program:
-        program.wait_for("iteration 10/")
+        program.wait_for("iteration 10/", timeout=180)
         pid = program.ranks[3].pid
         assert pid is not None
         # no file of this rank may grow beyond 10 kB, as if there were no more room
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
-        program.wait_for("iteration 30/")
+        program.wait_for("iteration 30/", timeout=180)
         lines = [line for line in program.text(3, "err").splitlines() if "can't be saved" in line]
         assert len(lines) > 1
         assert "File too large" in lines[0]
@@ -318,7 +318,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
 def test_one_live_run_per_directory(tmp_path: Path) -> None:
     endless = slow(tmp_path / "run", train__iterations="100000")
     with Program(4, endless) as program:
-        program.wait_for("iteration 10/")
+        program.wait_for("iteration 10/", timeout=180)
         ended = run_program(4, endless)
         assert [rank.code for rank in ended] == [1] * 4
         [message] = errors(ended)
