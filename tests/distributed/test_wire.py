@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,13 +62,12 @@ def test_bf16_halves_the_bytes() -> None:
     assert all(np.isfinite(result["losses"]).ravel())
 
 
-def listen_to(name: str, sent: list[tuple[int, bytes]]) -> None:
-    """Note what is handed to a function of torch.distributed, and to whom (-1: all)."""
+def listen_to(name: str, sent: list[bytes]) -> None:
+    """Note what is handed to a function of torch.distributed."""
     function = getattr(dist, name)
 
     def listen(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        sent.append((arguments[0] if name in ("isend", "send") else -1, data))
+        sent.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return function(tensor, *arguments, **options)
 
     setattr(dist, name, listen)
@@ -77,7 +75,7 @@ def listen_to(name: str, sent: list[tuple[int, bytes]]) -> None:
 
 def eavesdrop(world: World, settings: Settings) -> dict[str, Any]:
     """One rank; notes the bytes of everything it hands to the network, and its own channels."""
-    sent: list[tuple[int, bytes]] = []
+    sent: list[bytes] = []
     for name in ("isend", "send", "all_reduce", "broadcast", "all_gather", "reduce"):
         listen_to(name, sent)
     build = methods.prepare(settings, world.rank, world.size, CPU)
@@ -85,56 +83,25 @@ def eavesdrop(world: World, settings: Settings) -> dict[str, Any]:
     world.connect(settings.run.timeout)
     worker: Any = build(world)
     follow(worker, settings.train.iterations)
-    store: Any = world.store
-    stored = Path(store.path).read_bytes()  # every key and value, of all ranks
     world.leave()
     ues = getattr(worker, "ues", [])
     rows = [rows.numpy() for ue in ues for rows in (ue.rows, ue.holdout, worker.test)]
-    return {"sent": sent, "stored": stored, "rows": np.concatenate(rows) if rows else None}
+    return {"sent": b"".join(sent), "rows": np.concatenate(rows) if rows else None}
 
 
-@pytest.mark.parametrize(
-    ("method", "ranks"),
-    [
-        ("csilocal", 4),
-        ("fedavg", 3),
-        ("fedavgper", 3),
-        ("fedprox", 3),
-        ("fedproxper", 3),
-        ("fedgrad", 3),
-        ("fedgradper", 3),
-    ],
-)
+@pytest.mark.parametrize(("method", "ranks"), [("csilocal", 4), ("fedgrad", 3)])
 def test_no_channel_leaves_its_ue(method: Method, ranks: int) -> None:
-    stages = 2 if method == "csilocal" else 1
+    stages = ranks - 2
     settings = small(method, topology={"stages": stages}, train={"iterations": 3})
     heard = run_world(ranks, eavesdrop, settings)
-    sent = b"".join(data for rank in heard for _, data in rank["sent"])
-    stored = heard[0]["stored"]
+    sent = b"".join(rank["sent"] for rank in heard)
     rows = np.concatenate([rank["rows"] for rank in heard if rank["rows"] is not None])
     assert len(rows) == 4 * 20 + 2 * 2 * 20  # rows of four UEs; the test set, twice on two ranks
     assert len(sent) > 10_000
-    assert b"messages" in stored
     for row in rows.reshape(-1, 8):  # any eight neighbouring reals that say something
         if np.abs(row - 0.5).max() > 1e-3:
-            for data in (row.tobytes(), row.astype(np.float64).tobytes()):
-                assert data not in sent
-                assert data not in stored
-    if method == "csilocal":
-        _nothing_goes_on_to_another_ue(heard)
-
-
-def _nothing_goes_on_to_another_ue(heard: list[dict[str, Any]]) -> None:
-    """What UE ranks 2 and 3 send, smashed data and gradients, doesn't come back to the other."""
-    for source, other in ((2, 3), (3, 2)):
-        down = b"".join(data for rank in heard[:2] for to, data in rank["sent"] if to == other)
-        up = np.frombuffer(
-            b"".join(data for to, data in heard[source]["sent"] if to in (0, 1)), np.float32
-        )
-        pieces = [piece.tobytes() for piece in up[: len(up) // 8 * 8].reshape(-1, 8) if piece.any()]
-        assert len(pieces) > 100
-        assert len(down) > 1000
-        assert not [piece for piece in pieces if piece in down]
+            assert row.tobytes() not in sent
+            assert row.astype(np.float64).tobytes() not in sent
 
 
 def lose_a_message(world: World) -> str:
