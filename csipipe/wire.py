@@ -277,7 +277,7 @@ class Channel:
 
     def _buffer(self) -> Tensor:
         if self._thread is not None or self.device.type == "cpu":
-            return host_buffer(self.shape, self.dtype)
+            return host_buffer(self.shape, self.dtype).zero_()
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def _irecv(self, rows: Tensor, peer: Peer, m: int) -> dist.Work:

@@ -216,7 +216,14 @@ def slow(folder: Path, **settings: str) -> list[str]:
     return arguments(folder, **{**LONG, "run__save_every": "1", **settings})
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "file"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGTERM",
+        pytest.param("SIGUSR1", marks=pytest.mark.long),
+        pytest.param("file", marks=pytest.mark.long),
+    ],
+)
 def test_a_stopped_run_ends_well_and_goes_on_elsewhere(
     how: str, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
@@ -243,7 +250,7 @@ def test_a_stopped_run_ends_well_and_goes_on_elsewhere(
     assert results(folder) == uninterrupted
 
 
-@pytest.mark.parametrize("rank", [0, 3], ids=["BTS", "UE"])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 3], ids=["BTS", "UE"])
 def test_a_run_killed_while_it_saves_goes_on(
     rank: int, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
@@ -261,6 +268,7 @@ def test_a_run_killed_while_it_saves_goes_on(
     assert not list((folder / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.long
 def test_torchrun_restarts_from_the_newest_checkpoint(
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
@@ -357,7 +365,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    ["altered", *(pytest.param(d, marks=pytest.mark.long) for d in DAMAGE if d != "altered")],
+)
 def test_a_damaged_checkpoint_is_named(damage: str, stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder, symlinks=True)
@@ -392,6 +403,7 @@ def test_a_run_that_would_be_another_is_refused(
     assert message in shown
 
 
+@pytest.mark.long
 def test_a_named_checkpoint_starts_another_run(stopped: Path, tmp_path: Path) -> None:
     for source in (stopped, stopped / "checkpoints" / "4"):
         folder = tmp_path / source.name
@@ -402,6 +414,7 @@ def test_a_named_checkpoint_starts_another_run(stopped: Path, tmp_path: Path) ->
     assert results(tmp_path / "run") == results(tmp_path / "4")
 
 
+@pytest.mark.long
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
     for iterations in ("4", "6"):
         given = {"train__iterations": iterations, "train__lr_schedule": "constant"}
