@@ -144,6 +144,7 @@ def test_growth_runs_more_ues_on_the_same_ranks() -> None:
     assert [len(t) for t in contest.losses["8 UEs"]] == [8, 8, 8]
 
 
+@pytest.mark.long
 def test_an_interrupted_benchmark_keeps_its_rounds_and_leaves_nothing_behind(
     tmp_path: Path,
 ) -> None:

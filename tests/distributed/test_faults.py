@@ -130,6 +130,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
     check(faults, tmp_path)
 
 
+@pytest.mark.long
 def test_faults_of_federated_ues_are_named(tmp_path: Path) -> None:
     faults = [Fault(2, "freeze", Kind.UPDATE), Fault(1, "kill", Kind.STATISTICS)]
     settings = [Topology(3, 1, 4).role(fault.rank) for fault in faults]

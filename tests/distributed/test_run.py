@@ -259,8 +259,8 @@ def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
     ("method", "rank", "culprit"),
     [
         ("csilocal", 1, "BTS stage 1"),
-        ("csilocal", 3, "UE rank 3"),
-        ("fedavg", 0, "BTS stage 0"),
+        pytest.param("csilocal", 3, "UE rank 3", marks=pytest.mark.long),
+        pytest.param("fedavg", 0, "BTS stage 0", marks=pytest.mark.long),
         ("fedavg", 3, "UE rank 3"),
     ],
 )
@@ -279,6 +279,7 @@ def test_a_killed_rank_ends_the_others(
     assert re.search(rf"{culprit}.* is gone: .*iteration \d+, waited for", errors(ended)[0])
 
 
+@pytest.mark.long  # test_faults.py freezes ranks in the plain suite
 @pytest.mark.parametrize(
     ("rank", "culprit"), [(1, "BTS stage 1"), (3, r"UE rank 3 \(UEs 2-3\)")], ids=["BTS", "UE"]
 )
