@@ -71,6 +71,17 @@ def plain(settings: Settings) -> dict[str, Any]:
     return {name: _plain(value) for name, value in asdict(settings).items()}
 
 
+def dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `plain`, or of a YAML file, by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -102,3 +104,12 @@ def synchronize(device: torch.device) -> None:
     """Wait until `device` has done what it was given, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -149,9 +149,9 @@ def _check_snapshot(source: Path, settings: Settings) -> None:
 
 def _check_settings(theirs: dict[str, Any], settings: Settings, where: str) -> None:
     """Refuse to go on with settings that would change the result."""
-    wanted = _dotted(commandline.plain(settings))
+    wanted = commandline.dotted(commandline.plain(settings))
     # a setting younger than the run had its default's effect
-    found = _dotted(commandline.plain(Settings())) | _dotted(theirs)
+    found = commandline.dotted(commandline.plain(Settings())) | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
     for key in [*wanted, *(set(found) - set(wanted))]:
         if key.startswith(FREE) or found.get(key) == wanted.get(key):
@@ -168,13 +168,3 @@ def _check_settings(theirs: dict[str, Any], settings: Settings, where: str) -> N
             f"{reason}: going on would be neither of the two. Give the same {key}, or choose "
             "another run.dir."
         )
-
-
-def _dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            flat[name] = value
-    return flat

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from csipipe import checkpoint, commandline
 from csipipe.checkpoint import Record, Snapshot
 from csipipe.config import Settings
+from csipipe.ledger import COUNTED, PHASES, Ledger
 from csipipe.methods import Worker, part_names
-from csipipe.wire import COUNTED, PHASES, Ledger, largest
+from csipipe.wire import largest
 
 _WORD = 7  # bytes of a digest in one integer
 _WORDS = Record.DIGEST // _WORD

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from csipipe.figures import Figures
-from csipipe.wire import BUFFERS, PAPER, UP, Kind, Ledger
+from csipipe.ledger import BUFFERS, PAPER, UP, Kind, Ledger
 
 HISTORY = "history.jsonl"
 """The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over

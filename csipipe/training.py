@@ -14,13 +14,13 @@ from csipipe import checkpoint, commandline, handshake
 from csipipe.channels import Manifest
 from csipipe.config import Settings
 from csipipe.device import keep_memory, pick_device, set_threads
+from csipipe.ledger import Ledger
 from csipipe.lock import Lock
 from csipipe.methods import Worker, manifest, prepare
 from csipipe.resuming import CONFIG, Start, decide
 from csipipe.saving import Saver, restore
 from csipipe.stopping import Stopping
 from csipipe.tracking import BEGINNING, Tracker, exchanged_summary
-from csipipe.wire import Ledger
 from csipipe.world import World
 
 _NAME, _BEGUN = "run.dir", "run.dir is begun"

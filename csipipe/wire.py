@@ -1,4 +1,4 @@
-"""Tensors between UEs and BTS and between stages, and the ledger of what crossed.
+"""Tensors between UEs and BTS and between stages.
 
 The only file that moves tensors between ranks. A message carries the rows of one micro-batch
 that one rank owns; its tag says which kind of message and which micro-batch it is, so that a
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 import torch.distributed as dist
@@ -25,85 +24,12 @@ from torch import Tensor
 from csipipe import trust
 from csipipe.blame import EVERYONE, PeerLost
 from csipipe.device import download, host_buffer, upload
+from csipipe.ledger import COUNTED, UP, Kind, Ledger
 from csipipe.topology import Topology
 
-
-class Kind(Enum):
-    """What a message holds; the value is its tag."""
-
-    SMASHED = 1  # z = F1(H), UE → first stage
-    OUTPUT = 2  # F2(z), last stage → UE
-    OUTPUT_GRADIENT = 3  # dloss/dF2(z), UE → last stage
-    SMASHED_GRADIENT = 4  # dloss/dz, first stage → UE
-    ACTIVATION = 5  # stage → next stage
-    ACTIVATION_GRADIENT = 6  # stage → stage before
-    REPORT = 7  # figures per UE (losses, not data), UE → rank 0
-    DECISION = 8  # rank 0 → everyone
-    WEIGHTS = 9  # → rank 0, to be saved
-    UPDATE = 10  # federated: change of the shared parts, or their gradient, UE → BTS
-    MEAN_UPDATE = 11  # its mean over UEs, BTS → UE
-    STATISTICS = 12  # federated: change of BatchNorm's running statistics, UE → BTS
-    MEAN_STATISTICS = 13  # its mean over UEs, BTS → UE
-
-
-PAPER = (
-    Kind.SMASHED,
-    Kind.OUTPUT,
-    Kind.OUTPUT_GRADIENT,
-    Kind.SMASHED_GRADIENT,
-    Kind.UPDATE,
-    Kind.MEAN_UPDATE,
-)
-"""Kinds in the paper's count of exchanged parameters."""
-BUFFERS = (Kind.STATISTICS, Kind.MEAN_STATISTICS)
-"""Kinds that the ledger counts apart from the paper's."""
-COUNTED = PAPER + BUFFERS
-UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT, Kind.UPDATE, Kind.STATISTICS)
-"""Counted kinds that go from a UE to the BTS; the others go down."""
 _LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the first stage
-PHASES = ("training", "evaluation")
 _NAMES = {Kind.SMASHED: "smashed data", Kind.OUTPUT: "tail output"}
 _SLOTS = 1 << 20  # tags: kind * _SLOTS + micro-batch
-
-
-class Ledger:
-    """Scalars and bytes that crossed between UEs and BTS, by phase, kind and UE.
-
-    Each end counts what it sends and what it receives, so that the UEs' sum and the BTS's sum
-    must agree. `counts` is int64 of shape (phase, kind, UE, 2): scalars, bytes.
-    """
-
-    def __init__(self, ues: int) -> None:
-        self.counts = torch.zeros(len(PHASES), len(COUNTED), ues, 2, dtype=torch.int64)
-        self.phase = "training"
-
-    def count(self, kind: Kind, ues: range, tensor: Tensor) -> None:
-        """Note a message that holds the rows of `ues`, in equal parts."""
-        cell = self.counts[PHASES.index(self.phase), COUNTED.index(kind), ues.start : ues.stop]
-        cell[:, 0] += tensor.numel() // len(ues)
-        cell[:, 1] += tensor.numel() * tensor.element_size() // len(ues)
-
-    def total(self, phase: str, kinds: Sequence[Kind]) -> tuple[int, int]:
-        """Scalars and bytes of some kinds over all UEs."""
-        rows = [COUNTED.index(kind) for kind in kinds]
-        scalars, size = self.counts[PHASES.index(phase), rows].sum(dim=(0, 1)).tolist()
-        return int(scalars), int(size)
-
-    def merge(self, is_bts: bool) -> Ledger:
-        """The UEs' ledger, summed over all ranks; collective.
-
-        Raises:
-            RuntimeError: the BTS's side counted something else.
-        """
-        sides = torch.zeros(2, *self.counts.shape, dtype=torch.int64)
-        sides[int(is_bts)] = self.counts
-        with _watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
-            dist.all_reduce(sides)
-        if not torch.equal(sides[0], sides[1]):
-            raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
-        merged = Ledger(self.counts.shape[2])
-        merged.counts = sides[0]
-        return merged
 
 
 @dataclass(frozen=True)
@@ -444,10 +370,27 @@ class Wire:
         return Channel(kind, peers, shape, 1, torch.float64, torch.device("cpu"))
 
 
+def merged(ledger: Ledger, is_bts: bool) -> Ledger:
+    """The UEs' ledger, summed over all ranks; collective.
+
+    Raises:
+        RuntimeError: the BTS's side counted something else.
+    """
+    sides = torch.zeros(2, *ledger.counts.shape, dtype=torch.int64)
+    sides[int(is_bts)] = ledger.counts
+    with _watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
+        dist.all_reduce(sides)
+    if not torch.equal(sides[0], sides[1]):
+        raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
+    found = Ledger(ledger.counts.shape[2])
+    found.counts = sides[0]
+    return found
+
+
 def largest(values: Sequence[int]) -> list[int]:
     """Element-wise maximum over all ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.int64)
-    with _watch("agreeing with all ranks", EVERYONE, "their numbers of batches"):
+    with _watch("agreeing with all ranks", EVERYONE, "what they say"):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
 

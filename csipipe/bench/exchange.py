@@ -20,10 +20,10 @@ from csipipe.bench import plain
 from csipipe.bench.candidates import Layers
 from csipipe.config import Settings
 from csipipe.figures import Figures
+from csipipe.ledger import Kind
 from csipipe.methods.base import set_rate
 from csipipe.methods.half import Half
 from csipipe.topology import Topology
-from csipipe.wire import Kind
 from csipipe.world import World
 
 

@@ -26,9 +26,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from csipipe import commandline, methods
 from csipipe.bench import memory
 from csipipe.bench.candidates import Candidate
-from csipipe.bench.exchange import Choice, tail_of
+from csipipe.bench.exchange import Choice, PeerStage, tail_of
 from csipipe.config import Settings
-from csipipe.device import keep_memory, pick_device
+from csipipe.device import keep_memory, pick_device, synchronize
 from csipipe.figures import Figures
 from csipipe.methods import Centralised
 from csipipe.methods.base import adam
@@ -162,8 +162,7 @@ def _take_turn(trainer: Trainer, first: int, order: Order, device: torch.device)
             figures = trainer.train_iteration(iteration)
             if figures is not None:
                 losses.append(figures.loss_per_ue)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
     start = first + order.untimed
     iterate(range(first, start))
@@ -190,15 +189,19 @@ def _prepare(
     if spec.name.startswith("ours") or not topology.is_bts(world.rank):
         return methods.prepare(settings, world.rank, world.size, device)
     engine = methods.import_engine(device)
-    if spec.name == "deepspeed":
-        from csipipe.bench.stock import StockStage as Stage
-    elif spec.name == "torch-gpipe":
-        from csipipe.bench.torchpipe import GPipeStage as Stage  # type: ignore[assignment]
-    else:
-        from csipipe.bench.torchpipe import (  # type: ignore[assignment]
-            OneForwardOneBackwardStage as Stage,
-        )
-    return lambda world: Stage(settings, topology, world, device, engine, spec.choice)
+    stage = _peer(spec.name)
+    return lambda world: stage(settings, topology, world, device, engine, spec.choice)
+
+
+def _peer(name: str) -> type[PeerStage]:
+    """A peer's BTS stage; only its own libraries are imported."""
+    if name == "deepspeed":
+        from csipipe.bench.stock import StockStage
+
+        return StockStage
+    from csipipe.bench.torchpipe import GPipeStage, OneForwardOneBackwardStage
+
+    return GPipeStage if name == "torch-gpipe" else OneForwardOneBackwardStage
 
 
 def _prepare_unsplit(

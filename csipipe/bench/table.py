@@ -14,6 +14,7 @@ from csipipe.bench.candidates import OTHER_NORMS, Candidate, cores
 from csipipe.bench.race import TOLERANCE, Race
 from csipipe.clock import ACTIVITIES
 from csipipe.config import Settings
+from csipipe.device import processor
 
 
 def bubble(stages: int, micro_batches: int) -> float:
@@ -35,20 +36,11 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "cores": cores(),
-        "processor": _processor(),
+        "processor": processor(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "torch": torch.__version__,
         "system": platform.platform(),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = (line.partition(":")[2].strip() for line in file if "model name" in line)
-            return next(names, platform.machine())
-    except OSError:
-        return platform.machine()
 
 
 def title(settings: Settings, ranks: int) -> str:

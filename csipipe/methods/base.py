@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from csipipe.config import TrainSettings
 from csipipe.figures import Figures
+from csipipe.ledger import Ledger
 from csipipe.methods.state import Unit
-from csipipe.wire import Ledger
 
 Part = Literal["holdout", "test"]
 """Rows of an evaluation: each UE's own held-out training rows, or the common test set."""

@@ -17,10 +17,10 @@ from csipipe import checkpoint, models, trust
 from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.figures import WIDTH, Figures
+from csipipe.ledger import Ledger
 from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
-from csipipe.wire import Ledger
 
 
 class Centralised:

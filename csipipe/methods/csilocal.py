@@ -22,6 +22,7 @@ from csipipe import checkpoint, models, schedule
 from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.figures import WIDTH, Figures, row_sums
+from csipipe.ledger import Kind
 from csipipe.methods.base import Part, adam, padded, set_rate
 from csipipe.methods.half import Half
 from csipipe.methods.state import AdamMoments, Moments, Unit, layer_units, ue_name
@@ -31,7 +32,7 @@ from csipipe.pipeline import balance
 from csipipe.pipeline.zero import ZeroMoments
 from csipipe.schedule import Op
 from csipipe.topology import Topology
-from csipipe.wire import Channel, Kind, connect_stages
+from csipipe.wire import Channel, connect_stages
 from csipipe.world import World
 
 

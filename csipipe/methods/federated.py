@@ -19,13 +19,13 @@ from csipipe import checkpoint, models
 from csipipe.config import Settings
 from csipipe.exchange import shared_parts
 from csipipe.figures import WIDTH, Figures
+from csipipe.ledger import Kind
 from csipipe.methods.base import Part
 from csipipe.methods.half import Half
 from csipipe.methods.replica import Agreed, Replica, flat, split
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.topology import Topology
-from csipipe.wire import Kind
 from csipipe.world import World
 
 

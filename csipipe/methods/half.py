@@ -13,10 +13,11 @@ from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.device import autocast, wire_dtype
 from csipipe.figures import WIDTH, Figures
+from csipipe.ledger import Ledger
 from csipipe.methods.base import batches_of
 from csipipe.models import count_parts
 from csipipe.topology import Topology
-from csipipe.wire import Ledger, Wire, largest
+from csipipe.wire import Wire, largest, merged
 from csipipe.world import World
 
 
@@ -92,7 +93,7 @@ class Half:
         return Figures(sums)
 
     def exchanged(self) -> Ledger:
-        return self.wire.ledger.merge(self.topology.is_bts(self.rank))
+        return merged(self.wire.ledger, self.topology.is_bts(self.rank))
 
     def restore_ledger(self, ledger: Ledger) -> None:
         """Each side gets all counts once: UE ranks those of their UEs, rank 0 everyone's."""

@@ -28,44 +28,34 @@ class Pending:
     gradient: Tensor
 
 
-class _Deferrable(nn.Module):
-    """What both layers share."""
+class Linear(nn.Linear):
+    """(B, I) → (B, O)."""
 
     pending: list[Pending] | None = None
     """Where weight gradients go; None: computed at once."""
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Forward pass."""
-        raise NotImplementedError
-
-    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient at the input, shape of `x`."""
-        raise NotImplementedError
-
-    def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias."""
-        raise NotImplementedError
-
-
-class Linear(_Deferrable, nn.Linear):
-    """(B, I) → (B, O)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I) → (B, O)."""
         return _apply(self, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Forward pass."""
         return functional.linear(x, weight, bias)
 
     def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient at the input, shape of `x`."""
         return gradient @ self.weight.to(gradient.dtype)
 
     def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of weight and bias."""
         return gradient.t() @ x, None if self.bias is None else gradient.sum(0)
 
 
-class Conv2d(_Deferrable, nn.Conv2d):
+class Conv2d(nn.Conv2d):
     """Convolution with stride 1 that keeps the image's size: (B, I, A, D) → (B, O, A, D)."""
+
+    pending: list[Pending] | None = None
+    """As `Linear.pending`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], bias: bool) -> None:
         padding = (kernel[0] // 2, kernel[1] // 2)

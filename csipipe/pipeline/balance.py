@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from csipipe import models
 from csipipe.config import ModelSettings, Precision
-from csipipe.device import autocast, synchronize
+from csipipe.device import autocast, processor, synchronize
 
 _ROUNDS, _WARM_UP = 5, 2
 
@@ -122,7 +121,7 @@ def _about(
     model: ModelSettings, rows: int, precision: Precision, device: torch.device
 ) -> dict[str, Any]:
     """What a profile is valid for."""
-    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    cpu = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return {
         "model": json.loads(json.dumps(asdict(model))),
         "rows": rows,

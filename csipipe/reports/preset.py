@@ -225,24 +225,15 @@ def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
 
 def plain(settings: Settings) -> dict[str, Any]:
     """Settings by dotted key, as YAML has them."""
-    return dotted(yaml.safe_load(commandline.to_yaml(settings)))
-
-
-def dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
-            flat[name] = value
-    return flat
+    return commandline.dotted(commandline.plain(settings))
 
 
 def _flat(settings: dict[str, Any]) -> list[str]:
     """Nested settings as arguments of train.py."""
     return [
-        word for key, value in dotted(settings).items() for word in (f"--{key}", argument(value))
+        word
+        for key, value in commandline.dotted(settings).items()
+        for word in (f"--{key}", argument(value))
     ]
 
 

@@ -9,26 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
 import yaml
 
+from csipipe import commandline
 from csipipe.config import Environment, Method, Settings
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
-from csipipe.reports.preset import DECIDED, Preset, argument, dotted, plain
-
-_FREE = (
-    "run.dir",
-    "run.timeout",
-    "topology.stages",
-    "topology.partition",
-    "train.device",
-    "train.threads",
-)
-"""Settings by which runs may differ within a report: they decide where, not what is computed."""
+from csipipe.reports.preset import DECIDED, Preset, argument, plain
+from csipipe.resuming import FREE
 
 _SHOWN = 5
 """Folders that one message names."""
@@ -85,19 +76,11 @@ class Run:
         """The learning curve of the finished run."""
         return curves.read(self.folder)
 
-    def set_aside(self) -> None:
-        """Move what an interrupted run left out of the way; nothing is deleted."""
-        if self.state() is State.INTERRUPTED:
-            now = datetime.now().strftime("%Y%m%d-%H%M%S")
-            aside = self.folder.parents[1] / "interrupted" / f"{self.name}-{now}"
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.rename(aside)
-
     def _check_settings(self, config: Path) -> None:
         wanted = plain(self.settings)
         try:
             # a setting younger than the run had its default's effect
-            found = plain(Settings()) | dotted(yaml.safe_load(config.read_text()))
+            found = plain(Settings()) | commandline.dotted(yaml.safe_load(config.read_text()))
         except (AttributeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{config} isn't the settings of a run ({' '.join(str(error).split())}); {REMEDY}."
@@ -105,7 +88,8 @@ class Run:
         if unknown := sorted(set(found) - set(wanted)):
             raise ValueError(f"{config} has {unknown[0]}, which is no setting; {REMEDY}.")
         for key, value in found.items():
-            if key in _FREE or value == wanted[key]:
+            free = key.startswith(FREE) and key != "run.eval_every"  # a curve's points
+            if free or value == wanted[key]:
                 continue
             remedy = f"start the report with --{key} {argument(value)} to go on with such runs"
             if key in ("method", *DECIDED):

@@ -1,7 +1,7 @@
 """Starts a report's missing runs, each a torchrun of launch/train.py, and follows them.
 
-A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others go on; an
-interruption loses the runs that were going, and the next start repeats only those.
+A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others go on.
+After an interruption the next start goes on with the runs from their checkpoints.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def command(run: Run, config: Path, processes: int) -> list[str]:
 
 
 def _launch(run: Run, out: Path, processes: int) -> _Started:
-    run.set_aside()
     config, log = out / "configs" / f"{run.name}.yaml", out / "logs" / f"{run.name}.log"
     for file in (config, log):
         file.parent.mkdir(parents=True, exist_ok=True)

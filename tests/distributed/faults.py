@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from csipipe import schedule
+from csipipe.ledger import Kind
 from csipipe.schedule import Instruction, Op
-from csipipe.wire import _SLOTS, Kind
+from csipipe.wire import _SLOTS
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from faults import Fault
 from harness import Program, errors
 from test_run import arguments
 
+from csipipe.ledger import Kind
 from csipipe.schedule import Op
 from csipipe.topology import Topology
-from csipipe.wire import Kind
 
 TIMEOUT = 3.0
 ROLE = Topology(4, 2, 4).role

@@ -21,9 +21,9 @@ from csipipe import commandline, methods, models, wire
 from csipipe.config import Method, Settings
 from csipipe.device import host_buffer
 from csipipe.exchange import exchanged_per_iteration
+from csipipe.ledger import BUFFERS, COUNTED, PAPER, PHASES, Kind
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.federated import sizes
-from csipipe.wire import BUFFERS, COUNTED, PAPER, PHASES, Kind
 from csipipe.world import World
 
 FEDERATED: tuple[Method, ...] = (

@@ -14,8 +14,9 @@ from runs import CPU, follow, small
 from csipipe import methods, trust
 from csipipe.config import Method, Settings
 from csipipe.handshake import compare_messages, compare_settings
+from csipipe.ledger import Kind
 from csipipe.topology import Topology
-from csipipe.wire import Channel, Kind, Peer, Wire
+from csipipe.wire import Channel, Peer, Wire
 from csipipe.world import World
 
 NAN = math.nan

@@ -14,7 +14,8 @@ from runs import CPU, follow, joined, small, split
 
 from csipipe import methods
 from csipipe.config import Method, Settings
-from csipipe.wire import COUNTED, PHASES, Channel, Kind, Ledger, Peer
+from csipipe.ledger import COUNTED, PHASES, Kind, Ledger
+from csipipe.wire import Channel, Peer, merged
 from csipipe.world import World
 
 SETTINGS = small()
@@ -111,7 +112,7 @@ def lose_a_message(world: World) -> str:
     if world.rank == 0:
         ledger.count(Kind.SMASHED, range(1), torch.zeros(2, 3))
     try:
-        ledger.merge(is_bts=world.rank == 0)
+        merged(ledger, is_bts=world.rank == 0)
     except RuntimeError as error:
         return str(error)
     return ""

@@ -125,20 +125,6 @@ def test_states_of_a_run(tmp_path: Path) -> None:
     assert found[State.MISSING] == [missing]
 
 
-def test_what_an_interrupted_run_left_is_kept_aside(tmp_path: Path) -> None:
-    finished, interrupted = a_run(tmp_path), a_run(tmp_path, seed=1)
-    for run in (finished, interrupted):
-        finish(run, [0.5])
-    (interrupted.folder / "summary.json").unlink()
-    for run in (finished, interrupted):
-        run.set_aside()
-    assert finished.state() is State.FINISHED
-    assert interrupted.state() is State.MISSING
-    [aside] = (tmp_path / "interrupted").iterdir()
-    assert aside.name.startswith(interrupted.name)
-    assert (aside / "history.jsonl").exists()
-
-
 def test_runs_may_differ_in_where_they_were_computed(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     finish(run, [0.5])

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
     {"config", "clock", "blame"},
-    {"topology", "schedule", "device", "metrics", "trust"},
+    {"topology", "schedule", "device", "metrics", "trust", "ledger"},
     {"models", "channels", "figures", "commandline"},
     {"world", "wire", "checkpoint", "pipeline", "exchange"},
     {"tracking", "stopping", "lock", "handshake"},
