@@ -13,8 +13,11 @@ from csipipe.bench.candidates import OTHER_NORMS, Candidate
 from csipipe.bench.conductor import CandidateFailed, Conductor, Resident, Turn
 from csipipe.bench.rank import Order
 
-_ROOM = 0.85
-"""Share of the memory that there is which candidates may keep while they sleep."""
+_SPARE = 2**30
+"""Bytes that must stay free beside all candidates if they may keep their memory asleep."""
+_SETTLING = 2
+"""Iterations until fresh memory is all faulted in: on a virtual machine the first may take three
+times as long as later ones, the second still a third longer."""
 COMPARED = 5
 """First iterations whose losses are compared: later ones drift apart by rounding alone."""
 TOLERANCE = 1e-4
@@ -25,8 +28,8 @@ One model with one and with two threads differs by as much in its gradients.
 
 
 CROWDED = (
-    "there isn't memory for all at once: each gives its own back after its turn, and runs an "
-    "untimed iteration before the timed ones"
+    "there isn't memory for all at once: each gives its own back after its turn, and runs "
+    f"{_SETTLING} untimed iterations before the timed ones"
 )
 
 
@@ -38,7 +41,7 @@ class Race:
         iterations: how many each runs in a turn.
         same: whether all are to do the same arithmetic, which is then compared.
         crowded: there isn't memory for all at once, so each gives its own back after its turn
-            and runs an untimed iteration first.
+            and runs untimed iterations first.
         rounds: timed rounds; in each, the turn of every candidate that was still there.
         losses: of every candidate, per iteration, the paper's loss per UE.
         beside: of every candidate that is compared, the largest relative difference found.
@@ -94,15 +97,16 @@ class Race:
         """
         turns = self._round(Order(self.iterations, release=True))
         peaks = sum(peak or 0 for turn in turns.values() for peak in turn.peak_bytes)
-        self.crowded = available is not None and peaks > _ROOM * available
-        return turns if self.crowded else self.practise()
+        self.crowded = available is not None and peaks > available - _SPARE
+        return turns if self.crowded else self._round(self._order(untimed=_SETTLING - 1))
 
     def practise(self) -> dict[str, Turn]:
         """A round that doesn't count."""
         return self._round(self._order())
 
-    def _order(self) -> Order:
-        return Order(self.iterations, untimed=int(self.crowded), release=self.crowded)
+    def _order(self, untimed: int = 0) -> Order:
+        untimed = _SETTLING if self.crowded else untimed
+        return Order(self.iterations, untimed=untimed, release=self.crowded)
 
     def round(self) -> dict[str, Turn]:
         """One timed round."""
