@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -29,14 +31,18 @@ TINY = {
 }
 
 
+COMMAND = [sys.executable, "launch/reproduce.py"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "launch/reproduce.py", *arguments],
+        [*COMMAND, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
 
 
@@ -71,3 +77,28 @@ def test_a_report_goes_on_after_a_run_that_failed(tmp_path: Path) -> None:
     assert f"run 1 of 1: {failed}" in second.stderr
     assert (run / "summary.json").stat().st_mtime_ns == before
     assert "not in this report" not in (out / "headline.md").read_text()
+
+
+@pytest.mark.long
+def test_an_interrupted_report_goes_on_from_its_runs_checkpoints(tmp_path: Path) -> None:
+    settings = TINY["settings"]
+    assert isinstance(settings, dict)
+    train = settings["train"] | {"iterations": 600}
+    run = settings["run"] | {"eval_every": 100, "save_every": 20}
+    preset, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    tiny = TINY | {"settings": settings | {"train": train, "run": run}, "headline": ["csilocal"]}
+    preset.write_text(yaml.safe_dump(tiny))
+    report = ("headline", "--preset", str(preset), "--out", str(out))
+    name = "csilocal-outdoor-c32-seed0"
+    with subprocess.Popen([*COMMAND, *report], cwd=ROOT, env=ENVIRONMENT) as first:
+        deadline = time.monotonic() + 120
+        while not list((out / "runs" / name / "checkpoints").glob("[0-9]*/manifest.json")):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        first.terminate()
+        assert first.wait(60) != 0
+    second = reproduce(*report)
+    assert second.returncode == 0, second.stderr
+    history = (out / "runs" / name / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in history] == list(range(100, 601, 100))
+    assert "going on after iteration" in (out / "logs" / f"{name}.log").read_text()
