@@ -93,7 +93,8 @@ def test_an_interrupted_report_goes_on_from_its_runs_checkpoints(tmp_path: Path)
     with subprocess.Popen([*COMMAND, *report], cwd=ROOT, env=ENVIRONMENT) as first:
         deadline = time.monotonic() + 120
         while not list((out / "runs" / name / "checkpoints").glob("[0-9]*/manifest.json")):
-            assert first.poll() is None and time.monotonic() < deadline
+            assert first.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         first.terminate()
         assert first.wait(60) != 0
