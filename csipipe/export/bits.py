@@ -40,8 +40,7 @@ def measure(
     z_BC = run(whole.encoder, h_BAD)
     points = []
     for bits in SHOWN:
-        quantiser = learn(bits)
-        z_hat = quantiser.from_bits(quantiser.to_bits(z_BC))
+        z_hat = learn(bits).rounded(z_BC)
         points.append(Point(bits, bits * z_BC.shape[1], nmse_db(run(whole.decoder, z_hat), h_BAD)))
     return points, nmse_db(run(whole.decoder, z_BC), h_BAD)
 

@@ -39,16 +39,17 @@ class Quantiser(nn.Module):
 
     def to_bits(self, z_BC: Tensor) -> Tensor:
         """(B, C) → (B, C·bits) uint8 of 0 and 1, entry by entry, the most significant bit first."""
-        levels = torch.floor((z_BC - self.lowest) / self.step).clamp(0, 2**self.bits - 1)
-        bits = torch.remainder(torch.floor(levels[:, :, None] / self.places), 2)
+        bits = torch.remainder(torch.floor(self._levels(z_BC)[:, :, None] / self.places), 2)
         return bits.flatten(1).to(torch.uint8)
 
     def from_bits(self, bits: Tensor) -> Tensor:
         """(B, C·bits) of 0 and 1 → (B, C): the middles of the cells."""
         bits_BCb = bits.reshape(-1, len(self.lowest), self.bits)
-        levels = (bits_BCb.float() * self.places).sum(2)
-        z_hat: Tensor = self.lowest + (levels + 0.5) * self.step
-        return z_hat
+        return self._middles((bits_BCb.float() * self.places).sum(2))
+
+    def rounded(self, z_BC: Tensor) -> Tensor:
+        """(B, C) → (B, C): what comes out of the bits."""
+        return self._middles(self._levels(z_BC))
 
     def outside(self, z_BC: Tensor, bits: Tensor) -> Tensor:
         """(B, C): how far a codeword lies outside of the cells that `bits` name; 0: inside.
@@ -58,3 +59,10 @@ class Quantiser(nn.Module):
         highest = self.lowest + 2**self.bits * self.step
         inside = torch.minimum(torch.maximum(z_BC, self.lowest), highest)
         return ((inside - self.from_bits(bits)).abs() - self.step / 2).clamp(min=0)
+
+    def _levels(self, z_BC: Tensor) -> Tensor:
+        return torch.floor((z_BC - self.lowest) / self.step).clamp(0, 2**self.bits - 1)
+
+    def _middles(self, levels_BC: Tensor) -> Tensor:
+        middles: Tensor = self.lowest + (levels_BC + 0.5) * self.step
+        return middles

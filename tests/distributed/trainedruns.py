@@ -30,6 +30,7 @@ def finish(folder: Path, method: Method = "csilocal", **sections: Any) -> Centra
 def begin(folder: Path, method: Method = "csilocal", **sections: Any) -> Centralised:
     """A run that has trained a little and written nothing yet that lasts."""
     torch.set_num_threads(1)
+    sections["train"] = {"threads": 1} | sections.get("train", {})
     settings = small(method, **sections)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(commandline.to_yaml(settings))
