@@ -60,8 +60,10 @@ class Trained:
     @property
     def state(self) -> str:
         """Which weights these are, in words."""
-        which = self.source.name if self.iteration is None else f"iteration {self.iteration}"
-        return f"{which} of {self.settings.train.iterations}, run {self.status}"
+        if self.iteration is None:
+            return f"{self.source.name}, run {self.status}"
+        of = self.settings.train.iterations
+        return f"iteration {self.iteration} of {of}, run {self.status}"
 
     def models(self, ues: Sequence[int] | None = None) -> list[Autoencoder]:
         """Models of some UEs (None: all), in evaluation mode on the CPU; the tail is one object.

@@ -5,6 +5,7 @@ Shapes: B rows, C = c1 codeword entries, A angles, D delays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ class Pair:
         return {"encoder": self.encoder, "decoder": self.decoder}
 
 
-def run(module: nn.Module, rows: Tensor) -> Tensor:
+def run(module: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """A module's output for all rows, block by block."""
     with torch.no_grad():
         blocks = torch.split(rows, BLOCK)

@@ -94,7 +94,7 @@ def test_weights_without_a_summary_are_read_and_said(tmp_path: Path) -> None:
     worker = trainedruns.finish(tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     run = trained.read(tmp_path / "run")
-    assert run.state == "weights of 10, run of unknown state"
+    assert run.state == "weights, run of unknown state"
     assert_same(run, worker)
 
 
