@@ -49,7 +49,7 @@ def table(points: Sequence[Point], unquantised: float) -> str:
     """What is printed."""
     lines = [f"{'bits per entry':>16}  {'per channel':>12}  {'NMSE (dB)':>10}  {'lost (dB)':>10}"]
     for point in points:
-        lost = point.nmse_db - unquantised
+        lost = round(point.nmse_db - unquantised, 2) + 0.0  # no −0.00
         lines.append(f"{point.bits:>16}  {point.total:>12,}  {point.nmse_db:>10.2f}  {lost:>10.2f}")
     entries = points[0].total // points[0].bits
     lines.append(f"{'32 (as it is)':>16}  {32 * entries:>12,}  {unquantised:>10.2f}  {0.0:>10.2f}")
