@@ -124,6 +124,7 @@ def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) ->
         "ue": options.ue,
         "row": [2, model.angles, model.delays],
         "entries": model.c1,
+        "trained_in": source.settings.train.precision,
         "bits_per_entry": options.bits,
         "bits_per_channel": model.c1 * (options.bits or 32),
         "parts": {
@@ -196,6 +197,8 @@ def _table(content: dict[str, Any]) -> str:
     ]
     if not content["finished"]:
         lines[0] += "; its training isn't finished"
+    if content["trained_in"] != "fp32":
+        lines[0] += f"; trained in {content['trained_in']}, exported and compared in fp32"
     for end, part in content["parts"].items():
         files = ", ".join(f"{name} {entry['bytes']:,}" for name, entry in part["files"].items())
         lines.append(

@@ -252,14 +252,12 @@ def test_it_runs_without_deepspeed(tmp_path: Path) -> None:
         "import runpy, sys; sys.modules['deepspeed'] = None; sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    for run, wanted in ((tmp_path / "run", 0), (tmp_path, 1)):
-        ended = subprocess.run(
-            [sys.executable, "-c", code, str(ROOT / "launch/evaluate.py"), str(run)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={k: v for k, v in os.environ.items() if k != "RANK"},
-        )
-        assert ended.returncode == wanted, ended.stderr
-        assert ended.stderr.count("csipipe: error:") == wanted
-        assert "Traceback" not in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "launch/evaluate.py"), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={k: v for k, v in os.environ.items() if k != "RANK"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "percentile" in ended.stdout
