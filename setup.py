@@ -29,5 +29,8 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"]},
+    extras_require={
+        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
+        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],
+    },
 )

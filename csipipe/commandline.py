@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -40,6 +41,46 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for every setting.") from error
     return Settings(**{name: values[name] for name in Settings.__dataclass_fields__}), values
+
+
+class RunParser(argparse.ArgumentParser):
+    """A parser of `RUN [options] [--section.key value …]`, for commands on a run there is.
+
+    Args:
+        prog: the command.
+        about: what it does.
+    """
+
+    def __init__(self, prog: str, about: str) -> None:
+        more = (
+            "All other arguments are settings of launch/train.py that take the place of the run's, "
+            "for example --data.source csinet --data.path DIR."
+        )
+        super().__init__(prog=prog, description=about, epilog=more, allow_abbrev=False)
+        self.add_argument("run", metavar="RUN", help="directory of a run")
+        self.add_argument(
+            "--weights",
+            default="last",
+            help="last (default), best (on held-out rows), or the number of a checkpoint",
+        )
+        self.add_argument("--debug", action="store_true", help="show a traceback with an error")
+
+    def parse(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own options, and what is left: settings.
+
+        Raises:
+            ValueError: an option that is missing or can't be used.
+        """
+        if not arguments:
+            self.print_help()
+            sys.exit(2)
+        if arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):
+            self.error(f"RUN comes first, before {arguments[0]}")
+        return self.parse_known_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """A mistake is an error like all others."""
+        raise ValueError(f"{message}; see {self.prog} --help.")
 
 
 def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: str) -> None:

@@ -91,7 +91,8 @@ def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
     """Squared generalised cosine similarity per subband, mean over subbands: (B,), 0 … 1.
 
     3GPP TR 38.843 (layer 1): |v̂^H v|^2 / (||v̂||^2 ||v||^2), with v the principal eigenvector of the
-    covariance over a subband's bins, Σ_k h_k h_k^H. With one bin per subband v is h itself.
+    covariance over a subband's bins, Σ_k h_k h_k^H. With one bin per subband v is h itself. A
+    subband without energy has no direction: NaN.
 
     Args:
         hf_hat, hf: (B, A, K) complex, the same first axis (see the module).
@@ -101,18 +102,29 @@ def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
         ValueError: more subbands than bins.
     """
     assert hf_hat.shape == hf.shape, (hf_hat.shape, hf.shape)
+    return similarity(directions(hf_hat, subbands), directions(hf, subbands))
+
+
+def directions(hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
+    """(B, A, subbands): what `sgcs` compares, the principal eigenvectors, of norm 1; raises as it.
+
+    Found by way of the bins, which are fewer than the antennas: of the eigenvector u of
+    H^H H that belongs to the largest eigenvalue, H u has the direction.
+    """
     bins = hf.shape[2]
     if not 1 <= subbands <= bins:
         raise ValueError(f"subbands is {subbands}; there are {bins} bins. Set it to 1 … {bins}.")
-    pairs = zip(hf_hat.tensor_split(subbands, 2), hf.tensor_split(subbands, 2), strict=True)
-    cosines = [(_principal(one).conj() * _principal(other)).sum(1).abs() for one, other in pairs]
-    return torch.stack(cosines, 1).square().mean(1)
+    found = []
+    for h_BAK in hf.tensor_split(subbands, 2):
+        u_BK = torch.linalg.eigh(h_BAK.mH @ h_BAK)[1][..., -1]
+        v_BA = (h_BAK @ u_BK[..., None])[..., 0]
+        found.append(v_BA / v_BA.abs().square().sum(1, keepdim=True).sqrt())
+    return torch.stack(found, 2)
 
 
-def _principal(h_BAK: Tensor) -> Tensor:
-    """(B, A): the direction of most energy, of norm 1."""
-    left: Tensor = torch.linalg.svd(h_BAK, full_matrices=False)[0]
-    return left[..., 0]
+def similarity(v_hat: Tensor, v: Tensor) -> Tensor:
+    """SGCS of two sets of `directions`: (B,)."""
+    return (v_hat.conj() * v).sum(1).abs().square().mean(1)
 
 
 def to_db(linear: float) -> float:

@@ -395,6 +395,16 @@ def largest(values: Sequence[int]) -> list[int]:
     return [int(value) for value in tensor.tolist()]
 
 
+def total(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, in place, of a tensor on the host; collective.
+
+    Exact where each element is a number on one rank and zero on the others.
+    """
+    with _watch("adding up over all ranks", EVERYONE, "what they found"):
+        dist.all_reduce(values)
+    return values
+
+
 def connect_stages(rank: int, stages: int, device: torch.device, group: dist.ProcessGroup) -> None:
     """Connect neighbouring stages, pair by pair.
 

@@ -1,40 +1,35 @@
-"""Figures of a finished run's weights: python launch/evaluate.py RUN [--data.… …]"""
+"""Figures of a run's weights: python launch/evaluate.py RUN [--compare RUN …] [--data.… …]"""
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 from csipipe import commandline
 
-ABOUT = """Evaluates the weights of the run in folder RUN, in one process, without DeepSpeed: the
-paper's loss and the centred NMSE per UE and mean. Settings are the run's; arguments after RUN
-change them, for example --data.source csinet --data.path DIR for another test set."""
+ABOUT = """Evaluates the weights of the run in directory RUN: the paper's loss, centred NMSE, ρ and
+SGCS, per UE, mean and over samples. A run that goes on or was interrupted is evaluated by its
+newest checkpoint. One process, or torchrun: its ranks share the rows. No DeepSpeed."""
 
 
 def main(arguments: list[str]) -> None:
-    parser = commandline.parser(ABOUT)
-    if not arguments or arguments[0].startswith("-"):
-        parser.usage = "evaluate.py RUN [--section.key value …]"
-        parser.print_help()
-        sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
-    run = Path(arguments[0])
+    rank = os.environ.get("RANK")
+    if {"-h", "--help"} & set(arguments) and rank not in (None, "0"):
+        sys.exit(0)
 
-    from csipipe import methods
-    from csipipe.device import pick_device, set_threads
-    from csipipe.tracking import test_table
+    from csipipe.evaluation import command
+    from csipipe.world import World
 
+    parser = commandline.RunParser("launch/evaluate.py", ABOUT)
+    command.add_arguments(parser)
+    world = None if rank is None else World.from_torchrun()
     try:
-        if not (run / "config.yaml").is_file():
-            raise ValueError(f"{run} is no run: it has no config.yaml.")
-        changed = ["--config", str(run / "config.yaml"), *arguments[1:]]
-        settings, _ = commandline.settings(parser, changed)
-        set_threads(settings.train.threads, ranks_on_node=1)
-        device = pick_device(settings.train.device, local_rank=0)
-        worker = methods.trained(settings, run / "weights", device)
-        print(test_table(worker.evaluate("test").summary()))
-    except (ValueError, OSError) as error:
-        if "--debug" in arguments:
+        options, settings = parser.parse(arguments)
+        command.run(options, settings, world)
+    except Exception as error:
+        if world is not None:
+            world.fail(error, "--debug" in arguments)
+        if "--debug" in arguments or not isinstance(error, ValueError | OSError):
             raise
         sys.exit(f"csipipe: error: {error}")
 

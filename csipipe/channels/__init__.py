@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from csipipe.channels.csinet import CsiNetSource, frequency_channels
-from csipipe.channels.load import load_test, load_ue
+from csipipe.channels.load import load_test, load_ue, rows_of
 from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
-from csipipe.channels.split import Deal, deal
+from csipipe.channels.split import Deal, common_test, deal
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.config import DataSettings
 
@@ -20,12 +20,14 @@ __all__ = [
     "Manifest",
     "Source",
     "Span",
+    "common_test",
     "deal",
     "frequency_channels",
     "load_test",
     "load_ue",
     "manifest_of",
     "open_source",
+    "rows_of",
 ]
 
 

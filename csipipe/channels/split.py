@@ -65,11 +65,16 @@ def deal(data: DataSettings, ues: int, available: Available) -> Deal:
     else:
         per_site = {data.environment: sizes}
     spans = [_spans(site, counts) for site, counts in per_site.items()]
-    test = _rows_per_site(data, "test", available)
     return Deal(
         ues=tuple(_without_empty(own) for own in zip(*spans, strict=True)),
-        test=_without_empty(tuple(Span(site, "test", 0, count) for site, count in test.items())),
+        test=common_test(data, available),
     )
+
+
+def common_test(data: DataSettings, available: Available) -> tuple[Span, ...]:
+    """Spans of the test set, which needs no training rows; raises as `deal`."""
+    test = _rows_per_site(data, "test", available)
+    return _without_empty(tuple(Span(site, "test", 0, count) for site, count in test.items()))
 
 
 def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict[Site, int]:

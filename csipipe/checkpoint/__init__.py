@@ -4,6 +4,7 @@ Safetensors and JSON only. Keys are by UE, part and layer, never by rank.
 """
 
 from csipipe.checkpoint.snapshot import (
+    MANIFEST,
     Record,
     Snapshot,
     commit,
@@ -14,18 +15,29 @@ from csipipe.checkpoint.snapshot import (
     sweep,
     write_part,
 )
-from csipipe.checkpoint.weights import flatten, load, save, switch, tail_file, ue_file, unflatten
+from csipipe.checkpoint.weights import (
+    fill,
+    flatten,
+    read,
+    save,
+    switch,
+    tail_file,
+    ue_file,
+    unflatten,
+)
 
 __all__ = [
+    "MANIFEST",
     "Record",
     "Snapshot",
     "commit",
     "discard",
+    "fill",
     "find",
     "flatten",
-    "load",
     "newest",
     "prune",
+    "read",
     "save",
     "sweep",
     "switch",

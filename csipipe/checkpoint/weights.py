@@ -43,16 +43,24 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
     os.replace(partial, path)
 
 
-def load(path: Path, part: str, into: nn.Module) -> None:
-    """Read one part's state out of a file that `save` wrote.
+def read(path: Path) -> dict[str, Tensor]:
+    """Everything in a file that `save` wrote, by `<part>.<name>`.
 
     Raises:
-        ValueError: no such file, damaged, or weights of another model.
+        ValueError: no such file, or a damaged one.
     """
     try:
-        state = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} holds no weights that can be read: {error}") from error
+
+
+def fill(into: nn.Module, state: dict[str, Tensor], part: str, path: Path) -> None:
+    """Set one part from what `read`, or a snapshot, found in `path`.
+
+    Raises:
+        ValueError: weights of another model.
+    """
     prefix = f"{part}."
     try:
         into.load_state_dict(

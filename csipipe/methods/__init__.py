@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
-from csipipe import channels, checkpoint
+from csipipe import channels
 from csipipe.config import Settings
 from csipipe.methods import federated
 from csipipe.methods.base import Part, Worker
@@ -36,7 +34,6 @@ __all__ = [
     "manifest",
     "part_names",
     "prepare",
-    "trained",
 ]
 
 Builder = Callable[[World], Worker]
@@ -96,25 +93,6 @@ def _prepare_centralised(settings: Settings, world_size: int, device: torch.devi
         )
     ues, test = load(settings, range(settings.topology.ues), device)
     return lambda world: Centralised(settings, ues, test, device)
-
-
-def trained(settings: Settings, weights: Path, device: torch.device) -> Centralised:
-    """The unsplit model with a run's weights, every UE with its own ends, and the test set.
-
-    Raises:
-        ValueError, OSError: weights or data that can't be used.
-    """
-    source, deal = _dealt(settings)
-    test = torch.from_numpy(channels.load_test(source, deal)).to(device)
-    none = np.empty((0, *test.shape[1:]), np.float32)
-    ues = [UserEquipment(n, settings, none, none, device) for n in range(settings.topology.ues)]
-    worker = Centralised(settings, ues, test, device, shared=False)
-    checkpoint.load(checkpoint.tail_file(weights), "tail", worker.tail)
-    for ue in ues:
-        file = checkpoint.ue_file(weights, ue.number)
-        checkpoint.load(file, "encoder", ue.encoder)
-        checkpoint.load(file, "head", ue.head)
-    return worker
 
 
 def part_names(settings: Settings) -> list[str]:

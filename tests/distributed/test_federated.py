@@ -17,9 +17,12 @@ from runs import CPU, follow, joined, small, splits
 from test_run import arguments
 from torch import Tensor, nn
 
-from csipipe import commandline, methods, models, wire
+from csipipe import commandline, methods, models, trained, wire
 from csipipe.config import Method, Settings
 from csipipe.device import host_buffer
+from csipipe.evaluation import testset
+from csipipe.evaluation.samples import measure
+from csipipe.evaluation.summary import Evaluated
 from csipipe.exchange import exchanged_per_iteration
 from csipipe.ledger import BUFFERS, COUNTED, PAPER, PHASES, Kind
 from csipipe.methods.centralised import Centralised
@@ -364,8 +367,10 @@ def test_a_run_leaves_what_evaluate_reads(tmp_path: Path) -> None:
     assert summary["exchanged_buffers"]["scalars"]["up"] > 0
     assert "BatchNorm" in ranks[0].out
     torch.set_num_threads(1)
-    read = methods.trained(settings, tmp_path / "run" / "weights", CPU).evaluate("test").summary()
-    assert read["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
+    run = trained.read(tmp_path / "run")
+    rows = testset.load(settings)
+    found = Evaluated(run, measure(run.models(), rows, "fp32", CPU))
+    assert found.mean()["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
     assert len({row["loss"] for row in summary["test"]["per_ue"]}) == 4
     best = tmp_path / "run" / "checkpoints" / "best"
     assert sorted(path.name for path in best.iterdir()) == [

@@ -138,18 +138,28 @@ def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_evaluate_repeats_the_figures_of_the_run(finished: tuple[Path, str, str]) -> None:
-    ended = evaluate(str(finished[0]))
+def test_evaluate_repeats_the_figures_of_the_run(
+    finished: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    ended = evaluate(str(finished[0]), "--out", str(tmp_path))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip() in finished[1]  # the same table, from one process
+    test = json.loads((finished[0] / "summary.json").read_text())["test"]
+    [found] = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    for mine, theirs in zip(
+        [found["mean"], *found["per_ue"]], [test, *test["per_ue"]], strict=True
+    ):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert mine["nmse_db"] == pytest.approx(theirs["nmse_db"], rel=1e-6)
 
 
 def test_evaluate_takes_other_data_and_refuses_what_is_no_run(
     finished: tuple[Path, str, str], tmp_path: Path
 ) -> None:
-    other = evaluate(str(finished[0]), "--data.environment", "outdoor")
+    other = evaluate(
+        str(finished[0]), "--data.environment", "outdoor", "--out", str(tmp_path / "o")
+    )
     assert other.returncode == 0, other.stderr
-    assert other.stdout.strip() not in finished[1]
+    assert "outdoor (built in), 30 rows" in other.stdout
     for folder, message in ((tmp_path, "has no config.yaml"), (finished[0], "another model's")):
         ended = evaluate(str(folder), "--model.c1", "8")
         assert ended.returncode == 1

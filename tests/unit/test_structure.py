@@ -18,9 +18,10 @@ LEVELS = [
     {"world", "wire", "checkpoint", "pipeline", "exchange"},
     {"tracking", "stopping", "lock", "handshake"},
     {"methods", "resuming"},
-    {"saving"},
+    {"saving", "trained"},
     {"training", "bench"},
     {"reports"},
+    {"evaluation", "export"},
     {"launch"},
 ]
 

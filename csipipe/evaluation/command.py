@@ -1,0 +1,130 @@
+"""What launch/evaluate.py does: read runs, measure them on one test set, show and write it."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from csipipe import trained, wire
+from csipipe.device import pick_device, set_threads
+from csipipe.evaluation import picture, samples, table, testset
+from csipipe.evaluation.summary import Evaluated
+from csipipe.reports import pages
+from csipipe.trained import Trained
+from csipipe.world import World
+
+MANY = 8
+"""Runs that one picture and table hold well."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's own options; settings are what is left."""
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN", help="more runs, side by side"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where to write; RUN/evaluation, with --compare RUN/comparison",
+    )
+
+
+def run(options: Namespace, changes: Sequence[str], world: World | None) -> None:
+    """Evaluate; collective where there is a world. Rank 0 shows and writes.
+
+    Args:
+        changes: settings that take the place of the runs' (`--data.source csinet …`).
+
+    Raises:
+        ValueError, OSError: runs, data or settings that can't be used; named before the ranks meet.
+    """
+    runs = _read(options, changes)
+    train = runs[0].settings.train
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    set_threads(train.threads, world.local_size if world else 1)
+    device = pick_device(train.device, world.local_rank if world else 0)
+    _check_same(runs)
+    models = [run.models() for run in runs]
+    rows = testset.load(runs[0].settings)
+    if world:
+        world.ready("data")
+        world.connect(runs[0].settings.run.timeout)
+    total = wire.total if world else (lambda values: values)
+    found = []
+    for one, mine in zip(runs, models, strict=True):
+        distinct = list(dict.fromkeys(mine))
+        precision = one.settings.train.precision
+        figures = samples.measure(distinct, rows, precision, device, rank, ranks, total)
+        places = torch.tensor([distinct.index(model) for model in mine])
+        found.append(Evaluated(one, figures[places]))
+        for model in distinct:
+            model.cpu()
+    if rank == 0:
+        _report(list(zip(_names(runs), found, strict=True)), rows, options)
+    if world:
+        world.leave()
+
+
+def _read(options: Namespace, changes: Sequence[str]) -> list[Trained]:
+    folders = [Path(folder) for folder in (options.run, *options.compare)]
+    if len(folders) > MANY:
+        raise ValueError(f"{len(folders)} runs are to be compared; at most {MANY} fit.")
+    return [trained.read(folder, changes, options.weights) for folder in folders]
+
+
+def _check_same(runs: Sequence[Trained]) -> None:
+    """Figures can be compared on the same rows only."""
+    first, *others = ((run, testset.identity(run.settings)) for run in runs)
+    for run, rows in others:
+        for key, value in rows.items():
+            if value != first[1][key]:
+                raise ValueError(
+                    f"{first[0].folder} and {run.folder} have different test sets: {key} are "
+                    f"{first[1][key]} and {value}. Give the same --data.… for all of them (images "
+                    "of another size can't be compared)."
+                )
+
+
+def _names(runs: Sequence[Trained]) -> list[str]:
+    """The folders' names, or their whole paths where two have the same one."""
+    names = [run.folder.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: Namespace) -> None:
+    """Print the tables and write `figures.json`, `table.txt` and `samples.png`."""
+    best = samples.ceiling(rows)
+    parts = [f"test set: {rows.name}"]
+    if rows.missing:
+        parts[0] += f"; no ρ and SGCS: {rows.missing}"
+    if empty := runs[0][1].empty:
+        parts[0] += f"; {empty} row(s) without energy: not in NMSE, ρ, SGCS"
+    for name, evaluated in runs:
+        parts.append(f"{name}: {evaluated.run.state}\n\n{table.of_run(evaluated, best)}")
+    if len(runs) > 1:
+        parts.append(table.side_by_side(runs))
+    text = "\n\n".join(parts)
+    print(text, flush=True)
+    default = Path(options.run) / ("comparison" if options.compare else "evaluation")
+    out = Path(options.out) if options.out else default
+    content = {
+        "test": {
+            "name": rows.name,
+            **testset.identity(runs[0][1].run.settings),
+            "rows_without_energy": runs[0][1].empty,
+            "no_rho_because": rows.missing or None,
+            "ceiling": None if best is None else {"rho": best[0], "sgcs": best[1]},
+        },
+        "runs": [evaluated.to_json() for _, evaluated in runs],
+    }
+    try:
+        pages.write(out / "table.txt", text + "\n")
+        picture.draw(runs, rows.name, out / "samples.png")
+        pages.write(out / "figures.json", json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise OSError(f"{out} can't be written: {error}; name another --out.") from error
+    print(f"\nwritten:      {out}/figures.json, table.txt, samples.png", flush=True)

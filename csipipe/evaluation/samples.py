@@ -1,0 +1,101 @@
+"""Figures of every sample under every UE's model, shared among ranks by rows.
+
+Rows are done in blocks that don't depend on the number of ranks, so that with the same number of
+threads the figures don't either, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from csipipe import metrics
+from csipipe.config import Precision
+from csipipe.device import autocast
+from csipipe.evaluation.testset import Rows
+
+COLUMNS = ("loss", "floor", "nmse", "rho", "sgcs")
+"""Per sample, linear: the paper's loss, that of a constant 0.5, centred NMSE, ρ, SGCS. A row
+without energy has no NMSE, ρ and SGCS; without HF_all no row has the last two: NaN."""
+BLOCK = 128
+"""Rows that a model takes at once."""
+
+Total = Callable[[Tensor], Tensor]
+
+
+def measure(
+    models: Sequence[nn.Module],
+    rows: Rows,
+    precision: Precision,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    total: Total = lambda values: values,
+) -> Tensor:
+    """(models, B, COLUMNS) float64 on every rank; collective where there are several.
+
+    Args:
+        models: (B, 2, A, D) → (B, 2, A, D), in evaluation mode.
+        total: adds a tensor up over the ranks.
+
+    Raises:
+        ValueError: a model's output is no number.
+    """
+    for model in models:
+        model.to(device)
+    count = len(rows.h_BAD)
+    found = torch.zeros(len(models), count, len(COLUMNS), dtype=torch.float64)
+    for start in range(0, count, BLOCK * ranks):  # a round: a block for each rank
+        mine = slice(start + rank * BLOCK, min(count, start + (rank + 1) * BLOCK))
+        if mine.start < count:
+            found[:, mine] = _block(models, rows, mine, precision, device)
+        part = found[:, start : start + BLOCK * ranks].contiguous()
+        found[:, start : start + BLOCK * ranks] = total(part)
+    return found
+
+
+def ceiling(rows: Rows) -> tuple[float, float] | None:
+    """Mean ρ and SGCS of the images themselves: what the cut to D delays leaves of HF_all."""
+    if rows.hf_BAK is None:
+        return None
+    parts = []
+    for h, hf in zip(torch.split(rows.h_BAD, BLOCK), torch.split(rows.hf_BAK, BLOCK), strict=True):
+        own = metrics.to_frequency(h)
+        parts.append(torch.stack([metrics.rho(own, hf), metrics.sgcs(own, hf)], 1).double())
+    rho, sgcs = torch.cat(parts).nanmean(0).tolist()
+    return rho, sgcs
+
+
+def _block(
+    models: Sequence[nn.Module],
+    rows: Rows,
+    mine: slice,
+    precision: Precision,
+    device: torch.device,
+) -> Tensor:
+    """(models, rows of the block, COLUMNS)."""
+    h = rows.h_BAD[mine].to(device)
+    hf = None if rows.hf_BAK is None else rows.hf_BAK[mine].to(device)
+    floor = metrics.floor_loss(h).double()
+    empty = floor == 0
+    v = None if hf is None else metrics.directions(hf)
+    found = torch.full((len(models), len(h), len(COLUMNS)), torch.nan, dtype=torch.float64)
+    for number, model in enumerate(models):
+        with torch.no_grad(), autocast(precision, device):
+            h_hat = model(h).float()
+        if not h_hat.isfinite().all():
+            raise ValueError(f"model {number} reconstructs values that are no numbers.")
+        loss = metrics.paper_loss(h_hat, h).double()
+        columns = [loss, floor, loss / floor]
+        if hf is not None and v is not None:
+            hf_hat = metrics.to_frequency(h_hat)
+            columns.append(metrics.rho(hf_hat, hf).double())
+            columns.append(metrics.similarity(metrics.directions(hf_hat), v).double())
+        for column, values in enumerate(columns):
+            if column >= 2:
+                # an empty reconstruction of a channel points nowhere: similar to nothing
+                values = values.nan_to_num(0.0).masked_fill(empty, torch.nan)
+            found[number, :, column] = values.cpu()
+    return found

@@ -1,0 +1,83 @@
+"""Evaluations as text: per UE, over samples, and runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from csipipe.evaluation.summary import PERCENTILES, SHOWN, Evaluated
+from csipipe.reports.pictures import NAMES
+
+_HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
+_FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}
+
+
+def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
+    """One run: every UE, their mean, what is there without learning, and percentiles.
+
+    Args:
+        best: ρ and SGCS of the images themselves.
+    """
+    mean = evaluated.mean()
+    floor = {"loss": mean["floor_loss"], "nmse_db": 0.0, "rho": None, "sgcs": None}
+    images = {"loss": 0.0, "nmse_db": None, **_pair(best)}
+    width = max(10, *(len(f"UE {row['ue']}") for row in evaluated.per_ue()))
+    lines = [_line("", _HEADS, width)]
+    lines += [_row(f"UE {row['ue']}", row, width) for row in evaluated.per_ue()]
+    lines += [
+        _row("mean", mean, width),
+        _row("0.5", floor, width) + "   a constant 0.5: the floor",
+        _row("H", images, width) + "   the images themselves: the ceiling",
+        "",
+        _line("percentile", {p: f"{p} %" for p in PERCENTILES}, width) + "   of all UEs' samples",
+    ]
+    for name, values in evaluated.distribution().items():
+        cells = {p: _cell(name, values[f"p{p}"]) for p in PERCENTILES}
+        lines.append(_line(_HEADS[name], cells, width))
+    return "\n".join(lines)
+
+
+def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
+    """A line per run: what it is, its mean figures, and the UEs' NMSE from best to worst."""
+    head = ["run", "method", "c1", "c2", "UEs", "iteration", *_HEADS.values(), "best … worst UE"]
+    cells = [head]
+    for name, evaluated in runs:
+        model, mean = evaluated.run.settings.model, evaluated.mean()
+        ues = [row["nmse_db"] for row in evaluated.per_ue()]
+        band = "—" if None in ues else f"{min(ues):.2f} … {max(ues):.2f}"
+        cells.append(
+            [
+                name,
+                NAMES[evaluated.run.settings.method],
+                str(model.c1),
+                str(model.c2),
+                str(len(ues)),
+                str(evaluated.run.iteration or evaluated.run.source.name),
+                *(_cell(figure, mean[figure]).strip() for figure in SHOWN),
+                band,
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _pair(best: tuple[float, float] | None) -> dict[str, float | None]:
+    return {"rho": best[0], "sgcs": best[1]} if best else {"rho": None, "sgcs": None}
+
+
+def _row(name: str, figures: dict[str, Any], width: int) -> str:
+    return _line(name, {key: _cell(key, figures[key]) for key in SHOWN}, width)
+
+
+def _line(name: str, cells: dict[Any, str], width: int) -> str:
+    return f"{name:>{width}}" + "".join(f"  {cell:>10}" for cell in cells.values())
+
+
+def _cell(name: str, value: float | None) -> str:
+    return f"{'—':>10}" if value is None else f"{value:{_FORMS[name]}}"

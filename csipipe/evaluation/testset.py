@@ -1,0 +1,96 @@
+"""The test set of an evaluation: images, and the channels over frequency that ρ and SGCS need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csipipe import channels
+from csipipe.channels.layout import ANGLES
+from csipipe.channels.synthetic import SyntheticSource
+from csipipe.config import DataSettings, ModelSettings, Settings
+
+NO_FILE = "no DATA_HtestF…_all.mat"
+SMALLER = f"HF_all has {ANGLES} angles"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Test rows, common to all UEs.
+
+    Attributes:
+        h_BAD: (B, 2, A, D) in [0, 1].
+        hf_BAK: (B, A, 125) complex, untruncated, of any scale; None: there is none.
+        missing: why there is none; empty where there is.
+        name: in words.
+    """
+
+    h_BAD: Tensor
+    hf_BAK: Tensor | None
+    missing: str
+    name: str
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """Which rows they are, in JSON's types: equal if and only if the rows are.
+
+    Raises:
+        ValueError, OSError: data that can't be used.
+    """
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    spans = channels.common_test(data, source.available)
+    return {
+        "angles": model.angles,
+        "delays": model.delays,
+        "rows": {span.environment: span.size for span in spans},
+        "streams": {s.environment: source.identity(s.environment, "test") for s in spans},
+    }
+
+
+def load(settings: Settings) -> Rows:
+    """The test rows that the settings name.
+
+    Raises:
+        ValueError, OSError: data that can't be used, or an `HF_all` of another number of rows.
+    """
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    spans = channels.common_test(data, source.available)
+    h_BAD = torch.from_numpy(np.ascontiguousarray(channels.rows_of(source, spans)))
+    hf, missing = _responses(data, model, source, spans)
+    place = data.path if data.source == "csinet" else "built in"
+    name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {model.angles} × {model.delays}"
+    return Rows(h_BAD, None if hf is None else torch.from_numpy(hf), missing, name)
+
+
+def _responses(
+    data: DataSettings,
+    model: ModelSettings,
+    source: channels.Source,
+    spans: tuple[channels.Span, ...],
+) -> tuple[np.ndarray | None, str]:
+    """`HF_all` of the rows, or why there is none."""
+    if isinstance(source, SyntheticSource):
+        return np.concatenate([source.frequency_rows(*span) for span in spans]), ""
+    if model.angles != ANGLES:
+        return None, SMALLER
+    assert data.path is not None
+    parts = []
+    for span in spans:
+        found = channels.frequency_channels(Path(data.path), span.environment)
+        if found is None:
+            return None, NO_FILE
+        there = source.available(span.environment, "test")
+        if len(found) != there:
+            raise ValueError(
+                f"{data.path}: HF_all has {len(found)} {span.environment} rows, the test set "
+                f"{there}; it must be of the same samples. Move the file away to do without ρ."
+            )
+        parts.append(found[span.start : span.stop])
+    return np.concatenate(parts), ""

@@ -1,0 +1,223 @@
+"""What launch/export.py does: cut a UE's model where the feedback crosses, write, check, say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csipipe import channels, trained
+from csipipe.channels import Manifest
+from csipipe.device import set_threads
+from csipipe.export import bits as curve
+from csipipe.export import check, folder, formats
+from csipipe.export.learning import learn
+from csipipe.export.parts import Pair, nmse_db, operations, parameters, run
+from csipipe.export.quantiser import BITS, Quantiser
+from csipipe.trained import Trained
+
+SAMPLES = 16
+"""Test rows that go along as `samples.f32`."""
+_NAMES = {"encoder": ("H", "codeword"), "decoder": ("codeword", "H_hat")}
+_SCRIPTS = {
+    formats.PT2: ("feedback_torch.py", "feedback.py"),
+    formats.ONNX: ("feedback_onnx.py", "feedback_onnx.py"),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's own options; settings are what is left."""
+    parser.add_argument("--ue", type=int, required=True, metavar="N", help="whose encoder and head")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        metavar="B",
+        help=f"quantise the codeword: bits per entry, {BITS[0]} … {BITS[-1]}",
+    )
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=formats.FORMATS,
+        default=list(formats.FORMATS),
+        help="pt2 (torch.export), onnx; default: both",
+    )
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/export/ue-N[-Bbit]")
+
+
+def export(options: Namespace, changes: Sequence[str]) -> None:
+    """Write the export and print what is in it.
+
+    Raises:
+        ValueError, OSError: a run, UE, data or packages that can't be used.
+        RuntimeError: what was written doesn't do what the original does.
+    """
+    formats.require(tuple(options.formats))
+    source = trained.read(Path(options.run), changes, options.weights)
+    ues = source.settings.topology.ues
+    if not 0 <= options.ue < ues:
+        raise ValueError(f"--ue is {options.ue}; the run has UEs 0 … {ues - 1}.")
+    set_threads(source.settings.train.threads, ranks_on_node=1)
+    [model] = source.models([options.ue])
+    h_BAD = _test_rows(source)
+    quantise: Callable[[int], Quantiser] | None = None
+    if options.bits is not None:
+        quantise = _quantise(source, options.ue, Pair.of(model))
+    pair = Pair.of(model, quantise(options.bits) if quantise else None)
+    name = f"ue-{options.ue}" + (f"-{options.bits}bit" if options.bits is not None else "")
+    out = Path(options.out) if options.out else source.folder / "export" / name
+    with folder.whole(out) as place:
+        content = _describe(source, options, pair, h_BAD)
+        content["original"] = {"nmse_db": nmse_db(run(model, h_BAD), h_BAD)}
+        content["checked"] = {
+            kind: _write(pair, kind, place, content, h_BAD) for kind in options.formats
+        }
+        _samples(h_BAD).tofile(place / "samples.f32")
+        text = _table(content)
+        if quantise is not None:
+            points, whole = curve.measure(model, quantise, h_BAD)
+            title = f"UE {options.ue} of {source.folder.resolve().name}"
+            curve.write(points, whole, title, place)
+            text += "\n\n" + curve.table(points, whole)
+        (place / folder.MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    print(text)
+    scripts = " or ".join(f"python {out}/{_SCRIPTS[kind][1]}" for kind in options.formats)
+    print(f"\nwritten:      {out}\ntry it:       {scripts}", flush=True)
+
+
+def _test_rows(source: Trained) -> Tensor:
+    data, model = source.settings.data, source.settings.model
+    stream = channels.open_source(data, model.angles, model.delays)
+    rows = channels.rows_of(stream, channels.common_test(data, stream.available))
+    return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+def _quantise(source: Trained, ue: int, pair: Pair) -> Callable[[int], Quantiser]:
+    """A quantiser of so many bits, learned from the codewords of the UE's training rows."""
+    data, model = source.settings.data, source.settings.model
+    stream = channels.open_source(data, model.angles, model.delays)
+    dealt = Manifest.read(source.folder)
+    dealt.check(stream)
+    rows = channels.rows_of(stream, dealt.train[ue])
+    return partial(learn, run(pair.encoder, torch.from_numpy(np.ascontiguousarray(rows))))
+
+
+def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) -> dict[str, Any]:
+    """What `export.json` says before anything is written."""
+    model = source.settings.model
+    codeword = run(pair.encoder, h_BAD[:2])
+    inputs = {"encoder": h_BAD, "decoder": codeword}
+    return {
+        "csipipe": version("csipipe"),
+        "run": str(source.folder),
+        "method": source.settings.method,
+        "state": source.state,
+        "finished": source.status == "finished",
+        "ue": options.ue,
+        "row": [2, model.angles, model.delays],
+        "entries": model.c1,
+        "trained_in": source.settings.train.precision,
+        "bits_per_entry": options.bits,
+        "bits_per_channel": model.c1 * (options.bits or 32),
+        "parts": {
+            end: {
+                "parameters": parameters(module),
+                "multiply_accumulates": operations(module, inputs[end]),
+                "files": {},
+            }
+            for end, module in pair.ends.items()
+        },
+    }
+
+
+def _write(
+    pair: Pair, kind: str, place: Path, content: dict[str, Any], h_BAD: Tensor
+) -> dict[str, Any]:
+    """Both ends in one format with its script, checked; returns the largest differences."""
+    # an example goes along inside of a .pt2: nobody's channels
+    empty = torch.zeros(2, *content["row"])
+    examples = {"encoder": empty, "decoder": torch.zeros_like(run(pair.encoder, empty))}
+    functions = {}
+    for end, module in pair.ends.items():
+        file = place / f"{end}.{kind}"
+        functions[end] = formats.save(module, examples[end], _NAMES[end], file)
+        data = file.read_bytes()
+        content["parts"][end]["files"][file.name] = {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    found = check.compare(pair, functions["encoder"], functions["decoder"], h_BAD)
+    found.check(kind)
+    _script(kind, place, content)
+    return {
+        "encoder": found.encoder,
+        "decoder": found.decoder,
+        "bits_that_differ": list(found.bits),
+        "nmse_db": found.nmse_db,
+    }
+
+
+def _script(kind: str, place: Path, content: dict[str, Any]) -> None:
+    """The script that does feedback with the files, this export's numbers in it."""
+    template, name = _SCRIPTS[kind]
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    digests = {
+        file: entry["sha256"]
+        for part in content["parts"].values()
+        for file, entry in part["files"].items()
+    }
+    for before, after in (
+        ("ROW = (2, 32, 32)", f"ROW = {tuple(content['row'])}"),
+        ("ENTRIES = 256", f"ENTRIES = {content['entries']}"),
+        ("BITS = 0", f"BITS = {content['bits_per_entry'] or 0}"),
+        ("SHA256: dict[str, str] = {}", f"SHA256 = {json.dumps(digests, indent=4)}"),
+    ):
+        text = text.replace(f"\n{before}\n", f"\n{after}\n")
+    (place / name).write_text(text, encoding="utf-8")
+
+
+def _samples(h_BAD: Tensor) -> np.ndarray:
+    rows: np.ndarray = h_BAD[:SAMPLES].numpy().astype("<f4")
+    return rows
+
+
+def _table(content: dict[str, Any]) -> str:
+    lines = [
+        f"UE {content['ue']} of {content['run']}: {content['state']}",
+        "",
+        f"{'part':>10}  {'parameters':>12}  {'MACs / channel':>15}  files (bytes)",
+    ]
+    if not content["finished"]:
+        lines[0] += "; its training isn't finished"
+    if content["trained_in"] != "fp32":
+        lines[0] += f"; trained in {content['trained_in']}, exported and compared in fp32"
+    for end, part in content["parts"].items():
+        files = ", ".join(f"{name} {entry['bytes']:,}" for name, entry in part["files"].items())
+        lines.append(
+            f"{end:>10}  {part['parameters']:>12,}  {part['multiply_accumulates']:>15,}  {files}"
+        )
+    lines += [
+        "",
+        f"{'checked':>10}  {'encoder':>12}  {'decoder':>15}  NMSE (dB)   largest difference, "
+        f"at most {check.BOUND:.0e}",
+        f"{'original':>10}  {'':>12}  {'':>15}  {content['original']['nmse_db']:9.2f}   codeword "
+        "as it is",
+    ]
+    for kind, found in content["checked"].items():
+        differ, of = found["bits_that_differ"]
+        note = f"   {differ} of {of:,} bits differ" if of else ""
+        lines.append(
+            f"{kind:>10}  {found['encoder']:>12.1e}  {found['decoder']:>15.1e}  "
+            f"{found['nmse_db']:9.2f}{note}"
+        )
+    what = f"{content['bits_per_entry'] or 32} bits for each of {content['entries']} entries"
+    lines += ["", f"feedback per channel: {content['bits_per_channel']:,} bits, {what}"]
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""The folder of an export: written beside its place, then renamed; never there half written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "export.json"
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A fresh folder to write into, which becomes `out` if nothing fails.
+
+    An earlier export in `out` is replaced.
+
+    Raises:
+        ValueError: `out` is there and isn't an export.
+        OSError: it can't be written.
+    """
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ValueError(f"{out} is there and holds no export; name another --out.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{out} can't be written: {error.strerror}; name another --out.") from error
+    try:
+        yield partial
+        old = out.with_name(f"{out.name}.{os.getpid()}.old.partial")
+        if out.exists():
+            os.rename(out, old)
+        os.rename(partial, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

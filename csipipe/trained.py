@@ -1,0 +1,191 @@
+"""What a run has learnt: every UE's encoder, decoder tail and head, out of the run's directory.
+
+A run that ended left `weights/`. One that goes on, or was interrupted, has checkpoints; the
+newest whole one speaks for it. Only reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from csipipe import checkpoint, commandline, models
+from csipipe.config import ModelSettings, Settings
+from csipipe.methods.state import layer_name, ue_name
+from csipipe.resuming import CONFIG
+
+LAST, BEST = "last", "best"
+
+
+class Autoencoder(nn.Module):
+    """One UE's whole model, unsplit: (B, 2, A, D) in [0, 1] → the same."""
+
+    def __init__(self, model: ModelSettings, tail: nn.Sequential) -> None:
+        super().__init__()
+        self.encoder = models.build_encoder(model, 0)
+        self.tail = tail
+        self.head = models.build_head(model, 0)
+
+    def forward(self, h_BAD: Tensor) -> Tensor:
+        """(B, 2, A, D) → (B, 2, A, D)."""
+        h_hat: Tensor = self.head(self.tail(self.encoder(h_BAD)))
+        return h_hat
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's weights on disk.
+
+    Attributes:
+        folder: the run's directory.
+        settings: the run's, with what the caller changed.
+        source: where the weights are: a folder of weights, or of a checkpoint.
+        iteration: after which the weights are; None: unknown (`checkpoints/best`, or weights
+            without a summary).
+        status: finished, stopped, or unfinished: still going, or interrupted.
+    """
+
+    folder: Path
+    settings: Settings
+    source: Path
+    iteration: int | None
+    status: str
+
+    @property
+    def state(self) -> str:
+        """Which weights these are, in words."""
+        if self.iteration is None:
+            return f"{self.source.name}, run {self.status}"
+        of = self.settings.train.iterations
+        return f"iteration {self.iteration} of {of}, run {self.status}"
+
+    def models(self, ues: Sequence[int] | None = None) -> list[Autoencoder]:
+        """Models of some UEs (None: all), in evaluation mode on the CPU; the tail is one object.
+
+        UEs whose weights are the first one's share its model.
+
+        Raises:
+            ValueError: weights that are missing, damaged or of another model; the file is named.
+        """
+        model, snapshot = self.settings.model, self._snapshot
+        tail = nn.Sequential(*models.build_tail(model, 0))
+        ues = range(self.settings.topology.ues) if ues is None else ues
+        state = self._tail_state(snapshot)
+        checkpoint.fill(tail, state, "tail", self.source)
+        found: list[Autoencoder] = []
+        for ue in ues:
+            mine = Autoencoder(model, tail)
+            state, file = self._ue_state(snapshot, ue)
+            for part in ("encoder", "head"):
+                checkpoint.fill(getattr(mine, part), state, part, file)
+            same = bool(found) and _equal(mine.state_dict(), found[0].state_dict())
+            found.append(found[0] if same else mine.eval())
+        return found
+
+    @cached_property
+    def _snapshot(self) -> checkpoint.Snapshot | None:
+        whole = self.source.name.isdigit()
+        return checkpoint.Snapshot(self.source) if whole else None
+
+    def _tail_state(self, snapshot: checkpoint.Snapshot | None) -> dict[str, Tensor]:
+        if snapshot is None:
+            return checkpoint.read(checkpoint.tail_file(self.source))
+        state: dict[str, Tensor] = {}
+        for layer in range(len(models.tail_shapes(self.settings.model)) - 1):
+            if layer_name(layer) in snapshot.content["parts"]:
+                part = snapshot.tensors(layer_name(layer))
+                state |= {
+                    f"tail.{layer}.{k.removeprefix('layer.')}": v
+                    for k, v in part.items()
+                    if k.startswith("layer.")
+                }
+        # federated methods: a tail at every UE, the same between two iterations
+        return state or snapshot.tensors(ue_name(0))
+
+    def _ue_state(
+        self, snapshot: checkpoint.Snapshot | None, ue: int
+    ) -> tuple[dict[str, Tensor], Path]:
+        if snapshot is None:
+            file = checkpoint.ue_file(self.source, ue)
+            return checkpoint.read(file), file
+        file = checkpoint.ue_file(snapshot.folder, ue)
+        state = snapshot.tensors(ue_name(ue))
+        if ue and not any(key.startswith("encoder.") for key in state):
+            return self._ue_state(snapshot, 0)  # centralised: the first UE's are everyone's
+        return state, file
+
+
+def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trained:
+    """Find a run's weights.
+
+    Args:
+        folder: the run's directory.
+        changes: settings to change, as on the command line (`--data.source csinet …`).
+        weights: `last`; `best`, those of `checkpoints/best`; or the number of a checkpoint.
+
+    Raises:
+        ValueError: no run, or one without such weights; says what there is.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no run: it has no {CONFIG}.")
+    parser = commandline.parser("")
+    given = ["--config", str(folder / CONFIG), *changes]
+    settings, _ = commandline.settings(parser, given)
+    ended = _ended(folder)
+    status = ended[0] if ended else "unfinished"
+    checkpoints = folder / "checkpoints"
+    if weights == BEST:
+        if not (checkpoints / BEST).is_dir():
+            raise ValueError(
+                f"{folder} has no best weights: with data.holdout 0, or before the first "
+                "evaluation, none are chosen. Leave --weights out for the last ones."
+            )
+        return Trained(folder, settings, checkpoints / BEST, None, status)
+    if weights != LAST:
+        return Trained(folder, settings, _numbered(checkpoints, weights), int(weights), status)
+    if ended:
+        return Trained(folder, settings, folder / "weights", ended[1], status)
+    newest = checkpoint.newest(checkpoints)
+    if newest is not None:
+        return Trained(folder, settings, newest, int(newest.name), status)
+    if not (folder / "weights").is_dir():
+        raise ValueError(
+            f"{folder} has no weights and no whole checkpoint yet; a run writes its first one "
+            f"after run.save_every ({settings.save_every}) iterations."
+        )
+    return Trained(folder, settings, folder / "weights", None, "of unknown state")
+
+
+def _numbered(checkpoints: Path, number: str) -> Path:
+    chosen = checkpoints / number
+    if not number.isdigit() or not (chosen / checkpoint.MANIFEST).is_file():
+        there = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
+        raise ValueError(
+            f"--weights {number}: {checkpoints} has no such checkpoint, but {there or 'none'}; "
+            f"give one of them, {LAST} or {BEST}."
+        )
+    return chosen
+
+
+def _ended(folder: Path) -> tuple[str, int] | None:
+    """Status and iterations of a run that ended; None: it goes on, or was interrupted."""
+    file = folder / "summary.json"
+    if not file.is_file():
+        return None
+    try:
+        summary = json.loads(file.read_text())
+        return str(summary["status"]), int(summary["iterations"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} can't be read ({error!r}); move it away to take the newest checkpoint."
+        ) from error
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -1,0 +1,74 @@
+"""Directories of runs that took a moment, trained in this process, as a real run leaves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import CPU, small
+
+from csipipe import checkpoint, commandline, methods
+from csipipe.channels import deal, manifest_of, open_source
+from csipipe.config import Method, Settings
+from csipipe.exchange import shared_parts
+from csipipe.methods.centralised import Centralised
+from csipipe.methods.replica import Replica
+from csipipe.methods.state import Unit
+
+STEPS = 2
+
+
+def finish(folder: Path, method: Method = "csilocal", **sections: Any) -> Centralised:
+    """A finished run: `config.yaml`, `manifest.json`, `weights/`, `summary.json`; its worker."""
+    worker = begin(folder, method, **sections)
+    end(folder, worker)
+    return worker
+
+
+def begin(folder: Path, method: Method = "csilocal", **sections: Any) -> Centralised:
+    """A run that has trained a little and written nothing yet that lasts."""
+    torch.set_num_threads(1)
+    sections["train"] = {"threads": 1} | sections.get("train", {})
+    settings = small(method, **sections)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(commandline.to_yaml(settings))
+    data, model = settings.data, settings.model
+    source = open_source(data, model.angles, model.delays)
+    dealt = deal(data, settings.topology.ues, source.available)
+    manifest_of(dealt, data.holdout, source).write(folder)
+    ues, test = methods.load(settings, range(settings.topology.ues), CPU)
+    worker = Centralised(settings, ues, test, CPU, shared=is_one_model(settings))
+    for step in range(STEPS):
+        worker.train_iteration(step)
+    return worker
+
+
+def end(folder: Path, worker: Centralised, status: str = "finished", done: int = 10) -> None:
+    """What the end of a run adds."""
+    worker.save_weights(folder / "weights")
+    (folder / "summary.json").write_text(json.dumps({"status": status, "iterations": done}))
+
+
+def snapshot(folder: Path, worker: Centralised, done: int) -> Path:
+    """A checkpoint of the run as it is, with the parts that its method has."""
+    partial = folder / "checkpoints" / f"{done}.partial"
+    units = replicas(worker) if shared_parts(worker.settings.method) else worker.units()
+    parts = {n: checkpoint.write_part(partial, n, unit.state()) for n, unit in units.items()}
+    return checkpoint.commit(partial, {"iteration": done}, parts)
+
+
+def replicas(worker: Centralised) -> dict[str, Unit]:
+    """The units of a federated run whose UEs have the worker's parts."""
+    units = {}
+    for ue in worker.ues:
+        replica = Replica(ue, worker.settings, CPU)
+        replica.tail.load_state_dict(worker.tail.state_dict())
+        units[f"ue-{ue.number}"] = replica.unit([])
+    return units
+
+
+def is_one_model(settings: Settings) -> bool:
+    """Whether all UEs have the same weights."""
+    return settings.method == "centralised" or len(shared_parts(settings.method)) == 3

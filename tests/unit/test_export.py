@@ -1,0 +1,327 @@
+"""Exported parts against their originals; the quantiser; the scripts, run without this package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trainedruns
+from runs import small
+from torch import nn
+
+from csipipe import models, trained
+from csipipe.commandline import RunParser
+from csipipe.config import ModelSettings
+from csipipe.export import bits as curve
+from csipipe.export import check, command, folder
+from csipipe.export.learning import learn
+from csipipe.export.parts import Pair, nmse_db, operations, run
+from csipipe.export.quantiser import Quantiser
+from csipipe.metrics import centred_nmse
+from csipipe.trained import Autoencoder
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="ONNX isn't installed: pip install -c constraints.txt -e '.[export]'",
+)
+
+
+# The quantiser
+
+
+def test_levels_bits_and_middles_by_hand() -> None:
+    quantiser = Quantiser(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 8.0]), bits=2)
+    z = torch.tensor([[-0.9, 7.9], [0.1, 2.0], [-5.0, 99.0]])
+    bits = quantiser.to_bits(z)
+    assert bits.tolist() == [[0, 0, 1, 1], [1, 0, 0, 1], [0, 0, 1, 1]]
+    assert bits.dtype == torch.uint8
+    assert quantiser.from_bits(bits).tolist() == [[-0.75, 7.0], [0.25, 3.0], [-0.75, 7.0]]
+    assert torch.equal(quantiser.rounded(z), quantiser.from_bits(bits))
+
+
+@pytest.mark.parametrize("bits", [1, 3, 10, 16])
+def test_what_is_inside_is_off_by_half_a_step_at_most(bits: int) -> None:
+    z = torch.randn(200, 5, generator=torch.Generator().manual_seed(bits))
+    quantiser = Quantiser(z.min(0).values, z.max(0).values, bits)
+    code = quantiser.to_bits(z)
+    assert code.shape == (200, 5 * bits)
+    off = (quantiser.from_bits(code) - z).abs() / quantiser.step
+    assert 0.4 < off.max() < 0.5 * (1 + 2**-6)
+    assert quantiser.outside(z, code).max() < 1e-6
+
+
+def test_an_entry_that_never_changes_comes_back() -> None:
+    quantiser = Quantiser(torch.tensor([2.0]), torch.tensor([2.0]), 4)
+    z = torch.tensor([[2.0]])
+    assert quantiser.from_bits(quantiser.to_bits(z)).item() == 2.0
+
+
+def test_other_bits_lie_outside() -> None:
+    quantiser = Quantiser(torch.tensor([0.0]), torch.tensor([4.0]), 2)
+    z = torch.tensor([[1.25], [9.0], [-9.0]])
+    for code, wanted in (
+        ([[0, 1], [1, 1], [0, 0]], [0, 0, 0]),
+        ([[0, 0], [1, 0], [0, 1]], [0.25, 1, 1]),
+        ([[1, 0], [0, 0], [1, 1]], [0.75, 3, 3]),
+    ):
+        found = quantiser.outside(z, torch.tensor(code, dtype=torch.uint8))
+        assert found.flatten().tolist() == wanted
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)])
+def test_the_range_that_is_learned_is_the_best_for_gaussian_entries(
+    bits: int, error: float
+) -> None:
+    # smallest errors of uniform quantisers: J. Max, "Quantizing for minimum distortion", 1960
+    z = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    z = z * torch.tensor([0.1, 1.0, 20.0]) + torch.tensor([5.0, 0.0, -7.0])
+    found = torch.square(learn(z, bits).rounded(z) - z).mean(0) / z.var(0)
+    assert found.mean() == pytest.approx(error, rel=0.03)
+    assert found.min() > 0.95 * found.max()  # each entry has its own range
+
+
+def test_a_range_needs_rows() -> None:
+    with pytest.raises(ValueError, match=r"1 training row\(s\)"):
+        learn(torch.zeros(1, 4), 4)
+
+
+@pytest.mark.parametrize("bits", [0, 17])
+def test_so_many_bits_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"{bits} bits per entry were asked for; expected 1 … 16"):
+        Quantiser(torch.zeros(1), torch.ones(1), bits)
+
+
+# Size and operations
+
+
+def test_operations_by_hand() -> None:
+    model = Autoencoder(ModelSettings(), nn.Sequential(*models.build_tail(ModelSettings(), 0)))
+    pair = Pair.of(model.eval())
+    pixels = 32 * 32
+    row = torch.rand(1, 2, 32, 32)
+    assert operations(pair.encoder, row) == 2 * 2 * 9 * pixels + 2048 * 256
+    block = 2 * 7 * 9 + 7 * 7 * (9 + 9) + 2 * 7 * 5 + 7 * 7 * 5 + 14 * 2
+    decoder = 256 * 2048 + 2 * 2 * 9 * pixels + 2 * block * pixels + 2048 * 256 + 256 * 2048
+    assert operations(pair.decoder, pair.encoder(row).detach()) == decoder
+
+
+# The command
+
+
+def export(*arguments: object) -> None:
+    parser = RunParser("export", "")
+    command.add_arguments(parser)
+    options, settings = parser.parse([str(argument) for argument in arguments])
+    command.export(options, settings)
+
+
+def alone(
+    script: Path, without: tuple[str, ...], *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own that can't import this package, nor some others."""
+    gone = dict.fromkeys((*without, "csipipe", "deepspeed"))
+    code = (
+        f"import runpy, sys; sys.modules |= {gone}\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    line = [sys.executable, "-W", "ignore", "-c", code, str(script), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=script.parent)
+
+
+def wanted(place: Path, ue: int) -> tuple[Pair, torch.Tensor, torch.Tensor]:
+    """The run's own parts of a UE, the exported samples, and their codewords."""
+    pair = Pair.of(trained.read(place).models([ue])[0])
+    [out] = (place / "export").iterdir()
+    h = torch.from_numpy(np.fromfile(out / "samples.f32", "<f4")).reshape(-1, 2, 8, 8)
+    return pair, h, run(pair.encoder, h)
+
+
+def test_a_pair_goes_out_and_does_feedback_with_torch_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = trainedruns.finish(tmp_path / "run")
+    export(tmp_path / "run", "--ue", 2, "--formats", "pt2")
+    printed = capsys.readouterr().out
+    assert "UE 2 of" in printed
+    assert "isn't finished" not in printed
+    out = tmp_path / "run" / "export" / "ue-2"
+    names = ["decoder.pt2", "encoder.pt2", "export.json", "feedback.py", "samples.f32"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    content = json.loads((out / "export.json").read_text())
+    assert content["checked"]["pt2"]["encoder"] <= check.BOUND
+    part = content["parts"]["encoder"]
+    assert part["parameters"] == models.count_parts(worker.settings.model)["encoder"]
+    data = (out / "encoder.pt2").read_bytes()
+    file = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert part["files"] == {"encoder.pt2": file}
+
+    pair, h, z = wanted(tmp_path / "run", 2)
+    torch.testing.assert_close(h, worker.test[: command.SAMPLES])
+    ended = alone(out / "feedback.py", ("numpy", "safetensors"))
+    assert ended.returncode == 0, ended.stderr
+    db = nmse_db(run(pair.decoder, z), h)
+    assert ended.stdout == f"16 channels, {24 * 4} bytes of feedback each, NMSE {db:.2f} dB\n"
+
+    (out / "encoder.pt2").write_bytes(data[:-1] + b"?")
+    refused = alone(out / "feedback.py", ())
+    assert refused.returncode == 1
+    assert "encoder.pt2 isn't the file that this script was written with" in refused.stderr
+
+
+def test_with_bits_the_codeword_is_packed_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainedruns.finish(tmp_path / "run", model={"c1": 21})  # 63 bits: not whole bytes
+    export(tmp_path / "run", "--ue", 1, "--bits", 3, "--formats", "pt2")
+    printed = capsys.readouterr().out
+    out = tmp_path / "run" / "export" / "ue-1-3bit"
+    pair, _, z = wanted(tmp_path / "run", 1)
+    ue = trainedruns.begin(tmp_path / "again", model={"c1": 21}).ues[1]
+    quantiser = learn(run(pair.encoder, ue.rows), 3)  # from the UE's training rows, no others
+    code = quantiser.to_bits(z)
+    script = runpy.run_path(str(out / "feedback.py"))["main"]
+    with torch.no_grad():
+        script(["encode", str(out / "samples.f32"), str(out / "up")])
+        script(["decode", str(out / "up"), str(out / "back")])
+    sent = np.fromfile(out / "up", np.uint8).reshape(16, 8)
+    np.testing.assert_array_equal(np.unpackbits(sent, axis=1, count=63), code)
+    h_hat = np.fromfile(out / "back", np.float32).reshape(16, 2, 8, 8)
+    np.testing.assert_allclose(h_hat, run(pair.decoder, quantiser.from_bits(code)), atol=1e-6)
+
+    lines = (out / "bits.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        [str(b), str(21 * b)] for b in range(1, 11)
+    ]
+    content = json.loads((out / "export.json").read_text())
+    assert float(lines[3].split(",")[2]) == pytest.approx(
+        content["checked"]["pt2"]["nmse_db"], abs=1e-4
+    )
+    assert content["bits_per_channel"] == 63
+    assert (out / "bits.png").read_bytes()[:4] == b"\x89PNG"
+    assert "bits per entry" in printed
+
+
+@needs_onnx
+@pytest.mark.parametrize("bits", [None, 4])
+def test_onnx_does_the_same_without_torch(bits: int | None, tmp_path: Path) -> None:
+    trainedruns.finish(tmp_path / "run", "fedavgper")
+    more = [] if bits is None else ["--bits", bits]
+    export(tmp_path / "run", "--ue", 0, "--formats", "onnx", *more)
+    [out] = (tmp_path / "run" / "export").iterdir()
+    assert not list(out.glob("*.pt2"))
+    ended = alone(out / "feedback_onnx.py", ("torch",))
+    assert ended.returncode == 0, ended.stderr
+    _, h, _ = wanted(tmp_path / "run", 0)
+    for arguments in (("encode", out / "samples.f32", "up"), ("decode", "up", "back")):
+        ended = alone(out / "feedback_onnx.py", ("torch",), *arguments)
+        assert ended.returncode == 0, ended.stderr
+    assert (out / "up").stat().st_size == 16 * (24 * 4 if bits is None else 24 * bits // 8)
+    h_hat = torch.from_numpy(np.fromfile(out / "back", np.float32)).reshape(h.shape)
+    content = json.loads((out / "export.json").read_text())
+    assert content["checked"]["onnx"]["decoder"] <= check.BOUND
+    db = 10 * float(centred_nmse(h_hat, h).mean().log10())
+    assert abs(db - content["original"]["nmse_db"]) < (0.5 if bits is None else 3)
+    assert f"NMSE {db:.2f} dB" in alone(out / "feedback_onnx.py", ("torch",)).stdout
+
+
+def test_unfinished_training_is_exported_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainedruns.snapshot(tmp_path / "run", trainedruns.begin(tmp_path / "run"), 7)
+    out = tmp_path / "elsewhere"
+    export(tmp_path / "run", "--ue", 0, "--formats", "pt2", "--out", out)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "iteration 7 of 10" in first
+    assert "training isn't finished" in first
+    assert json.loads((out / "export.json").read_text())["finished"] is False
+
+
+def test_mistakes_are_named_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "run"
+    trainedruns.finish(place)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis").touch()
+    torch_alone = ["--formats", "pt2"]
+    for arguments, message in (
+        ([place, *torch_alone], "required: --ue"),
+        ([place, "--ue", 4, *torch_alone], "--ue is 4; the run has UEs 0 … 3"),
+        ([place, "--ue", -1, *torch_alone], "--ue is -1"),
+        ([place, "--ue", 0, "--bits", 0, *torch_alone], "0 bits per entry"),
+        ([place, "--ue", 0, "--out", tmp_path / "taken", *torch_alone], "holds no export"),
+        ([place, "--ue", 0, "--formats", "tflite"], "invalid choice: 'tflite'"),
+        ([place, "--ue", 0, "--bits", 4, "--data.seed", 1, *torch_alone], "the manifest's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(*arguments)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"needs .*onnxruntime.*\n  pip install .*'\.\[export\]'"):
+        export(place, "--ue", 0)
+    assert not (place / "export").exists()
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis"]
+
+
+def test_a_pair_that_does_something_else_is_refused() -> None:
+    settings = small()
+    tail = nn.Sequential(*models.build_tail(settings.model, 0))
+    pair = Pair.of(Autoencoder(settings.model, tail).eval())
+    h = torch.rand(9, 2, 8, 8)
+
+    def off(rows: torch.Tensor) -> torch.Tensor:
+        return run(pair.decoder, rows) + torch.tensor([2e-5])
+
+    fine = check.compare(pair, lambda rows: run(pair.encoder, rows), off, h)
+    assert fine.encoder == 0
+    with pytest.raises(RuntimeError, match=r"exported decoder \(pt2\) differs .* by 2\.0e-05"):
+        fine.check("pt2")
+    found = check.compare(pair, lambda rows: run(pair.encoder, rows) * (1 + 1e-4), off, h)
+    with pytest.raises(RuntimeError, match="exported encoder"):
+        found.check("pt2")
+    with pytest.raises(RuntimeError, match="exported encoder"):
+        check.Difference(float("nan"), 0.0, (0, 0), 0.0).check("pt2")
+    quantised = Pair.of(Autoencoder(settings.model, tail).eval(), learn(run(pair.encoder, h), 4))
+    flipped = check.compare(
+        quantised, lambda rows: 1 - run(quantised.encoder, rows), quantised.decoder, h
+    )
+    assert flipped.bits[0] == flipped.bits[1] == 9 * 24 * 4
+    assert flipped.encoder > 0.01
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+
+    def fill(text: str, fail: bool = False) -> None:
+        with folder.whole(out) as place:
+            (place / folder.MANIFEST).write_text(text)
+            assert not fail
+
+    with pytest.raises(AssertionError):
+        fill("first", fail=True)
+    assert list((tmp_path / "a").iterdir()) == []
+    fill("second")
+    with pytest.raises(AssertionError):
+        fill("third", fail=True)
+    assert (out / folder.MANIFEST).read_text() == "second"
+    fill("fourth")
+    assert (out / folder.MANIFEST).read_text() == "fourth"
+    assert list((tmp_path / "a").iterdir()) == [out]
+
+
+def test_every_number_of_bits_has_its_point(tmp_path: Path) -> None:
+    worker = trainedruns.finish(tmp_path / "run")
+    [model] = trained.read(tmp_path / "run").models([0])
+    z = run(Pair.of(model).encoder, worker.ues[0].rows)
+    points, whole = curve.measure(model, lambda bits: learn(z, bits), worker.test)
+    assert [point.total for point in points] == [24 * b for b in range(1, 11)]
+    assert points[9].nmse_db == pytest.approx(whole, abs=1e-3)
+    assert points[0].nmse_db != pytest.approx(whole, abs=1e-6)
+    assert f"{whole:.2f}" in curve.table(points, whole).splitlines()[-1]
