@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from csipipe.profiling.spans import Row, Span, idle
 
-_WIDTH, _ROW, _FRAME = 12.0, 0.42, 1.75
+_WIDTH, _ROW, _FRAME = 12.0, 0.42, 1.55
 """Inches: the picture's width, a rank's height, and what title, axis and legend take."""
 _TIME = (0.15, 0.885)
 """Where the time axis begins and ends, as shares of the width."""
@@ -44,7 +44,7 @@ WEIGHTS = Kind("weight gradients", "#f2b84b", hatch="///")
 LOCAL = Kind("local step", "#1f5fa8", "white")
 MEAN = Kind("aggregate, apply", "#f2b84b", hatch="///")
 OTHER = Kind("optimiser, other", "#8a8a8a")
-SEND = Kind("send", "#a01c1c")
+SEND = Kind("send", "#6b0f0f", "white")
 WAIT = Kind("wait", "#ffffff", "0.45", "....")
 _KINDS = {
     "forward": FORWARD,
@@ -96,7 +96,7 @@ def draw(timeline: Timeline) -> Figure:
     figure = Figure(figsize=(_WIDTH, height))
     FigureCanvasAgg(figure)
     axes = figure.add_axes(
-        (_TIME[0], 0.95 / height, _TIME[1] - _TIME[0], _ROW * len(rows) / height)
+        (_TIME[0], 0.85 / height, _TIME[1] - _TIME[0], _ROW * len(rows) / height)
     )
     start = min(span.begin for row in rows for span in row.spans)
     length = max(span.end for row in rows for span in row.spans) - start

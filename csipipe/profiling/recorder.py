@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from csipipe.profiling.spans import Span, range_name
+
+_END = 8192
+"""Bytes at the end of a trace that hold its name, which comes last."""
 
 
 class Recorder:
@@ -23,6 +28,7 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it announces starts and stops
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -89,6 +95,9 @@ class Recorder:
         Raises:
             OSError: it can't be written.
         """
-        # torch says nothing where it can't write, or not all of it
-        file.write_bytes(b"")
         self._profiler.export_chrome_trace(str(file))
+        # torch says nothing where it can't write, or not all of it
+        with open(file, "rb") as written:
+            written.seek(-min(_END, file.stat().st_size), os.SEEK_END)
+            if b'"traceName"' not in written.read():
+                raise OSError(errno.EIO, "The trace was not written to its end", str(file))

@@ -64,9 +64,10 @@ def from_json(text: str) -> list[Span]:
 
 
 def idle(row: Row) -> float:
-    """Share of the time from a rank's first span to its last in which it doesn't compute."""
+    """Share of a rank's iterations, each from first span to last, in which it doesn't compute."""
     busy = sum(span.end - span.begin for span in row.spans if span.activity == "compute")
-    whole = row.spans[-1].end - row.spans[0].begin
+    iterations = [row.of(i).spans for i in {span.iteration for span in row.spans}]
+    whole = sum(spans[-1].end - spans[0].begin for spans in iterations)
     return 1 - busy / whole if whole else 0.0
 
 
