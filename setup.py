@@ -29,5 +29,8 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"]},
+    extras_require={
+        "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
+        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],
+    },
 )

@@ -106,15 +106,15 @@ def draw(timeline: Timeline) -> Figure:
         for span in row.spans:
             _draw_span(axes, place, span, start, scale, length)
     axes.set_xlim(0, length * scale)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [row.role for row in rows], fontsize=8)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel(f"time ({name}); numbers: {timeline.numbers}", fontsize=8)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    _margin(axes, timeline)
+    _name_rows(axes, timeline)
     figure.text(0.01, 1 - 0.12 / height, timeline.title, fontsize=9, va="top")
+    _explain(figure, rows)
+    return figure
+
+
+def _explain(figure: Figure, rows: Sequence[Row]) -> None:
+    """The legend, of the kinds that there are."""
     used = {kind_of(span).label for row in rows for span in row.spans}
     figure.legend(
         handles=[
@@ -128,7 +128,6 @@ def draw(timeline: Timeline) -> Figure:
         frameon=False,
         handlelength=2.2,
     )
-    return figure
 
 
 def _draw_span(axes: Any, place: int, span: Span, start: int, scale: float, length: int) -> None:
@@ -166,8 +165,15 @@ def _draw_span(axes: Any, place: int, span: Span, start: int, scale: float, leng
         )
 
 
-def _margin(axes: Any, timeline: Timeline) -> None:
-    """Bubble shares, right of the rows."""
+def _name_rows(axes: Any, timeline: Timeline) -> None:
+    """Roles left of the rows, bubble shares right of them."""
+    rows = timeline.rows
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [row.role for row in rows], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
     transform = axes.get_yaxis_transform()
     axes.text(1.075, -0.6, "bubble", transform=transform, fontsize=8, ha="right", va="bottom")
     for place, share in enumerate(timeline.bubbles):

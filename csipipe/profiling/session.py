@@ -116,17 +116,18 @@ class Profile:
         self._stop(recorder)
         world = self._world
         world.tell("events", str(recorder.events))
-        events = 0
+        mine = ""
         if world.rank == 0:
             events = sum(int(world.hear("events", rank)[0]) for rank in range(world.size))
-        needed = events * self._settings.run.profile_iterations * _EVENT
-        self._pending = bool(world.shared("profile", "yes" if self._has_room(needed) else ""))
+            mine = "yes" if self._has_room(events) else ""
+        self._pending = world.shared("profile", mine) != ""
         if self._pending:
             self._offset = alignment.offset(world)
         return figures
 
-    def _has_room(self, needed: int) -> bool:
-        """Rank 0's word on it."""
+    def _has_room(self, events: int) -> bool:
+        """Whether the disk has room for as many events per iteration; says so."""
+        needed = events * self._settings.run.profile_iterations * _EVENT
         free = shutil.disk_usage(self._run).free
         if needed <= free:
             self._say(f"{self} takes up to {needed:,} bytes in {self._folder}")
