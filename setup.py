@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
+        "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
         "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -234,12 +234,22 @@ class RunSettings:
     """Iterations between evaluations; one more at the end. null: a tenth of the run."""
     timeout: float = 60.0
     """Longest wait for a peer inside an iteration, in seconds, on every process group."""
+    profile: bool = False
+    """Record some iterations on every rank: traces for TensorBoard and Perfetto in profile/, and a
+    picture of the pipeline, timeline.png."""
+    profile_after: int = 5
+    """Iterations before the first that is profiled, at least 2: one to learn how large traces get,
+    one for the ranks to fall into step."""
+    profile_iterations: int = 3
+    """Iterations that are profiled, one after the other."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(f"run.{name}", getattr(self, name), 1)
         _at_least("run.keep", self.keep, 1)
+        _at_least("run.profile_after", self.profile_after, 2)
+        _at_least("run.profile_iterations", self.profile_iterations, 1)
         if not self.resume:
             raise ValueError("run.resume is empty; it must be auto, never or a path.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
@@ -272,6 +282,14 @@ class Settings:
             raise ValueError(
                 "train.on_bad_ue is drop, but method is csilocal, whose micro-batches hold rows of "
                 "every UE; use stop."
+            )
+
+        last = self.run.profile_after + self.run.profile_iterations
+        if self.run.profile and last > self.train.iterations:
+            raise ValueError(
+                f"run.profile_iterations is {self.run.profile_iterations} and run.profile_after "
+                f"{self.run.profile_after}, but train.iterations {self.train.iterations}: the last "
+                f"profiled iteration would be {last}; profile fewer, or train more."
             )
 
     @property

@@ -147,6 +147,11 @@ def ue_decoding(micro_batches: int, send_back: bool = False) -> Iterator[Instruc
             yield Instruction(Op.SEND_BACKWARD, m)
 
 
+def bubble(stages: int, micro_batches: int) -> float:
+    """Share of time that a stage idles under `gpipe` at best, with equal stages: (S-1)/(M+S-1)."""
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
 def held(plan: Plan, start: Op, end: Op) -> int:
     """Most micro-batches between `start` and `end` at a time: how many buffers a rank needs."""
     now = most = 0
@@ -166,14 +171,15 @@ def execute(
 
     Args:
         whole, per_micro_batch: what the rank does at instructions without and with a micro-batch.
-        clock: counts the time of each.
+        clock: counts the time of each; the last one's goes on until the clock is told more.
     """
     for instruction in plan:
-        if instruction.micro_batch is None:
-            whole[instruction.op]()
+        op, m = instruction.op, instruction.micro_batch
+        clock.begin(_ACTIVITY.get(op, "compute"), op.value, m)
+        if m is None:
+            whole[op]()
         else:
-            per_micro_batch[instruction.op](instruction.micro_batch)
-        clock.note(_ACTIVITY.get(instruction.op, "compute"))
+            per_micro_batch[op](m)
 
 
 _ACTIVITY = {

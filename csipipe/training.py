@@ -175,11 +175,17 @@ def run(
             best = content["best"]
     saver = Saver(worker, settings, start.folder, world.rank, world.size)
     iterations, done = settings.train.iterations, start.iteration
+    step, profile = worker.train_iteration, None
+    if settings.run.profile:
+        from csipipe.profiling import Profile
+
+        profile = Profile(worker, settings, start.folder, done, world, tracker)
+        step = profile.train_iteration
     with Stopping(world, start.folder) as stopping:
         stop = False
         while done < iterations and not stop:
             before = time.monotonic()
-            figures = worker.train_iteration(done)
+            figures = step(done)
             done += 1
             if tracker is not None:
                 assert figures is not None
@@ -195,6 +201,8 @@ def run(
                 stopping.progress()
                 if error is not None and stop and done < iterations:
                     raise error
+        if profile is not None:
+            profile.close()
         worker.save_weights(start.folder / "weights")
         ledger = worker.exchanged()
         if tracker is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from csipipe import trust
 from csipipe.blame import EVERYONE, PeerLost
+from csipipe.clock import Clock
 from csipipe.device import download, host_buffer, upload
 from csipipe.ledger import COUNTED, UP, Kind, Ledger
 from csipipe.topology import Topology
@@ -56,6 +57,7 @@ class Channel:
         shape: rows of one micro-batch at this end over all peers, then the shape of one row.
         slots: micro-batches per iteration.
         limit: root mean square of a sound message; None: what arrives isn't checked.
+        clock: this rank's; where it records, waits are named by the peer.
 
     Attributes:
         tolerant: note UEs whose messages aren't sound in `bad` and put zeros for them, instead of
@@ -75,6 +77,7 @@ class Channel:
         ledger: Ledger | None = None,
         group: dist.ProcessGroup | None = None,
         limit: float | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.kind = kind
         self.peers = peers
@@ -85,6 +88,7 @@ class Channel:
         self.ledger = ledger if kind in COUNTED else None
         self.group = group
         self.limit = limit
+        self.clock = Clock() if clock is None else clock
         self.tolerant = False
         self.bad: dict[int, str] = {}
         staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
@@ -117,7 +121,10 @@ class Channel:
         buffer = self._buffers[m % self._ahead]
         for peer, work in zip(self.peers, self._receives.pop(m), strict=True):
             with self._receiving(m, peer):
-                work.wait()
+                if self.clock.recorder is None:
+                    work.wait()
+                else:
+                    self.clock.recorder.within(f"wait for {peer.role}", work.wait)
             self._count(peer, buffer)
             if self.limit is not None and not trust.sound(buffer[peer.rows], self.limit):
                 self._judge(m, peer, buffer[peer.rows], self.limit)
@@ -244,6 +251,7 @@ class Wire:
     Attributes:
         terms: a line for every kind of message that one of this rank's UEs, or the BTS with a UE,
             exchanges; both ends must have the same ones.
+        clock: counts this rank's time.
     """
 
     def __init__(
@@ -265,6 +273,7 @@ class Wire:
         self.dtype = dtype
         self.device = device
         self.ledger = Ledger(topology.ues)
+        self.clock = Clock()
 
     def link(self, kind: Kind, width: int) -> Channel:
         """Messages between UEs and a BTS stage, `width` scalars per row, ordered by UE number."""
@@ -280,6 +289,7 @@ class Wire:
             self.device,
             self.ledger,
             limit=self.limit,
+            clock=self.clock,
         )
 
     def expect(self, kind: Kind, ues: range, shape: tuple[int, int], messages: int) -> None:
@@ -320,6 +330,7 @@ class Wire:
             self.dtype,
             self.device,
             group=group,
+            clock=self.clock,
         )
 
     def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:
@@ -331,7 +342,15 @@ class Wire:
         ]
         self.expect(kind, ues, (1, scalars), 1)
         return Channel(
-            kind, peers, (1, scalars), 1, self.dtype, self.device, self.ledger, limit=self.limit
+            kind,
+            peers,
+            (1, scalars),
+            1,
+            self.dtype,
+            self.device,
+            self.ledger,
+            limit=self.limit,
+            clock=self.clock,
         )
 
     def vectors(self, sizes: Mapping[Kind, int], ue: int, tolerant: bool) -> list[Tensor] | str:

@@ -15,11 +15,7 @@ from csipipe.bench.race import TOLERANCE, Race
 from csipipe.clock import ACTIVITIES
 from csipipe.config import Settings
 from csipipe.device import processor
-
-
-def bubble(stages: int, micro_batches: int) -> float:
-    """Share of time a stage of a pipeline idles at best, with equal stages: (S-1)/(M+S-1)."""
-    return (stages - 1) / (micro_batches + stages - 1)
+from csipipe.schedule import bubble
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from csipipe.clock import Clock
 from csipipe.config import TrainSettings
 from csipipe.figures import Figures
 from csipipe.ledger import Ledger
@@ -25,6 +26,10 @@ class Worker(Protocol):
     """Trainable scalars of `encoder`, `tail` and `head`."""
     notes: list[str]
     """What rank 0 tells the user before training, a line each."""
+    device: torch.device
+    """Where it computes."""
+    clock: Clock
+    """Told what the rank does in training."""
 
     @property
     def has_holdout(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models, trust
+from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.figures import WIDTH, Figures
@@ -56,6 +57,7 @@ class Centralised:
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = models.count_parts(settings.model)
         self.notes: list[str] = []
+        self.clock = Clock()
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:
@@ -67,12 +69,15 @@ class Centralised:
             set_rate(ue.optimizer, train.lr_at(iteration))
         self.tail.train()
         set_rate(self.optimizer, train.lr_at(iteration))
+        self.clock.begin("compute", "draw mini-batches")
         sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
+        self.clock.begin("compute", "step")
         trust.check_gradients("the tail's", self.tail.named_parameters())
         for ue in owners:
             ue.step()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.clock.stop()
         return Figures(sums)
 
     def evaluate(self, part: Part) -> Figures:
@@ -109,11 +114,14 @@ class Centralised:
         ues = self.ues[: len(h_UBAD)]
         training = torch.is_grad_enabled()
         sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
+        clock = self.clock if training else Clock()
+        clock.begin("compute", "encode")
         with autocast(train.precision, self.device):
             z_UBC = [ue.encoder(h) for ue, h in zip(ues, h_UBAD, strict=True)]
         leaves = [z.detach().requires_grad_(training) for z in z_UBC]
-        for first in range(0, train.batch_size, rows):
+        for m, first in enumerate(range(0, train.batch_size, rows)):
             part = slice(first, first + rows)
+            clock.begin("compute", "forward", m)
             with autocast(train.precision, self.device):
                 y = self.tail(torch.cat([z[part] for z in leaves]))
                 h_hats = [ue.head(y_RC) for ue, y_RC in zip(ues, y.split(rows), strict=True)]
@@ -124,10 +132,13 @@ class Centralised:
                 objective = objective + loss.sum() / train.batch_size
                 sums[u] += figures
             if training:
+                clock.begin("compute", "backward", m)
                 torch.autograd.backward(objective / (len(ues) if self.shared else 1))
         if training:
+            clock.begin("compute", "weight gradients")
             models.accumulate(models.joined(self.pending))
             self.pending.clear()
+            clock.begin("compute", "encode backward")
             torch.autograd.backward(z_UBC, [z.grad for z in leaves])
         return sums.cpu()
 

@@ -67,6 +67,7 @@ class UeHalf(Half):
     def train_iteration(self, iteration: int) -> None:
         """Lines 3 and 8–10 of Algorithm 1."""
         self.start(iteration)
+        self.clock.begin("compute", "draw mini-batches")
         size = self.settings.train.batch_size
         for ue in self.ues:
             ue.train(True)
@@ -74,10 +75,10 @@ class UeHalf(Half):
         self.output.post()
         self.smashed_gradient.post()
         batch = _UeBatch(self, [ue.draw(size) for ue in self.ues], [size] * len(self.ues))
-        self.clock.note("compute")
         batch.execute(schedule.ue_training(self.wire.micro_batches), self.clock)
+        self.clock.begin("send", "finish sending")
         self._report(batch.sums())
-        self.clock.note("send")
+        self.clock.stop()
 
     def evaluate(self, part: Part) -> None:
         """Forward passes only, over whole batches; rows of the padding don't count.
@@ -277,14 +278,16 @@ class BtsHalf(Half):
     def train_iteration(self, iteration: int) -> Figures | None:
         """Lines 4–7 and 11 of Algorithm 1."""
         self.start(iteration)
+        self.clock.begin("compute", "prepare")
         if self.rank == 0:
             self.reports.post()
         set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
         plan = schedule.TRAINING[self.settings.train.schedule]
         stages, micro_batches = self.topology.stages, self.wire.micro_batches
         self.stage.train_iteration(plan(self.rank, stages, micro_batches))
+        self.clock.begin("wait", "wait for figures")
         figures = self._figures()
-        self.clock.note("wait")
+        self.clock.stop()
         return figures
 
     def evaluate(self, part: Part) -> Figures | None:

@@ -151,17 +151,28 @@ class UeHalf(Half):
         sums = []
         everyone = list(zip(self.replicas, self.statistics, self.lines, strict=True))
         for replica, statistics, line in everyone:
+            self.clock.begin("compute", "local step of UE", replica.ue.number)
             replica.start(iteration)
             update, figures = self._train(replica)
             sums.append(figures)
+            self.clock.begin("send", "upload of UE", replica.ue.number)
             line[Kind.UPDATE].send(0, update[None])
             line[Kind.STATISTICS].send(0, statistics.change()[None])
+        self.clock.begin("send", "send figures")
         self._report(sums)
         for replica, statistics, line in everyone:
-            replica.apply(line[Kind.MEAN_UPDATE].receive(0)[0].float())
-            statistics.apply(line[Kind.MEAN_STATISTICS].receive(0)[0].float())
+            self.clock.begin("wait", "wait for the mean, UE", replica.ue.number)
+            update, change = (
+                line[kind].receive(0)[0].float()
+                for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
+            )
+            self.clock.begin("compute", "apply the mean at UE", replica.ue.number)
+            replica.apply(update)
+            statistics.apply(change)
+            self.clock.begin("send", "finish upload of UE", replica.ue.number)
             line[Kind.UPDATE].finish()
             line[Kind.STATISTICS].finish()
+        self.clock.stop()
 
     def _train(self, replica: FedAvg | FedGrad) -> tuple[Tensor, Tensor]:
         """A UE's update and figures; where bad UEs are dropped, one that fails says so by NaN.
@@ -246,12 +257,16 @@ class BtsHalf(Half):
         self.start(iteration)
         self.reports.post()
         means, faults = self._means()
+        self.clock.begin("send", "send the mean")
         for channel, mean in zip(self.down.values(), means, strict=True):
             channel.send(0, mean)
         for channel in self.down.values():
             channel.finish()
         self.drop(faults)
-        return self.gather(faults)
+        self.clock.begin("wait", "wait for figures")
+        figures = self.gather(faults)
+        self.clock.stop()
+        return figures
 
     def evaluate(self, part: Part) -> Figures:
         """Gathers figures; all UEs have those of one model where it is tested once."""
@@ -284,7 +299,9 @@ class BtsHalf(Half):
         totals = [torch.zeros(1, scalars, device=self.device) for scalars in up.values()]
         faults: dict[int, str] = {}
         for ue in range(self.topology.ues):
+            self.clock.begin("wait", "wait for UE", ue)
             vectors = self.wire.vectors(up, ue, self.tolerant)
+            self.clock.begin("compute", "aggregate UE", ue)
             if isinstance(vectors, str):
                 faults[ue] = vectors
                 continue

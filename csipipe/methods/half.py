@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 import torch
 
 from csipipe import handshake
-from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.device import autocast, wire_dtype
 from csipipe.figures import WIDTH, Figures
@@ -47,7 +46,7 @@ class Half:
         self.parameters = count_parts(settings.model)
         self.reports = self.wire.reports(WIDTH)
         self.decisions = self.wire.decisions()
-        self.clock = Clock()
+        self.clock = self.wire.clock
         self.notes: list[str] = []
         self.batches: dict[str, int] = {}
         self.tolerant = train.on_bad_ue == "drop"
@@ -70,8 +69,7 @@ class Half:
         return autocast(self.settings.train.precision, self.device)
 
     def start(self, iteration: int) -> None:
-        """Start the clock, and say where this rank is, should it have to report an error."""
-        self.clock.start()
+        """Say where this rank is, should it have to report an error."""
         self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
 
     def drop(self, faults: Mapping[int, str]) -> None:

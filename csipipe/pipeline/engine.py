@@ -160,11 +160,10 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         plan = list(plan)
         self.module.train()
         self._open(plan, Op.WEIGHTS)
-        self.clock.start()
         execute(plan, self._whole, self._per_micro_batch, self.clock)
+        self.clock.begin("send", "finish sending")
         self.ports.forward_out.finish()
         self.ports.backward_out.finish()
-        self.clock.note("send")
 
     def evaluate_iteration(self, plan: Plan) -> None:
         """Execute forward passes only, BatchNorm by its running statistics."""

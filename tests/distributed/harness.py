@@ -32,7 +32,13 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 # a server process imports torch and DeepSpeed once; ranks are forked from it in a moment
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "csipipe.training", "csipipe.pipeline.engine", "csipipe.bench.rank"]
+    [
+        "torch._dynamo",
+        "torch._inductor.config",
+        "csipipe.training",
+        "csipipe.pipeline.engine",
+        "csipipe.bench.rank",
+    ]
 )
 
 

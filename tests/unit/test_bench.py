@@ -13,6 +13,7 @@ from csipipe.bench import candidates, growth, memory, plain, race, table
 from csipipe.bench.conductor import Turn
 from csipipe.bench.rank import END, Order
 from csipipe.config import ModelSettings, Settings, TopologySettings, TrainSettings
+from csipipe.schedule import bubble
 
 
 def turn(
@@ -116,7 +117,7 @@ def test_shares_of_time_stand_beside_the_bubble() -> None:
     assert lines[1].split() == ["stage", "0", "50.0%", "5.0%", "40.0%"]
     assert len(lines) == 6
     assert "20.0%" in lines[5]  # 2 stages, 4 micro-batches
-    assert table.bubble(1, 7) == 0
+    assert bubble(1, 7) == 0
 
 
 def test_quartiles() -> None:

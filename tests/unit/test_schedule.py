@@ -191,7 +191,6 @@ def test_heads_send_every_gradient_before_they_turn_to_their_weights() -> None:
 def test_execution_follows_the_plan_and_counts_time_by_activity() -> None:
     seen: list[tuple[str, int | None]] = []
     clock = Clock()
-    clock.start()
     execute(
         [
             Instruction(Op.RECEIVE_FORWARD, 0),
@@ -208,6 +207,7 @@ def test_execution_follows_the_plan_and_counts_time_by_activity() -> None:
         clock,
     )
     assert seen == [("receive", 0), ("forward", 0), ("send", 0), ("step", None)]
+    clock.stop()
     assert all(seconds > 0 for seconds in clock.seconds.values())
     clock.reset()
     assert not any(clock.seconds.values())

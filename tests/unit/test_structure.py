@@ -18,7 +18,7 @@ LEVELS = [
     {"world", "wire", "checkpoint", "pipeline", "exchange"},
     {"tracking", "stopping", "lock", "handshake"},
     {"methods", "resuming"},
-    {"saving", "trained"},
+    {"saving", "trained", "profiling"},
     {"training", "bench"},
     {"reports"},
     {"evaluation", "export"},

@@ -1,0 +1,241 @@
+"""The profile of a run, on one rank: when to record, what to write, what to tell the user.
+
+Two iterations before the first that is recorded, one is traced for its size, and rank 0 decides
+whether the disk has room; then the ranks compare clocks. The one in between lets them fall into
+step again. A profile that fails is said and costs nothing but itself: training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from csipipe.config import Settings
+from csipipe.figures import Figures
+from csipipe.methods import Worker
+from csipipe.profiling import alignment, traces
+from csipipe.profiling.recorder import Recorder
+from csipipe.profiling.spans import Row, from_json, to_json, typical
+from csipipe.profiling.traces import MERGED, Trace
+from csipipe.schedule import bubble
+from csipipe.tracking import Tracker
+from csipipe.world import World
+
+FOLDER, PICTURE = "profile", "timeline"
+_EVENT = 650
+"""Bytes on the disk, at most, of one event of a trace while it is written: as JSON, packed, and
+packed once more in the merged trace. 550 were measured on CPUs."""
+
+
+class Profile:
+    """Stands between the training loop and this rank's worker.
+
+    Args:
+        folder: the run's directory.
+        done: iterations that were done before this process.
+        tracker: rank 0's.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        settings: Settings,
+        folder: Path,
+        done: int,
+        world: World,
+        tracker: Tracker | None,
+    ) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._world = world
+        self._tracker = tracker
+        self._run = folder
+        self._folder = folder / FOLDER
+        self._first = settings.run.profile_after
+        self._last = self._first + settings.run.profile_iterations - 1
+        self._recorder: Recorder | None = None
+        self._offset = alignment.Offset(0, 0)
+        self._pending = done <= self._first - 2
+        if not self._pending:
+            self._say(
+                f"{self} would begin before iteration {done + 1}, with which this run goes on: "
+                f"nothing is profiled; --run.profile_after {done + 2} or more would be"
+            )
+
+    def __str__(self) -> str:
+        return f"the profile of iterations {self._first + 1} to {self._last + 1}"
+
+    def train_iteration(self, iteration: int) -> Figures | None:
+        """As the worker's; recorded if it is its turn."""
+        if not self._pending:
+            return self._worker.train_iteration(iteration)
+        if iteration == self._first - 2:
+            return self._rehearse(iteration)
+        if iteration < self._first:
+            return self._worker.train_iteration(iteration)
+        if iteration == self._first:
+            self._recorder = self._start()
+        assert self._recorder is not None
+        figures = self._record(self._recorder, iteration)
+        if iteration == self._last:
+            self._stop(self._recorder)
+            self._finish(self._recorder)
+            self._recorder, self._pending = None, False
+        return figures
+
+    def close(self) -> None:
+        """The run ends: say so if the profile's turn has not come, or is not over."""
+        if self._pending:
+            if self._recorder is not None:
+                self._stop(self._recorder)
+            self._say(f"{self} was not finished when the run stopped: nothing was written")
+            self._pending = False
+
+    def _start(self) -> Recorder:
+        recorder = Recorder(self._worker.device)
+        recorder.start()
+        self._worker.clock.recorder = recorder
+        return recorder
+
+    def _record(self, recorder: Recorder, iteration: int) -> Figures | None:
+        recorder.iteration_begins(iteration + 1)
+        figures = self._worker.train_iteration(iteration)
+        recorder.iteration_ends()
+        return figures
+
+    def _stop(self, recorder: Recorder) -> None:
+        self._worker.clock.recorder = None
+        recorder.stop()
+
+    def _rehearse(self, iteration: int) -> Figures | None:
+        """Trace an iteration for its size alone; go on only where there is room; collective."""
+        recorder = self._start()
+        figures = self._record(recorder, iteration)
+        self._stop(recorder)
+        world = self._world
+        world.tell("events", str(recorder.events))
+        mine = ""
+        if world.rank == 0:
+            events = sum(int(world.hear("events", rank)[0]) for rank in range(world.size))
+            mine = "yes" if self._has_room(events) else ""
+        self._pending = world.shared("profile", mine) != ""
+        if self._pending:
+            self._offset = alignment.offset(world)
+        return figures
+
+    def _has_room(self, events: int) -> bool:
+        """Whether the disk has room for as many events per iteration; says so."""
+        needed = events * self._settings.run.profile_iterations * _EVENT
+        free = shutil.disk_usage(self._run).free
+        if needed <= free:
+            self._say(f"{self} takes up to {needed:,} bytes in {self._folder}")
+            return True
+        self._say(
+            f"{self} would take {needed:,} bytes, but {free:,} are free in {self._run}: nothing is "
+            "profiled, training goes on; make room, or lower run.profile_iterations"
+        )
+        return False
+
+    def _finish(self, recorder: Recorder) -> None:
+        """Write this rank's trace; rank 0 puts everything together; collective."""
+        started = time.monotonic()
+        world = self._world
+        error = ""
+        try:
+            self._folder.mkdir(exist_ok=True)
+            traces.write(recorder, self._file(world.rank))
+        except OSError as problem:
+            error = str(problem)
+        world.tell("spans", to_json(recorder.spans))
+        world.tell("written", json.dumps([self._offset.ns, self._offset.within, error]))
+        if world.rank == 0:
+            self._gather(started)
+        world.ready("profile")  # the others would wait for rank 0 inside the next iteration
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / traces.file_name(self._world.role(rank))
+
+    def _gather(self, started: float) -> None:
+        """On rank 0: the merged trace and the picture, from what all ranks recorded."""
+        world = self._world
+        found, rows, errors = [], [], []
+        for rank in range(world.size):
+            spans = from_json(world.hear("spans", rank)[0])
+            ns, within, error = json.loads(world.hear("written", rank)[0])
+            role = world.role(rank)
+            rows.append(Row(role, [span.shifted(ns) for span in spans]))
+            found.append(Trace(rank, role, self._file(rank), ns))
+            if error:
+                errors.append(f"{role}: {error}")
+            if ns:
+                self._say(
+                    f"profile: the clock of {role} is {-ns / 1e6:+.3f} ms from rank 0's "
+                    f"(± {within / 1e6:.3f} ms); its times were moved"
+                )
+        try:
+            self._draw(rows)
+            if not errors:
+                traces.merge(found, self._folder / MERGED)
+        except (OSError, ValueError) as problem:
+            errors.append(str(problem))
+        self._report(errors, time.monotonic() - started)
+
+    def _report(self, errors: list[str], seconds: float) -> None:
+        if errors:
+            self._say(f"{self} can't be written: {errors[0]}; training goes on")
+            return
+        ours = {self._file(rank).name for rank in range(self._world.size)} | {MERGED}
+        foreign = sorted({file.name for file in self._folder.iterdir()} - ours)
+        if foreign:
+            self._say(
+                f"{self._folder} holds {', '.join(foreign)}, which this profile didn't write; "
+                "TensorBoard shows every trace there"
+            )
+        size = sum((self._folder / name).stat().st_size for name in ours)
+        self._say(
+            f"{self} is in {self._folder} ({size:,} bytes, {seconds:.1f} s): TensorBoard's PROFILE "
+            f"tab, {MERGED} for ui.perfetto.dev; picture: {self._run / PICTURE}.png"
+        )
+
+    def _draw(self, rows: list[Row]) -> None:
+        """The picture of a typical iteration, beside the settings and in TensorBoard."""
+        from csipipe.profiling import picture  # matplotlib: on rank 0 of a profiled run alone
+
+        assert self._tracker is not None
+        settings = self._settings
+        iteration = typical(rows)
+        pipelined = settings.method == "csilocal"
+        figure = picture.draw(
+            picture.Timeline.of(
+                rows,
+                iteration,
+                title=_title(settings, iteration, len(rows)),
+                numbers="micro-batch" if pipelined or not settings.stages else "UE",
+            )
+        )
+        for ending in ("png", "svg"):
+            picture.save(figure, self._run / f"{PICTURE}.{ending}")
+        self._tracker.writer.add_image(
+            PICTURE, picture.pixels(figure), iteration, dataformats="HWC"
+        )
+
+    def _say(self, line: str) -> None:
+        if self._tracker is not None:
+            self._tracker.say(line)
+
+
+def _title(settings: Settings, iteration: int, ranks: int) -> str:
+    """What the picture shows, and what GPipe would lose."""
+    train, count = settings.train, settings.run.profile_iterations
+    where = f"iteration {iteration}, of median length among {count} profiled"
+    if settings.method != "csilocal":
+        return f"{settings.method} on {ranks} rank(s): {where}"
+    bound = bubble(settings.stages, train.micro_batches)
+    return (
+        f"{settings.method}, {train.schedule}, {settings.stages} BTS stage(s) and "
+        f"{ranks - settings.stages} UE rank(s): {where}\n"
+        f"bubble of GPipe on {settings.stages} equal stages, {train.micro_batches} micro-batches: "
+        f"(S−1)/(M+S−1) = {bound:.0%}"
+    )

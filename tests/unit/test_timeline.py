@@ -1,0 +1,90 @@
+"""The timeline's picture: what it shows, that nothing overlaps, that it reads in grey."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from csipipe.profiling import picture
+from csipipe.profiling.spans import Row, Span
+from csipipe.schedule import TRAINING, Op
+
+MS = 1_000_000
+ACTIVITY = {"send": "send", "receive": "wait"}
+
+
+def row(role: str, micro_batches: int, start: int) -> Row:
+    """A stage's plan, 10 ms per instruction."""
+    spans = []
+    for place, instruction in enumerate(TRAINING["zerobubble"](0, 2, micro_batches)):
+        what = instruction.op.value
+        activity = ACTIVITY.get(what.split()[0], "compute")
+        begin = (start + 10 * place) * MS
+        spans.append(Span(activity, what, instruction.micro_batch, 1, begin, begin + 10 * MS))
+    return Row(role, spans)
+
+
+def timeline(ranks: int, micro_batches: int) -> picture.Timeline:
+    roles = [f"BTS stage {r}" for r in range(ranks // 2)]
+    roles += [f"UE rank {r} (UEs {2 * r}-{2 * r + 1})" for r in range(ranks // 2, ranks)]
+    rows = [row(role, micro_batches, 3 * place) for place, role in enumerate(roles)]
+    return picture.Timeline.of(rows, 1, "a title\nof two lines", "micro-batch")
+
+
+def texts(figure: Figure) -> list[Text]:
+    found = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text() != "")
+    return [text for text in found if isinstance(text, Text) and text.get_visible()]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 32), (16, 8)])
+def test_texts_lie_inside_and_apart(ranks: int, micro_batches: int) -> None:
+    figure = picture.draw(timeline(ranks, micro_batches))
+    figure.draw_without_rendering()
+    boxes = {text: text.get_window_extent() for text in texts(figure)}
+    whole = figure.bbox
+    for text, box in boxes.items():
+        inside = box.x0 >= 0 and box.x1 <= whole.x1 and box.y0 >= 0 and box.y1 <= whole.y1
+        assert inside, text.get_text()
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        assert not a.overlaps(b), (one.get_text(), other.get_text())
+
+
+def test_numbers_stand_on_what_is_computed_where_there_is_room() -> None:
+    roomy = [text.get_text() for text in texts(picture.draw(timeline(2, 2)))]
+    assert roomy.count("1") >= 2 * 3  # forward, backward, weight gradients of both ranks
+    crowded = texts(picture.draw(timeline(2, 300)))
+    assert not any(text.get_text() == "299" for text in crowded)
+
+
+def test_shares_and_roles_stand_beside_the_rows() -> None:
+    figure = picture.draw(timeline(2, 2))
+    seen = [text.get_text() for text in texts(figure)]
+    plan = list(TRAINING["zerobubble"](0, 2, 2))
+    busy = sum(not i.op.value.startswith(("send", "receive")) for i in plan)
+    assert seen.count(f"{1 - busy / len(plan):.0%}") == 2
+    assert {"BTS stage 0", "UE rank 1 (UEs 2-3)", "bubble", "a title\nof two lines"} <= set(seen)
+    assert {"forward", "backward", "weight gradients", "send", "wait"} <= set(seen)
+
+
+def test_kinds_differ_in_grey() -> None:
+    def lightness(kind: picture.Kind) -> float:
+        red, green, blue = to_rgb(kind.fill)
+        return float(0.299 * red + 0.587 * green + 0.114 * blue)
+
+    pipeline = [picture.FORWARD, picture.HEAD, picture.BACKWARD, picture.WEIGHTS, picture.SEND]
+    for a, b in itertools.combinations([*pipeline, picture.OTHER, picture.WAIT], 2):
+        assert a.hatch != b.hatch or abs(lightness(a) - lightness(b)) > 0.1, (a.label, b.label)
+    for kind in pipeline:  # the number on it
+        dark, light = sorted([lightness(kind), sum(to_rgb(kind.ink)) / 3])
+        assert light - dark > 0.4, kind.label
+
+
+def test_every_instruction_has_a_kind() -> None:
+    for op in Op:
+        activity = ACTIVITY.get(op.value.split()[0], "compute")
+        kind = picture.kind_of(Span(activity, op.value, 0, 1, 0, 1))
+        assert (kind is picture.OTHER) == (op is Op.STEP), op
