@@ -9,10 +9,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from csipipe.clock import Clock
 from csipipe.config import TrainSettings
 from csipipe.figures import Figures
 from csipipe.ledger import Ledger
 from csipipe.methods.state import Unit
+from csipipe.probe import Probe
 
 Part = Literal["holdout", "test"]
 """Rows of an evaluation: each UE's own held-out training rows, or the common test set."""
@@ -25,6 +27,10 @@ class Worker(Protocol):
     """Trainable scalars of `encoder`, `tail` and `head`."""
     notes: list[str]
     """What rank 0 tells the user before training, a line each."""
+    clock: Clock
+    """Where this rank's time goes while it trains."""
+    probe: Probe
+    """Shows this rank's gradients and reconstructions, when asked."""
 
     @property
     def has_holdout(self) -> bool:

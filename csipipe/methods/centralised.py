@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models, trust
+from csipipe.clock import Clock
 from csipipe.config import Settings
 from csipipe.device import autocast
 from csipipe.figures import WIDTH, Figures
@@ -21,6 +22,7 @@ from csipipe.ledger import Ledger
 from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
+from csipipe.probe import Probe
 
 
 class Centralised:
@@ -56,10 +58,13 @@ class Centralised:
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = models.count_parts(settings.model)
         self.notes: list[str] = []
+        self.clock = Clock()
+        self.probe = Probe()
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:
         """One Adam step on the UEs' mini-batches."""
+        self.clock.start()
         train = self.settings.train
         owners = self.ues[:1] if self.shared else self.ues
         for ue in owners:
@@ -69,10 +74,13 @@ class Centralised:
         set_rate(self.optimizer, train.lr_at(iteration))
         sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
         trust.check_gradients("the tail's", self.tail.named_parameters())
+        self.probe.gradients({"tail": self.tail})
         for ue in owners:
+            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
             ue.step()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.clock.note("compute")
         return Figures(sums)
 
     def evaluate(self, part: Part) -> Figures:
@@ -123,6 +131,8 @@ class Centralised:
                 loss, figures = losses(h_hat, h[part], counted)
                 objective = objective + loss.sum() / train.batch_size
                 sums[u] += figures
+                if not training:
+                    self.probe.reconstructed(ues[u].number, h[part][:counted], h_hat[:counted])
             if training:
                 torch.autograd.backward(objective / (len(ues) if self.shared else 1))
         if training:

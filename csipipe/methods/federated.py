@@ -124,6 +124,8 @@ class UeHalf(Half):
         self.ues = ues
         self.test = test
         self.replicas = [method(ue, settings, device) for ue in ues]
+        for replica in self.replicas:
+            replica.probe = self.probe
         self.sizes = sizes(settings)
         self.statistics = [Agreed(replica.statistics) for replica in self.replicas]
         self.lines = [
@@ -154,14 +156,21 @@ class UeHalf(Half):
             replica.start(iteration)
             update, figures = self._train(replica)
             sums.append(figures)
+            self.clock.note("compute")
             line[Kind.UPDATE].send(0, update[None])
             line[Kind.STATISTICS].send(0, statistics.change()[None])
+            self.clock.note("send")
         self._report(sums)
+        self.clock.note("send")
         for replica, statistics, line in everyone:
-            replica.apply(line[Kind.MEAN_UPDATE].receive(0)[0].float())
-            statistics.apply(line[Kind.MEAN_STATISTICS].receive(0)[0].float())
+            means = [line[kind].receive(0) for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)]
+            self.clock.note("wait")
+            replica.apply(means[0][0].float())
+            statistics.apply(means[1][0].float())
+            self.clock.note("compute")
             line[Kind.UPDATE].finish()
             line[Kind.STATISTICS].finish()
+            self.clock.note("send")
 
     def _train(self, replica: FedAvg | FedGrad) -> tuple[Tensor, Tensor]:
         """A UE's update and figures; where bad UEs are dropped, one that fails says so by NaN.
@@ -250,8 +259,11 @@ class BtsHalf(Half):
             channel.send(0, mean)
         for channel in self.down.values():
             channel.finish()
+        self.clock.note("send")
         self.drop(faults)
-        return self.gather(faults)
+        figures = self.gather(faults)
+        self.clock.note("wait")
+        return figures
 
     def evaluate(self, part: Part) -> Figures:
         """Gathers figures; all UEs have those of one model where it is tested once."""
@@ -285,11 +297,13 @@ class BtsHalf(Half):
         faults: dict[int, str] = {}
         for ue in range(self.topology.ues):
             vectors = self.wire.vectors(up, ue, self.tolerant)
+            self.clock.note("wait")
             if isinstance(vectors, str):
                 faults[ue] = vectors
                 continue
             for total, vector in zip(totals, vectors, strict=True):
                 total += vector
+            self.clock.note("compute")
         sound = self.topology.ues - len(faults)
         return [total / max(1, sound) for total in totals], faults
 

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
     {"config", "clock", "blame"},
-    {"topology", "schedule", "device", "metrics", "trust", "ledger"},
-    {"models", "channels", "figures", "commandline"},
-    {"world", "wire", "checkpoint", "pipeline", "exchange"},
+    {"topology", "schedule", "device", "metrics", "trust", "ledger", "probe"},
+    {"models", "channels", "figures", "manual"},
+    {"world", "wire", "checkpoint", "pipeline", "exchange", "commandline"},
     {"tracking", "stopping", "lock", "handshake"},
     {"methods", "resuming"},
     {"saving"},
