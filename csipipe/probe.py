@@ -6,6 +6,7 @@ with and without being looked at.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,7 @@ class Probe:
     Attributes:
         gradients_wanted: note the gradients of the optimiser's next steps.
         rows_wanted: how many reconstructions to keep from here on; 0: none.
+        seconds: what looking has taken so far.
     """
 
     UE = 0
@@ -27,16 +29,20 @@ class Probe:
     def __init__(self) -> None:
         self.gradients_wanted = False
         self.rows_wanted = 0
+        self.seconds = 0.0
         self._norms: dict[str, list[Tensor]] = {}
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def gradients(self, parts: Mapping[str, nn.Module]) -> None:
         """Note gradients by part; called right before a step, once for each UE of the rank."""
-        if self.gradients_wanted:
-            for name, part in parts.items():
-                found = [p.grad for p in part.parameters() if p.grad is not None]
-                if found:
-                    self._norms.setdefault(name, []).append(get_total_norm(found))
+        if not self.gradients_wanted:
+            return
+        started = time.perf_counter()
+        for name, part in parts.items():
+            found = [p.grad for p in part.parameters() if p.grad is not None]
+            if found:
+                self._norms.setdefault(name, []).append(get_total_norm(found))
+        self.seconds += time.perf_counter() - started
 
     def norms(self) -> dict[str, float]:
         """L2 norm of each part's gradient, mean over what was noted since the last call."""
@@ -45,10 +51,13 @@ class Probe:
 
     def reconstructed(self, ue: int, h_BAD: Tensor, h_hat_BAD: Tensor) -> None:
         """Note rows (B, 2, A, D) of an evaluation and what became of them."""
-        if self.rows_wanted > 0 and ue == self.UE and len(h_BAD):
-            rows = slice(0, self.rows_wanted)
-            self._pairs.append((h_BAD[rows].clone(), h_hat_BAD[rows].detach().float().clone()))
-            self.rows_wanted -= len(self._pairs[-1][0])
+        if ue != self.UE or self.rows_wanted <= 0 or not len(h_BAD):
+            return
+        started = time.perf_counter()
+        rows = slice(0, self.rows_wanted)
+        self._pairs.append((h_BAD[rows].clone(), h_hat_BAD[rows].detach().float().clone()))
+        self.rows_wanted -= len(self._pairs[-1][0])
+        self.seconds += time.perf_counter() - started
 
     def reconstructions(self) -> tuple[Tensor, Tensor] | None:
         """The rows that were noted and their reconstructions, on the host; None: there are none.

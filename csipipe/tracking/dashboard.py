@@ -24,18 +24,18 @@ METRICS = (
 """Curves whose last points stand beside the settings in HPARAMS."""
 _LAYOUT = {
     "What matters": {
-        "NMSE on the test set (dB): mean over UEs, best and worst UE": [
+        "test NMSE in dB: mean and band over UEs": [
             "Margin",
             ["test/nmse_db", "test/nmse_db_min", "test/nmse_db_max"],
         ],
-        "loss: batches in training, held-out rows, test set": [
+        "loss: training, held-out rows, test set": [
             "Multiline",
             ["train/loss$", "holdout/loss$", "test/loss$"],
         ],
         "test loss against exchanged kilobytes": ["Multiline", [f"{KILOBYTES}/test_loss"]],
-        "seconds per iteration of each rank: compute, send, wait": [
+        "seconds per iteration: compute, wait": [
             "Multiline",
-            ["time/compute", "time/send", "time/wait"],
+            ["time/compute", "time/wait"],
         ],
     }
 }

@@ -22,6 +22,7 @@ from csipipe.tracking.events import Events
 
 RANKS = "ranks"
 """Folder in a run's directory with one folder per rank."""
+COST = "time/percent_spent_on_tensorboard"
 _POINTS = 100
 """Points of a rank's curves: gradient norms take a pass over all gradients."""
 _PICTURES = 10
@@ -74,8 +75,8 @@ class RankTracker:
         norms = self._worker.probe.norms()
         values |= {f"gradient_norm/{part}": norm for part, norm in norms.items()}
         values |= memory()
-        share = self.events.seconds / max(time.monotonic() - self._started, 1e-9)
-        values["time/percent_spent_on_tensorboard"] = 100 * share
+        spent_here = self.events.seconds + self._worker.probe.seconds
+        values[COST] = 100 * spent_here / (time.monotonic() - self._started)
         self._shown, self._spent = done, spent
         self.events.scalars(values, done)
 

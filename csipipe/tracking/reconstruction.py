@@ -18,9 +18,11 @@ _FLOOR_DB = -30.0
 """Weaker bins are white."""
 _SIDE = 256
 """Pixels of a panel's longer side, about."""
-_LEFT, _TOP, _BETWEEN, _BELOW, _RIGHT = 64, 40, 28, 58, 96
+_LEFT, _TOP, _BETWEEN, _BELOW, _RIGHT = 78, 46, 34, 74, 112
+_TITLE, _LABEL, _TICK = 22, 18, 16
+"""Sizes of text: TensorBoard shows pictures at about half their size."""
 _DELAY = "delay (bins of 50 ns)"
-_ANGLE = "angle (bins of 1/{} cycle)"
+_ANGLE = "angle (1/{} cycles)"
 _BLACK, _WHITE = 0, 255
 
 
@@ -40,17 +42,17 @@ def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str) -> Image.Image:
     size = (_LEFT + 2 * wide + _BETWEEN + _RIGHT, _TOP + 2 * line)
     image = Image.new("L", size, _WHITE)
     pen = ImageDraw.Draw(image)
-    pen.text((_LEFT, 10), f"{title}: {len(h_BAD):,} test samples", _BLACK, _font(17))
+    pen.text((_LEFT, 10), f"{title}: {len(h_BAD):,} test samples", _BLACK, _font(_TITLE))
     for number, (name, sample) in enumerate((("worst", worst), ("median", median))):
         top = _TOP + number * line + _BETWEEN
         nmse_db = to_db(float(nmse_B[sample]))
         peak = _magnitude(h_BAD[sample]).max()
-        heads = (f"{name} sample", f"reconstruction, NMSE {nmse_db:.1f} dB")
+        heads = (f"{name} sample", f"rebuilt, NMSE {nmse_db:.1f} dB")
         for place, (h, head) in enumerate(zip((h_BAD, h_hat_BAD), heads, strict=True)):
             left = _LEFT + place * (wide + _BETWEEN)
             panel = _grey(_magnitude(h[sample]), peak)
             image.paste(panel.resize((wide, high), Image.Resampling.NEAREST), (left, top))
-            pen.text((left, top - 21), head, _BLACK, _font(14))
+            pen.text((left, top - 6), head, _BLACK, _font(_LABEL), anchor="ls")
             _axes(image, pen, (left, top, zoom), (rows, columns), place == 0)
         _bar(pen, _LEFT + 2 * wide + _BETWEEN + 14, top, high)
     return image
@@ -92,36 +94,36 @@ def _axes(
     left, top, zoom = place
     rows, columns = bins
     bottom = top + rows * zoom
-    pen.rectangle((left - 1, top - 1, left + columns * zoom, bottom), outline=_BLACK)
+    pen.rectangle((left - 2, top - 2, left + columns * zoom + 1, bottom + 1), None, _BLACK, 2)
     for tick in range(0, columns, max(1, columns // 4)):
         x = left + tick * zoom + zoom // 2
-        pen.line((x, bottom, x, bottom + 4), _BLACK)
-        pen.text((x, bottom + 6), str(tick), _BLACK, _font(12), anchor="mt")
+        pen.line((x, bottom, x, bottom + 6), _BLACK, 2)
+        pen.text((x, bottom + 10), str(tick), _BLACK, _font(_TICK), anchor="mt")
     middle = left + columns * zoom // 2
-    pen.text((middle, bottom + 24), _DELAY, _BLACK, _font(13), anchor="mt")
+    pen.text((middle, bottom + 32), _DELAY, _BLACK, _font(_LABEL), anchor="mt")
     for tick in range(0, rows, max(1, rows // 4)):
         y = bottom - tick * zoom - zoom // 2
-        pen.line((left - 5, y, left - 1, y), _BLACK)
+        pen.line((left - 7, y, left - 1, y), _BLACK, 2)
         if first:
-            pen.text((left - 8, y), str(tick), _BLACK, _font(12), anchor="rm")
+            pen.text((left - 11, y), str(tick), _BLACK, _font(_TICK), anchor="rm")
     if first:
         text = _ANGLE.format(rows)
-        label = Image.new("L", (int(pen.textlength(text, _font(13))) + 2, 18), _WHITE)
-        ImageDraw.Draw(label).text((1, 0), text, _BLACK, _font(13))
+        label = Image.new("L", (int(pen.textlength(text, _font(_LABEL))) + 2, 24), _WHITE)
+        ImageDraw.Draw(label).text((1, 0), text, _BLACK, _font(_LABEL))
         label = label.rotate(90, expand=True)
-        image.paste(label, (left - 52, top + (rows * zoom - label.height) // 2))
+        image.paste(label, (left - 66, top + (rows * zoom - label.height) // 2))
 
 
 def _bar(pen: ImageDraw.ImageDraw, left: int, top: int, high: int) -> None:
     """The scale of grey."""
     for y in range(high):
         pen.line((left, top + y, left + 13, top + y), int(_WHITE * y / max(1, high - 1)))
-    pen.rectangle((left - 1, top - 1, left + 14, top + high), outline=_BLACK)
+    pen.rectangle((left - 2, top - 2, left + 15, top + high + 1), None, _BLACK, 2)
     for level_db in range(0, int(_FLOOR_DB) - 1, -10):
         y = top + int((high - 1) * level_db / _FLOOR_DB)
-        pen.line((left + 14, y, left + 18, y), _BLACK)
-        pen.text((left + 21, y), f"{level_db} dB", _BLACK, _font(12), anchor="lm")
-    pen.text((left - 1, top + high + 12), "of the\noriginal's\npeak", _BLACK, _font(12))
+        pen.line((left + 15, y, left + 20, y), _BLACK, 2)
+        pen.text((left + 24, y), f"{level_db} dB", _BLACK, _font(_TICK), anchor="lm")
+    pen.text((left - 1, top + high + 14), "of original's\npeak", _BLACK, _font(_TICK))
 
 
 @lru_cache

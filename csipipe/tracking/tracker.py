@@ -14,7 +14,7 @@ from csipipe.figures import Figures
 from csipipe.ledger import PAPER, Ledger
 from csipipe.tracking import dashboard
 from csipipe.tracking.events import Events
-from csipipe.tracking.rank import due
+from csipipe.tracking.rank import COST, due
 from csipipe.tracking.screen import Screen
 from csipipe.tracking.tables import closing_table, exchanged
 
@@ -99,6 +99,7 @@ class Tracker:
             values |= dashboard.band("holdout", holdout)
         values |= {f"test_loss_per_ue/{ue}": loss for ue, loss in enumerate(test.loss_per_ue)}
         values |= {"exchanged/scalars": scalars, "exchanged/bytes": size}
+        values[COST] = 100 * self.events.seconds / (time.monotonic() - self._started)
         self.events.scalars(values, done)
         self._note(done, test, holdout, ledger)
         self._against_exchange(self.history[-1])

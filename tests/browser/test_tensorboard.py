@@ -71,10 +71,10 @@ def test_the_four_figures_that_matter_come_first(page: Page) -> None:
     page.open(
         "custom_scalars",
         "What matters",
-        "NMSE on the test set",
-        "training",
+        "test NMSE in dB",
+        "loss: training",
         "exchanged kilobytes",
-        "compute, send, wait",
+        "compute, wait",
     )
     page.wait_until("svg path, canvas", 4)
     page.shoot("custom-scalars")

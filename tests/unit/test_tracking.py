@@ -265,14 +265,14 @@ def test_a_picture_shows_each_bin_at_its_place_and_level() -> None:
     h, h_hat = images([1.0, 0.01])  # the worst: nothing left; the median: a tenth too weak
     h[:, 1, 3, 7] += 0.05  # -20 dB
     image = np.asarray(draw(h, h_hat, "UE 0"))
-    zoom, left, top = 32, 64, 40 + 28
+    zoom, left, top = 32, 78, 46 + 34
     panel = image[top : top + 4 * zoom, left : left + 8 * zoom]
     bins = panel[zoom // 2 :: zoom, zoom // 2 :: zoom]
     assert bins.shape == (4, 8)
     assert bins[3 - 1, 2] == 0  # the peak is black, and angles go up
     assert bins[3 - 3, 7] == pytest.approx(255 * 20 / 30, abs=1)
     assert (bins == 255).sum() == 4 * 8 - 2
-    right = image[top : top + 4 * zoom, left + 8 * zoom + 28 :][:, : 8 * zoom]
+    right = image[top : top + 4 * zoom, left + 8 * zoom + 34 :][:, : 8 * zoom]
     assert right[zoom // 2 :: zoom, zoom // 2 :: zoom].min() == 255  # nothing was reconstructed
 
 
