@@ -47,7 +47,7 @@ def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str) -> Image.Image:
         top = _TOP + number * line + _BETWEEN
         nmse_db = to_db(float(nmse_B[sample]))
         peak = _magnitude(h_BAD[sample]).max()
-        heads = (f"{name} sample", f"rebuilt, NMSE {nmse_db:.1f} dB")
+        heads = (f"{name} sample, NMSE {nmse_db:.1f} dB", "reconstruction")
         for place, (h, head) in enumerate(zip((h_BAD, h_hat_BAD), heads, strict=True)):
             left = _LEFT + place * (wide + _BETWEEN)
             panel = _grey(_magnitude(h[sample]), peak)
