@@ -35,12 +35,12 @@ class Screen:
         self._bar.update()
         # a log soon shows a sign of life, and then one now and again
         if self._in_log and (time.monotonic() - self._said > _EVERY or done == self._first + 1):
-            self.progress(done, f"training {figures}")
+            self.progress(done, figures, "training")
 
-    def progress(self, done: int, figures: str) -> None:
+    def progress(self, done: int, figures: str, what: str = "iteration") -> None:
         """A line with what is left."""
         left = f", {self._left(done)} left" if done > self._first + 1 else ""
-        self.say(f"iteration {done}/{self._iterations}: {figures}{left}")
+        self.say(f"{what} {done}/{self._iterations}: {figures}{left}")
 
     def say(self, line: str) -> None:
         """A line above the bar, or in the log."""

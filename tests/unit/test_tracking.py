@@ -321,7 +321,7 @@ def test_a_log_gets_a_line_at_first_and_then_every_half_minute(
             screen.progress(done, "test loss 2e-3")
     screen.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "iteration 1/100: training loss 1e-3"
+    assert lines[0] == "training 1/100: loss 1e-3"
     assert [re.findall(r"\d+", line)[0] for line in lines] == ["1", "32", "50", "81"]
     assert lines[2] == "iteration 50/100: test loss 2e-3, 00:50 left"
 
@@ -335,7 +335,7 @@ def test_a_terminal_gets_a_bar_and_no_lines_of_training(
         screen.iteration(done, "loss 1e-3")
     screen.close()
     error = capsys.readouterr().err
-    assert "training loss" not in error
+    assert "training" not in error
     assert "3/3" in error
     assert "\r" in error
 
