@@ -74,7 +74,8 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         ValueError: an unknown setting, a wrong type or a value that can't be used.
     """
     try:
-        if not _asks_for_help(arguments):  # whose first page hasn't room for every setting
+        # the first page of help hasn't room for every setting
+        if not parser.groups and not _asks_for_help(arguments):
             parser.add_class_arguments(Settings)
         values = parser.instantiate(parser.parse_args(list(arguments)))
     except (ArgumentError, TypeError) as error:

@@ -63,6 +63,12 @@ def test_all_is_all_pages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--run.timeout" in text
 
 
+def test_a_parser_parses_more_than_once() -> None:
+    parser = commandline.parser("")
+    rates = [commandline.settings(parser, [f"--train.lr={lr}"])[0].train.lr for lr in (1, 2)]
+    assert rates == [1.0, 2.0]
+
+
 def test_a_section_that_is_none_is_an_error() -> None:
     with pytest.raises(ValueError, match="no section 'nosuch', but model, topology"):
         commandline.settings(commandline.parser(""), ["--help", "nosuch"])
