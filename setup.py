@@ -19,10 +19,12 @@ setup(
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",  # csipipe/pipeline/subworld.py knows this release
+        "docstring-parser>=0.16",
         "h5py>=3.11",
         "jsonargparse[signatures]>=4.49",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "pillow>=10.1",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "scipy>=1.13",
@@ -30,6 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "browser": ["selenium>=4.30"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
         "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -14,20 +14,58 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from csipipe import manual
 from csipipe.config import Settings
 
 
 def parser(description: str) -> ArgumentParser:
-    """A parser of every setting, `--config`, `--print_config` and `--debug`."""
+    """A parser of `--help`, `--config`, `--print_config` and `--debug`; `settings` adds the rest.
+
+    So help is a page of these, and a page for each section of the settings.
+    """
     # the sentence under each field of the settings is its help
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        description=description,
+        usage="%(prog)s [options] [--section.key value …]",
+        formatter_class=manual.Formatter,
+        epilog=manual.overview(),
+        add_help=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "-h",
+        "--help",
+        nargs="?",
+        action=_Help,
+        default=SUPPRESS,
+        metavar="SECTION",
+        help=f"this page, or the settings of a section: {', '.join(manual.SECTIONS)}, all",
+    )
     parser.add_argument(
         "--config", action="config", help="YAML file of settings; later arguments win"
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    parser.add_class_arguments(Settings)
     return parser
+
+
+class _Help(Action):
+    """Print the first page, or a section, and leave."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if values is None:
+            parser.print_help()
+        elif values == "all":
+            print("\n\n".join(map(manual.page, manual.SECTIONS)))
+        elif values in manual.SECTIONS:
+            print(manual.page(values))
+        else:
+            raise ArgumentError(
+                self, f"there is no section {values!r}, but {', '.join(manual.SECTIONS)} and all."
+            )
+        parser.exit()
 
 
 def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings, Namespace]:
@@ -37,9 +75,12 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         ValueError: an unknown setting, a wrong type or a value that can't be used.
     """
     try:
+        # the first page of help hasn't room for every setting
+        if not parser.groups and not _asks_for_help(arguments):
+            parser.add_class_arguments(Settings)
         values = parser.instantiate(parser.parse_args(list(arguments)))
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{error}\nRun with --help for every setting.") from error
+        raise ValueError(f"{error}\nRun with --help for the settings.") from error
     return Settings(**{name: values[name] for name in Settings.__dataclass_fields__}), values
 
 
@@ -88,18 +129,22 @@ def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: s
 
     Help and the configuration are printed without torchrun, and by rank 0 only under it.
     """
-    asked = any(a in ("-h", "--help") or a.startswith("--print_config") for a in arguments)
+    asked = _asks_for_help(arguments) or any(a.startswith("--print_config") for a in arguments)
     rank = os.environ.get("RANK")
     if asked and rank not in (None, "0"):
         sys.exit(0)
     if asked:
         try:
-            parser.parse_args(list(arguments))  # prints and leaves
-        except ArgumentError as error:
+            settings(parser, arguments)  # prints and leaves
+        except ValueError as error:
             sys.exit(f"csipipe: error: {error}")
     if rank is None:
         line = shlex.join(["torchrun", "--nproc_per_node=4", script, *arguments])
         sys.exit(f"csipipe: a run has several processes; start it with\n  {line}")
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return any(a.split("=")[0] in ("-h", "--help") for a in arguments)
 
 
 def to_yaml(settings: Settings) -> str:

@@ -17,10 +17,12 @@ from csipipe.device import keep_memory, pick_device, set_threads
 from csipipe.ledger import Ledger
 from csipipe.lock import Lock
 from csipipe.methods import Worker, manifest, prepare
+from csipipe.methods.state import ue_name
+from csipipe.probe import Probe
 from csipipe.resuming import CONFIG, Start, decide
 from csipipe.saving import Saver, restore
 from csipipe.stopping import Stopping
-from csipipe.tracking import BEGINNING, Tracker, exchanged_summary
+from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
 from csipipe.world import World
 
 _NAME, _BEGUN = "run.dir", "run.dir is begun"
@@ -55,14 +57,22 @@ def launch(world: World, settings: Settings) -> None:
     tracker = held = None
     if world.rank == 0:
         held = claim(start, settings, world)
-        tracker = Tracker(start.folder, settings.train.iterations)
+        tracker = Tracker(start.folder, settings, start.iteration)
         _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
         for note in worker.notes:
             tracker.say(note)
     world.ready("training")
     if dealt is not None:
         dealt.write(start.folder)
-    run(worker, settings, start, tracker, world)
+    mine = RankTracker(
+        start.folder,
+        world.role(world.rank),
+        worker,
+        settings.train.iterations,
+        start.iteration,
+        draws=ue_name(Probe.UE) in worker.units(),
+    )
+    run(worker, settings, start, tracker, mine, world)
     world.leave()
     if held is not None:
         held.release()
@@ -158,19 +168,25 @@ def _take_best_along(start: Start) -> None:
 
 
 def run(
-    worker: Worker, settings: Settings, start: Start, tracker: Tracker | None, world: World
+    worker: Worker,
+    settings: Settings,
+    start: Start,
+    tracker: Tracker | None,
+    mine: RankTracker,
+    world: World,
 ) -> None:
     """Train, evaluate and save on this rank until the end, or until the run is asked to stop.
 
     Args:
-        tracker: rank 0's; the other ranks have none.
+        tracker: rank 0's, of the whole run; the other ranks have none.
+        mine: of this rank.
     """
     best = float("inf")
     if tracker is not None and start.exists and start.checkpoint is None:
-        tracker.resume(0, BEGINNING)
+        tracker.resume(BEGINNING)
     if tracker is not None and start.checkpoint is not None:
         content = checkpoint.Snapshot(start.checkpoint).content
-        tracker.resume(start.iteration, content)
+        tracker.resume(content)
         if content["best"] is not None and (start.folder / "checkpoints" / "best").exists():
             best = content["best"]
     saver = Saver(worker, settings, start.folder, world.rank, world.size)
@@ -185,8 +201,10 @@ def run(
         stop = False
         while done < iterations and not stop:
             before = time.monotonic()
+            mine.before(done + 1)
             figures = step(done)
             done += 1
+            mine.after(done)
             if tracker is not None:
                 assert figures is not None
                 figures.check(done - 1)
@@ -194,7 +212,7 @@ def run(
                 tracker.iteration(done, figures, settings.train.lr_at(done - 1), seconds)
             stop = stopping.after(done)
             if done % settings.eval_every == 0 or done == iterations:
-                best = _evaluate(worker, saver, tracker, done, best)
+                best = _evaluate(worker, saver, tracker, mine, done, best)
                 stopping.progress()
             if done % settings.save_every == 0 or done == iterations or stop:
                 error = _save(worker, saver, tracker, done, best)
@@ -203,6 +221,7 @@ def run(
                     raise error
         if profile is not None:
             profile.close()
+        mine.close()
         worker.save_weights(start.folder / "weights")
         ledger = worker.exchanged()
         if tracker is not None:
@@ -242,11 +261,18 @@ def _summary(
 
 
 def _evaluate(
-    worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float
+    worker: Worker,
+    saver: Saver,
+    tracker: Tracker | None,
+    mine: RankTracker,
+    done: int,
+    best: float,
 ) -> float:
     """Report on the test set; keep the weights that are best on held-out training rows."""
     holdout = worker.evaluate("holdout") if worker.has_holdout else None
+    mine.before_test(done)
     test = worker.evaluate("test")
+    mine.after_test(done)
     ledger = worker.exchanged()
     if tracker is not None:
         assert test is not None

@@ -14,6 +14,7 @@ from csipipe.config import TrainSettings
 from csipipe.figures import Figures
 from csipipe.ledger import Ledger
 from csipipe.methods.state import Unit
+from csipipe.probe import Probe
 
 Part = Literal["holdout", "test"]
 """Rows of an evaluation: each UE's own held-out training rows, or the common test set."""
@@ -29,7 +30,9 @@ class Worker(Protocol):
     device: torch.device
     """Where it computes."""
     clock: Clock
-    """Told what the rank does in training."""
+    """Where this rank's time goes while it trains."""
+    probe: Probe
+    """Shows this rank's gradients and reconstructions, when asked."""
 
     @property
     def has_holdout(self) -> bool:

@@ -22,6 +22,7 @@ from csipipe.ledger import Ledger
 from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
+from csipipe.probe import Probe
 
 
 class Centralised:
@@ -58,6 +59,7 @@ class Centralised:
         self.parameters = models.count_parts(settings.model)
         self.notes: list[str] = []
         self.clock = Clock()
+        self.probe = Probe()
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:
@@ -73,7 +75,9 @@ class Centralised:
         sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
         self.clock.begin("compute", "step")
         trust.check_gradients("the tail's", self.tail.named_parameters())
+        self.probe.gradients({"tail": self.tail})
         for ue in owners:
+            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
             ue.step()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -131,6 +135,8 @@ class Centralised:
                 loss, figures = losses(h_hat, h[part], counted)
                 objective = objective + loss.sum() / train.batch_size
                 sums[u] += figures
+                if not training:
+                    self.probe.reconstructed(ues[u].number, h[part][:counted], h_hat[:counted])
             if training:
                 clock.begin("compute", "backward", m)
                 torch.autograd.backward(objective / (len(ues) if self.shared else 1))

@@ -12,6 +12,7 @@ A angles, D delays, C = c1 or c2.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -203,6 +204,8 @@ class _UeBatch:
         # what has no weights goes for all UEs at once
         loss = paper_loss(torch.cat(h_hats).float(), self.h_UBAD[:, part].flatten(0, 1))
         self.loss_UB[:, part] = loss.detach().view(len(h_hats), -1)
+        if not training:
+            self.show(m, h_hats)
         if training:
             # a UE's loss is the mean over its whole mini-batch
             torch.autograd.backward(loss.sum() / self.h_UBAD.shape[1])
@@ -226,8 +229,16 @@ class _UeBatch:
             self.z_UBC, [dz.to(z.dtype) for dz, z in zip(dz_UBC, self.z_UBC, strict=True)]
         )
 
+    def show(self, m: int, h_hats: list[Tensor]) -> None:
+        """Let reconstructions of micro-batch `m` be looked at."""
+        first = m * self.rows
+        for ue, h, h_hat, n in zip(self.half.ues, self.h_UBAD, h_hats, self.valid, strict=True):
+            counted = min(self.rows, max(0, n - first))
+            self.half.probe.reconstructed(ue.number, h[first : first + counted], h_hat[:counted])
+
     def step(self) -> None:
         for ue in self.half.ues:
+            self.half.probe.gradients({"encoder": ue.encoder, "head": ue.head})
             ue.step()
 
 
@@ -265,6 +276,8 @@ class BtsHalf(Half):
             ports=engine.Ports(**self._ports(world, timeout)),
             clock=self.clock,
         )
+        layers = {f"tail_layer_{n}": x for n, x in enumerate(self.layers, self.parts[self.rank])}
+        self.stage.before_step = partial(self.probe.gradients, {"tail": self.layers, **layers})
         optimizer = self.stage.optimizer
         plain = isinstance(optimizer, torch.optim.Adam)
         self.moments: Moments = AdamMoments(optimizer) if plain else ZeroMoments(optimizer)

@@ -124,6 +124,8 @@ class UeHalf(Half):
         self.ues = ues
         self.test = test
         self.replicas = [method(ue, settings, device) for ue in ues]
+        for replica in self.replicas:
+            replica.probe = self.probe
         self.sizes = sizes(settings)
         self.statistics = [Agreed(replica.statistics) for replica in self.replicas]
         self.lines = [

@@ -15,6 +15,7 @@ from csipipe.figures import WIDTH, Figures
 from csipipe.ledger import Ledger
 from csipipe.methods.base import batches_of
 from csipipe.models import count_parts
+from csipipe.probe import Probe
 from csipipe.topology import Topology
 from csipipe.wire import Wire, largest, merged
 from csipipe.world import World
@@ -47,6 +48,7 @@ class Half:
         self.reports = self.wire.reports(WIDTH)
         self.decisions = self.wire.decisions()
         self.clock = self.wire.clock
+        self.probe = Probe()
         self.notes: list[str] = []
         self.batches: dict[str, int] = {}
         self.tolerant = train.on_bad_ue == "drop"

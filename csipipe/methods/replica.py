@@ -19,6 +19,7 @@ from csipipe.exchange import shared_parts
 from csipipe.methods.base import set_rate
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
+from csipipe.probe import Probe
 
 
 class Replica:
@@ -26,6 +27,7 @@ class Replica:
 
     Attributes:
         shared, personal: the model's parameters, by who has them.
+        probe: shows gradients and reconstructions, when asked.
         statistics: BatchNorm's running means and variances of the shared parts. How many batches
             they have seen is the same at every UE and needs no exchange.
     """
@@ -34,6 +36,7 @@ class Replica:
         self.ue = ue
         self.settings = settings
         self.device = device
+        self.probe = Probe()
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
         ue.optimizer.add_param_group({"params": list(self.tail.parameters())})
@@ -76,6 +79,7 @@ class Replica:
 
     def step(self) -> None:
         """Adam on the parameters that have a gradient; raises as `UserEquipment.step`."""
+        self.probe.gradients(self.parts)
         trust.check_gradients(f"UE {self.ue.number}'s tail", self.tail.named_parameters())
         self.ue.step()
 
@@ -103,6 +107,8 @@ class Replica:
     def _losses(self, h_BAD: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.settings.train.precision, self.device):
             h_hat = self.ue.head(self.tail(self.ue.encoder(h_BAD)))
+        if not torch.is_grad_enabled():
+            self.probe.reconstructed(self.ue.number, h_BAD, h_hat)
         return losses(h_hat, h_BAD, len(h_BAD))
 
 

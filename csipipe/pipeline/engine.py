@@ -123,6 +123,9 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         micro_batches: micro-batches per iteration.
         ports: where messages come from and go to.
         clock: counts this rank's time while it trains.
+
+    Attributes:
+        before_step: called when the iteration's gradients are whole.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         )
         self.ports = ports
         self.clock = clock
+        self.before_step: Callable[[], None] = lambda: None
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
@@ -226,6 +230,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     def _step(self) -> None:
         trust.check_gradients("the tail's", self.module.named_parameters())
+        self.before_step()
         self._exec_reduce_grads()
         self._exec_optimizer_step()
 

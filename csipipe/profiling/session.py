@@ -12,6 +12,8 @@ import shutil
 import time
 from pathlib import Path
 
+from PIL import Image
+
 from csipipe.config import Settings
 from csipipe.figures import Figures
 from csipipe.methods import Worker
@@ -217,9 +219,7 @@ class Profile:
         )
         for ending in ("png", "svg"):
             picture.save(figure, self._run / f"{PICTURE}.{ending}")
-        self._tracker.writer.add_image(
-            PICTURE, picture.pixels(figure), iteration, dataformats="HWC"
-        )
+        self._tracker.events.picture(PICTURE, Image.fromarray(picture.pixels(figure)), iteration)
 
     def _say(self, line: str) -> None:
         if self._tracker is not None:

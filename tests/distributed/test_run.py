@@ -126,6 +126,25 @@ def test_tensorboard_has_the_curves(finished: tuple[Path, str, str]) -> None:
     assert events.Scalars("exchanged/scalars")[-1].value == 2 * 6 * 4 * 8 * (24 + 16)
 
 
+def test_every_rank_has_curves_of_its_own(finished: tuple[Path, str, str]) -> None:
+    shown = {}
+    for folder in (finished[0] / "ranks").iterdir():
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        assert [event.step for event in events.Scalars("time/wait")] == [1, 2, 3, 4, 5, 6]
+        names = {tag for tag in events.Tags()["scalars"] if tag.startswith("gradient_norm/")}
+        pictures = events.Tags()["images"]
+        steps = [event.step for event in events.Images("reconstruction")] if pictures else []
+        shown[folder.name] = (sorted(name.removeprefix("gradient_norm/") for name in names), steps)
+    ends = ["encoder", "head"]
+    assert shown == {
+        "bts-stage-0": (["tail", "tail_layer_0", "tail_layer_2", "tail_layer_4"], []),
+        "bts-stage-1": (["tail", "tail_layer_5", "tail_layer_7"], []),
+        "ue-rank-2-ues-0-1": (ends, [3, 6]),
+        "ue-rank-3-ues-2-3": (ends, []),
+    }
+
+
 def test_the_screen_ends_with_the_table(finished: tuple[Path, str, str]) -> None:
     folder, out, err = finished
     for text in ("UE 3", "NMSE (dB)", "floor", "UE → BTS", f"tensorboard --logdir {folder}"):

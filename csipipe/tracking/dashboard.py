@@ -1,0 +1,87 @@
+"""How TensorBoard arranges a run: its settings, its place in a sweep, what comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils.tensorboard import summary
+
+from csipipe import commandline
+from csipipe.config import Settings
+from csipipe.figures import Figures
+from csipipe.metrics import to_db
+
+KILOBYTES, KILOSCALARS = "against_exchanged_kilobytes", "against_exchanged_kiloscalars"
+"""Groups of curves whose step isn't the iteration but what had been exchanged by then."""
+METRICS = (
+    "test/loss",
+    "test/nmse_db",
+    "exchanged/scalars",
+    "exchanged/bytes",
+    "speed/samples_per_second",
+)
+"""Curves whose last points stand beside the settings in HPARAMS."""
+_LAYOUT = {
+    "What matters": {
+        "test NMSE in dB: mean and band over UEs": [
+            "Margin",
+            ["test/nmse_db", "test/nmse_db_min", "test/nmse_db_max"],
+        ],
+        "loss: training, held-out rows, test set": [
+            "Multiline",
+            ["train/loss$", "holdout/loss$", "test/loss$"],
+        ],
+        "test loss against exchanged kilobytes": ["Multiline", [f"{KILOBYTES}/test_loss"]],
+        "seconds per iteration: compute, wait": [
+            "Multiline",
+            ["time/compute", "time/wait"],
+        ],
+    }
+}
+
+
+def layout() -> Any:
+    """The four figures that matter first, for CUSTOM SCALARS."""
+    return summary.custom_scalars(_LAYOUT)  # type: ignore[no-untyped-call]
+
+
+def settings_text(settings: Settings) -> Any:
+    """All settings, as a YAML file has them, for TEXT."""
+    lines = commandline.to_yaml(settings).splitlines()
+    indented = "\n".join(f"    {line}" for line in lines)
+    return summary.text("settings", indented)  # type: ignore[no-untyped-call]
+
+
+def hparams(settings: Settings) -> tuple[Any, Any, Any]:
+    """For HPARAMS: the columns, a run's settings, and the mark of a finished run.
+
+    Settings of where a run lies and of how it is watched make no difference and are left out.
+    """
+    flat = commandline.dotted(commandline.plain(settings))
+    chosen = {
+        key: str(value) if isinstance(value, list) else value
+        for key, value in flat.items()
+        if not key.startswith("run.")
+    }
+    metrics = dict.fromkeys(METRICS, 0.0)
+    columns, mine, end = summary.hparams(chosen, metrics)  # type: ignore[no-untyped-call]
+    return columns, mine, end
+
+
+def band(part: str, figures: Figures) -> dict[str, float]:
+    """Loss and NMSE in dB: mean over UEs, and the lowest and highest UE's."""
+    taking_part = (figures.sums[:, 0] > 0).tolist()
+
+    def of(values: Iterable[float]) -> list[float]:
+        return [v for v, there in zip(values, taking_part, strict=True) if there] or [float("nan")]
+
+    losses, nmses = of(figures.loss_per_ue), of(figures.nmse_per_ue)
+    return {
+        f"{part}/loss": figures.loss,
+        f"{part}/loss_min": min(losses),
+        f"{part}/loss_max": max(losses),
+        f"{part}/nmse_db": figures.nmse_db,
+        f"{part}/nmse_db_min": to_db(min(nmses)),
+        f"{part}/nmse_db_max": to_db(max(nmses)),
+    }

@@ -1,0 +1,67 @@
+"""What a run prints at its end, and what crossed as `summary.json` has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from csipipe.ledger import BUFFERS, PAPER, UP, Kind, Ledger
+
+
+def exchanged(
+    ledger: Ledger, kinds: tuple[Kind, ...], phase: str = "training"
+) -> dict[str, dict[str, int]]:
+    """`scalars` and `bytes`, each `up` and `down`, over all UEs."""
+    up = ledger.total(phase, [kind for kind in kinds if kind in UP])
+    down = ledger.total(phase, [kind for kind in kinds if kind not in UP])
+    return {
+        "scalars": {"up": up[0], "down": down[0]},
+        "bytes": {"up": up[1], "down": down[1]},
+    }
+
+
+def exchanged_summary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
+    """Entries of `summary.json`: the paper's count, BatchNorm's statistics, evaluation."""
+    return {
+        "exchanged": exchanged(ledger, PAPER),
+        "exchanged_buffers": exchanged(ledger, BUFFERS),
+        "exchanged_evaluation": exchanged(ledger, PAPER, "evaluation"),
+    }
+
+
+def test_table(test: dict[str, Any]) -> str:
+    """Loss and NMSE on a test set, per UE and mean, with the floor (of `Figures.summary`)."""
+    rows = [(f"UE {row['ue']}", row["loss"], row["nmse_db"]) for row in test["per_ue"]]
+    rows += [("mean", test["loss"], test["nmse_db"]), ("0.5", test["floor_loss"], 0.0)]
+    head = f"{'test set':>10}  {'loss':>10}  {'NMSE (dB)':>10}\n"
+    lines = (f"{name:>10}  {loss:>10.3e}  {nmse_db:>10.2f}" for name, loss, nmse_db in rows)
+    return head + "\n".join(lines) + "   a constant 0.5: the floor"
+
+
+def closing_table(summary: dict[str, Any], folder: Path) -> str:
+    """What a finished run prints."""
+    crossed = summary["exchanged"]
+    lines = ["", test_table(summary["test"])] if summary["test"] else []
+    lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
+    for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
+        lines.append(
+            f"{direction:>10}  {crossed['scalars'][direction]:>14,}  "
+            f"{crossed['bytes'][direction]:>14,}   {meaning}"
+        )
+    apart = summary["exchanged_buffers"]
+    if any(apart["scalars"].values()):
+        scalars, size = (sum(apart[unit].values()) for unit in ("scalars", "bytes"))
+        lines.append(f"{'apart':>10}  {scalars:>14,}  {size:>14,}   BatchNorm's, both ways")
+    stopped = []
+    if summary["status"] == "stopped":
+        stopped = [f"stopped:      the same command with --run.dir {folder} goes on"]
+    lines += [
+        "",
+        f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "
+        "iteration (median), "
+        f"{summary['seconds_total']:.0f} s in all",
+        *stopped,
+        f"run:          {folder}",
+        f"look at it:   tensorboard --logdir {folder}",
+    ]
+    return "\n".join(lines)

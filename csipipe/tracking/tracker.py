@@ -1,0 +1,161 @@
+"""Rank 0's view of a run: the whole run's figures, on the screen and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from csipipe.config import Settings
+from csipipe.figures import Figures
+from csipipe.ledger import PAPER, Ledger
+from csipipe.tracking import dashboard
+from csipipe.tracking.events import Events
+from csipipe.tracking.rank import COST, due
+from csipipe.tracking.screen import Screen
+from csipipe.tracking.tables import closing_table, exchanged
+
+HISTORY = "history.jsonl"
+"""The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
+all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
+BEGINNING: dict[str, Any] = {"history": [], "seconds": [], "seconds_total": 0.0}
+"""`Tracker.progress` of a run that has not begun."""
+_KEPT = 1000
+"""Iterations whose seconds a resumed run still knows for its median."""
+_POINTS = 1000
+"""Points of a training curve: as many as TensorBoard keeps."""
+
+
+class Tracker:
+    """Follows one run.
+
+    Args:
+        folder: the run's directory.
+        done: iterations that a run that goes on has behind it.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, done: int) -> None:
+        self.folder = folder
+        self.events = Events(folder, first=done + 1)
+        self.screen = Screen(settings.train.iterations, done)
+        self.seconds: list[float] = []
+        self.history: list[dict[str, Any]] = []
+        self._settings = settings
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
+        self._shown = [0.0, 0.0, 0.0]  # iterations, seconds and samples since the last point
+        columns, mine, self._end = dashboard.hparams(settings)
+        for page in (dashboard.settings_text(settings), dashboard.layout(), columns, mine):
+            self.events.add(page)
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Go on with what `progress` said before, in this run's directory."""
+        self.history = list(progress["history"])
+        self.seconds = list(progress["seconds"])
+        self._seconds_before = float(progress["seconds_total"])
+        for line in self.history:
+            self._against_exchange(line)
+        partial = self.folder / f"{HISTORY}.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        os.replace(partial, self.folder / HISTORY)
+
+    def progress(self) -> dict[str, Any]:
+        """What `resume` needs, as JSON has it."""
+        return {
+            "history": self.history,
+            "seconds": self.seconds[-_KEPT:],
+            "seconds_total": self.seconds_total,
+        }
+
+    def iteration(self, done: int, figures: Figures, lr: float, seconds: float) -> None:
+        """Note the `done`-th iteration: figures of its batches, rate, wall time in seconds."""
+        self.seconds.append(seconds)
+        samples = float(figures.sums[:, 0].sum())
+        new = (1, seconds, samples)
+        self._shown = [a + b for a, b in zip(self._shown, new, strict=True)]
+        if due(done, self._settings.train.iterations, _POINTS):
+            iterations, seconds, samples = self._shown
+            self._shown = [0.0, 0.0, 0.0]
+            speed = {
+                "train/lr": lr,
+                "time/seconds_per_iteration": seconds / iterations,
+                "speed/samples_per_second": samples / max(seconds, 1e-9),
+            }
+            self.events.scalars(dashboard.band("train", figures) | speed, done)
+        self.screen.iteration(done, f"loss {figures.loss:.2e}, NMSE {figures.nmse_db:.2f} dB")
+
+    def saved(self, done: int, seconds: float) -> None:
+        """Note a checkpoint after `done` iterations that took `seconds`."""
+        self.events.scalars({"time/seconds_per_checkpoint": seconds}, done)
+
+    def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
+        """Note an evaluation after `done` iterations."""
+        scalars, size = ledger.total("training", PAPER)
+        values = dashboard.band("test", test)
+        if holdout is not None:
+            values |= dashboard.band("holdout", holdout)
+        values |= {f"test_loss_per_ue/{ue}": loss for ue, loss in enumerate(test.loss_per_ue)}
+        values |= {"exchanged/scalars": scalars, "exchanged/bytes": size}
+        values[COST] = 100 * self.events.seconds / (time.monotonic() - self._started)
+        self.events.scalars(values, done)
+        self._note(done, test, holdout, ledger)
+        self._against_exchange(self.history[-1])
+        self.screen.progress(
+            done,
+            f"test loss {test.loss:.3e} (floor {test.floor:.3e}), NMSE {test.nmse_db:.2f} dB",
+        )
+
+    def _note(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
+        """Add an evaluation to the learning curve, `history.jsonl`: one line of JSON."""
+        line = {
+            "iteration": done,
+            "exchanged": exchanged(ledger, PAPER),
+            "test": test.summary(),
+            "holdout": None
+            if holdout is None
+            else {"loss": holdout.loss, "nmse_db": holdout.nmse_db},
+        }
+        self.history.append(line)
+        with open(self.folder / HISTORY, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _against_exchange(self, line: dict[str, Any]) -> None:
+        """The same evaluation, over what had been exchanged by then.
+
+        A run that goes on writes them all again: its first step, by which readers forget what an
+        earlier attempt wrote, is an iteration.
+        """
+        groups = {dashboard.KILOBYTES: "bytes", dashboard.KILOSCALARS: "scalars"}
+        for group, unit in groups.items():
+            step = sum(line["exchanged"][unit].values()) // 1000
+            if step:
+                test = {name: line["test"][name] for name in ("loss", "nmse_db")}
+                self.events.scalars({f"{group}/test_{k}": v for k, v in test.items()}, step)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`, whole or not at all, and print the closing table."""
+        if summary["status"] == "finished":
+            self.events.add(self._end)
+        self.events.close()
+        self.screen.close()
+        partial = self.folder / "summary.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(partial, self.folder / "summary.json")
+        print(closing_table(summary, self.folder), flush=True)
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar, or in the log."""
+        self.screen.say(line)
+
+    @property
+    def seconds_total(self) -> float:
+        """Wall time of the run so far, what it took before it was resumed included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        """Median wall time of a training iteration, evaluation apart."""
+        return statistics.median(self.seconds) if self.seconds else float("nan")
