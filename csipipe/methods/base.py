@@ -25,6 +25,8 @@ class Worker(Protocol):
     """Trainable scalars of `encoder`, `tail` and `head`."""
     notes: list[str]
     """What rank 0 tells the user before training, a line each."""
+    dropped: list[int]
+    """Training iterations that each UE was left out of; rank 0's count."""
 
     @property
     def has_holdout(self) -> bool:

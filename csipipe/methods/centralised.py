@@ -56,6 +56,7 @@ class Centralised:
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = models.count_parts(settings.model)
         self.notes: list[str] = []
+        self.dropped = [0] * len(ues)
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:

@@ -250,7 +250,7 @@ class BtsHalf(Half):
             channel.send(0, mean)
         for channel in self.down.values():
             channel.finish()
-        self.drop(faults)
+        self.count(faults)
         return self.gather(faults)
 
     def evaluate(self, part: Part) -> Figures:
@@ -290,8 +290,9 @@ class BtsHalf(Half):
                 continue
             for total, vector in zip(totals, vectors, strict=True):
                 total += vector
+        self.leave_out(faults)
         sound = self.topology.ues - len(faults)
-        return [total / max(1, sound) for total in totals], faults
+        return [total / sound for total in totals], faults
 
 
 def is_one_model(settings: Settings) -> bool:
