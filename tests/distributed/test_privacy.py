@@ -35,16 +35,26 @@ FEDERATED: list[Method] = [
 MULTIPLIERS = np.random.default_rng(0).integers(1, 2**63, WIDTH, dtype=np.uint64) * 2 + 1
 Sent = dict[tuple[int, int], bytes]
 """By receiver (or EVERYONE) and bytes of a scalar."""
+Wanted = list[tuple[int, np.ndarray]]
+"""Bytes of a scalar, and fingerprints of what is looked for."""
 
 
 def windows(words: np.ndarray) -> np.ndarray:
-    """Fingerprints of all windows of WIDTH words, of which at least half differ."""
+    """Fingerprints of all windows of WIDTH words."""
     found = np.lib.stride_tricks.sliding_window_view(words.astype(np.uint64), WIDTH)
-    kinds = 1 + (np.diff(np.sort(found, axis=1), axis=1) != 0).sum(axis=1)
     marks = np.zeros(len(found), np.uint64)
     for k in range(WIDTH):
         marks += found[:, k] * MULTIPLIERS[k]  # modulo 2^64
-    return np.unique(marks[kinds >= WIDTH // 2])
+    return marks
+
+
+def telling(words: np.ndarray) -> np.ndarray:
+    """Fingerprints of those windows of which at least half the words differ."""
+    found = np.lib.stride_tricks.sliding_window_view(words, WIDTH)
+    kinds = 1 + (np.diff(np.sort(found, axis=1), axis=1) != 0).sum(axis=1)
+    marks = np.unique(windows(words)[kinds >= WIDTH // 2])
+    assert len(marks) > 100
+    return marks
 
 
 def encodings(rows: np.ndarray) -> Iterable[np.ndarray]:
@@ -54,26 +64,22 @@ def encodings(rows: np.ndarray) -> Iterable[np.ndarray]:
     yield torch.from_numpy(rows).bfloat16().view(torch.int16).numpy().view(np.uint16).ravel()
 
 
-def holds(data: bytes, rows: np.ndarray, aligned: bool = True) -> bool:
-    """Whether a part of the rows is in `data`, at a multiple of a scalar's size if `aligned`."""
-    for words in encodings(rows):
-        wanted, size = windows(words), words.itemsize
-        assert len(wanted) > 100
+def holds(data: bytes, wanted: Wanted, aligned: bool = True) -> bool:
+    """Whether a part of some rows is in `data`, at a multiple of a scalar's size if `aligned`."""
+    for size, marks in wanted:
         for offset in range(1 if aligned else size):
             part = data[offset : offset + (len(data) - offset) // size * size]
-            if len(part) >= WIDTH * size:
-                heard = windows(np.frombuffer(part, words.dtype))
-                if np.isin(wanted, heard, assume_unique=True).any():
-                    return True
+            heard = np.frombuffer(part, f"u{size}")
+            if len(heard) >= WIDTH and np.isin(marks, windows(heard)).any():
+                return True
     return False
 
 
 def overlap(one: bytes, other: bytes, size: int) -> bool:
     """Whether two streams of scalars of `size` bytes have a window in common."""
-    a, b = (windows(np.frombuffer(data, f"u{size}")) for data in (one, other))
-    assert len(a) > 100
+    a, b = (np.frombuffer(data, f"u{size}") for data in (one, other))
     assert len(b) > 100
-    return bool(np.isin(a, b, assume_unique=True).any())
+    return bool(np.isin(telling(a), windows(b)).any())
 
 
 def listen_to(name: str, sent: dict[tuple[int, int], list[bytes]]) -> None:
@@ -151,13 +157,13 @@ def leak(world: World, worker: Any, where: str) -> None:
 def check(ranks: list[dict[str, Any]], stages: int) -> None:
     """Nothing that is a UE's own left it, and the BTS passed nothing on."""
     rows = np.concatenate([rank["rows"] for rank in ranks if rank["rows"] is not None])
-    rows = rows.reshape(len(rows), -1)
     assert len(rows) == 4 * 20 + 2 * 2 * 20  # four UEs'; the test set, twice on two ranks
+    wanted = [(words.itemsize, telling(words)) for words in encodings(rows)]
     up: dict[int, dict[int, bytes]] = {}
     for number, rank in enumerate(ranks):
         sent: Sent = rank["sent"]
         for (to, size), data in sent.items():
-            assert not holds(data, rows), f"rank {number} sends samples to rank {to}"
+            assert not holds(data, wanted), f"rank {number} sends samples to rank {to}"
             if number >= stages:
                 assert to < stages, "UEs don't talk to each other"
                 if to != EVERYONE and size < 8:  # figures are float64
@@ -166,7 +172,7 @@ def check(ranks: list[dict[str, Any]], stages: int) -> None:
     assert sum(len(data) for mine in up.values() for data in mine.values()) > 10_000
     store = ranks[0]["store"]
     assert b"messages" in store
-    assert not holds(store, rows, aligned=False), "the key-value store holds samples"
+    assert not holds(store, wanted, aligned=False), "the key-value store holds samples"
     for bts in ranks[:stages]:
         for (to, size), data in bts["sent"].items():
             for other, messages in up.items():
