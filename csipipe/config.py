@@ -175,7 +175,8 @@ class TrainSettings:
     """auto: CUDA where there is one, else CPU."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
     """When a UE sends values that aren't finite or exceed train.max_rms. stop: the run ends and
-    names it. drop (federated methods): the mean is taken as if the UE had not taken part."""
+    names it. drop: the iteration is computed as if the UE had not taken part. (centralised: no
+    UE sends anything.)"""
     max_rms: float = 1e4
     """Root mean square above which a tensor that crosses between a UE and the BTS is bad. Smashed
     data are of order 1 and gradients smaller: the default only catches what has run away."""
@@ -276,12 +277,6 @@ class Settings:
             raise ValueError(
                 f"train.local_steps is {self.train.local_steps}, but {self.method} exchanges after "
                 f"every step; leave it at 1, or use one of {', '.join(LOCAL_STEPS)}."
-            )
-
-        if self.train.on_bad_ue == "drop" and self.method == "csilocal":
-            raise ValueError(
-                "train.on_bad_ue is drop, but method is csilocal, whose micro-batches hold rows of "
-                "every UE; use stop."
             )
 
         last = self.run.profile_after + self.run.profile_iterations

@@ -25,6 +25,8 @@ class Kind(Enum):
     MEAN_UPDATE = 11  # its mean over UEs, BTS → UE
     STATISTICS = 12  # federated: change of BatchNorm's running statistics, UE → BTS
     MEAN_STATISTICS = 13  # its mean over UEs, BTS → UE
+    ROLL_CALL = 14  # which UEs take part, first stage → everyone
+    VERDICT = 15  # which of them stay, last stage → everyone
 
 
 PAPER = (

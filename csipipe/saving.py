@@ -71,6 +71,7 @@ class Saver:
                 "iteration": done,
                 "settings": commandline.plain(self._settings),
                 "ledger": _dump(ledger),
+                "dropped": self._worker.dropped,
                 **progress,
             }
             checkpoint.commit(partial, content, parts)
@@ -139,6 +140,7 @@ def restore(worker: Worker, settings: Settings, source: Snapshot) -> None:
                 f"{source.folder / name}.safetensors doesn't fit this run: {error}; go on with "
                 "the settings that it was written with."
             ) from error
+    worker.dropped = list(source.content["dropped"])
     worker.restore_ledger(_load(source.content["ledger"], settings.topology.ues))
 
 

@@ -33,6 +33,8 @@ class Op(Enum):
     ENCODE = "encode"  # UE: encoder's forward pass, whole mini-batch
     HEAD = "head"  # UE: head, loss, and the gradient at the head's input
     ENCODE_BACKWARD = "encode backward"  # UE: encoder's backward pass, whole mini-batch
+    ROLL_CALL = "roll call"  # who takes part: once all smashed data are here
+    VERDICT = "verdict"  # whether it stays so: once all gradients are here
     STEP = "step"  # optimiser
 
 
@@ -103,6 +105,52 @@ def _alternate(micro_batches: int, ahead: int, lag: int) -> Iterator[Instruction
         if step >= lag:
             yield Instruction(Op.WEIGHTS, step - lag)
     yield Instruction(Op.STEP)
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """A rank's training where bad UEs are dropped: `attempt` may be repeated without one of them.
+
+    Attributes:
+        once: before; a repetition uses it again.
+        attempt: everything that crosses; at its end all ranks know whether it holds.
+        end: after the one that holds; changes weights.
+    """
+
+    once: list[Instruction]
+    attempt: list[Instruction]
+    end: list[Instruction]
+
+
+def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts:
+    """A stage's training plan, with agreement on who takes part.
+
+    The first stage receives all smashed data before its first forward pass and calls the roll;
+    the last one gives the verdict as soon as it has the last gradient, while the others still
+    work. Everyone hears both before it needs them.
+    """
+    *attempt, end = plan
+    if stage == 0:
+        attempt.sort(key=lambda i: i.op is not Op.RECEIVE_FORWARD)  # stable
+    calls = sum(i.op is Op.RECEIVE_FORWARD for i in attempt) if stage == 0 else 0
+    attempt.insert(calls, Instruction(Op.ROLL_CALL))
+    last = max(k for k, i in enumerate(attempt) if i.op is Op.RECEIVE_BACKWARD)
+    given = last + 1 if stage == stages - 1 else len(attempt)
+    attempt.insert(given, Instruction(Op.VERDICT))
+    return Attempts([], attempt, [end])
+
+
+def ue_attempts(micro_batches: int) -> Attempts:
+    """`ue_training`, with agreement on who takes part; smashed data are sent again, as they are."""
+    plan = list(ue_training(micro_batches))
+    sent = 1 + micro_batches
+    attempt = [
+        *plan[1:sent],
+        Instruction(Op.ROLL_CALL),
+        *plan[sent:-2],
+        Instruction(Op.VERDICT),
+    ]
+    return Attempts(plan[:1], attempt, plan[-2:])
 
 
 def stage_evaluation(micro_batches: int) -> Iterator[Instruction]:

@@ -253,6 +253,7 @@ def _summary(
         "iterations": done,
         "test": tracker.history[-1]["test"] if tracker.history else None,
         **exchanged_summary(ledger),
+        "dropped": worker.dropped,
         "seconds_per_iteration": tracker.seconds_per_iteration,
         "seconds_total": tracker.seconds_total,
         "parameters": worker.parameters,

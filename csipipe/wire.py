@@ -305,10 +305,11 @@ class Wire:
         peers = self._across(Kind.REPORT, 1)
         return self._host_channel(Kind.REPORT, peers, (peers[-1].rows.stop, width))
 
-    def decisions(self) -> Channel:
-        """One number from rank 0 to every other rank."""
-        ranks = [0] if self.rank else range(1, self.topology.world_size)
-        return self._host_channel(Kind.DECISION, [self._peer(rank, 1) for rank in ranks], (1,))
+    def announcements(self, kind: Kind, source: int, numbers: int) -> Channel:
+        """Some numbers from rank `source` to every other rank: float64, on the host."""
+        others = [rank for rank in range(self.topology.world_size) if rank != source]
+        ranks = others if self.rank == source else [source]
+        return self._host_channel(kind, [self._peer(rank, numbers) for rank in ranks], (numbers,))
 
     def weights(self, rank: int, scalars: int) -> Channel:
         """Flattened weights that `rank` has, between that rank and rank 0."""

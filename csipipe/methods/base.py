@@ -33,6 +33,8 @@ class Worker(Protocol):
     """Where this rank's time goes while it trains."""
     probe: Probe
     """Shows this rank's gradients and reconstructions, when asked."""
+    dropped: list[int]
+    """Training iterations that each UE was left out of; rank 0's count."""
 
     @property
     def has_holdout(self) -> bool:

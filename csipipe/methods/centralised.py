@@ -60,6 +60,7 @@ class Centralised:
         self.notes: list[str] = []
         self.clock = Clock()
         self.probe = Probe()
+        self.dropped = [0] * len(ues)
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
     def train_iteration(self, iteration: int) -> Figures:

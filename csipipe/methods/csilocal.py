@@ -12,6 +12,8 @@ A angles, D delays, C = c1 or c2.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,7 @@ from csipipe.figures import WIDTH, Figures, row_sums
 from csipipe.ledger import Kind
 from csipipe.methods.base import Part, adam, padded, set_rate
 from csipipe.methods.half import Half
+from csipipe.methods.roster import Roster, keep_buffers
 from csipipe.methods.state import AdamMoments, Moments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.metrics import floor_loss, paper_loss
@@ -63,6 +66,7 @@ class UeHalf(Half):
         self.output_gradient = self.wire.link(Kind.OUTPUT_GRADIENT, model.c2)
         self.smashed_gradient = self.wire.link(Kind.SMASHED_GRADIENT, model.c1)
         self.pending = models.put_off(ue.head for ue in ues)
+        self.roster = Roster(self.wire) if self.tolerant else None
         self.agree_on_batches({"holdout": max(len(ue.holdout) for ue in ues), "test": len(test)})
 
     def train_iteration(self, iteration: int) -> None:
@@ -73,13 +77,34 @@ class UeHalf(Half):
         for ue in self.ues:
             ue.train(True)
             set_rate(ue.optimizer, self.settings.train.lr_at(iteration))
-        self.output.post()
-        self.smashed_gradient.post()
+        self._post()
         batch = _UeBatch(self, [ue.draw(size) for ue in self.ues], [size] * len(self.ues))
-        batch.execute(schedule.ue_training(self.wire.micro_batches), self.clock)
+        if self.roster is None:
+            batch.execute(schedule.ue_training(self.wire.micro_batches), self.clock)
+        else:
+            self._train_without_bad_ues(self.roster, batch)
         self.clock.begin("send", "finish sending")
         self._report(batch.sums())
         self.clock.stop()
+
+    def _post(self) -> None:
+        self.output.post()
+        self.smashed_gradient.post()
+
+    def _train_without_bad_ues(self, roster: Roster, batch: _UeBatch) -> None:
+        """A UE that is left out stays as it was, BatchNorm's statistics included."""
+        restore = [keep_buffers([ue.encoder, ue.head]) for ue in self.ues]
+
+        def undo() -> None:
+            for ue in self.ues:
+                ue.optimizer.zero_grad()
+            self._post()
+
+        plan = schedule.ue_attempts(self.wire.micro_batches)
+        roster.train(plan, lambda part: batch.execute(part, self.clock), undo)
+        for u in batch.idle:
+            self.ues[u].optimizer.zero_grad()
+            restore[u]()
 
     def evaluate(self, part: Part) -> None:
         """Forward passes only, over whole batches; rows of the padding don't count.
@@ -139,6 +164,10 @@ class _UeBatch:
     Args:
         h_UBAD: a (B, 2, A, D) mini-batch per UE.
         valid: rows of each UE that count in `sums`; the rest is padding.
+
+    Attributes:
+        taking: places on this rank of the UEs that take part.
+        idle: places of those that take no step.
     """
 
     def __init__(self, half: UeHalf, h_UBAD: list[Tensor], valid: list[int]) -> None:
@@ -152,6 +181,8 @@ class _UeBatch:
         self.dy: dict[int, Tensor] = {}
         self.dz: dict[int, Tensor] = {}
         self.loss_UB = self.h_UBAD.new_zeros(self.h_UBAD.shape[:2])
+        self.taking = list(range(len(h_UBAD)))
+        self.idle: set[int] = set()
 
     def execute(self, plan: schedule.Plan, clock: Clock) -> None:
         """Execute the UE rank's instructions."""
@@ -159,6 +190,8 @@ class _UeBatch:
             Op.ENCODE: self.encode,
             Op.WEIGHTS: self.weight_gradients,
             Op.ENCODE_BACKWARD: self.encode_backward,
+            Op.ROLL_CALL: lambda: self.agree(Kind.ROLL_CALL),
+            Op.VERDICT: lambda: self.agree(Kind.VERDICT),
             Op.STEP: self.step,
         }
         per_micro_batch = {
@@ -171,10 +204,20 @@ class _UeBatch:
         schedule.execute(plan, whole, per_micro_batch, clock)
 
     def sums(self) -> Tensor:
-        """(UEs, WIDTH) figures of the rows that count."""
+        """(UEs, WIDTH) figures of the rows that count; NaN for a UE that took no step."""
         floor_UB = floor_loss(self.h_UBAD.flatten(0, 1)).view_as(self.loss_UB)
         parts = zip(self.loss_UB, floor_UB, self.valid, strict=True)
-        return torch.stack([row_sums(loss[:n], floor[:n]) for loss, floor, n in parts])
+        sums = torch.stack([row_sums(loss[:n], floor[:n]) for loss, floor, n in parts])
+        if self.idle:
+            sums[list(self.idle)] = math.nan
+        return sums
+
+    def agree(self, kind: Kind) -> None:
+        """Hear which UEs take part."""
+        assert self.half.roster is not None
+        self.half.roster.agree(kind)
+        out = self.half.roster.out
+        self.taking = [u for u, ue in enumerate(self.half.ues) if ue.number not in out]
 
     def encode(self) -> None:
         half = self.half
@@ -196,14 +239,17 @@ class _UeBatch:
         part = slice(m * self.rows, (m + 1) * self.rows)
         training = torch.is_grad_enabled()
         y = self.y.pop(m).detach().requires_grad_(training)
+        if not self.taking:
+            self.dy[m] = torch.zeros_like(y)
+            return
+        y_URC = torch.split(y, self.rows)
         with self.half.autocast():
-            h_hats = [
-                ue.head(y_RC)
-                for ue, y_RC in zip(self.half.ues, torch.split(y, self.rows), strict=True)
-            ]
+            h_hats = [self.half.ues[u].head(y_URC[u]) for u in self.taking]
         # what has no weights goes for all UEs at once
-        loss = paper_loss(torch.cat(h_hats).float(), self.h_UBAD[:, part].flatten(0, 1))
-        self.loss_UB[:, part] = loss.detach().view(len(h_hats), -1)
+        everyone = len(self.taking) == len(self.half.ues)
+        some: slice | list[int] = slice(None) if everyone else self.taking
+        loss = paper_loss(torch.cat(h_hats).float(), self.h_UBAD[some, part].flatten(0, 1))
+        self.loss_UB[some, part] = loss.detach().view(len(h_hats), -1)
         if not training:
             self.show(m, h_hats)
         if training:
@@ -225,8 +271,10 @@ class _UeBatch:
     def encode_backward(self) -> None:
         dz_MRC = torch.stack([self.dz[m] for m in range(len(self.dz))])
         dz_UBC = [rows.flatten(0, 1) for rows in torch.split(dz_MRC, self.rows, dim=1)]
+        z_UBC = self.z_UBC
         torch.autograd.backward(
-            self.z_UBC, [dz.to(z.dtype) for dz, z in zip(dz_UBC, self.z_UBC, strict=True)]
+            [z_UBC[u] for u in self.taking],
+            [dz_UBC[u].to(z_UBC[u].dtype) for u in self.taking],
         )
 
     def show(self, m: int, h_hats: list[Tensor]) -> None:
@@ -237,9 +285,17 @@ class _UeBatch:
             self.half.probe.reconstructed(ue.number, h[first : first + counted], h_hat[:counted])
 
     def step(self) -> None:
-        for ue in self.half.ues:
+        self.idle = set(range(len(self.half.ues))) - set(self.taking)
+        for u in self.taking:
+            ue = self.half.ues[u]
             self.half.probe.gradients({"encoder": ue.encoder, "head": ue.head})
-            ue.step()
+            try:
+                ue.step()
+            except FloatingPointError as error:
+                if not self.half.tolerant:
+                    raise
+                self.half.leave_out({ue.number: str(error)})
+                self.idle.add(u)
 
 
 class BtsHalf(Half):
@@ -267,17 +323,22 @@ class BtsHalf(Half):
         module = engine.TailModule(tail, topology.stages, settings.topology.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts
+        self.ports = self._ports(world, timeout)
+        for port in self.ports.values():
+            port.tolerant = self.tolerant
         self.stage = engine.TailStage(
             module,
             adam(module.parameters(), train),
             deepspeed,
             rows=self.wire.rows * topology.ues,
             micro_batches=train.micro_batches,
-            ports=engine.Ports(**self._ports(world, timeout)),
+            ports=engine.Ports(**self.ports),
             clock=self.clock,
+            calls={Op.ROLL_CALL: self._call_the_roll, Op.VERDICT: self._judge},
         )
         layers = {f"tail_layer_{n}": x for n, x in enumerate(self.layers, self.parts[self.rank])}
         self.stage.before_step = partial(self.probe.gradients, {"tail": self.layers, **layers})
+        self.roster = Roster(self.wire) if self.tolerant else None
         optimizer = self.stage.optimizer
         plain = isinstance(optimizer, torch.optim.Adam)
         self.moments: Moments = AdamMoments(optimizer) if plain else ZeroMoments(optimizer)
@@ -295,13 +356,59 @@ class BtsHalf(Half):
         if self.rank == 0:
             self.reports.post()
         set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
-        plan = schedule.TRAINING[self.settings.train.schedule]
-        stages, micro_batches = self.topology.stages, self.wire.micro_batches
-        self.stage.train_iteration(plan(self.rank, stages, micro_batches))
+        stages = self.topology.stages
+        plan = schedule.TRAINING[self.settings.train.schedule](
+            self.rank, stages, self.wire.micro_batches
+        )
+        if self.roster is None:
+            self.stage.train_iteration(plan)
+        else:
+            self._train_without_bad_ues(
+                self.roster, schedule.stage_attempts(plan, self.rank, stages)
+            )
         self.clock.begin("wait", "wait for figures")
         figures = self._figures()
+        if figures is not None and self.roster is not None:
+            self._count_idle(figures)
         self.clock.stop()
         return figures
+
+    def _count_idle(self, figures: Figures) -> None:
+        """On rank 0: count UEs that report no rows."""
+        idle = [ue for ue, rows in enumerate(figures.sums[:, 0].tolist()) if not rows]
+        self.leave_out(dict.fromkeys(idle, "a gradient was bad; the rank that saw it says how"))
+        self.count(idle)
+
+    def _train_without_bad_ues(self, roster: Roster, parts: schedule.Attempts) -> None:
+        restore = keep_buffers(self.layers)
+
+        def undo() -> None:
+            self.stage.zero_grad()
+            restore()
+
+        roster.train(parts, self.stage.train_iteration, undo)
+        self.stage.taking = None
+
+    def _call_the_roll(self) -> None:
+        """All smashed data of the iteration are here; not a row has been used."""
+        assert self.roster is not None
+        self.roster.agree(Kind.ROLL_CALL, self._found(self.ports["forward_in"], self.roster.out))
+        out, rows = self.roster.out, self.wire.rows
+        taking = [ue for ue in range(self.topology.ues) if ue not in out]
+        places = [torch.arange(ue * rows, (ue + 1) * rows) for ue in taking]
+        self.stage.taking = torch.cat(places).to(self.device) if out else None
+
+    def _judge(self) -> None:
+        """All gradients of the iteration are here; no weight has been changed."""
+        assert self.roster is not None
+        self.roster.agree(Kind.VERDICT, self._found(self.ports["backward_in"], self.roster.out))
+
+    def _found(self, channel: Channel, out: Collection[int]) -> Collection[int]:
+        """UEs that sent something bad here, those apart that are left out already."""
+        new = {ue: fault for ue, fault in channel.bad.items() if ue not in out}
+        channel.bad.clear()
+        self.leave_out(new, out)
+        return new
 
     def evaluate(self, part: Part) -> Figures | None:
         """Forward passes only."""
@@ -311,7 +418,7 @@ class BtsHalf(Half):
         for _ in range(self.batches[part]):
             self.stage.evaluate_iteration(schedule.stage_evaluation(self.wire.micro_batches))
         self.wire.ledger.phase = "training"
-        return self._figures()
+        return self._figures(self._found(self.ports["forward_in"], ()))
 
     def save_weights(self, folder: Path) -> None:
         """Rank 0 writes the whole tail; the other stages send it their layers."""
@@ -348,8 +455,8 @@ class BtsHalf(Half):
             cuts = json.dumps(parts)
         return [int(layer) for layer in json.loads(self.world.shared("cuts", cuts))]
 
-    def _figures(self) -> Figures | None:
-        return self.gather() if self.rank == 0 else None
+    def _figures(self, without: Collection[int] = ()) -> Figures | None:
+        return self.gather(without) if self.rank == 0 else None
 
     def _ports(self, world: World, timeout: float) -> dict[str, Channel]:
         """Channels to the neighbours, which are UEs at the two ends.

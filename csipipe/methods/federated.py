@@ -264,7 +264,7 @@ class BtsHalf(Half):
             channel.send(0, mean)
         for channel in self.down.values():
             channel.finish()
-        self.drop(faults)
+        self.count(faults)
         self.clock.begin("wait", "wait for figures")
         figures = self.gather(faults)
         self.clock.stop()
@@ -309,8 +309,9 @@ class BtsHalf(Half):
                 continue
             for total, vector in zip(totals, vectors, strict=True):
                 total += vector
+        self.leave_out(faults)
         sound = self.topology.ues - len(faults)
-        return [total / max(1, sound) for total in totals], faults
+        return [total / sound for total in totals], faults
 
 
 def is_one_model(settings: Settings) -> bool:

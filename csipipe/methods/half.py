@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
+from tqdm import tqdm
 
-from csipipe import handshake
+from csipipe import handshake, trust
 from csipipe.config import Settings
 from csipipe.device import autocast, wire_dtype
 from csipipe.figures import WIDTH, Figures
-from csipipe.ledger import Ledger
+from csipipe.ledger import Kind, Ledger
 from csipipe.methods.base import batches_of
 from csipipe.models import count_parts
 from csipipe.probe import Probe
@@ -46,13 +47,14 @@ class Half:
         )
         self.parameters = count_parts(settings.model)
         self.reports = self.wire.reports(WIDTH)
-        self.decisions = self.wire.decisions()
+        self.decisions = self.wire.announcements(Kind.DECISION, 0, 1)
         self.clock = self.wire.clock
         self.probe = Probe()
         self.notes: list[str] = []
         self.batches: dict[str, int] = {}
         self.tolerant = train.on_bad_ue == "drop"
-        self.dropped: dict[int, int] = {}
+        self.dropped = [0] * topology.ues
+        self._named: set[int] = set()
 
     @property
     def has_holdout(self) -> bool:
@@ -74,12 +76,24 @@ class Half:
         """Say where this rank is, should it have to report an error."""
         self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
 
-    def drop(self, faults: Mapping[int, str]) -> None:
-        """Count UEs that are left out of this iteration, and say so when it happens first."""
+    def leave_out(self, faults: Mapping[int, str], out: Collection[int] = ()) -> None:
+        """Say why UEs are left out, when it happens first to each of them.
+
+        Args:
+            out: UEs that are left out already.
+
+        Raises:
+            trust.BadMessage: nobody is left.
+        """
         for ue, fault in faults.items():
-            if ue not in self.dropped:
-                print(f"{self.world.doing}: UE {ue} is left out: {fault}", file=sys.stderr)
-            self.dropped[ue] = self.dropped.get(ue, 0) + 1
+            if ue not in self._named:
+                tqdm.write(f"{self.world.doing}: UE {ue} is left out: {fault}", file=sys.stderr)
+                self._named.add(ue)
+        if faults and len({*faults, *out}) == self.topology.ues:
+            raise trust.BadMessage(
+                f"no UE is left that could be trained with: all {self.topology.ues} are bad, the "
+                f"last: {list(faults.values())[-1]}."
+            )
 
     def gather(self, without: Container[int] = ()) -> Figures:
         """On rank 0: what the UEs report. UEs that are left out have no rows.
@@ -91,6 +105,11 @@ class Half:
             if ue in without or (self.tolerant and not row.isfinite().all()):
                 row.zero_()
         return Figures(sums)
+
+    def count(self, out: Iterable[int]) -> None:
+        """Count UEs that were left out of a training iteration."""
+        for ue in out:
+            self.dropped[ue] += 1
 
     def exchanged(self) -> Ledger:
         return merged(self.wire.ledger, self.topology.is_bts(self.rank))

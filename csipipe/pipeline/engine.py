@@ -11,7 +11,7 @@ import contextlib
 import io
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -123,9 +123,12 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         micro_batches: micro-batches per iteration.
         ports: where messages come from and go to.
         clock: counts this rank's time while it trains.
+        calls: what this rank does at instructions that aren't the stage's own.
 
     Attributes:
         before_step: called when the iteration's gradients are whole.
+        taking: rows of every micro-batch that the stage computes with, where not all take part;
+            what crosses keeps its shape, with zeros for the others.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         micro_batches: int,
         ports: Ports,
         clock: Clock,
+        calls: Mapping[Op, Callable[[], None]],
     ) -> None:
         mpu = module.mpu()
         config = with_batches(deepspeed, rows, micro_batches)
@@ -150,9 +154,12 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
             config=config,
             config_class=DeepSpeedConfig(config, mpu),
         )
+        self.rows = rows
         self.ports = ports
         self.clock = clock
         self.before_step: Callable[[], None] = lambda: None
+        self.calls = calls
+        self.taking: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
@@ -183,7 +190,10 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
         Sends under way are as few, so that memory follows the schedule and not the mini-batch.
         """
-        ahead = held(plan, Op.RECEIVE_FORWARD, end) + 1
+        most = held(plan, Op.RECEIVE_FORWARD, end)
+        if not most:  # nothing crosses
+            return
+        ahead = most + 1
         self.ports.forward_in.post(ahead)
         self.ports.forward_out.window = self.ports.backward_out.window = ahead
         if end is Op.WEIGHTS:
@@ -194,7 +204,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     def _forward_micro_batch(self, m: int) -> None:
         # a leaf, so that its gradient can be taken for whoever sent it
-        x = self._inputs.pop(m).detach().requires_grad_(torch.is_grad_enabled())
+        x = self._some(self._inputs.pop(m)).detach().requires_grad_(torch.is_grad_enabled())
         # not PipelineEngine's, which only answers to its own schedules
         self._outputs[m] = DeepSpeedEngine.forward(self, x)
         if torch.is_grad_enabled():
@@ -204,13 +214,14 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     def _send_forward(self, m: int) -> None:
         keep = torch.is_grad_enabled()
-        self.ports.forward_out.send(m, self._outputs[m] if keep else self._outputs.pop(m))
+        output = self._outputs[m] if keep else self._outputs.pop(m)
+        self.ports.forward_out.send(m, self._all(output))
 
     def _receive_backward(self, m: int) -> None:
         self._gradients[m] = self.ports.backward_in.receive(m)
 
     def _backward_micro_batch(self, m: int) -> None:
-        output, gradient = self._outputs.pop(m), self._gradients.pop(m)
+        output, gradient = self._outputs.pop(m), self._some(self._gradients.pop(m))
         with self._allowed():
             torch.autograd.backward(output, gradient.to(output.dtype))
         self._weights[m] = self._pending.copy()
@@ -219,7 +230,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
     def _send_backward(self, m: int) -> None:
         gradient = self._inputs.pop(m).grad
         assert gradient is not None
-        self.ports.backward_out.send(m, gradient)
+        self.ports.backward_out.send(m, self._all(gradient))
 
     def _weight_gradients(self, m: int) -> None:
         with self._allowed():
@@ -233,6 +244,18 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self.before_step()
         self._exec_reduce_grads()
         self._exec_optimizer_step()
+
+    def _some(self, rows: Tensor) -> Tensor:
+        """The rows that take part."""
+        return rows if self.taking is None else rows[self.taking]
+
+    def _all(self, rows: Tensor) -> Tensor:
+        """A whole micro-batch again."""
+        if self.taking is None:
+            return rows
+        whole = rows.new_zeros(self.rows, *rows.shape[1:])
+        whole[self.taking] = rows.detach()
+        return whole
 
     @contextlib.contextmanager
     def _allowed(self) -> Iterator[None]:
@@ -252,7 +275,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     @property
     def _whole(self) -> dict[Op, Callable[[], None]]:
-        return {Op.STEP: self._step}
+        return {Op.STEP: self._step, **self.calls}
 
     @property
     def _per_micro_batch(self) -> dict[Op, Callable[[int], None]]:

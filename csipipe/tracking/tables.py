@@ -52,6 +52,9 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     if any(apart["scalars"].values()):
         scalars, size = (sum(apart[unit].values()) for unit in ("scalars", "bytes"))
         lines.append(f"{'apart':>10}  {scalars:>14,}  {size:>14,}   BatchNorm's, both ways")
+    dropped = [f"UE {ue}: {times}" for ue, times in enumerate(summary["dropped"]) if times]
+    if dropped:
+        lines.append(f"{'left out':>10}  {', '.join(dropped)} iteration(s), being bad")
     stopped = []
     if summary["status"] == "stopped":
         stopped = [f"stopped:      the same command with --run.dir {folder} goes on"]

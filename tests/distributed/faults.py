@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +31,8 @@ class Fault:
     """What rank `rank` does at an instruction, or with a message, of one iteration (from 1).
 
     Attributes:
-        what: at an instruction: raise, kill, freeze. With a message: drop, corrupt, shorten,
+        what: at an instruction: raise, kill, freeze, hang, full (from here on no file of this rank
+            grows beyond 10 kB, as on a full disk). With a message: drop, corrupt, shorten,
             lengthen; kill and freeze happen before it is sent.
         at: the instruction's `Op`, or the message's `Kind`.
         micro_batch: of a message; of an instruction it is the first with that `Op`.
@@ -60,6 +63,11 @@ def install(fault: Fault, note: Path) -> None:
 def _act(what: str) -> None:
     if what == "raise":
         raise RuntimeError("injected")
+    if what == "hang":
+        threading.Event().wait()
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        return
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[what])
 
 

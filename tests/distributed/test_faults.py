@@ -60,7 +60,9 @@ def expected(fault: Fault) -> str:
     culprit = re.escape(ROLE(fault.rank))
     if fault.what in ("kill", "freeze"):
         state = "gone" if fault.what == "kill" else "silent"
-        return rf"{culprit} is {state}: .*iteration {fault.iteration}, waited for"
+        # who has sent everything when it fails is missed in the next iteration
+        late = rf"|{fault.iteration + 1}" if fault.at in (Op.WEIGHTS, Op.STEP) else ""
+        return rf"{culprit} is {state}: .*iteration ({fault.iteration}{late}), waited for"
     if fault.what == "raise":
         return rf"{culprit}, iteration {fault.iteration}: RuntimeError: injected"
     if fault.what == "drop":

@@ -84,6 +84,7 @@ def test_the_summary_says_what_the_interface_promises(finished: tuple[Path, str,
         "bytes": {"up": 4 * scalars, "down": 4 * scalars},
     }
     assert summary["exchanged_evaluation"]["scalars"]["up"] > 0
+    assert summary["dropped"] == [0, 0, 0, 0]
     assert summary["seconds_per_iteration"] > 0
     assert set(summary["parameters"]) == {"encoder", "tail", "head"}
     assert summary["topology"]["stages"] == 2

@@ -153,7 +153,7 @@ def test_a_federated_ue_that_is_dropped_leaves_no_trace(method: Method, value: f
     always = {3: [0, 1, 2, 3, 4]}
     with_it = run_world(3, federate, federated(method, 4, on_bad_ue="drop"), always, value)
     without = run_world(3, federate, federated(method, 3), {}, value)
-    assert with_it[0]["dropped"] == {3: 5}
+    assert with_it[0]["dropped"] == [0, 0, 0, 5]
     for k in range(5):
         assert with_it[0]["losses"][k][:3] == without[0]["losses"][k]
         assert with_it[0]["losses"][k][3] == 0.0
@@ -166,10 +166,16 @@ def test_a_federated_ue_that_is_dropped_leaves_no_trace(method: Method, value: f
 def test_a_federated_ue_is_taken_back_when_it_is_sound_again() -> None:
     settings = federated("fedavg", 4, on_bad_ue="drop")
     ranks = run_world(3, federate, settings, {1: [2], 3: [1, 2]}, NAN)
-    assert ranks[0]["dropped"] == {3: 2, 1: 1}
+    assert ranks[0]["dropped"] == [0, 1, 0, 2]
     losses = ranks[0]["losses"]
     assert [[ue for ue in range(4) if not loss[ue]] for loss in losses] == [[], [3], [1, 3], [], []]
     assert all(torch.isfinite(p).all() for rank in ranks for p in rank["parameters"].values())
+
+
+def test_an_exchange_without_a_sound_ue_stops() -> None:
+    settings = federated("fedavg", 4, on_bad_ue="drop")
+    ranks = run_world(3, federate, settings, {ue: [1] for ue in range(4)}, NAN)
+    assert "no UE is left that could be trained with: all 4 are bad" in ranks[0]["error"]
 
 
 def test_stop_names_the_ue_and_the_value() -> None:

@@ -12,7 +12,9 @@ from csipipe.schedule import (
     Op,
     execute,
     held,
+    stage_attempts,
     stage_evaluation,
+    ue_attempts,
     ue_decoding,
     ue_encoding,
     ue_training,
@@ -54,8 +56,36 @@ def test_every_send_has_its_receive_in_the_same_order(
 @every_size
 def test_every_rank_comes_to_its_end(name: ScheduleName, stages: int, size: int) -> None:
     """Ranks run side by side, waiting for messages only: a circle of waits would stop them all."""
-    ring = plans(name, stages, size)
-    ues = stages  # forward goes 0 → 1 → … → UEs → 0, backward the other way
+    assert_all_end(plans(name, stages, size))
+
+
+@every_schedule
+@every_depth
+@every_size
+def test_every_rank_agrees_on_who_takes_part(name: ScheduleName, stages: int, size: int) -> None:
+    """Once before the first forward pass and once before anything is changed, in one order."""
+    bts, ue = plans(name, stages, size)[:-1], ue_attempts(size)
+    parts = [*(stage_attempts(plan, stage, stages) for stage, plan in enumerate(bts)), ue]
+    assert_all_end([[*p.once, *p.attempt, *p.end] for p in parts])
+    for plan, part in zip([*bts, list(ue_training(size))], parts, strict=True):
+        agreed = [i for i in part.attempt if i.op in (Op.ROLL_CALL, Op.VERDICT)]
+        assert agreed == [Instruction(Op.ROLL_CALL), Instruction(Op.VERDICT)]
+        rest = [*part.once, *(i for i in part.attempt if i not in agreed), *part.end]
+        assert sorted(map(str, rest)) == sorted(map(str, plan))
+        ops = [i.op for i in part.attempt]
+        first = next(k for k, op in enumerate(ops) if op in (Op.FORWARD, Op.HEAD))
+        assert ops.index(Op.ROLL_CALL) < first
+        assert not {Op.STEP, Op.ENCODE, Op.ENCODE_BACKWARD} & set(ops)
+    first, last = parts[0].attempt, parts[-2].attempt
+    assert first[:size] == [Instruction(Op.RECEIVE_FORWARD, m) for m in range(size)]
+    given = last.index(Instruction(Op.VERDICT))
+    assert last[given - 1] == Instruction(Op.RECEIVE_BACKWARD, size - 1)
+
+
+def assert_all_end(ring: list[list[Instruction]]) -> None:
+    """Stages, then one UE rank."""
+    ues = len(ring) - 1  # forward goes 0 → 1 → … → UEs → 0, backward the other way
+    sources = {Op.ROLL_CALL: 0, Op.VERDICT: ues - 1}
     neighbour = {Op.SEND_FORWARD: 1, Op.SEND_BACKWARD: -1}
     place = [0] * len(ring)
     arrived: set[tuple[int, Op, int | None]] = set()
@@ -65,8 +95,11 @@ def test_every_rank_comes_to_its_end(name: ScheduleName, stages: int, size: int)
         for rank, plan in enumerate(ring):
             while place[rank] < len(plan):
                 op, m = plan[place[rank]].op, plan[place[rank]].micro_batch
-                if op in PAIRS.values() and (rank, op, m) not in arrived:
+                awaited = op in PAIRS.values() or sources.get(op, rank) != rank
+                if awaited and (rank, op, m) not in arrived:
                     break
+                if sources.get(op) == rank:
+                    arrived |= {(other, op, None) for other in range(ues + 1)}
                 if op in PAIRS:
                     arrived.add(((rank + neighbour[op]) % (ues + 1), PAIRS[op], m))
                 place[rank] += 1

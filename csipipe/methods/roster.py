@@ -1,0 +1,89 @@
+"""Who takes part in an iteration of CSILocal where bad UEs are dropped, the same on every rank.
+
+Two numbers per UE cross twice an iteration: the first stage calls the roll once it has checked all
+smashed data, before the tail's first forward pass; the last stage gives its verdict once it has
+checked all gradients, before any weight changes. A verdict against a UE repeats the iteration
+without it. Every attempt runs to its end on all ranks, with zeros for what was bad, so that no
+message is left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from csipipe.ledger import Kind
+from csipipe.schedule import Attempts, Instruction
+from csipipe.wire import Wire
+
+
+class Roster:
+    """One rank's copy.
+
+    Attributes:
+        out: UEs that are left out of this iteration.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._ues = wire.topology.ues
+        self._rank = wire.rank
+        self._sources = {Kind.ROLL_CALL: 0, Kind.VERDICT: wire.topology.last_stage}
+        self._channels = {
+            kind: wire.announcements(kind, source, self._ues)
+            for kind, source in self._sources.items()
+        }
+        self._holds = True
+        self.out: set[int] = set()
+
+    def train(
+        self,
+        parts: Attempts,
+        execute: Callable[[list[Instruction]], None],
+        undo: Callable[[], None],
+    ) -> None:
+        """One iteration, repeated until the verdict is that nobody else is to be left out.
+
+        Args:
+            undo: takes back what an attempt changed, and posts its receives again.
+        """
+        self.out = set()
+        execute(parts.once)
+        while True:
+            self._post()
+            execute(parts.attempt)
+            if self._holds:
+                break
+            undo()
+        execute(parts.end)
+
+    def agree(self, kind: Kind, bad: Iterable[int] = ()) -> None:
+        """Leave out the UEs that the rank which decides, and it alone, found `bad`."""
+        channel = self._channels[kind]
+        before = len(self.out)
+        if self._rank == self._sources[kind]:
+            self.out.update(bad)
+            mask = [float(ue in self.out) for ue in range(self._ues)]
+            # waited for when the next one is sent
+            channel.send(0, torch.tensor(mask, dtype=torch.float64))
+        else:
+            mask = channel.receive(0).tolist()
+            self.out = {ue for ue, out in enumerate(mask) if out}
+        self._holds = kind is not Kind.VERDICT or len(self.out) == before
+
+    def _post(self) -> None:
+        for kind, source in self._sources.items():
+            if self._rank != source:
+                self._channels[kind].post()
+
+
+def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts BatchNorm's statistics back to what they are now."""
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+    def restore() -> None:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+    return restore

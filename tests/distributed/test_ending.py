@@ -1,0 +1,118 @@
+"""How a run ends that is told to, or that lost a rank: soon, whatever the ranks are at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import Fault
+from harness import ROOT, Program
+from test_resume import whole
+from test_run import arguments
+
+from csipipe.schedule import Op
+from csipipe.stopping import GRACE
+
+
+def endless(folder: Path, **settings: str) -> list[str]:
+    """A run that nobody waits out."""
+    often = {"run__eval_every": "20", "run__save_every": "20"}
+    return arguments(folder, train__iterations="100000", **{**often, **settings})
+
+
+@pytest.mark.parametrize("what", ["hang", pytest.param("freeze", marks=pytest.mark.long)])
+def test_a_rank_without_progress_ends_soon_after_the_signal(what: str, tmp_path: Path) -> None:
+    """Though it may wait for a peer for much longer."""
+    fault = Fault(3, what, Op.HEAD, iteration=30)
+    others = range(4) if what == "hang" else range(3)
+    settings = endless(tmp_path / "run", run__timeout="300")
+    with Program(4, settings, fault) as program:
+        program.wait_for_fault()
+        time.sleep(0.5)
+        asked = time.monotonic()
+        for rank in others:
+            pid = program.ranks[rank].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGTERM)
+        first = program.first_end(without=3) - asked
+        ended = program.join(timeout=60, without=None if what == "hang" else 3)
+        seconds = time.monotonic() - asked
+    print(f"{what}: first end after {first:.1f} s, all after {seconds:.1f} s")
+    assert {ended[rank].code for rank in others} == {1}
+    assert GRACE < first < GRACE + 5
+    assert seconds < first + 5
+    said = [rank.err for rank in ended if "no progress" in rank.err]
+    assert said
+    assert "after SIGTERM" in said[0]
+    whole(tmp_path / "run")
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started, in order."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("what", ["SIGKILL", "SIGSTOP"])
+def test_torchrun_ends_soon_after_the_ranks(what: str, place: int, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4"]
+    settings = endless(tmp_path / "run", run__timeout="3")
+    with open(tmp_path / "log", "w") as log:
+        agent = subprocess.Popen(
+            [*line, "launch/train.py", *settings], cwd=ROOT, stdout=log, stderr=log
+        )
+    ranks: list[int] = []
+    try:
+        deadline = time.monotonic() + 120
+        while "iteration 20/" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            assert agent.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        ranks = children(agent.pid)
+        assert len(ranks) == 4
+        started = time.monotonic()
+        os.kill(ranks[place], getattr(signal, what))
+        others = [pid for pid in ranks if pid != ranks[place]]
+        while any(alive(pid) for pid in others):
+            assert time.monotonic() < started + 13, "run.timeout + 10 s"
+            time.sleep(0.05)
+        gone = time.monotonic() - started
+        code = agent.wait(timeout=60)
+        ended = time.monotonic() - started
+    finally:
+        agent.kill()
+        for pid in ranks:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+    print(f"{what} of rank {place}: ranks gone after {gone:.1f} s, torchrun after {ended:.1f} s")
+    assert code != 0
+    assert ended < gone + 45
+    assert (tmp_path / "log").read_text().count("csipipe: error:") <= 1
+    whole(tmp_path / "run")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_disk_that_fills_up_stops_no_training(rank: int, tmp_path: Path) -> None:
+    fault = Fault(rank, "full", Op.STEP, iteration=25)
+    settings = endless(tmp_path / "run", train__lr_schedule="constant")
+    with Program(4, settings, fault) as program:
+        program.wait_for("iteration 100/", timeout=180)
+        lines = [line for line in program.text(rank, "err").splitlines() if "be saved" in line]
+        assert lines
+        assert "File too large" in lines[0]
+        assert "the last whole one is" in lines[0]
+    assert whole(tmp_path / "run").name == "20"
