@@ -34,8 +34,11 @@ _INT8, _UINT8, _INT32, _UINT32, _MATRIX, _DEFLATED, _UTF8 = 1, 2, 5, 6, 14, 15, 
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
 _NUMBERS |= {12: "i8", 13: "u8"}
 """NumPy's names of numbers, by the type of their element."""
-_CLASSES = ("cell", "struct", "object", "char", "sparse", "double", "single", "int8", "uint8")
-_CLASSES += ("int16", "uint16", "int32", "uint32", "int64", "uint64", "function", "opaque")
+_CLASSES = (
+    *("cell", "struct", "object", "char", "sparse", "double", "single"),
+    *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("function", "opaque"),
+)
 """MATLAB's classes; the first has number 1."""
 _FULL = {"double": "f8", "single": "f4"} | {name: name for name in _CLASSES[7:15]}
 """NumPy's names of the classes whose values can be read."""
