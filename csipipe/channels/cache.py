@@ -127,7 +127,7 @@ def _write_rows(partial: Path, copy: Copy) -> None:
         partial.open("wb", buffering=0) as file,  # no buffer that fails once more when closed
     ):
         _write(file, _header(copy.rows))
-        for values in read_rows(source):
+        for values in read_rows(source, scratch=partial.parent):
             check_images(source, values, first)
             _write(file, np.ascontiguousarray(values, np.float32).data.cast("B"))
             first += len(values)

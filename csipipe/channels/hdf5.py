@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from csipipe.channels.elements import DamagedError
 from csipipe.channels.layout import Layout, check_class, check_key
+
+_MOST_DEFLATED = 1100
+"""A byte of deflated data holds at most 1032."""
+_MOST_ROWS = 1 << 17
+"""Rows read at once at most, 1 GiB of HT: a data set of CsiNet's as one chunk."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Stored:
         if self.dataset.chunks is None:
             return least
         chunk = int(self.dataset.chunks[-1 if self.turned else 0])
-        return -(-least // chunk) * chunk
+        whole = -(-least // chunk) * chunk
+        return whole if whole <= _MOST_ROWS else least  # a file's word is no size to allocate
 
 
 @contextmanager
@@ -50,7 +57,8 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
 
     Raises:
         ValueError: no such variable, or not one of floating point numbers.
-        OSError: not HDF5, or damaged (h5py's errors, of several types).
+        DamagedError: a shape that its data can't have.
+        Exception: not HDF5, or damaged (h5py's errors, of several types).
     """
     import h5py
 
@@ -61,6 +69,7 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
         if not isinstance(stored, h5py.Dataset):
             check_class(path, layout, "group (a struct, a sparse matrix or a link)")
         check_class(path, layout, _class(stored))
+        _check_storage(stored)
         yield _oriented(stored, layout)
 
 
@@ -69,6 +78,13 @@ def _is_own(h5py: Any, file: Any, key: str) -> bool:
         return False
     stored = file[key]
     return not (isinstance(stored, h5py.Dataset) and (stored.external or stored.is_virtual))
+
+
+def _check_storage(stored: Any) -> None:
+    """Refuse a shape that the stored bytes can't hold: the rows it has too many read as zeros."""
+    held = stored.id.get_storage_size()
+    if stored.nbytes > (held if stored.compression is None else _MOST_DEFLATED * held):
+        raise DamagedError(f"shape {stored.shape} needs more than the {held:,} bytes it holds")
 
 
 def _class(stored: Any) -> str:

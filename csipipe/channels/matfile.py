@@ -1,18 +1,19 @@
 """Rows of one variable of a .mat file, MAT v5 or v7.3, with errors that name the remedy.
 
-SciPy reads v5, h5py v7.3; neither executes anything in a file. Both are imported when needed.
+`mat5` reads v5, h5py (imported when needed) v7.3; neither executes anything in a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels.hdf5 import opened
+from csipipe.channels import hdf5, mat5
+from csipipe.channels.elements import DamagedError
 from csipipe.channels.layout import (
     HT,
     Layout,
@@ -25,9 +26,8 @@ from csipipe.channels.layout import (
 
 _ROWS = 4096
 """Rows handed out at once: 32 MiB of HT."""
-_V5 = (b"\x00\x01IM", b"\x01\x00MI")
-"""Version and byte order, bytes 124 … 127 of the header: little-endian, big-endian."""
 _V73 = (b"\x00\x02IM", b"\x02\x00MI")
+"""Bytes 124 … 127, as `mat5.MARKS`."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -43,20 +43,26 @@ def count_rows(path: Path, layout: Layout = HT) -> int:
     return int(shape[0])
 
 
-def read_rows(path: Path, layout: Layout = HT) -> Iterator[NDArray[Any]]:
-    """All rows of a file, in pieces, in order.
+def read_rows(
+    path: Path, layout: Layout = HT, scratch: Path | None = None
+) -> Iterator[NDArray[Any]]:
+    """All rows of a file, in pieces, in order; no more than a piece is in memory.
 
-    A v5 variable is in memory whole while it is read, a v7.3 one only a piece at a time.
+    Args:
+        scratch: folder where a deflated v5 variable takes room, plain, while it is read; None:
+            where temporary files are kept.
 
     Yields:
         (B, width) real or complex, of the file's precision; the values are not checked.
 
     Raises:
         FileNotFoundError, ValueError: as `count_rows`; complex instead of real or vice versa.
+        mat5.NoRoomError: `scratch` is full, or can't be written to.
     """
     count = count_rows(path, layout)
-    read = _read_v5 if _format(path, layout) == "v5" else _read_v73
-    for piece in read(path, layout, count):
+    v5 = _format(path, layout) == "v5"
+    pieces = _read_v5(path, layout, count, scratch) if v5 else _read_v73(path, layout, count)
+    for piece in pieces:
         check_number(path, layout, piece)
         yield piece.reshape(len(piece), layout.width)
 
@@ -70,7 +76,7 @@ def _format(path: Path, layout: Layout) -> Literal["v5", "v7.3"]:
         head = file.read(128)
     if head[124:] in _V73 or head.startswith(_HDF5):
         return "v7.3"
-    if head[124:] in _V5:
+    if head[124:] in mat5.MARKS:
         return "v5"
     raise ValueError(
         f"{path} is not a MAT file of version 5 or 7.3: it starts with {head[:16]!r}. Expected "
@@ -79,56 +85,53 @@ def _format(path: Path, layout: Layout) -> Literal["v5", "v7.3"]:
     )
 
 
-def _shape_v5(path: Path, layout: Layout) -> tuple[int, ...]:
-    from scipy import io
-
-    try:
-        variables = io.whosmat(path)
-    except Exception as error:  # SciPy's reader raises whatever the damage leads to
-        raise _damaged(path, error) from error
-    found = {name: (shape, kind) for name, shape, kind in variables}
+def _variable_v5(path: Path, layout: Layout) -> mat5.Variable:
+    found = {variable.name: variable for variable in mat5.variables(path)}
     check_key(path, layout, list(found))
-    shape, kind = found[layout.key]
-    check_class(path, layout, kind)
-    return tuple(shape)
+    check_class(path, layout, found[layout.key].kind)
+    return found[layout.key]
 
 
-def _read_v5(path: Path, layout: Layout, count: int) -> Iterator[NDArray[Any]]:
-    from scipy import io
+def _shape_v5(path: Path, layout: Layout) -> tuple[int, ...]:
+    with _explained(path):
+        return _variable_v5(path, layout).shape
 
-    try:
-        values = io.loadmat(path, variable_names=[layout.key])[layout.key]
-    except Exception as error:
-        raise _damaged(path, error) from error
-    for start in range(0, count, _ROWS):
-        # SciPy's are in MATLAB's order, columns first
-        yield np.ascontiguousarray(values[start : start + _ROWS])
+
+def _read_v5(
+    path: Path, layout: Layout, count: int, scratch: Path | None
+) -> Iterator[NDArray[Any]]:
+    with _explained(path), mat5.opened(path, _variable_v5(path, layout), scratch) as stored:
+        for start in range(0, count, _ROWS):
+            yield stored.rows(start, min(start + _ROWS, count))
 
 
 def _shape_v73(path: Path, layout: Layout) -> tuple[int, ...]:
-    try:
-        with opened(path, layout) as stored:
-            return stored.shape
-    except Unfit:
-        raise
-    except Exception as error:  # as SciPy's
-        raise _damaged(path, error) from error
+    with _explained(path), hdf5.opened(path, layout) as stored:
+        return stored.shape
 
 
 def _read_v73(path: Path, layout: Layout, count: int) -> Iterator[NDArray[Any]]:
+    with _explained(path), hdf5.opened(path, layout) as stored:
+        step = stored.step(_ROWS)
+        for start in range(0, count, step):
+            yield stored.rows(start, min(start + step, count))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say of a damaged file what to do."""
     try:
-        with opened(path, layout) as stored:
-            step = stored.step(_ROWS)
-            for start in range(0, count, step):
-                yield stored.rows(start, min(start + step, count))
-    except Unfit:
+        yield
+    except (Unfit, mat5.NoRoomError):
         raise
-    except Exception as error:
-        raise _damaged(path, error) from error
+    except DamagedError as error:
+        raise _damaged(path, str(error)) from error
+    except Exception as error:  # h5py raises whatever the damage leads to
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
-        f"{path} can't be read: {type(error).__name__}: {error}. It has a MAT header and "
-        f"{path.stat().st_size} bytes; it is probably truncated. Copy or download it again."
+        f"{path} can't be read: {what}. It has a MAT header and {path.stat().st_size} bytes; it is "
+        "probably truncated. Copy or download it again; if another program reads it, save it anew."
     )

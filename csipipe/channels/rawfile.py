@@ -12,9 +12,9 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from scipy import io
 
-from csipipe.channels.layout import Layout
+from csipipe.channels import mat5
+from csipipe.channels.layout import Layout, Unfit
 
 
 def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
@@ -26,12 +26,13 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     try:
         if h5py.is_hdf5(path):
             return _from_hdf5(path, layout)
-        found = [name for name, _, _ in io.whosmat(path)]
-        name = _choose(layout, found)
-        return name, np.asarray(io.loadmat(path, variable_names=[name])[name])
-    except _NoVariableError:
+        found = {variable.name: variable for variable in mat5.variables(path)}
+        name = _choose(layout, list(found))
+        with mat5.opened(path, found[name]) as stored:
+            return name, stored.rows(0, found[name].shape[0])
+    except (_NoVariableError, Unfit, mat5.NoRoomError):
         raise
-    except Exception as error:  # the readers raise whatever the damage leads to
+    except Exception as error:  # h5py raises whatever the damage leads to
         with path.open("rb") as file:
             head = file.read(10)
         raise ValueError(
