@@ -23,6 +23,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "matplotlib>=3.9",
         "numpy>=2.0",
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "scipy>=1.13",

@@ -15,7 +15,7 @@ LEVELS = [
     {"config", "clock", "blame"},
     {"topology", "schedule", "device", "metrics", "trust", "ledger"},
     {"models", "channels", "figures", "commandline"},
-    {"world", "wire", "checkpoint", "pipeline", "exchange"},
+    {"world", "wire", "checkpoint", "pipeline", "exchange", "cluster"},
     {"tracking", "stopping", "lock", "handshake"},
     {"methods", "resuming"},
     {"saving"},
