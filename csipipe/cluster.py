@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -72,12 +71,10 @@ class Plan:
         deadline = time.monotonic() + patience
         while True:
             with contextlib.suppress(OSError, ValueError):
-                said: dict[str, Any] = json.loads((folder / FILE).read_text())
+                said = json.loads((folder / FILE).read_text())
                 if said["job"] == job:
-                    lists = {
-                        name: tuple(said.pop(name)) for name in ("nodes", "ranks", "arguments")
-                    }
-                    return cls(**said, **lists)
+                    nodes, ranks, words = (tuple(said[n]) for n in ("nodes", "ranks", "arguments"))
+                    return cls(job, nodes, ranks, said["address"], said["port"], words)
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"run.dir: node {here()} doesn't see what the job's first node wrote into "

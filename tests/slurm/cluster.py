@@ -120,7 +120,6 @@ class Cluster:
         self._keeper.stdin.close()
         self._keeper.wait(60)
         self._log.close()
-        shutil.rmtree(self.folder)
 
     def command(self, *words: str) -> list[str]:
         """A command as the login node runs it."""
@@ -180,6 +179,7 @@ class Keeper:
                 print("done", flush=True)
         finally:
             _end(lambda: _family(os.getpid()))
+            shutil.rmtree(self.folder)
 
     def _start(self) -> None:
         for name in ("state", "munge", "spool", "log"):

@@ -69,7 +69,7 @@ class Job:
         text = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number)
         return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
 
-    def wait(self, timeout: float = 240.0) -> str:
+    def wait(self, timeout: float = 600.0) -> str:
         """Wait until it has ended; its state."""
         deadline = time.monotonic() + timeout
         while (state := self.facts()["JobState"]) in PENDING:
@@ -77,7 +77,7 @@ class Job:
             time.sleep(0.5)
         return state
 
-    def wait_for(self, text: str, timeout: float = 240.0) -> None:
+    def wait_for(self, text: str, timeout: float = 600.0) -> None:
         """Wait until it has written `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.output():

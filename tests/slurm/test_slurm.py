@@ -1,4 +1,4 @@
-"""The scripts in slurm/ on a real SLURM: the same results on any nodes, whatever happens to them."""
+"""The scripts in slurm/ on a real SLURM: the same results on any nodes, whatever happens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     place = tmp_path_factory.mktemp("jobs")
     bare = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": ""}
     unshared = ("--run.dir", str(slurm.folder / "unshared" / "run"))
-    # several jobs of a name take turns; the others share the two cores of a test machine
     return {
         "one node": train(slurm, place / "one", "single_node"),
         "two nodes": train(slurm, place / "two", "multi_node"),
