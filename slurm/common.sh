@@ -25,17 +25,18 @@ python -c "import csipipe.cluster" 2>/dev/null || fail "node $(hostname) has no 
 asked=
 trap 'asked=yes; [ -z "${run:-}" ] || touch "$run/stop"' USR1
 
+# srun with a task on every node of the job, which has all of the job's share of the node.
+on_each_node() (
+    unset "${!SLURM_NTASKS@}" "${!SLURM_NPROCS@}" "${!SLURM_TASKS_PER_NODE@}"
+    exec srun ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
+)
+
 # Train with launch/train.py's arguments on all nodes of the job, and leave with its exit code.
 train() {
     local step code
     run=$(python -m csipipe.cluster plan "$@") || exit 1
     [ -z "$asked" ] || touch "$run/stop"
-    # one torchrun per node, which starts as many ranks as the node has tasks
-    (
-        unset "${!SLURM_NTASKS@}" "${!SLURM_NPROCS@}" "${!SLURM_TASKS_PER_NODE@}"
-        exec srun ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 \
-            --kill-on-bad-exit=1 --cpu-bind=none python -m csipipe.cluster node "$run"
-    ) &
+    on_each_node --kill-on-bad-exit=1 python -m csipipe.cluster node "$run" & # a torchrun each
     step=$!
     wait "$step"
     code=$?
@@ -45,8 +46,11 @@ train() {
     done
     rm -f "$run/slurm.json"
     if [ -n "$asked" ] && [ "$code" -eq 0 ] && grep -qs '"status": "stopped"' "$run/summary.json"; then
-        scontrol requeue "$SLURM_JOB_ID" ||
-            echo "csipipe: saved; submit again with --run.dir $run to go on" >&2
+        scontrol requeue "$SLURM_JOB_ID" || echo "csipipe: saved; to go on, submit it with --run.dir $run" >&2
+    elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node --overlap true; then
+        # ranks miss a dead node sooner than SLURM, which would requeue the job for it
+        echo "csipipe: a node of the job is gone; the job comes back on others" >&2
+        scontrol requeue "$SLURM_JOB_ID"
     fi
     exit "$code"
 }

@@ -107,7 +107,7 @@ def test_what_a_job_says_and_starts() -> None:
     golden("slurm_job.txt", "\n".join([first, again, *lines]).replace(place, ""))
 
 
-def test_a_job_with_a_hand_in_two_components_has_use_for_some_nodes_only() -> None:
+def test_nodes_without_a_rank_are_not_waited_for() -> None:
     plan = Plan("1.0", ("n1", "n2", "n3"), (4, 2, 0), "10.0.0.1", 1, ())
     assert "--nnodes=2" in plan.torchrun(1)
 
