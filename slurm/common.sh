@@ -17,13 +17,13 @@ fail() {
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job for SLURM; submit it with: sbatch $0 $*"
 # shellcheck disable=SC1091
 [ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
-python -c "import csipipe.cluster" 2>/dev/null || fail "node $(hostname) has no Python with csipipe
-    ($(command -v python || echo no python), no $CSIPIPE_VENV/bin/activate). On a login node: python3 -m venv
-    $CSIPIPE_VENV, then pip install -c constraints.txt -e . in it; modules are loaded in slurm/common.sh."
+python -c "import csipipe.cluster" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
+    $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, make the environment with
+    python3 -m venv $csipipe/.venv and pip install -c constraints.txt -e . in it; modules go into slurm/common.sh."
 
 # USR1, by the scheduler before the limit or by `scancel --batch --signal=USR1 JOB`: save and requeue
-asked=
-trap 'asked=yes; [ -z "${run:-}" ] || touch "$run/stop"' USR1
+asked='' run=''
+trap 'asked=yes; [ -z "$run" ] || touch "$run/stop"' USR1
 
 # srun with a task on every node of the job, which has all of the job's share of the node.
 on_each_node() (

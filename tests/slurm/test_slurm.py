@@ -232,7 +232,13 @@ def test_two_nodes_without_root(wanted: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_cluster_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(clusters.__file__)), "sbatch", "--wrap", "sleep 999"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    script = "sbatch --wrap 'exec sleep 98765'; until squeue -h -t RUNNING | grep .; do :; done"
+    subprocess.run(
+        [sys.executable, str(Path(clusters.__file__)), "bash", "-c", script],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
     found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert "sleep 999" not in found
+    assert "sleep 98765\n" not in found
