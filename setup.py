@@ -25,6 +25,7 @@ setup(
         "matplotlib>=3.9",
         "numpy>=2.0",
         "pillow>=10.1",
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "scipy>=1.13",

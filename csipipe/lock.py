@@ -14,6 +14,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -83,6 +84,22 @@ def check(folder: Path) -> None:
         _take(descriptor, file)
     finally:
         os.close(descriptor)
+
+
+def live(folders: Iterable[Path]) -> list[Path]:
+    """Those of `folders` in which a run is going; locks of other nodes are watched for a while."""
+    held, watched = [], dict[Path, float]()
+    for folder in folders:
+        try:
+            check(folder)
+        except ValueError:
+            held.append(folder)
+            continue
+        if _holder(folder / NAME).get("host") not in (None, platform.node()):
+            watched[folder] = (folder / NAME).stat().st_mtime
+    if watched:
+        time.sleep(BEAT + 1)
+    return [*held, *(f for f, before in watched.items() if (f / NAME).stat().st_mtime != before)]
 
 
 def _take(descriptor: int, file: Path) -> None:

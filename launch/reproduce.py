@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from types import ModuleType
 
-from csipipe.reports import fig5, fig6, headline, plan, search, table1
+from csipipe.reports import array, fig5, fig6, headline, plan, search, table1
 
 ABOUT = """Makes the paper's figures from runs of launch/train.py. Runs that are missing are
 started, one torchrun after the other; an interrupted report goes on where it was. Settings of
@@ -20,6 +20,12 @@ REPORTS: dict[str, ModuleType] = {
     "plan": plan,
     "search": search,
 }
+ARRAYS: dict[str, array.Wanted] = {
+    "fig5": fig5.wanted,
+    "fig6": fig6.wanted,
+    "headline": headline.wanted,
+}
+"""Reports whose runs can be a SLURM array's."""
 
 
 def parser() -> ArgumentParser:
@@ -36,6 +42,8 @@ def parser() -> ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(report)
+        if name in ARRAYS:
+            array.add_arguments(report)
         report.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
@@ -47,6 +55,9 @@ def main(arguments: list[str]) -> int:
     try:
         if settings and "preset" not in options:
             raise ValueError(f"{options.report} takes no {settings[0]}; see --help.")
+        if array.asked(options):
+            array.answer(options, ARRAYS[options.report])
+            return 0
         return int(REPORTS[options.report].run(options) or 0)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)

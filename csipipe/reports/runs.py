@@ -14,13 +14,15 @@ from pathlib import Path
 
 import yaml
 
-from csipipe import commandline
+from csipipe import cluster, commandline, lock, stopping
 from csipipe.config import Environment, Method, Settings
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
 from csipipe.reports.preset import DECIDED, Preset, argument, plain
 from csipipe.resuming import FREE
 
+_BEFORE = {lock.NAME, stopping.STOP_FILE, cluster.FILE}
+"""What may be in a run's folder before the run is."""
 _SHOWN = 5
 """Folders that one message names."""
 
@@ -51,7 +53,9 @@ class Run:
         Raises:
             ValueError: a damaged or foreign folder, or a run of other settings; says which.
         """
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if not self.folder.exists():
+            return State.MISSING
+        if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= _BEFORE:
             return State.MISSING
         config = self.folder / "config.yaml"
         if not config.is_file():

@@ -15,7 +15,7 @@ LEVELS = [
     {"config", "clock", "blame"},
     {"topology", "schedule", "device", "metrics", "trust", "ledger", "probe"},
     {"models", "channels", "figures", "manual"},
-    {"world", "wire", "checkpoint", "pipeline", "exchange", "commandline"},
+    {"world", "wire", "checkpoint", "pipeline", "exchange", "commandline", "cluster"},
     {"tracking", "stopping", "lock", "handshake"},
     {"methods", "resuming"},
     {"saving", "trained", "profiling"},

@@ -1,0 +1,56 @@
+# shellcheck shell=bash
+# What the scripts of this folder share: the environment, and a run that can be stopped and resumed.
+
+csipipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# --- a site changes these lines: how a node gets Python with csipipe ---------------------------------
+# module load python/3.11 cuda/12.6
+CSIPIPE_VENV=${CSIPIPE_VENV:-$csipipe/.venv}
+# export CSIPIPE_CACHE=$SCRATCH/csipipe     # converted data, if $HOME is small
+# ------------------------------------------------------------------------------------------------------
+
+fail() {
+    echo "csipipe: error: $*" >&2
+    exit 1
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job for SLURM; submit it with: sbatch $0 $*"
+# shellcheck disable=SC1091
+[ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
+python -c "import csipipe.cluster" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
+    $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, make the environment with
+    python3 -m venv $csipipe/.venv and pip install -c constraints.txt -e . in it; modules go into slurm/common.sh."
+
+# USR1, by the scheduler before the limit or by `scancel --batch --signal=USR1 JOB`: save and requeue
+asked='' run=''
+trap 'asked=yes; [ -z "$run" ] || touch "$run/stop"' USR1
+
+# srun with a task on every node of the job, which has all of the job's share of the node.
+on_each_node() (
+    unset "${!SLURM_NTASKS@}" "${!SLURM_NPROCS@}" "${!SLURM_TASKS_PER_NODE@}"
+    exec srun ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
+)
+
+# Train with launch/train.py's arguments on all nodes of the job, and leave with its exit code.
+train() {
+    local step code
+    run=$(python -m csipipe.cluster plan "$@") || exit 1
+    [ -z "$asked" ] || touch "$run/stop"
+    on_each_node --kill-on-bad-exit=1 python -m csipipe.cluster node "$run" & # a torchrun each
+    step=$!
+    wait "$step"
+    code=$?
+    while [ "$code" -eq 138 ]; do # USR1 has ended the wait, not the step
+        wait "$step"
+        code=$?
+    done
+    rm -f "$run/slurm.json"
+    if [ -n "$asked" ] && [ "$code" -eq 0 ] && grep -qs '"status": "stopped"' "$run/summary.json"; then
+        scontrol requeue "$SLURM_JOB_ID" || echo "csipipe: saved; to go on, submit it with --run.dir $run" >&2
+    elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node --overlap true; then
+        # ranks miss a dead node sooner than SLURM, which would requeue the job for it
+        echo "csipipe: a node of the job is gone; the job comes back on others" >&2
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$code"
+}
