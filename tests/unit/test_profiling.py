@@ -226,7 +226,7 @@ class Session:
         world = World(HashStore(), 0, 1, 0, 1)
         ues, test = methods.load(settings, range(settings.topology.ues), CPU)
         self.worker = Centralised(settings, ues, test, CPU)
-        self.tracker = Tracker(folder, settings.train.iterations)
+        self.tracker = Tracker(folder, settings, done)
         self.said: list[str] = []
         self.tracker.say = lambda line: self.said.append(line)  # type: ignore[method-assign]
         self.profile = Profile(self.worker, settings, folder, done, world, self.tracker)
@@ -240,7 +240,7 @@ class Session:
 
     def end(self) -> list[str]:
         self.profile.close()
-        self.tracker.writer.close()
+        self.tracker.events.close()
         return self.said
 
 

@@ -73,8 +73,8 @@ def test_every_rank_agrees_on_who_takes_part(name: ScheduleName, stages: int, si
         rest = [*part.once, *(i for i in part.attempt if i not in agreed), *part.end]
         assert sorted(map(str, rest)) == sorted(map(str, plan))
         ops = [i.op for i in part.attempt]
-        first = next(k for k, op in enumerate(ops) if op in (Op.FORWARD, Op.HEAD))
-        assert ops.index(Op.ROLL_CALL) < first
+        computing = next(k for k, op in enumerate(ops) if op in (Op.FORWARD, Op.HEAD))
+        assert ops.index(Op.ROLL_CALL) < computing
         assert not {Op.STEP, Op.ENCODE, Op.ENCODE_BACKWARD} & set(ops)
     first, last = parts[0].attempt, parts[-2].attempt
     assert first[:size] == [Instruction(Op.RECEIVE_FORWARD, m) for m in range(size)]
