@@ -90,7 +90,7 @@ def test_percentiles_are_numpys() -> None:
         pool = found.pooled(name).numpy()
         assert len(pool) == 74
         wanted = np.percentile(pool, [5, 25, 50, 75, 95])
-        np.testing.assert_allclose(list(percentiles.values()), wanted, rtol=1e-12)
+        assert list(percentiles.values()) == pytest.approx(wanted.tolist(), rel=1e-12)
 
 
 def test_rows_without_energy_are_left_out_and_counted() -> None:
@@ -218,11 +218,12 @@ def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_only_figures_of_one_test_set_are_compared(tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "one")
-    for name, sections, key in (
+    others: list[tuple[str, dict[str, Any], str]] = [
         ("seed", {"data": {"seed": 1}}, "streams"),
         ("rows", {"data": {"test_samples": 19}}, "rows"),
         ("size", {"model": {"delays": 4}}, "delays"),
-    ):
+    ]
+    for name, sections, key in others:
         trainedruns.finish(tmp_path / name, **sections)
         with pytest.raises(ValueError, match=f"different test sets: {key}"):
             evaluate(tmp_path / "one", "--compare", tmp_path / name)
