@@ -63,10 +63,10 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
         found.append(Evaluated(one, figures[places]))
         for model in distinct:
             model.cpu()
+    if world:
+        world.leave()  # before the report: nobody need wait while it is drawn
     if rank == 0:
         _report(list(zip(_names(runs), found, strict=True)), rows, options)
-    if world:
-        world.leave()
 
 
 def _read(options: Namespace, changes: Sequence[str]) -> list[Trained]:

@@ -210,7 +210,7 @@ def test_with_bits_the_codeword_is_packed_bits(
 
 
 @needs_onnx
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [4, pytest.param(None, marks=pytest.mark.long)])
 def test_onnx_does_the_same_without_torch(bits: int | None, tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "run", "fedavgper")
     more = [] if bits is None else ["--bits", bits]

@@ -97,6 +97,19 @@ def test_ue_code_loads_no_deepspeed() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_only_files_just_written_are_loaded_as_programs() -> None:
+    # torch.export.load can run code that is in the file
+    users = {
+        file.relative_to(ROOT).as_posix()
+        for _, file in sources()
+        if "torch.export.load" in file.read_text()
+    }
+    assert users == {
+        "csipipe/export/formats.py",  # to check what it has written
+        "csipipe/export/feedback_torch.py",  # by its digest
+    }
+
+
 def test_nothing_is_unpickled() -> None:
     risky = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "numpy.load"}
     for _, file in sources():
