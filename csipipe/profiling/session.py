@@ -82,7 +82,7 @@ class Profile:
         assert self._recorder is not None
         figures = self._record(self._recorder, iteration)
         if iteration == self._last:
-            self._stop(self._recorder)
+            self._recorder.stop()
             self._finish(self._recorder)
             self._recorder, self._pending = None, False
         return figures
@@ -91,31 +91,28 @@ class Profile:
         """The run ends: say so if the profile's turn has not come, or is not over."""
         if self._pending:
             if self._recorder is not None:
-                self._stop(self._recorder)
+                self._recorder.stop()
             self._say(f"{self} was not finished when the run stopped: nothing was written")
             self._pending = False
 
     def _start(self) -> Recorder:
         recorder = Recorder(self._worker.device)
         recorder.start()
-        self._worker.clock.recorder = recorder
         return recorder
 
     def _record(self, recorder: Recorder, iteration: int) -> Figures | None:
         recorder.iteration_begins(iteration + 1)
+        self._worker.clock.recorder = recorder
         figures = self._worker.train_iteration(iteration)
+        self._worker.clock.recorder = None  # an evaluation may follow
         recorder.iteration_ends()
         return figures
-
-    def _stop(self, recorder: Recorder) -> None:
-        self._worker.clock.recorder = None
-        recorder.stop()
 
     def _rehearse(self, iteration: int) -> Figures | None:
         """Trace an iteration for its size alone; go on only where there is room; collective."""
         recorder = self._start()
         figures = self._record(recorder, iteration)
-        self._stop(recorder)
+        recorder.stop()
         world = self._world
         world.tell("events", str(recorder.events))
         mine = ""
