@@ -298,6 +298,8 @@ def test_no_more_samples_are_kept_than_wanted() -> None:
     probe = Probe()
     h, h_hat = images([0.5] * 3)
     probe.rows_wanted = 4
+    probe.reconstructed(1, h, h_hat)
+    assert probe.rows_wanted == 4  # another UE's
     for _ in range(3):
         probe.reconstructed(0, h, h_hat)
     kept = probe.reconstructions()
