@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import summary
 
 from csipipe import commandline
@@ -22,6 +23,8 @@ METRICS = (
     "speed/samples_per_second",
 )
 """Curves whose last points stand beside the settings in HPARAMS."""
+_SWEPT = ("data.environment", "method", "model.c1", "train.lr", "train.seed")
+"""Settings that sweeps vary: HPARAMS shows five at first, these."""
 _LAYOUT = {
     "What matters": {
         "test NMSE in dB: mean and band over UEs": [
@@ -66,6 +69,11 @@ def hparams(settings: Settings) -> tuple[Any, Any, Any]:
     }
     metrics = dict.fromkeys(METRICS, 0.0)
     columns, mine, end = summary.hparams(chosen, metrics)  # type: ignore[no-untyped-call]
+    plugin = columns.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for column in content.experiment.hparam_infos:
+        column.differs = column.name in _SWEPT  # what TensorBoard sorts by
+    plugin.content = content.SerializeToString()
     return columns, mine, end
 
 

@@ -91,9 +91,18 @@ class Page:
             assert time.monotonic() < deadline, f"{found} of {least} {selector} ({condition})"
             time.sleep(0.5)
 
-    def click(self, selector: str, condition: str = "true") -> None:
-        """Click the first of some elements."""
-        script = f"{_FIND} find(document, arguments[0]).filter(e => {condition})[0].click()"
+    def choose(self, chosen: str, other: str) -> None:
+        """In the drop-down list that shows `chosen`, take another entry."""
+        box = f"e.textContent.trim() === {chosen!r}"
+        self.wait_until(".MuiSelect-select", 1, box)
+        opening = "dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
+        self._first(".MuiSelect-select", box, opening)
+        entry = f"e.textContent.trim() === {other!r}"
+        self.wait_until("li", 1, entry)
+        self._first("li", entry, "click()")
+
+    def _first(self, selector: str, condition: str, call: str) -> None:
+        script = f"{_FIND} find(document, arguments[0]).filter(e => {condition})[0].{call}"
         self._driver.execute_script(script, selector)
 
     def shoot(self, name: str) -> Path:

@@ -99,12 +99,17 @@ def test_settings_are_text(page: Page) -> None:
 def test_the_profile_tab_shows_a_trace(page: Page) -> None:
     if find_spec("torch_tb_profiler") is None:
         pytest.fail("no torch-tb-profiler here: pip install -c constraints.txt -e '.[profile]'")
-    page.open("pytorch_profiler", "Execution Summary", "bts-stage-0")
+    # the tab's other views draw with a library that they fetch from the internet
+    page.open("pytorch_profiler", "Overview", "bts-stage-0")
+    page.choose("Overview", "Trace")
+    page.wait_for("python", "thread")
     page.shoot("profile")
 
 
 def test_the_profile_tab_shows_a_run_of_ours(page: Page) -> None:
     if not PROFILES:
         pytest.skip("there is no run.profile yet")
-    page.open("pytorch_profiler", "Execution Summary", "profiled")
+    page.open("pytorch_profiler", "Overview", "profiled")
+    page.choose("Overview", "Trace")
+    page.wait_for("python", "thread")
     page.shoot("profiled-run")

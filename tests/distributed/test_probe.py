@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,29 +19,24 @@ from csipipe.world import World
 HOLDOUT, TEST = 2, 20  # rows of UE 0
 
 
-def plain_and_watched(world: World, runs: dict[str, Settings]) -> dict[str, Any]:
-    """One rank of every run twice: left alone, and with everything looked at."""
-    builders = {  # a UE's draws go on from one worker to the next
-        name: [methods.prepare(settings, world.rank, world.size, CPU) for _ in range(2)]
-        for name, settings in runs.items()
-    }
+def plain_and_watched(world: World, settings: Settings) -> tuple[Any, Any, Any]:
+    """One rank of a run twice: left alone, and with everything looked at."""
+    # a UE's draws go on from one worker to the next
+    builders = [methods.prepare(settings, world.rank, world.size, CPU) for _ in range(2)]
     world.ready("data")
     world.connect(20.0)
-    found = {}
-    for name, (build, build_again) in builders.items():
-        plain = follow(build(world), 1)
-        worker = build_again(world)
-        worker.probe.gradients_wanted = True
-        worker.probe.rows_wanted = HOLDOUT + TEST
-        watched = follow(worker, 1)
-        seen = {
-            "norms": worker.probe.norms(),
-            "rows": worker.probe.reconstructions(),
-            "seconds": worker.clock.seconds,
-        }
-        found[name] = (plain, watched, seen)
+    plain = follow(builders[0](world), 1)
+    worker = builders[1](world)
+    worker.probe.gradients_wanted = True
+    worker.probe.rows_wanted = HOLDOUT + TEST
+    watched = follow(worker, 1)
+    seen = {
+        "norms": worker.probe.norms(),
+        "rows": worker.probe.reconstructions(),
+        "seconds": worker.clock.seconds,
+    }
     world.leave()
-    return found
+    return plain, watched, seen
 
 
 RUNS = {
@@ -49,32 +45,23 @@ RUNS = {
     "fedavg": small("fedavg", topology={"stages": 1}, train={"iterations": 1}),
     "fedgrad": small("fedgrad", topology={"stages": 1}, train={"iterations": 1}),
 }
+ZERO1, FEDGRAD = (pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "fedgrad"))
 
 
-@pytest.fixture(scope="module")
-def ranks() -> list[Any]:
-    """What each of two BTS and two UE ranks found of `csilocal` and `zero1`."""
-    return run_world(4, plain_and_watched, {k: RUNS[k] for k in ("csilocal", "zero1")})
-
-
-@pytest.fixture(scope="module")
-def federated() -> list[Any]:
-    """The same of the BTS and two UE ranks of the others."""
-    return run_world(3, plain_and_watched, {k: RUNS[k] for k in ("fedavg", "fedgrad")})
-
-
-def of(name: str, request: pytest.FixtureRequest) -> list[Any]:
-    world = request.getfixturevalue("federated" if name.startswith("fed") else "ranks")
-    return [rank[name] for rank in world]
+@functools.cache
+def ranks(name: str) -> list[Any]:
+    """What each rank of a run found: the BTS's, and two UE ranks."""
+    settings = RUNS[name]
+    return run_world(settings.stages + 2, plain_and_watched, settings)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_computes_the_same_to_the_bit(name: str, request: pytest.FixtureRequest) -> None:
-    found = of(name, request)
+@pytest.mark.parametrize("name", ["csilocal", ZERO1, "fedavg", FEDGRAD])
+def test_a_run_computes_the_same_to_the_bit(name: str) -> None:
+    found = ranks(name)
     plain, watched = (joined([rank[i] for rank in found]) for i in (0, 1))
     assert plain["losses"] == watched["losses"]
     assert same(plain["gradients"], watched["gradients"])
@@ -90,13 +77,11 @@ def norm(gradients: dict[str, Tensor], start: str) -> float:
     return float(torch.cat([g.flatten() for g in chosen]).norm())
 
 
-@pytest.mark.parametrize("name", ["csilocal", "zero1"])
-def test_norms_are_of_the_gradients_that_the_optimiser_gets(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    found = of(name, request)
+@pytest.mark.parametrize("name", ["csilocal", ZERO1])
+def test_norms_are_of_the_gradients_that_the_optimiser_gets(name: str) -> None:
+    found = ranks(name)
     # ZeRO hands its optimiser one flat vector; the gradients are the plain run's
-    gradients = joined([rank[1] for rank in of("csilocal", request)])["gradients"]
+    gradients = joined([rank[1] for rank in ranks("csilocal")])["gradients"]
     norms = [seen["norms"] for _, _, seen in found]
     assert set(norms[2]) == set(norms[3]) == {"encoder", "head"}
     for rank, ues in ((2, (0, 1)), (3, (2, 3))):
@@ -112,9 +97,9 @@ def test_norms_are_of_the_gradients_that_the_optimiser_gets(
     assert whole == pytest.approx(norm(gradients, "tail."), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedgrad"])
-def test_a_federated_ue_shows_all_its_parts(name: str, request: pytest.FixtureRequest) -> None:
-    found = of(name, request)
+@pytest.mark.parametrize("name", ["fedavg", FEDGRAD])
+def test_a_federated_ue_shows_all_its_parts(name: str) -> None:
+    found = ranks(name)
     gradients = joined([rank[1] for rank in found])["gradients"]
     assert found[0][2]["norms"] == {}
     for rank, ues in ((1, (0, 1)), (2, (2, 3))):
@@ -126,10 +111,8 @@ def test_a_federated_ue_shows_all_its_parts(name: str, request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("name", ["csilocal", "fedavg"])
-def test_reconstructions_are_ue_0s_rows_without_padding(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    found = of(name, request)
+def test_reconstructions_are_ue_0s_rows_without_padding(name: str) -> None:
+    found = ranks(name)
     first = 1 if name == "fedavg" else 2
     assert [seen["rows"] is not None for _, _, seen in found] == [
         rank == first for rank in range(len(found))
@@ -144,8 +127,8 @@ def test_reconstructions_are_ue_0s_rows_without_padding(
 
 
 @pytest.mark.parametrize("name", ["csilocal", "fedavg"])
-def test_every_rank_knows_where_its_time_goes(name: str, request: pytest.FixtureRequest) -> None:
-    for _, _, seen in of(name, request):
+def test_every_rank_knows_where_its_time_goes(name: str) -> None:
+    for _, _, seen in ranks(name):
         assert seen["seconds"]["compute"] > 0
         assert seen["seconds"]["wait"] > 0
         assert seen["seconds"]["send"] > 0

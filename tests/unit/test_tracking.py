@@ -178,6 +178,8 @@ def test_settings_are_text_and_hparams_with_final_metrics(tmp_path: Path) -> Non
     experiment = metadata.parse_experiment_plugin_data(
         hparams[metadata.EXPERIMENT_TAG].plugin_data.content
     )
+    first = [info.name for info in experiment.hparam_infos if info.differs]
+    assert first == ["method", "model.c1", "data.environment", "train.lr", "train.seed"]
     metrics = {info.name.tag for info in experiment.metric_infos}
     train(tracker, 0, 5, lambda done: 1.0)
     assert metrics <= set(read(tmp_path).Tags()["scalars"])  # each has a last point
@@ -296,6 +298,8 @@ def test_no_more_samples_are_kept_than_wanted() -> None:
     probe = Probe()
     h, h_hat = images([0.5] * 3)
     probe.rows_wanted = 4
+    probe.reconstructed(1, h, h_hat)
+    assert probe.rows_wanted == 4  # another UE's
     for _ in range(3):
         probe.reconstructed(0, h, h_hat)
     kept = probe.reconstructions()
