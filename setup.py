@@ -29,5 +29,5 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"]},
+    extras_require={"test": ["hypothesis>=6", "pytest>=8", "ruff", "mypy", "types-PyYAML"]},
 )

@@ -68,6 +68,8 @@ class Centralised:
         self.tail.train()
         set_rate(self.optimizer, train.lr_at(iteration))
         sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
+        for ue, figures in zip(self.ues, sums, strict=True):
+            ue.check_loss(figures)
         trust.check_gradients("the tail's", self.tail.named_parameters())
         for ue in owners:
             ue.step()

@@ -226,6 +226,8 @@ class _UeBatch:
         )
 
     def step(self) -> None:
+        for ue, loss_B in zip(self.half.ues, self.loss_UB, strict=True):
+            ue.check_loss(loss_B)
         for ue in self.half.ues:
             ue.step()
 

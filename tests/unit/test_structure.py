@@ -94,13 +94,3 @@ def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
 def test_ue_code_loads_no_deepspeed() -> None:
     code = "import sys, csipipe.training, csipipe.methods; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_nothing_is_unpickled() -> None:
-    risky = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "numpy.load"}
-    for _, file in sources():
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in risky | {"np.load"}, f"{file}: {called}"
-                assert not called.endswith(("_object", "_object_list")), f"{file}: {called}"
