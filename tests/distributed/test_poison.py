@@ -25,7 +25,7 @@ NAN = math.nan
 
 def poison(worker: Any, where: str, value: float) -> None:
     """From now on a gradient of one layer is `value`; or a weight that no gradient shows."""
-    parts = {"tail": getattr(worker, "layers", getattr(worker, "tail", None))}
+    parts: dict[str, Any] = {"tail": getattr(worker, "layers", getattr(worker, "tail", None))}
     for ue in getattr(worker, "ues", []):
         if ue.number == 1 or isinstance(worker, Centralised):
             parts |= {"encoder": ue.encoder, "head": ue.head}
