@@ -82,6 +82,6 @@ def check_loss(whose: str, loss: Tensor, parts: nn.Module) -> None:
     named = (*parts.named_parameters(), *parts.named_buffers())
     layer = next((f"{name} is no number" for name, t in named if not t.isfinite().all()), None)
     raise FloatingPointError(
-        f"the loss of {whose} is {float(loss.detach().sum())} ({layer or 'its weights are finite'}); "
-        "stopped before the optimiser's step. A lower train.lr usually helps."
+        f"the loss of {whose} is {float(loss.detach().sum())} "
+        f"({layer or 'its weights are finite'}); stopped before the optimiser's step. A lower train.lr usually helps."
     )
