@@ -83,5 +83,6 @@ def check_loss(whose: str, loss: Tensor, parts: nn.Module) -> None:
     layer = next((f"{name} is no number" for name, t in named if not t.isfinite().all()), None)
     raise FloatingPointError(
         f"the loss of {whose} is {float(loss.detach().sum())} "
-        f"({layer or 'its weights are finite'}); stopped before the optimiser's step. A lower train.lr usually helps."
+        f"({layer or 'its weights are finite'}); stopped before the optimiser's "
+        "step. A lower train.lr usually helps."
     )
