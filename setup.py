@@ -36,6 +36,6 @@ setup(
         "browser": ["selenium>=4.30"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
-        "test": ["pytest>=8", "ruff", "mypy", "types-PyYAML"],
+        "test": ["hypothesis>=6", "pytest>=8", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -48,7 +48,7 @@ def fault(rows: Tensor, limit: float) -> str:
 
 
 def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Refuse an optimiser step with a gradient that is no number; one norm over all of them.
+    """Refuse an optimiser step with a gradient that is no number or 1e19; one norm over all.
 
     Raises:
         FloatingPointError: naming the first layer with such a gradient.
@@ -57,8 +57,32 @@ def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
     if torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite():
         return
     for name, grad in named:
-        if not grad.isfinite().all():
+        if not math.isfinite(rms(grad)):  # or its square would be infinite in Adam's moments
+            finite = grad.isfinite().all()
+            what = f"values up to {float(grad.abs().max()):.3g}" if finite else fault(grad, 0.0)[6:]
             raise FloatingPointError(
-                f"the gradient of {whose} {name} holds {fault(grad, math.inf)[6:]}; stopped before "
-                "the optimiser's step. A lower train.lr usually helps."
+                f"the gradient of {whose} {name} holds {what}; stopped before the optimiser's "
+                "step. A lower train.lr usually helps."
             )
+
+
+def check_loss(whose: str, loss: Tensor, parts: nn.Module) -> None:
+    """Refuse an optimiser step after a loss that is no number.
+
+    Not every such loss shows in a gradient: a hard sigmoid's is 0 at NaN.
+
+    Args:
+        parts: what computed the loss, in order.
+
+    Raises:
+        FloatingPointError: naming the first layer whose weights are no numbers either.
+    """
+    if loss.isfinite().all():
+        return
+    named = (*parts.named_parameters(), *parts.named_buffers())
+    layer = next((f"{name} is no number" for name, t in named if not t.isfinite().all()), None)
+    raise FloatingPointError(
+        f"the loss of {whose} is {float(loss.detach().sum())} "
+        f"({layer or 'its weights are finite'}); stopped before the optimiser's "
+        "step. A lower train.lr usually helps."
+    )

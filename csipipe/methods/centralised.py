@@ -75,6 +75,8 @@ class Centralised:
         self.clock.begin("compute", "draw mini-batches")
         sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
         self.clock.begin("compute", "step")
+        for ue, figures in zip(self.ues, sums, strict=True):
+            ue.check_loss(figures)
         trust.check_gradients("the tail's", self.tail.named_parameters())
         self.probe.gradients({"tail": self.tail})
         for ue in owners:

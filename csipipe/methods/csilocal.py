@@ -290,6 +290,7 @@ class _UeBatch:
             ue = self.half.ues[u]
             self.half.probe.gradients({"encoder": ue.encoder, "head": ue.head})
             try:
+                ue.check_loss(self.loss_UB[u])
                 ue.step()
             except FloatingPointError as error:
                 if not self.half.tolerant:

@@ -62,14 +62,22 @@ class UserEquipment:
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "head": self.head}
         return Unit(parts, AdamMoments(self.optimizer), self.generator)
 
+    def check_loss(self, loss: Tensor) -> None:
+        """Refuse (FloatingPointError) a loss that is no number, before the step."""
+        trust.check_loss(f"UE {self.number}", loss, self.parts)
+
+    @property
+    def parts(self) -> nn.ModuleDict:
+        """Encoder and head."""
+        return nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+
     def step(self) -> None:
         """Adam on encoder and head (eqs. 6 and 8).
 
         Raises:
             FloatingPointError: a gradient is no number; nothing was changed.
         """
-        parts = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
-        trust.check_gradients(f"UE {self.number}'s", parts.named_parameters())
+        trust.check_gradients(f"UE {self.number}'s", self.parts.named_parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
 

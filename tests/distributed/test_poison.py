@@ -1,0 +1,115 @@
+"""What is no number in our own parts stops the run before the step that it would poison."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_world
+from runs import CPU, small
+
+from csipipe import checkpoint, methods
+from csipipe.config import Method, Settings
+from csipipe.methods.centralised import Centralised
+from csipipe.resuming import Start
+from csipipe.tracking import Tracker
+from csipipe.training import run
+from csipipe.world import World
+
+NAN = math.nan
+
+
+def poison(worker: Any, where: str, value: float) -> None:
+    """From now on a gradient of one layer is `value`; or a weight that no gradient shows."""
+    parts: dict[str, Any] = {"tail": getattr(worker, "layers", getattr(worker, "tail", None))}
+    for ue in getattr(worker, "ues", []):
+        if ue.number == 1 or isinstance(worker, Centralised):
+            parts |= {"encoder": ue.encoder, "head": ue.head}
+            break
+    for replica in getattr(worker, "replicas", []):
+        if replica.ue.number == 1:
+            parts = dict(replica.parts)
+    part, _, what = where.partition(".")
+    if parts.get(part) is None:
+        return
+    weight = list(parts[part].parameters())[-1]
+    if what == "gradient":
+        weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value))
+    else:
+        with torch.no_grad():
+            weight[0] = value
+
+
+def poisoned(
+    world: World, settings: Settings, where: str, value: float, folder: str
+) -> tuple[str, bool]:
+    """The error of a rank that trains for 2 sound iterations, then others; and if it stepped."""
+    build = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(20.0)
+    worker: Any = build(world)
+    train = worker.train_iteration
+    before: list[torch.Tensor] = []
+    weights = [p for ue in getattr(worker, "ues", []) for p in ue.encoder.parameters()]
+
+    def iteration(k: int) -> Any:
+        if k == 2:
+            poison(worker, where, value)
+            before.extend(p.detach().clone() for p in weights)
+        return train(k)
+
+    worker.train_iteration = iteration
+    tracker = Tracker(Path(folder), settings.train.iterations) if world.rank == 0 else None
+    start = Start(Path(folder))
+    try:
+        run(worker, settings, start, tracker, world)
+    except FloatingPointError as error:
+        same = all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+        return str(error), same
+    except ConnectionError:  # whoever waits for the rank that stopped
+        return "", True
+    raise AssertionError("the run went on")
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "value", "message"),
+    [
+        ("csilocal", "tail.gradient", NAN, r"gradient of the tail's \S+ holds nan in 1 of"),
+        ("csilocal", "encoder.gradient", math.inf, r"gradient of UE 1's encoder\.\S+ holds inf in"),
+        ("csilocal", "head.weight", NAN, r"loss of UE 1 is nan \(head\.\S*bias is no number\)"),
+        ("fedavg", "tail.gradient", NAN, r"gradient of UE 1's tail \S+ holds nan in 1 of"),
+        pytest.param(
+            *("fedgrad", "head.weight", NAN, r"loss of UE 1 is nan \(head\.\S*bias is no number\)"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *("fedproxper", "encoder.gradient", NAN, r"gradient of UE 1's encoder\.\S+ holds nan"),
+            marks=pytest.mark.long,
+        ),
+        ("centralised", "tail.gradient", NAN, r"gradient of the tail's \S+ holds nan in 1 of"),
+        ("centralised", "head.gradient", 3e19, r"gradient of UE 0's head\.\S+ holds values up to"),
+        ("centralised", "head.weight", NAN, r"loss of UE 0 is nan \(head\.\S*bias is no number\)"),
+    ],
+)
+def test_a_poisoned_step_is_not_taken_or_saved(
+    method: Method, where: str, value: float, message: str, tmp_path: Path
+) -> None:
+    ranks = {"csilocal": 4, "centralised": 1}.get(method, 3)
+    settings = small(
+        method,
+        topology={"stages": 2 if method == "csilocal" else 1},
+        run={"save_every": 1, "eval_every": 10, "timeout": 20.0},
+    )
+    ended = run_world(ranks, poisoned, settings, where, value, str(tmp_path))
+    errors = [error for error, _ in ended if error]
+    assert len(errors) == 1, ended
+    assert re.search(message, errors[0]), errors[0]
+    assert "before the optimiser's step" in errors[0]
+    assert all(same for _, same in ended)
+    # every iteration is saved: the newest is the last sound one, and nothing else was written
+    assert checkpoint.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "2"
+    assert not (tmp_path / "weights").exists()

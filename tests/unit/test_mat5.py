@@ -1,0 +1,94 @@
+"""MAT v5 as other programs write it: byte orders, short numbers, and sizes that lie."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from csifiles import images, save
+from numpy.typing import NDArray
+from scipy import io
+
+from csipipe.channels.layout import HT, Layout
+from csipipe.channels.matfile import count_rows, read_rows
+
+ROWS = images(5).reshape(5, -1)
+
+
+def element(order: str, kind: int, data: bytes) -> bytes:
+    return struct.pack(f"{order}II", kind, len(data)) + data + bytes(-len(data) % 8)
+
+
+def written(
+    path: Path,
+    values: NDArray[Any],
+    order: str = "<",
+    numbers: str = "f4",
+    kind: int = 7,
+    shape: tuple[int, ...] | None = None,
+    spoil: bool = False,
+    deflated: bool = False,
+) -> Path:
+    """HT by the book: of class single, its numbers of type `kind`."""
+    matrix = element(order, 6, struct.pack(f"{order}II", 7, 0))
+    matrix += element(order, 5, struct.pack(f"{order}2i", *(shape or values.shape)))
+    matrix += element(order, 1, b"HT")
+    matrix += element(order, kind, values.astype(order + numbers).tobytes("F"))
+    content = element(order, 14, matrix)
+    if deflated:
+        data = bytearray(zlib.compress(content))
+        data[-1] ^= spoil
+        content = struct.pack(f"{order}II", 15, len(data)) + bytes(data)
+    mark = b"\x00\x01IM" if order == "<" else b"\x01\x00MI"
+    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + mark + content)
+    return path
+
+
+def read_all(path: Path, layout: Layout = HT) -> NDArray[Any]:
+    return np.concatenate(list(read_rows(path, layout)))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_both_byte_orders(order: str, deflated: bool, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mat", ROWS, order, deflated=deflated)
+    np.testing.assert_array_equal(io.loadmat(path)["HT"], ROWS)  # the file is right
+    np.testing.assert_array_equal(read_all(path), ROWS)
+
+
+def test_whole_numbers_are_kept_in_fewer_bytes(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mat", ROWS.round(), numbers="u1", kind=2)
+    np.testing.assert_array_equal(read_all(path), ROWS.round())
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_it_is_found_among_others(deflated: bool, tmp_path: Path) -> None:
+    others = {"a": 1.0, "text": "x" * 99, "cell": np.array([[1], "b"], object), "s": {"x": 1}}
+    path = tmp_path / "a.mat"
+    io.savemat(path, {**others, "HT": ROWS, "z": np.eye(3)}, do_compression=deflated)
+    np.testing.assert_array_equal(read_all(path), ROWS)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_a_shape_that_the_bytes_dont_have(deflated: bool, tmp_path: Path) -> None:
+    for rows in (4, 6, 2**31 - 1):
+        path = written(tmp_path / "a.mat", ROWS, shape=(rows, 2048), deflated=deflated)
+        assert count_rows(path) == rows
+        with pytest.raises(ValueError, match=r"a\.mat can't be read: .* comes with 40,960 bytes"):
+            read_all(path)
+
+
+def test_a_wrong_checksum(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mat", ROWS, deflated=True, spoil=True)
+    with pytest.raises(ValueError, match=r"a\.mat can't be read: .*inflated .*incorrect data"):
+        read_all(path)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mat", ROWS, do_compression=True)
+    with pytest.raises(OSError, match=r"No such file .*unpacking .*a\.mat in .*nowhere"):
+        list(read_rows(path, scratch=tmp_path / "nowhere"))
