@@ -164,13 +164,14 @@ class Keeper:
 
     def __init__(self, folder: Path, plain: bool) -> None:
         self.folder, self.plain = folder, plain
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans become ours
+        self._prctl = ctypes.CDLL(None).prctl
+        assert self._prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans become ours
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def serve(self) -> None:
         """Start, obey lines of input, and end everything when there are no more."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        assert self._prctl(1, signal.SIGTERM) == 0  # PR_SET_PDEATHSIG: also while starting
         try:
             self._start()
             for line in sys.stdin:
