@@ -184,23 +184,21 @@ def test_a_sweep_goes_on_where_it_was(slurm: Cluster, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def sweep(line: str) -> dict[str, Job]:
-        """Submit the printed line; the array's tasks by index."""
-        sbatch, *options, script, report, preset, file, out, folder = shlex.split(line)
+    def sweep(line: str, *indices: str) -> list[Job]:
+        """Submit the printed line; the array's tasks."""
+        sbatch, *options, script, report, name, file, out, folder = shlex.split(line)
         assert (sbatch, script) == ("sbatch", "slurm/sweep.sbatch")
-        job = submit(
-            slurm, tmp_path, "sweep", report, preset, file, out, folder, options=tuple(options)
-        )
-        text = slurm.run("scontrol", "show", "job", "--oneliner", job.number)
-        facts = [dict(w.partition("=")[::2] for w in row.split()) for row in text.splitlines()]
-        return {f["ArrayTaskId"]: Job(slurm, f["JobId"], tmp_path) for f in facts}
+        options.append(f"--output={tmp_path}/%A_%a.out")
+        words = (report, name, file, out, folder)
+        job = submit(slurm, tmp_path, "sweep", *words, options=tuple(options))
+        return [Job(slurm, f"{job.number}_{index}", tmp_path) for index in indices]
 
     first = reproduce("headline", "--sbatch")
     assert first.startswith("sbatch --array=0-1 --ntasks=3 slurm/sweep.sbatch headline --preset ")
-    tasks = sweep(first)
+    split, unsplit = sweep(first, "0", "1")
     # csilocal has a stage and two UEs; the unsplit model has use for one task
-    assert "csilocal on 1 node(s), 3 rank(s)" in tasks["0"].completed()
-    assert "centralised on 1 node(s), 1 rank(s)" in tasks["1"].completed()
+    assert "csilocal on 1 node(s), 3 rank(s)" in split.completed()
+    assert "centralised on 1 node(s), 1 rank(s)" in unsplit.completed()
     assert reproduce("headline", "--sbatch") == ""
     # the headline's two runs are two of the eight of Fig. 6
     assert reproduce("fig6", "--sbatch").startswith("sbatch --array=1-6 --ntasks=3 ")
@@ -218,7 +216,8 @@ def test_a_sweep_goes_on_where_it_was(slurm: Cluster, tmp_path: Path) -> None:
 
     line = reproduce("headline", "--sbatch")
     assert line.startswith("sbatch --array=1 ")
-    assert "going on after iteration 2" in sweep(line)["1"].completed()
+    [again] = sweep(line, "1")
+    assert "going on after iteration 2" in again.completed()
     assert results(run) == before
     reproduce("headline", "--collect")
     assert "not in this report" not in (tmp_path / "out" / "headline.md").read_text()
