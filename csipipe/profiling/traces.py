@@ -48,15 +48,16 @@ def write(recorder: Recorder, file: Path) -> None:
     Raises:
         OSError: it can't be written; nothing is left of it.
     """
-    plain, packed = (file.with_name(f"{file.name}.{end}") for end in ("plain", "partial"))
+    ends = ("plain", "plain.tmp", "partial")  # the second is Kineto's, until the first is whole
+    plain, unfinished, packed = (file.with_name(f"{file.name}.{end}") for end in ends)
     try:
         recorder.export(plain)
         with open(plain, "rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
             shutil.copyfileobj(source, target)
         os.replace(packed, file)
     finally:
-        plain.unlink(missing_ok=True)
-        packed.unlink(missing_ok=True)
+        for leftover in (plain, unfinished, packed):
+            leftover.unlink(missing_ok=True)
 
 
 def merge(traces: Sequence[Trace], file: Path) -> None:
