@@ -227,6 +227,22 @@ def test_truncated_v73_files(tmp_path: Path, share: float) -> None:
         read_all(path)
 
 
+def test_a_v73_shape_without_bytes_behind_it_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "DATA.mat"
+    with h5py.File(file, "w", userblock_size=512) as stored:
+        shape = {"shape": (HT.width, 1_000_000), "chunks": (HT.width, 100)}
+        made = stored.create_dataset("HT", dtype="f4", compression="gzip", **shape)
+        made[:, :100] = 0.5  # the other rows would read as zeros
+        made.attrs["MATLAB_class"] = np.bytes_("single")
+    with file.open("rb+") as raw:
+        raw.seek(124)
+        raw.write(b"\x00\x02IM")
+    with pytest.raises(
+        ValueError, match=r"shape \(2048, 1000000\) needs more than the [\d,]+ bytes"
+    ):
+        read_all(file)
+
+
 def test_a_damaged_v73_chunk_is_named(tmp_path: Path) -> None:
     path = save_v73(
         tmp_path / "DATA_Htestin.mat",
