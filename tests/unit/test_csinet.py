@@ -237,9 +237,7 @@ def test_a_v73_shape_without_bytes_behind_it_is_refused(tmp_path: Path) -> None:
     with file.open("rb+") as raw:
         raw.seek(124)
         raw.write(b"\x00\x02IM")
-    with pytest.raises(
-        ValueError, match=r"shape \(2048, 1000000\) needs more than the [\d,]+ bytes"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(2048, 1000000\) needs more than the"):
         read_all(file)
 
 
