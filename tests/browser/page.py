@@ -51,7 +51,7 @@ class Page:
             options.add_argument(argument)
         options.add_argument("--window-size=1500,1250")
         self._driver = webdriver.Chrome(options=options, service=Service(driver))
-        self._url = url
+        self.url = url
         self._screenshots = screenshots
 
     def open(self, tab: str, *texts: str) -> str:
@@ -61,7 +61,7 @@ class Page:
             AssertionError: it doesn't show them in time, with what it shows.
         """
         self._driver.get("about:blank")
-        self._driver.get(f"{self._url}/?darkMode=false#{tab}")
+        self._driver.get(f"{self.url}/?darkMode=false#{tab}")
         return self.wait_for(*texts)
 
     def wait_for(self, *texts: str) -> str:
@@ -90,20 +90,6 @@ class Page:
         while (found := self.count(selector, condition)) < least:
             assert time.monotonic() < deadline, f"{found} of {least} {selector} ({condition})"
             time.sleep(0.5)
-
-    def choose(self, chosen: str, other: str) -> None:
-        """In the drop-down list that shows `chosen`, take another entry."""
-        box = f"e.textContent.trim() === {chosen!r}"
-        self.wait_until(".MuiSelect-select", 1, box)
-        opening = "dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
-        self._first(".MuiSelect-select", box, opening)
-        entry = f"e.textContent.trim() === {other!r}"
-        self.wait_until("li", 1, entry)
-        self._first("li", entry, "click()")
-
-    def _first(self, selector: str, condition: str, call: str) -> None:
-        script = f"{_FIND} find(document, arguments[0]).filter(e => {condition})[0].{call}"
-        self._driver.execute_script(script, selector)
 
     def shoot(self, name: str) -> Path:
         """Keep a screenshot."""
