@@ -235,4 +235,6 @@ _ACTIVITY = {
     Op.RECEIVE_BACKWARD: "wait",
     Op.SEND_FORWARD: "send",
     Op.SEND_BACKWARD: "send",
+    Op.ROLL_CALL: "wait",
+    Op.VERDICT: "wait",
 }

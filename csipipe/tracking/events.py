@@ -72,7 +72,7 @@ class Events:
 
     def _open(self, first: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        who = f"{socket.gethostname()}.{os.getpid()}.{next(_number)}"
+        who = f"{socket.gethostname()}.{os.getpid()}.{next(_number):04d}"  # readers go by name
         name = f"events.out.tfevents.{int(time.time()):010d}.{who}"
         self._records = RecordWriter(open(self.folder / name, "xb"))  # noqa: SIM115
         now = time.time()

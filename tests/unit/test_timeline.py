@@ -14,7 +14,7 @@ from csipipe.profiling.spans import Row, Span
 from csipipe.schedule import TRAINING, Op
 
 MS = 1_000_000
-ACTIVITY = {"send": "send", "receive": "wait"}
+ACTIVITY = {"send": "send", "receive": "wait", "roll": "wait", "verdict": "wait"}
 
 
 def row(role: str, micro_batches: int, start: int) -> Row:
