@@ -43,6 +43,7 @@ def forked() -> Conductor:
     return Conductor(limit=120.0, launch=ForkedRank)
 
 
+@pytest.mark.long
 def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
     contest = line_up(*candidates.USUAL, "ours-gpipe")
     plain = line_up("deepspeed", "one-process", layers=("plain",)).candidates

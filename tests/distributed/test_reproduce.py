@@ -46,6 +46,7 @@ def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_a_report_goes_on_after_a_run_that_failed(tmp_path: Path) -> None:
     preset, rates, out = tmp_path / "tiny.yaml", tmp_path / "rates.yaml", tmp_path / "out"
     preset.write_text(yaml.safe_dump(TINY | {"rates": "rates.yaml"}))
