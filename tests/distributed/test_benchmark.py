@@ -130,6 +130,7 @@ def test_candidates_without_room_give_their_memory_back() -> None:
     assert contest.beside["one-process (plain)"] < 1e-5
 
 
+@pytest.mark.long
 def test_growth_runs_more_ues_on_the_same_ranks() -> None:
     found = growth.candidates(small(train={"batch_size": 8}), 2, ues=(2, 4, 8))
     contest = race.Race(found, same=False)
@@ -180,6 +181,7 @@ def test_an_interrupted_benchmark_keeps_its_rounds_and_leaves_nothing_behind(
     assert len(found["candidates"]["ours"]["seconds"]) >= 3
 
 
+@pytest.mark.long
 def test_table1_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -226,6 +226,7 @@ def go_on(world: World, settings: Settings, folder: str, bad: Bad) -> list[list[
     return [before, worker.dropped]
 
 
+@pytest.mark.long
 def test_the_count_goes_on_with_the_run(tmp_path: Path) -> None:
     bad: Bad = {2: ("smashed", [1]), 3: ("smashed", [0, 1])}
     assert run_world(4, go_on, setting(2), str(tmp_path), bad)[0] == [[0, 0, 1, 2]] * 2

@@ -25,7 +25,8 @@ def endless(folder: Path, **settings: str) -> list[str]:
     return arguments(folder, train__iterations="100000", **{**often, **settings})
 
 
-@pytest.mark.parametrize("what", ["hang", pytest.param("freeze", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["hang", "freeze"])
 def test_a_rank_without_progress_ends_soon_after_the_signal(what: str, tmp_path: Path) -> None:
     """Though it may wait for a peer for much longer."""
     fault = Fault(3, what, Op.HEAD, iteration=30)

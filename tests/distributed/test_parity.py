@@ -83,7 +83,7 @@ def test_stages_partition_and_placement_change_no_bit(
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_schedules_change_no_bit(stages: int, micro_batches: int) -> None:
     """With fewer micro-batches than stages too; 8 go around the ring of buffers more than once."""
     plans = [

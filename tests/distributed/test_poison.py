@@ -89,8 +89,24 @@ def poisoned(
     ("method", "where", "value", "message"),
     [
         ("csilocal", "tail.gradient", NAN, r"gradient of the tail's \S+ holds nan in 1 of"),
-        ("csilocal", "encoder.gradient", math.inf, r"gradient of UE 1's encoder\.\S+ holds inf in"),
-        ("csilocal", "head.weight", NAN, r"loss of UE 1 is nan \(head\.\S*bias is no number\)"),
+        pytest.param(
+            *(
+                "csilocal",
+                "encoder.gradient",
+                math.inf,
+                r"gradient of UE 1's encoder\.\S+ holds inf in",
+            ),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(
+                "csilocal",
+                "head.weight",
+                NAN,
+                r"loss of UE 1 is nan \(head\.\S*bias is no number\)",
+            ),
+            marks=pytest.mark.long,
+        ),
         ("fedavg", "tail.gradient", NAN, r"gradient of UE 1's tail \S+ holds nan in 1 of"),
         pytest.param(
             *("fedgrad", "head.weight", NAN, r"loss of UE 1 is nan \(head\.\S*bias is no number\)"),
@@ -100,7 +116,10 @@ def poisoned(
             *("fedproxper", "encoder.gradient", NAN, r"gradient of UE 1's encoder\.\S+ holds nan"),
             marks=pytest.mark.long,
         ),
-        ("centralised", "tail.gradient", NAN, r"gradient of the tail's \S+ holds nan in 1 of"),
+        pytest.param(
+            *("centralised", "tail.gradient", NAN, r"gradient of the tail's \S+ holds nan in 1 of"),
+            marks=pytest.mark.long,
+        ),
         ("centralised", "head.gradient", 3e19, r"gradient of UE 0's head\.\S+ holds values up to"),
         ("centralised", "head.weight", NAN, r"loss of UE 0 is nan \(head\.\S*bias is no number\)"),
     ],

@@ -107,6 +107,7 @@ def test_a_profiled_run_learns_the_same(profiled: tuple[Path, list[Ended]], tmp_
     assert not (tmp_path / "run" / "timeline.png").exists()
 
 
+@pytest.mark.long
 def test_a_federated_method_has_ranges_of_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = run_program(3, arguments(folder, method="fedavg", run__profile="true", **QUICK))

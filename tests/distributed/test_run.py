@@ -195,12 +195,16 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, str, str]) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
 
 
+def slow(settings: dict[str, str]) -> Any:
+    return pytest.param(settings, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"data__environment": "noniid", "topology__ues": "5"},
+        slow({"data__environment": "noniid", "topology__ues": "5"}),
         {"train__precision": "bf16"},
-        {"train__deepspeed": "ds_configs/zero1.json"},
+        slow({"train__deepspeed": "ds_configs/zero1.json"}),
         {"data__holdout": "0", "data__environment": "outdoor", "train__micro_batches": "1"},
     ],
     ids=["noniid", "bf16", "zero1", "no-holdout"],

@@ -29,7 +29,9 @@ def unpickled(world: World, settings: Settings) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("csilocal", 4), ("fedavg", 3)])
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("csilocal", 4), pytest.param("fedavg", 3, marks=pytest.mark.long)]
+)
 def test_a_run_unpickles_nothing(method: Method, ranks: int) -> None:
     settings = small(method, topology={"stages": 2 if method == "csilocal" else 1})
     assert run_world(ranks, unpickled, settings) == [[]] * ranks
