@@ -222,7 +222,7 @@ class Keeper:
             folder=self.folder,
             nodes="\n".join(lines),
             partitions="\n".join(
-                f"PartitionName={name} Nodes={nodes} MaxTime=60 DefaultTime=10 State=UP"
+                f"PartitionName={name} Nodes={nodes} MaxTime=1-0 DefaultTime=10 State=UP"
                 + (" Default=YES" if name == "main" else "")
                 for name, nodes in PARTITIONS.items()
             ),

@@ -127,6 +127,7 @@ def test_a_failing_rank_fails_the_job(jobs: dict[str, Job]) -> None:
         ("unshared", "doesn't see what the job's first node wrote into"),
         ("nameless", "the name of node n9 doesn't resolve on node n8"),
     ],
+    ids=lambda text: text if text.isalpha() else "said",
 )
 def test_what_a_person_got_wrong_is_named_first(
     name: str, message: str, jobs: dict[str, Job], slurm: Cluster
