@@ -296,7 +296,9 @@ def node(folder: Path, environment: Environment) -> None:
         interface = interface_of(address_towards(mine.address) if place else mine.address)
         # gloo would take the address of the node's own name, which may be 127.0.1.1
         network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    os.execve(sys.executable, [sys.executable, *mine.torchrun(place)], network | dict(environment))
+    threads = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it, but with five lines of advice
+    argv = [sys.executable, *mine.torchrun(place)]
+    os.execve(sys.executable, argv, threads | network | dict(environment))
 
 
 def _expand(names: str) -> list[str]:

@@ -96,7 +96,7 @@ class Job:
         """Wait until it has failed; the first lines of its output."""
         state = self.wait()
         assert state == "FAILED", f"{state}\n{self.output()}"
-        return self.output().splitlines()[:8]
+        return self.output().splitlines()[:10]
 
 
 def submit(
