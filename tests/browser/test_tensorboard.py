@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import os
 import urllib.parse
@@ -13,30 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from server import tensorboard, train
-from torch.profiler import profile, tensorboard_trace_handler
-
-from csipipe.config import RunSettings
 
 if TYPE_CHECKING:
     from page import Page
 
 pytestmark = pytest.mark.browser
 RUNS = ("lr-1e-3", "lr-4e-3")
-PROFILES = "profile" in {field.name for field in dataclasses.fields(RunSettings)}
 
 
 @pytest.fixture(scope="module")
 def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two runs, with traces where there is something to show them."""
+    """A sweep of two runs, the first one profiled."""
     root = tmp_path_factory.mktemp("sweep")
-    for name in RUNS:
-        train(root / name, train__lr=name.removeprefix("lr-"))
-    if find_spec("torch_tb_profiler") is not None:
-        write_trace(root / RUNS[0] / "ranks" / "bts-stage-0")
-        if PROFILES:
-            train(root / "profiled", run__profile="true")
+    for name, profile in zip(RUNS, ("true", "false"), strict=True):
+        train(root / name, train__lr=name.removeprefix("lr-"), run__profile=profile)
     return root
 
 
@@ -54,15 +44,6 @@ def page(logdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pag
         opened = Page(url, screenshots)
         yield opened
         opened.close()
-
-
-def write_trace(folder: Path) -> None:
-    """A trace of one named range, as torch.profiler writes it."""
-    with (
-        profile(on_trace_ready=tensorboard_trace_handler(str(folder), "bts-stage-0")),
-        torch.profiler.record_function("F2 of micro-batch 3"),
-    ):
-        torch.nn.Linear(8, 8)(torch.zeros(4, 8)).sum().backward()
 
 
 def test_scalars_of_the_run_and_of_each_rank(page: Page) -> None:
@@ -106,18 +87,16 @@ def trace(url: str, run: str, worker: str) -> str:
         return gzip.decompress(answer.read()).decode()
 
 
-def test_the_profile_tab_has_a_trace(page: Page) -> None:
+def test_the_profile_tab_has_the_instructions_of_every_rank(page: Page) -> None:
     """Its charts need the internet (gstatic.com), so what it lists and what it draws is read."""
     if find_spec("torch_tb_profiler") is None:
         pytest.fail("no torch-tb-profiler here: pip install -c constraints.txt -e '.[profile]'")
-    run = f"{RUNS[0]}/ranks/bts-stage-0"
+    run = f"{RUNS[0]}/profile"
     page.open("pytorch_profiler", run, "Workers bts-stage-0")
     page.shoot("profile")
-    assert "F2 of micro-batch 3" in trace(page.url, run, "bts-stage-0")
-
-
-def test_the_profile_tab_has_a_run_of_ours(page: Page) -> None:
-    if not PROFILES:
-        pytest.skip("there is no run.profile yet")
-    page.open("pytorch_profiler", "profiled")
-    page.shoot("profiled-run")
+    for worker, names in (
+        ("bts-stage-0", ("forward 1", "weight gradients 1", "step")),
+        ("ue-rank-2-ues-0-1", ("encode", "head 1", "wait for BTS stage 1")),
+    ):
+        drawn = trace(page.url, run, worker)
+        assert [name for name in names if f'"{name}"' not in drawn] == []
