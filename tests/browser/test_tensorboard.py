@@ -82,7 +82,7 @@ def test_settings_are_text(page: Page) -> None:
 
 def trace(url: str, run: str, worker: str) -> str:
     """What the PROFILE tab's trace view draws."""
-    query = urllib.parse.urlencode({"run": run, "worker": worker, "span": "1"})
+    query = urllib.parse.urlencode({"run": run, "worker": worker, "span": "default"})
     with urllib.request.urlopen(f"{url}/data/plugin/pytorch_profiler/trace?{query}") as answer:
         return gzip.decompress(answer.read()).decode()
 
