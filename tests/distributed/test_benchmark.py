@@ -95,6 +95,7 @@ def test_a_wrong_peer_and_one_that_cannot_start_are_errors_and_not_figures() -> 
     assert list(contest.seconds) == ["ours"]
 
 
+@pytest.mark.long
 def test_a_dead_and_a_frozen_candidate_are_named_and_end_alone() -> None:
     contest = line_up("ours", "one-process", "one-piece")
     with forked() as conductor:

@@ -188,7 +188,7 @@ def test_csilocal_sends_nothing_that_is_a_ues_own(precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "chosen", [["fedavg", "fedgradper"], pytest.param(FEDERATED, marks=pytest.mark.long)]
+    "chosen", [["fedgradper"], pytest.param(FEDERATED, marks=pytest.mark.long)]
 )
 def test_federated_methods_send_nothing_that_is_a_ues_own(chosen: list[Method]) -> None:
     one: dict[str, Any] = {"topology": {"stages": 1}, "train": {"iterations": 2}}

@@ -172,6 +172,7 @@ def test_evaluate_repeats_the_figures_of_the_run(
         assert mine["nmse_db"] == pytest.approx(theirs["nmse_db"], abs=1e-5)
 
 
+@pytest.mark.long
 def test_evaluate_takes_other_data_and_refuses_what_is_no_run(
     finished: tuple[Path, str, str], tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ def test_ranks_share_one_copy_of_csinets_files(
     assert left == [".json"] * 3 + [".npy"] * 3 + ["lock"]
 
 
+@pytest.mark.long
 def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
     [rank] = run_program(1, arguments(tmp_path / "run", method="centralised"))
     assert rank.code == 0, rank.err
@@ -295,7 +297,7 @@ def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
         ("csilocal", 1, "BTS stage 1"),
         pytest.param("csilocal", 3, "UE rank 3", marks=pytest.mark.long),
         pytest.param("fedavg", 0, "BTS stage 0", marks=pytest.mark.long),
-        ("fedavg", 3, "UE rank 3"),
+        pytest.param("fedavg", 3, "UE rank 3", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_rank_ends_the_others(
