@@ -11,11 +11,13 @@ makes no progress.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -46,6 +48,7 @@ class Stopping:
         self._looked = 0.0
         self._progress = time.monotonic()
         self._longest = 0.0
+        self._unhurried = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
@@ -74,6 +77,16 @@ class Stopping:
         now = time.monotonic()
         self._longest = max(self._longest, now - self._progress)
         self._progress = now
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Work that all ranks do together, once, and that takes longer than any iteration."""
+        self._unhurried = True
+        try:
+            yield
+        finally:
+            self._progress = time.monotonic()
+            self._unhurried = False
 
     def after(self, done: int) -> bool:
         """Whether the run ends after its `done`-th iteration, the same on every rank."""
@@ -122,7 +135,7 @@ class Stopping:
             except BlockingIOError:
                 time.sleep(0.1)
             idle = time.monotonic() - max(since, self._progress)
-            if idle > GRACE + self._longest:
+            if idle > GRACE + self._longest and not self._unhurried:
                 name = signal.Signals(self._signal).name
                 print(
                     f"csipipe: rank {self._world.rank} ends: no progress {idle:.0f} s after {name}",

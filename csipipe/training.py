@@ -191,13 +191,13 @@ def run(
             best = content["best"]
     saver = Saver(worker, settings, start.folder, world.rank, world.size)
     iterations, done = settings.train.iterations, start.iteration
-    step, profile = worker.train_iteration, None
-    if settings.run.profile:
-        from csipipe.profiling import Profile
-
-        profile = Profile(worker, settings, start.folder, done, world, tracker)
-        step = profile.train_iteration
     with Stopping(world, start.folder) as stopping:
+        step, profile = worker.train_iteration, None
+        if settings.run.profile:
+            from csipipe.profiling import Profile
+
+            profile = Profile(worker, settings, start.folder, done, world, tracker, stopping)
+            step = profile.train_iteration
         stop = False
         while done < iterations and not stop:
             before = time.monotonic()

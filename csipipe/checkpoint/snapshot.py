@@ -23,8 +23,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-FORMAT = 1
-"""Of the manifest and the parts; a higher one is refused."""
+FORMAT = 2
+"""Of the manifest and the parts; any other is refused. 1 had no `dropped`."""
 MANIFEST = "manifest.json"
 _REMEDY = "delete {} to go on from the checkpoint before it, or name another in run.resume"
 
@@ -117,7 +117,7 @@ class Snapshot:
         content: what `commit` was given: `iteration`, `settings` and the rest.
 
     Raises:
-        ValueError: a manifest that is missing, damaged or of a newer format.
+        ValueError: a manifest that is missing, damaged or of another format.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -22,6 +22,7 @@ from csipipe.profiling.recorder import Recorder
 from csipipe.profiling.spans import Row, from_json, to_json, typical
 from csipipe.profiling.traces import MERGED, Trace
 from csipipe.schedule import bubble
+from csipipe.stopping import Stopping
 from csipipe.tracking import Tracker
 from csipipe.world import World
 
@@ -48,11 +49,13 @@ class Profile:
         done: int,
         world: World,
         tracker: Tracker | None,
+        stopping: Stopping,
     ) -> None:
         self._worker = worker
         self._settings = settings
         self._world = world
         self._tracker = tracker
+        self._stopping = stopping
         self._run = folder
         self._folder = folder / FOLDER
         self._first = settings.run.profile_after
@@ -83,7 +86,8 @@ class Profile:
         figures = self._record(self._recorder, iteration)
         if iteration == self._last:
             self._recorder.stop()
-            self._finish(self._recorder)
+            with self._stopping.unhurried():
+                self._finish(self._recorder)
             self._recorder, self._pending = None, False
         return figures
 

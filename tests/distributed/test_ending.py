@@ -53,6 +53,29 @@ def test_a_rank_without_progress_ends_soon_after_the_signal(what: str, tmp_path:
     whole(tmp_path / "run")
 
 
+SLOW_WORK = """
+import contextlib, os, pathlib, signal, sys, time
+from torch.distributed import HashStore
+from csipipe import stopping
+from csipipe.world import World
+stopping.GRACE = 0.3
+with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])) as listening:
+    os.kill(os.getpid(), signal.SIGTERM)
+    with listening.unhurried() if sys.argv[2] == "unhurried" else contextlib.nullcontext():
+        time.sleep(1.5)
+    assert listening.after(1) is False  # one more iteration, which all ranks do
+    assert listening.after(2) is True
+"""
+
+
+@pytest.mark.parametrize(("work", "code"), [("unhurried", 0), ("standstill", 1)])
+def test_long_work_that_is_announced_is_no_standstill(work: str, code: int, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", SLOW_WORK, str(tmp_path), work]
+    ended = subprocess.run(line, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert ("no progress" in ended.stderr) == bool(code)
+
+
 def children(pid: int) -> list[int]:
     """Processes that a process started, in order."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

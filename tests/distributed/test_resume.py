@@ -353,7 +353,7 @@ def altered(file: Path) -> None:
 
 def newer(folder: Path) -> None:
     file = folder / "manifest.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
 
 
 def long(*values: object) -> Any:
@@ -366,7 +366,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda at: os.truncate(at / "tail-4.safetensors", 100), "tail-4.safetensors has 100"),
     "altered": (lambda at: altered(at / "ue-0.safetensors"), "ue-0.safetensors was altered"),
     "manifest": (lambda at: os.truncate(at / "manifest.json", 50), "manifest.json can't be read"),
-    "newer": (newer, "has format 2, this csipipe reads 1"),
+    "newer": (newer, "has format 3, this csipipe reads 2"),
 }
 
 

@@ -179,6 +179,7 @@ class Keeper:
                 {"wait": self._wait, "kill": self._kill, "start": self._node}[word](node)
                 print("done", flush=True)
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more would cut this short
             _end(lambda: _family(os.getpid()))
             shutil.rmtree(self.folder)
 

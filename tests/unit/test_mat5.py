@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,19 @@ def written(
     numbers: str = "f4",
     kind: int = 7,
     shape: tuple[int, ...] | None = None,
-    spoil: bool = False,
     deflated: bool = False,
+    damage: Callable[[bytes], bytes] = lambda data: data,
 ) -> Path:
-    """HT by the book: of class single, its numbers of type `kind`."""
+    """HT by the book: of class single, its numbers of type `kind`; `damage` is done to its data."""
     matrix = element(order, 6, struct.pack(f"{order}II", 7, 0))
     matrix += element(order, 5, struct.pack(f"{order}2i", *(shape or values.shape)))
     matrix += element(order, 1, b"HT")
     matrix += element(order, kind, values.astype(order + numbers).tobytes("F"))
-    content = element(order, 14, matrix)
     if deflated:
-        data = bytearray(zlib.compress(content))
-        data[-1] ^= spoil
-        content = struct.pack(f"{order}II", 15, len(data)) + bytes(data)
+        data = damage(zlib.compress(element(order, 14, matrix)))
+        content = struct.pack(f"{order}II", 15, len(data)) + data
+    else:
+        content = element(order, 14, damage(matrix))
     mark = b"\x00\x01IM" if order == "<" else b"\x01\x00MI"
     path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + mark + content)
     return path
@@ -83,8 +84,26 @@ def test_a_shape_that_the_bytes_dont_have(deflated: bool, tmp_path: Path) -> Non
 
 
 def test_a_wrong_checksum(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.mat", ROWS, deflated=True, spoil=True)
+    def wrong(data: bytes) -> bytes:
+        return data[:-1] + bytes([data[-1] ^ 1])
+
+    path = written(tmp_path / "a.mat", ROWS, deflated=True, damage=wrong)
     with pytest.raises(ValueError, match=r"a\.mat can't be read: .*inflated .*incorrect data"):
+        read_all(path)
+
+
+def test_a_missing_checksum(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mat", ROWS, deflated=True, damage=lambda data: data[:-4])
+    with pytest.raises(ValueError, match=r"a\.mat can't be read: .*deflated has no end"):
+        read_all(path)
+
+
+def test_numbers_that_go_on_into_the_next_variable(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mat", ROWS, damage=lambda data: data[:-800])
+    other = written(tmp_path / "b.mat", ROWS).read_bytes()[128:].replace(b"HT", b"ZZ")
+    with path.open("ab") as file:
+        file.write(other)
+    with pytest.raises(ValueError, match="40,960 bytes are announced where 40,160 are left"):
         read_all(path)
 
 

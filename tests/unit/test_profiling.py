@@ -29,6 +29,7 @@ from csipipe.methods.centralised import Centralised
 from csipipe.profiling import Profile, alignment, traces
 from csipipe.profiling.recorder import Recorder
 from csipipe.profiling.spans import Row, Span, from_json, idle, to_json, typical
+from csipipe.stopping import Stopping
 from csipipe.tracking import Tracker
 from csipipe.world import World
 
@@ -229,7 +230,8 @@ class Session:
         self.tracker = Tracker(folder, settings, done)
         self.said: list[str] = []
         self.tracker.say = lambda line: self.said.append(line)  # type: ignore[method-assign]
-        self.profile = Profile(self.worker, settings, folder, done, world, self.tracker)
+        stopping = Stopping(world, folder)
+        self.profile = Profile(self.worker, settings, folder, done, world, self.tracker, stopping)
         self.done = done
 
     def until(self, done: int) -> Session:
@@ -332,7 +334,9 @@ def test_a_run_that_goes_on_behind_the_profile_says_so(tmp_path: Path) -> None:
 def test_a_run_that_stops_inside_the_profile_says_so(tmp_path: Path) -> None:
     session = Session(tmp_path, settings()).until(6)
     assert session.worker.clock.recorder is None  # nor would an evaluation be recorded
+    assert torch._C._autograd._profiler_enabled()
     assert "was not finished when the run stopped" in session.end()[-1]
+    assert not torch._C._autograd._profiler_enabled()
     assert not (tmp_path / "profile").exists()
 
 
