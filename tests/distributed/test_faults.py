@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from harness import Program, errors
+from test_resume import whole
 from test_run import arguments
 
 from csipipe.ledger import Kind
@@ -81,6 +82,7 @@ def run(fault: Fault, folder: Path, method: str) -> tuple[Fault, float, float, s
         method=method,
         train__iterations="100000",
         run__eval_every="50000",
+        run__save_every="2",
         run__timeout=str(TIMEOUT),
         data__holdout="0",
     )
@@ -93,6 +95,7 @@ def run(fault: Fault, folder: Path, method: str) -> tuple[Fault, float, float, s
     assert all(rank.code for i, rank in enumerate(ended) if i != frozen), ended
     messages = errors(ended)
     assert len(messages) == 1, (str(fault), messages)
+    assert whole(folder).name == "2", str(fault)
     return fault, first, seconds, messages[0]
 
 
