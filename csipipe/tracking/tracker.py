@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
 BEGINNING: dict[str, Any] = {"history": [], "seconds": [], "seconds_total": 0.0}
 """`Tracker.progress` of a run that has not begun."""
 _KEPT = 1000
-"""Iterations whose seconds a resumed run still knows for its median."""
+"""Iterations, the last ones, whose median time is told."""
 _POINTS = 1000
 """Points of a training curve: as many as TensorBoard keeps."""
 
@@ -41,7 +42,7 @@ class Tracker:
         self.folder = folder
         self.events = Events(folder, first=done + 1)
         self.screen = Screen(settings.train.iterations, done)
-        self.seconds: list[float] = []
+        self.seconds: deque[float] = deque(maxlen=_KEPT)
         self.history: list[dict[str, Any]] = []
         self._settings = settings
         self._started = time.monotonic()
@@ -54,7 +55,7 @@ class Tracker:
     def resume(self, progress: dict[str, Any]) -> None:
         """Go on with what `progress` said before, in this run's directory."""
         self.history = list(progress["history"])
-        self.seconds = list(progress["seconds"])
+        self.seconds.extend(progress["seconds"])
         self._seconds_before = float(progress["seconds_total"])
         for line in self.history:
             self._against_exchange(line)
@@ -66,7 +67,7 @@ class Tracker:
         """What `resume` needs, as JSON has it."""
         return {
             "history": self.history,
-            "seconds": self.seconds[-_KEPT:],
+            "seconds": list(self.seconds),
             "seconds_total": self.seconds_total,
         }
 
@@ -157,5 +158,5 @@ class Tracker:
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Median wall time of a training iteration, evaluation apart."""
+        """Median wall time of the last 1,000 training iterations, evaluation apart."""
         return statistics.median(self.seconds) if self.seconds else float("nan")
