@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +44,6 @@ class Saver:
         self._rank = rank
         self._ranks = ranks
         self._names = part_names(settings)
-        self.seconds = 0.0
 
     def snapshot(self, done: int, ledger: Ledger, progress: dict[str, Any]) -> OSError | None:
         """Save everything after iteration `done`; collective.
@@ -57,7 +55,6 @@ class Saver:
         Returns:
             Why there is no checkpoint, on one of the ranks; it has been shown.
         """
-        started = time.monotonic()
         partial = self._checkpoints / f"{done}.partial"
         written: dict[str, Record] = {}
 
@@ -83,7 +80,6 @@ class Saver:
             error = _try(name_it)
         if self._rank == 0 and (failed is not None or error is not None):
             checkpoint.discard(partial)
-        self.seconds += time.monotonic() - started
         return self._shown(f"checkpoint of iteration {done}", error, failed)
 
     def best(self, done: int) -> None:
