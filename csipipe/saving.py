@@ -1,7 +1,9 @@
 """All ranks save a checkpoint together, and set a worker up from one.
 
-A save that fails (a full disk) is shown once and leaves the last whole checkpoint; training goes
-on.
+A checkpoint begins with a copy of the state in memory. A thread of each rank writes it while
+training goes on; some iterations later the ranks agree whether all could, and rank 0 gives it its
+name. A save that fails (a full disk) is shown once and leaves the last whole checkpoint; training
+goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +29,20 @@ from csipipe.ledger import COUNTED, PHASES, Ledger
 from csipipe.methods import Worker, part_names
 from csipipe.wire import largest
 
-_WORD = 7  # bytes of a digest in one integer
+_LAG = 10
+"""A checkpoint is named when this part of the interval is over: late enough to have been written
+meanwhile, soon enough that a run that is killed hardly loses more."""
+_WORD = 4  # bytes of a digest in one integer
 _WORDS = Record.DIGEST // _WORD
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written; `content` is rank 0's part of the manifest."""
+
+    done: int
+    content: dict[str, Any]
+    written: Future[dict[str, Record]]
 
 
 class Saver:
@@ -33,6 +50,9 @@ class Saver:
 
     Args:
         ranks: processes of the run.
+
+    Attributes:
+        seconds: that the checkpoint begun last has kept this rank from training so far.
     """
 
     def __init__(
@@ -44,42 +64,66 @@ class Saver:
         self._rank = rank
         self._ranks = ranks
         self._names = part_names(settings)
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: _Pending | None = None
+        self.seconds = 0.0
 
-    def snapshot(self, done: int, ledger: Ledger, progress: dict[str, Any]) -> OSError | None:
-        """Save everything after iteration `done`; collective.
+    def begin(self, done: int, ledger: Ledger, progress: dict[str, Any]) -> None:
+        """Begin to save everything after iteration `done`; what was begun before is settled.
 
         Args:
             ledger: of all ranks.
             progress: rank 0's: what goes into the manifest beside, JSON values.
+        """
+        assert self._pending is None
+        started = time.monotonic()
+        parts = {n: checkpoint.packed(unit.state()) for n, unit in self._worker.units().items()}
+        content = {
+            "csipipe": version("csipipe"),
+            "iteration": done,
+            "settings": commandline.plain(self._settings),
+            "ledger": _dump(ledger),
+            "dropped": list(self._worker.dropped),
+            **progress,
+        }
+        partial = self._partial(done)
+
+        def write() -> dict[str, Record]:
+            return {n: checkpoint.write_part(partial, n, data) for n, data in parts.items()}
+
+        self._pending = _Pending(done, content, self._thread.submit(write))
+        self.seconds = time.monotonic() - started
+
+    def due(self, done: int, at_once: bool) -> bool:
+        """Whether a checkpoint is to be settled after iteration `done`, the same on every rank."""
+        if self._pending is None:
+            return False
+        return at_once or done >= self._pending.done + max(1, self._settings.save_every // _LAG)
+
+    def settle(self) -> OSError | None:
+        """Give the checkpoint that was begun its name, once all ranks have written it; collective.
 
         Returns:
             Why there is no checkpoint, on one of the ranks; it has been shown.
         """
-        partial = self._checkpoints / f"{done}.partial"
+        assert self._pending is not None
+        started = time.monotonic()
+        done, content, future = self._pending.done, self._pending.content, self._pending.written
+        partial = self._partial(done)
         written: dict[str, Record] = {}
 
-        def write() -> None:
-            for name, unit in self._worker.units().items():
-                written[name] = checkpoint.write_part(partial, name, unit.state())
-
         def name_it() -> None:
-            content = {
-                "csipipe": version("csipipe"),
-                "iteration": done,
-                "settings": commandline.plain(self._settings),
-                "ledger": _dump(ledger),
-                "dropped": self._worker.dropped,
-                **progress,
-            }
             checkpoint.commit(partial, content, parts)
             checkpoint.prune(self._checkpoints, self._settings.run.keep)
 
-        error = _try(write)
+        error = _try(lambda: written.update(future.result()))
         failed, parts = self._agree(error, written)
         if failed is None and self._rank == 0:
             error = _try(name_it)
         if self._rank == 0 and (failed is not None or error is not None):
             checkpoint.discard(partial)
+        self._pending = None
+        self.seconds += time.monotonic() - started
         return self._shown(f"checkpoint of iteration {done}", error, failed)
 
     def best(self, done: int) -> None:
@@ -93,6 +137,9 @@ class Saver:
             if failed is not None or error is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         self._shown(f"best weights of iteration {done}", error, failed)
+
+    def _partial(self, done: int) -> Path:
+        return self._checkpoints / f"{done}.partial"
 
     def _agree(
         self, error: OSError | None, written: dict[str, Record]

@@ -214,10 +214,16 @@ def run(
             if done % settings.eval_every == 0 or done == iterations:
                 best = _evaluate(worker, saver, tracker, mine, done, best)
                 stopping.progress()
-            if done % settings.save_every == 0 or done == iterations or stop:
-                error = _save(worker, saver, tracker, done, best)
+            last = stop or done == iterations
+            if saver.due(done, at_once=last):
+                _settle(saver, tracker, done)
                 stopping.progress()
-                if error is not None and stop and done < iterations:
+            if last or done % settings.save_every == 0:
+                _save(worker, saver, tracker, done, best)
+            if last:
+                with stopping.unhurried():  # a disk may take its time
+                    error = _settle(saver, tracker, done)
+                if error is not None and done < iterations:
                     raise error
         if profile is not None:
             profile.close()
@@ -229,17 +235,19 @@ def run(
             stopping.answered()
 
 
-def _save(
-    worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float
-) -> OSError | None:
-    """A checkpoint; returns why there is none."""
+def _save(worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float) -> None:
+    """A checkpoint begins."""
     progress: dict[str, Any] = {"best": None if best == float("inf") else best}
     if tracker is not None:
         progress |= tracker.progress()
-    before = time.monotonic()
-    error = saver.snapshot(done, worker.exchanged(), progress)
+    saver.begin(done, worker.exchanged(), progress)
+
+
+def _settle(saver: Saver, tracker: Tracker | None, done: int) -> OSError | None:
+    """The checkpoint that was begun is whole; returns why it isn't."""
+    error = saver.settle()
     if tracker is not None:
-        tracker.saved(done, time.monotonic() - before)
+        tracker.saved(done, saver.seconds)
     return error
 
 

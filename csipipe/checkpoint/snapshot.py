@@ -24,26 +24,31 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 FORMAT = 2
-"""Of the manifest and the parts; any other is refused. 1 had no `dropped`."""
+"""Of the manifest and the parts; any other is refused. 1 had no `dropped`, and other
+digests."""
 MANIFEST = "manifest.json"
 _REMEDY = "delete {} to go on from the checkpoint before it, or name another in run.resume"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A part as the manifest lists it: bytes of its file, and their BLAKE2b digest."""
+    """A part as the manifest lists it: bytes of its file, and their SHA-256."""
 
     size: int
     digest: bytes
 
-    DIGEST = 28
+    DIGEST = 32
     """Bytes of a digest."""
 
 
-def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
+def packed(tensors: dict[str, Tensor]) -> bytes:
+    """A part as its file holds it; the tensors may change afterwards."""
+    return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+
+
+def write_part(partial: Path, name: str, data: bytes) -> Record:
     """Write a part into the folder of a snapshot in the making (OSError)."""
     partial.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
     _write(_file(partial, name), data)
     return Record(len(data), _digest(data))
 
@@ -54,9 +59,9 @@ def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> 
     body = {
         "format": FORMAT,
         **content,
-        "parts": {n: {"size": r.size, "blake2b": r.digest.hex()} for n, r in parts.items()},
+        "parts": {n: {"size": r.size, "sha256": r.digest.hex()} for n, r in parts.items()},
     }
-    body["blake2b"] = _digest(_canonical(body)).hex()
+    body["sha256"] = _digest(_canonical(body)).hex()
     _write(partial / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
     _flush_folder(partial)
     if final.exists():  # an earlier attempt's, later than the one that was gone on from
@@ -126,7 +131,7 @@ class Snapshot:
         try:
             content = json.loads(file.read_text())
             version = content["format"]
-            digest = content.pop("blake2b")
+            digest = content.pop("sha256")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} can't be read ({error!r}); {self._remedy}.") from error
         if version != FORMAT:
@@ -156,7 +161,7 @@ class Snapshot:
             raise ValueError(
                 f"{file} has {len(data)} bytes instead of {record['size']}; {self._remedy}."
             )
-        if _digest(data).hex() != record["blake2b"]:
+        if _digest(data).hex() != record["sha256"]:
             raise ValueError(f"{file} was altered since it was written; {self._remedy}.")
         try:
             return safetensors.torch.load(data)
@@ -183,7 +188,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=Record.DIGEST).digest()
+    return hashlib.sha256(data).digest()
 
 
 def _canonical(content: dict[str, Any]) -> bytes:

@@ -66,7 +66,7 @@ class Tracker:
     def progress(self) -> dict[str, Any]:
         """What `resume` needs, as JSON has it."""
         return {
-            "history": self.history,
+            "history": list(self.history),
             "seconds": list(self.seconds),
             "seconds_total": self.seconds_total,
         }
@@ -89,7 +89,7 @@ class Tracker:
         self.screen.iteration(done, f"loss {figures.loss:.2e}, NMSE {figures.nmse_db:.2f} dB")
 
     def saved(self, done: int, seconds: float) -> None:
-        """Note a checkpoint after `done` iterations that took `seconds`."""
+        """Note a checkpoint, whole after `done` iterations, for which rank 0 paused `seconds`."""
         self.events.scalars({"time/seconds_per_checkpoint": seconds}, done)
 
     def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:

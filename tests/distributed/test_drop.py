@@ -217,7 +217,8 @@ def go_on(world: World, settings: Settings, folder: str, bad: Bad) -> list[list[
     for k in range(2):
         worker.train_iteration(k)
     saver = Saver(worker, settings, Path(folder), world.rank, world.size)
-    assert saver.snapshot(2, worker.exchanged(), {"best": None}) is None
+    saver.begin(2, worker.exchanged(), {"best": None})
+    assert saver.settle() is None
     world.ready("saved")
     before = worker.dropped
     worker.dropped = [0] * 4

@@ -82,7 +82,7 @@ def run(fault: Fault, folder: Path, method: str) -> tuple[Fault, float, float, s
         method=method,
         train__iterations="100000",
         run__eval_every="50000",
-        run__save_every="2",
+        run__save_every="1",
         run__timeout=str(TIMEOUT),
         data__holdout="0",
     )
@@ -106,7 +106,7 @@ def check(faults: Sequence[Fault], folder: Path, method: str = "csilocal", jobs:
             print(f"| {fault} | {first:.1f} s | {seconds:.1f} s | {message[16:]} |", flush=True)
             assert re.search(expected(fault), message), (str(fault), message)
             assert seconds < TIMEOUT + 10, (str(fault), seconds)
-            assert whole(folder / str(i)).name == "2", str(fault)
+            assert whole(folder / str(i)).name == "1", str(fault)
 
 
 def everything() -> Iterator[Fault]:

@@ -64,7 +64,9 @@ def _through(
             if k + 1 == HALF and not resume:
                 worker.evaluate("test")  # counts in the ledger, and must leave no other trace
                 saver = Saver(worker, settings, place, world.rank, world.size)
-                assert saver.snapshot(HALF, worker.exchanged(), {}) is None
+                saver.begin(HALF, worker.exchanged(), {})
+            elif k == HALF and not resume:  # training went on meanwhile
+                assert saver.settle() is None
         figures = worker.evaluate("test")
         found[name] = {
             "losses": losses[HALF - first :],
