@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from csipipe import checkpoint, commandline
@@ -66,10 +67,11 @@ class Saver:
         self._names = part_names(settings)
         self._thread = ThreadPoolExecutor(1)
         self._pending: _Pending | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {}  # kept: fresh memory costs most of a copy
         self.seconds = 0.0
 
     def begin(self, done: int, ledger: Ledger, progress: dict[str, Any]) -> None:
-        """Begin to save everything after iteration `done`; what was begun before is settled.
+        """Begin to save everything after iteration `done`; what was begun before was settled.
 
         Args:
             ledger: of all ranks.
@@ -77,7 +79,9 @@ class Saver:
         """
         assert self._pending is None
         started = time.monotonic()
-        parts = {n: checkpoint.packed(unit.state()) for n, unit in self._worker.units().items()}
+        for name, unit in self._worker.units().items():
+            kept = self._copies.get(name, {})
+            self._copies[name] = {k: _copied(t, kept.get(k)) for k, t in unit.state().items()}
         content = {
             "csipipe": version("csipipe"),
             "iteration": done,
@@ -89,7 +93,7 @@ class Saver:
         partial = self._partial(done)
 
         def write() -> dict[str, Record]:
-            return {n: checkpoint.write_part(partial, n, data) for n, data in parts.items()}
+            return {n: checkpoint.write_part(partial, n, part) for n, part in self._copies.items()}
 
         self._pending = _Pending(done, content, self._thread.submit(write))
         self.seconds = time.monotonic() - started
@@ -185,6 +189,13 @@ def restore(worker: Worker, settings: Settings, source: Snapshot) -> None:
             ) from error
     worker.dropped = list(source.content["dropped"])
     worker.restore_ledger(_load(source.content["ledger"], settings.topology.ues))
+
+
+def _copied(tensor: Tensor, copy: Tensor | None) -> Tensor:
+    """A tensor's values on the host, in the memory of an earlier copy if there is one."""
+    if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return copy.copy_(tensor.detach())
 
 
 def _try(save: Callable[[], object]) -> OSError | None:

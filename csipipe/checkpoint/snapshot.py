@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from dataclasses import dataclass
@@ -41,16 +42,22 @@ class Record:
     """Bytes of a digest."""
 
 
-def packed(tensors: dict[str, Tensor]) -> bytes:
-    """A part as its file holds it; the tensors may change afterwards."""
-    return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
+    """Write a part, contiguous tensors of the host, into the folder of a snapshot in the making.
 
-
-def write_part(partial: Path, name: str, data: bytes) -> Record:
-    """Write a part into the folder of a snapshot in the making (OSError)."""
+    Raises:
+        OSError: it can't be written.
+    """
     partial.mkdir(parents=True, exist_ok=True)
-    _write(_file(partial, name), data)
-    return Record(len(data), _digest(data))
+    file = _file(partial, name)
+    try:
+        safetensors.torch.save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+        with mmap.mmap(written.fileno(), 0, prot=mmap.PROT_READ) as data:
+            return Record(len(data), _digest(data))
 
 
 def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> Path:
@@ -187,7 +194,7 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(data: bytes | mmap.mmap) -> bytes:
     return hashlib.sha256(data).digest()
 
 

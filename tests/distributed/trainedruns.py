@@ -55,8 +55,8 @@ def snapshot(folder: Path, worker: Centralised, done: int) -> Path:
     """A checkpoint of the run as it is, with the parts that its method has."""
     partial = folder / "checkpoints" / f"{done}.partial"
     units = replicas(worker) if shared_parts(worker.settings.method) else worker.units()
-    data = {n: checkpoint.packed(unit.state()) for n, unit in units.items()}
-    parts = {n: checkpoint.write_part(partial, n, part) for n, part in data.items()}
+    states = {n: {k: t.contiguous() for k, t in unit.state().items()} for n, unit in units.items()}
+    parts = {n: checkpoint.write_part(partial, n, state) for n, state in states.items()}
     return checkpoint.commit(partial, {"iteration": done}, parts)
 
 

@@ -21,7 +21,7 @@ from csipipe.resuming import decide
 def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
     """A snapshot with one part."""
     partial = checkpoints / f"{iteration}.partial"
-    record = checkpoint.write_part(partial, "ue-0", checkpoint.packed({"x": torch.arange(5.0)}))
+    record = checkpoint.write_part(partial, "ue-0", {"x": torch.arange(5.0)})
     plain = commandline.plain(settings or Settings())
     content = {"iteration": iteration, "settings": plain}
     return checkpoint.commit(partial, content, {"ue-0": record})
