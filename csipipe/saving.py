@@ -130,8 +130,12 @@ class Saver:
         self.seconds += time.monotonic() - started
         return self._shown(f"checkpoint of iteration {done}", error, failed)
 
-    def best(self, done: int) -> None:
-        """Save the weights after iteration `done` as `checkpoints/best`; collective."""
+    def best(self, done: int) -> bool:
+        """Save the weights after iteration `done` as `checkpoints/best`; collective.
+
+        Returns:
+            Whether they are there, on rank 0.
+        """
         partial = self._checkpoints / f"best-{done}.partial"
         error = _try(lambda: self._worker.save_weights(partial))
         failed, _ = self._agree(error, {})
@@ -141,6 +145,7 @@ class Saver:
             if failed is not None or error is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         self._shown(f"best weights of iteration {done}", error, failed)
+        return failed is None and error is None
 
     def _partial(self, done: int) -> Path:
         return self._checkpoints / f"{done}.partial"

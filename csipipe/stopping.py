@@ -27,7 +27,7 @@ from csipipe.world import World
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
 GRACE = 5.0
-"""Seconds without progress, beyond the longest step so far, after which a signalled rank ends."""
+"""Seconds beyond the longest iteration so far after which a signalled rank ends."""
 _LOOK = 0.5  # seconds between two looks for the file
 _ASKED, _AFTER = "stop asked", "stop after"
 
@@ -72,15 +72,11 @@ class Stopping:
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writing)  # ends the thread
 
-    def progress(self) -> None:
-        """Something that all ranks do together is done: an iteration, an evaluation, a save."""
-        now = time.monotonic()
-        self._longest = max(self._longest, now - self._progress)
-        self._progress = now
-
     @contextlib.contextmanager
     def unhurried(self) -> Iterator[None]:
-        """Work that all ranks do together, once, and that takes longer than any iteration."""
+        """Work of unknown length, unlike an iteration: an evaluation, a save. What a rank waits
+        for there, it waits for `run.timeout`.
+        """
         self._unhurried = True
         try:
             yield
@@ -89,8 +85,10 @@ class Stopping:
             self._unhurried = False
 
     def after(self, done: int) -> bool:
-        """Whether the run ends after its `done`-th iteration, the same on every rank."""
-        self.progress()
+        """The `done`-th iteration is over: whether the run ends with it, the same on every rank."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._progress)
+        self._progress = now
         if self._world.rank == 0:
             if self._after is None and self._wanted():
                 self._after = done + 1

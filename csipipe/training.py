@@ -211,24 +211,23 @@ def run(
                 seconds = time.monotonic() - before
                 tracker.iteration(done, figures, settings.train.lr_at(done - 1), seconds)
             stop = stopping.after(done)
-            if done % settings.eval_every == 0 or done == iterations:
-                best = _evaluate(worker, saver, tracker, mine, done, best)
-                stopping.progress()
             last = stop or done == iterations
-            if saver.due(done, at_once=last):
-                _settle(saver, tracker, done)
-                stopping.progress()
-            if last or done % settings.save_every == 0:
-                _save(worker, saver, tracker, done, best)
-            if last:
-                with stopping.unhurried():  # a disk may take its time
+            with stopping.unhurried():
+                if done % settings.eval_every == 0 or done == iterations:
+                    best = _evaluate(worker, saver, tracker, mine, done, best)
+                if saver.due(done, at_once=last):
+                    _settle(saver, tracker, done)
+                if last or done % settings.save_every == 0:
+                    _save(worker, saver, tracker, done, best)
+                if last:
                     error = _settle(saver, tracker, done)
-                if error is not None and done < iterations:
-                    raise error
+                    if error is not None and done < iterations:
+                        raise error
         if profile is not None:
             profile.close()
         mine.close()
-        worker.save_weights(start.folder / "weights")
+        with stopping.unhurried():
+            worker.save_weights(start.folder / "weights")
         ledger = worker.exchanged()
         if tracker is not None:
             tracker.finish(_summary(worker, settings, tracker, ledger, done, world.size))
@@ -288,7 +287,6 @@ def _evaluate(
         tracker.evaluation(done, test, holdout, ledger)
     if worker.has_holdout:
         better = holdout is not None and holdout.nmse_db < best
-        if worker.agree(better):
-            saver.best(done)
+        if worker.agree(better) and saver.best(done):
             best = holdout.nmse_db if holdout is not None else best
     return best

@@ -11,6 +11,7 @@ crosses between a UE and the BTS is checked by who receives it (`csipipe.trust`)
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -187,13 +188,14 @@ class Channel:
             self._uploaded.pop(place)()
         if self.limit is not None:
             for peer in self.peers:
-                trust.mark(self._buffers[place][peer.rows])
+                for share in self._shares(peer, self._buffers[place][peer.rows]):
+                    trust.mark(share)
         self._receives[m] = [self._irecv(self._buffers[place][p.rows], p, m) for p in self.peers]
 
     def _judge(self, m: int, peer: Peer, rows: Tensor, limit: float) -> None:
         """Find the UEs whose share of a message isn't sound."""
         ues = peer.ues if self.from_ues else range(0)
-        for ue, share in zip(ues, rows.chunk(max(1, len(ues))), strict=False):
+        for ue, share in zip(ues, self._shares(peer, rows), strict=False):
             if not trust.sound(share, limit):
                 who = f"{self._name(m)} from UE {ue} ({peer.role}) {trust.fault(share, limit)}"
                 if not self.tolerant:
@@ -202,6 +204,10 @@ class Channel:
                 share.zero_()
         if not ues:
             raise trust.BadMessage(f"{self._name(m)} from {peer.role} {trust.fault(rows, limit)}.")
+
+    def _shares(self, peer: Peer, rows: Tensor) -> Sequence[Tensor]:
+        """A message's rows by UE, where UEs sent it."""
+        return rows.chunk(len(peer.ues)) if self.from_ues and peer.ues else [rows]
 
     @property
     def from_ues(self) -> bool:
@@ -312,10 +318,13 @@ class Wire:
         return self._host_channel(kind, [self._peer(rank, numbers) for rank in ranks], (numbers,))
 
     def weights(self, rank: int, scalars: int) -> Channel:
-        """Flattened weights that `rank` has, between that rank and rank 0."""
+        """Flattened weights that `rank` has, between that rank and rank 0.
+
+        Any number will do as long as it is one: BatchNorm counts its batches among them.
+        """
         other = 0 if self.rank else rank
         channel = self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
-        channel.limit = self.limit
+        channel.limit = sys.float_info.max
         return channel
 
     def neighbour(

@@ -65,22 +65,23 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
     with h5py.File(path, "r", locking=False) as file:
         check_key(path, layout, [name for name in file if not name.startswith("#")])
         # a link into another file would read what the message doesn't name
-        stored = file[layout.key] if _is_own(h5py, file, layout.key) else None
+        stored = file[layout.key] if is_own(h5py, file, layout.key) else None
         if not isinstance(stored, h5py.Dataset):
             check_class(path, layout, "group (a struct, a sparse matrix or a link)")
         check_class(path, layout, _class(stored))
-        _check_storage(stored)
+        check_storage(stored)
         yield _oriented(stored, layout)
 
 
-def _is_own(h5py: Any, file: Any, key: str) -> bool:
+def is_own(h5py: Any, file: Any, key: str) -> bool:
+    """Whether a variable lies in the file itself, and isn't a link or made of other files."""
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         return False
     stored = file[key]
     return not (isinstance(stored, h5py.Dataset) and (stored.external or stored.is_virtual))
 
 
-def _check_storage(stored: Any) -> None:
+def check_storage(stored: Any) -> None:
     """Refuse a shape that the stored bytes can't hold: the rows it has too many read as zeros."""
     held = stored.id.get_storage_size()
     if stored.nbytes > (held if stored.compression is None else _MOST_DEFLATED * held):

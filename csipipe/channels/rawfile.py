@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels import mat5
+from csipipe.channels import hdf5, mat5
 from csipipe.channels.layout import Layout, Unfit
 
 
@@ -55,8 +55,9 @@ def _choose(layout: Layout, found: list[str]) -> str:
 
 def _from_hdf5(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     with h5py.File(path, "r", locking=False) as file:
-        own = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+        own = [name for name in file if hdf5.is_own(h5py, file, name)]
         name = _choose(layout, [name for name in own if isinstance(file[name], h5py.Dataset)])
+        hdf5.check_storage(file[name])
         values = np.asarray(file[name])
     if values.dtype.names == ("real", "imag"):  # how MATLAB writes complex numbers
         values = values["real"] + 1j * values["imag"]

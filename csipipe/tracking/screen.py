@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -43,9 +44,10 @@ class Screen:
         self.say(f"{what} {done}/{self._iterations}: {figures}{left}")
 
     def say(self, line: str) -> None:
-        """A line above the bar, or in the log."""
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+        """A line above the bar, or in the log, if it can be written: its disk may be full."""
+        with contextlib.suppress(OSError):
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
         self._said = time.monotonic()
 
     def close(self) -> None:

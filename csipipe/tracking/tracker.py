@@ -59,9 +59,7 @@ class Tracker:
         self._seconds_before = float(progress["seconds_total"])
         for line in self.history:
             self._against_exchange(line)
-        partial = self.folder / f"{HISTORY}.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        os.replace(partial, self.folder / HISTORY)
+        self._write_history()
 
     def progress(self) -> dict[str, Any]:
         """What `resume` needs, as JSON has it."""
@@ -120,8 +118,16 @@ class Tracker:
             else {"loss": holdout.loss, "nmse_db": holdout.nmse_db},
         }
         self.history.append(line)
-        with open(self.folder / HISTORY, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self._write_history()
+        except OSError as error:
+            self.say(
+                f"csipipe: warning: {error}; training goes on. The next evaluation tries again."
+            )
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        _replace(self.folder / HISTORY, lines)
 
     def _against_exchange(self, line: dict[str, Any]) -> None:
         """The same evaluation, over what had been exchanged by then.
@@ -137,14 +143,16 @@ class Tracker:
                 self.events.scalars({f"{group}/test_{k}": v for k, v in test.items()}, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json`, whole or not at all, and print the closing table."""
+        """Write `summary.json` and print the closing table.
+
+        Raises:
+            OSError: it can't be written; it is named.
+        """
         if summary["status"] == "finished":
             self.events.add(self._end)
         self.events.close()
         self.screen.close()
-        partial = self.folder / "summary.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(partial, self.folder / "summary.json")
+        _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(closing_table(summary, self.folder), flush=True)
 
     def say(self, line: str) -> None:
@@ -160,3 +168,15 @@ class Tracker:
     def seconds_per_iteration(self) -> float:
         """Median wall time of the last 1,000 training iterations, evaluation apart."""
         return statistics.median(self.seconds) if self.seconds else float("nan")
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file, whole or not at all (OSError, with its name)."""
+    partial = file.with_suffix(".partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, file)
+    except OSError as error:
+        raise OSError(
+            f"{file} can't be written ({error.strerror}): make room on the disk"
+        ) from error

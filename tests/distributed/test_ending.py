@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import Fault
-from harness import ROOT, Program
+from harness import ROOT, Program, run_world
+from runs import CPU, small
 from test_resume import whole
 from test_run import arguments
 
-from csipipe import checkpoint
+from csipipe import checkpoint, methods, stopping, training
+from csipipe.resuming import Start
 from csipipe.schedule import Op
 from csipipe.stopping import GRACE
+from csipipe.tracking import RankTracker, Tracker
+from csipipe.world import World
 
 
 def endless(folder: Path, **settings: str) -> list[str]:
@@ -77,6 +83,36 @@ def test_long_work_that_is_announced_is_no_standstill(work: str, code: int, tmp_
     assert ("no progress" in ended.stderr) == bool(code)
 
 
+def asked_while_evaluating(world: World, folder: str) -> str:
+    """The status of a run that gets SIGTERM within an evaluation, longer than what is a standstill
+    in training.
+    """
+    stopping.GRACE = 0.3
+    settings = small(
+        "centralised", topology={"stages": None}, run={"eval_every": 2, "timeout": 20.0}
+    )
+    world.connect(20.0)
+    worker: Any = methods.prepare(settings, 0, 1, CPU)(world)
+    evaluate = worker.evaluate
+
+    def slowly(split: str) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)
+        return evaluate(split)
+
+    worker.evaluate = slowly
+    start = Start(Path(folder))
+    mine = RankTracker(start.folder, world.role(0), worker, 10, 0, draws=False)
+    training.run(worker, settings, start, Tracker(start.folder, settings, 0), mine, world)
+    world.leave()
+    return str(json.loads((start.folder / "summary.json").read_text())["status"])
+
+
+def test_a_stop_waits_for_an_evaluation(tmp_path: Path) -> None:
+    assert run_world(1, asked_while_evaluating, str(tmp_path)) == ["stopped"]
+    assert whole(tmp_path).name == "4"
+
+
 def children(pid: int) -> list[int]:
     """Processes that a process started, in order."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -133,11 +169,13 @@ def test_torchrun_ends_soon_after_the_ranks(what: str, place: int, tmp_path: Pat
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_disk_that_fills_up_stops_no_training(rank: int, tmp_path: Path) -> None:
     fault = Fault(rank, "full", Op.STEP, iteration=25)
-    settings = endless(tmp_path / "run", train__lr_schedule="constant")
+    often = {"run__eval_every": "2"}  # the learning curve outgrows what a file may hold
+    settings = endless(tmp_path / "run", train__lr_schedule="constant", **often)
     with Program(4, settings, fault) as program:
         program.wait_for("iteration 100/", timeout=180)
         lines = [line for line in program.text(rank, "err").splitlines() if "be saved" in line]
         assert lines
         assert "File too large" in lines[0]
         assert "the last whole one is" in lines[0]
+        assert ("history.jsonl can't be written" in program.text(0, "err")) == (rank == 0)
     assert whole(tmp_path / "run").name == "20"

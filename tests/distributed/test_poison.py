@@ -140,6 +140,6 @@ def test_a_poisoned_step_is_not_taken_or_saved(
         assert re.search(message, error)
         assert "before the optimiser's step" in error
     assert all(same for _, same in ended)
-    # every iteration is saved: the newest is the last sound one, and nothing else was written
-    assert checkpoint.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "2"
+    # every iteration is saved and gets its name after the next: nothing else was written
+    assert checkpoint.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "1"
     assert not (tmp_path / "weights").exists()

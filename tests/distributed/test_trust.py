@@ -50,13 +50,38 @@ def send_bad(world: World, values: list[float], kind: Kind) -> str:
         ([math.inf, 2, 3, 4, 5, 6], "from UE 4 .* holds inf"),
         ([1e5, 2, 3, 4, 5, 6], "from UE 4 .* root mean square 5.77e.04, above train.max_rms 1e.04"),
         ([1.0, 2, 3, 4, 5], "from UE 5 .* may be shorter than agreed"),
-        ([1.0], "from UE 5 .* may be shorter than agreed"),
+        ([1.0], "from UE 4 .* may be shorter than agreed"),  # each UE's rows have an end
         ([1e3, 2, 3, 4, 5, 6], "^$"),
     ],
 )
 def test_a_bad_message_is_named(values: list[float], message: str) -> None:
     error = run_world(2, send_bad, values, Kind.SMASHED)[0]
     assert re.search(message, error), error
+
+
+def send_weights(world: World, weights: list[float]) -> list[float] | str:
+    """Weights of rank 1 on rank 0."""
+    world.connect(20)
+    wire = Wire(Topology(2, 1, 2), world.rank, 8, 2, torch.float32, CPU, limit=1e4)
+    channel = wire.weights(1, len(weights))
+    received: list[float] | str = []
+    if world.rank:
+        channel.send(0, torch.tensor(weights, dtype=torch.float64))
+        channel.finish()
+    else:
+        channel.post()
+        try:
+            received = channel.receive(0).tolist()
+        except trust.BadMessage as bad:
+            received = str(bad)
+    world.leave()
+    return received
+
+
+def test_weights_may_be_large_but_not_infinite() -> None:
+    counts = [2e5, 1.0, 0.0]  # BatchNorm's batches in a long run
+    assert run_world(2, send_weights, counts)[0] == counts
+    assert "holds inf" in str(run_world(2, send_weights, [math.inf, 1.0])[0])
 
 
 def test_the_norm_finds_every_value_that_is_no_number() -> None:

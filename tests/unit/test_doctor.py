@@ -199,6 +199,13 @@ def test_version_7_3(tmp_path: Path, rows: Images, turned: bool) -> None:
     assert "it can't be read" in words(examine(path))
 
 
+def test_version_7_3_that_announces_more_than_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "DATA_Htrainin.mat"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("HT", (2048, 10**6), "f4", chunks=(2048, 1))
+    assert "needs more than the 0 bytes it holds" in words(examine(path))
+
+
 # Files of one folder together
 
 

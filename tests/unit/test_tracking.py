@@ -93,6 +93,23 @@ def test_the_loss_is_also_drawn_against_what_was_exchanged(tmp_path: Path) -> No
     assert [step for step, _ in scalars] == [2, 5]
 
 
+def test_a_full_disk_ends_no_training_and_the_curve_is_whole_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(tmp_path, SETTINGS, 0)
+    train(tracker, 0, 5, lambda done: 1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))  # as if there were no more room
+    try:
+        train(tracker, 5, 10, lambda done: 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{tmp_path / HISTORY} can't be written (File too large)" in capsys.readouterr().err
+    train(tracker, 10, 15, lambda done: 1.0)
+    lines = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [5, 10, 15]
+
+
 def test_a_resumed_runs_curves_have_each_step_once(tmp_path: Path) -> None:
     first = Tracker(tmp_path, SETTINGS, 0)
     train(first, 0, 5, lambda done: 1.0)
