@@ -39,7 +39,7 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         save_file(tensors, partial)
     except SafetensorError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error}") from error
+        raise OSError(f"{path} can't be written: {error}. Make room on the disk.") from error
     os.replace(partial, path)
 
 

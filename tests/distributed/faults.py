@@ -72,25 +72,38 @@ def _act(what: str) -> None:
 
 
 def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:
+    from csipipe.methods.csilocal import BtsHalf, UeHalf
+    from csipipe.pipeline import engine
+
     run = schedule.execute
-    trained = 0
+    now = 0  # the iteration that is being trained
+
+    def counted(train: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+        def train_iteration(half: Any, iteration: int) -> Any:
+            nonlocal now
+            now = iteration + 1
+            figures = train(half, iteration)
+            now = 0
+            return figures
+
+        return train_iteration
 
     def execute(plan: Any, *rest: Any) -> None:
-        nonlocal trained
+        nonlocal now
         steps: list[Instruction] = list(plan)
-        trained += any(step.op is Op.STEP for step in steps)
         at = next((i for i, step in enumerate(steps) if step.op is op), None)
-        if trained != fault.iteration or at is None or steps[-1].op is not Op.STEP:
+        if now != fault.iteration or at is None:
             run(steps, *rest)
             return
+        now = 0
         run(steps[:at], *rest)
         happens()
         _act(fault.what)
         run(steps[at:], *rest)
 
+    for half in (BtsHalf, UeHalf):
+        half.train_iteration = counted(half.train_iteration)  # type: ignore[assignment,method-assign]
     schedule.execute = execute  # type: ignore[assignment]
-    from csipipe.pipeline import engine
-
     engine.execute = execute  # type: ignore[attr-defined,assignment]
 
 

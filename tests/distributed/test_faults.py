@@ -75,7 +75,7 @@ def expected(fault: Fault) -> str:
     return rf"iteration {fault.iteration}: .* from {source} holds nan in 1 of"
 
 
-def run(fault: Fault, folder: Path, method: str) -> tuple[Fault, float, float, str]:
+def run(fault: Fault, folder: Path, method: str, **changed: str) -> tuple[Fault, float, float, str]:
     """The fault, seconds until the first rank ended and until all had, and the message."""
     settings = arguments(
         folder,
@@ -85,6 +85,7 @@ def run(fault: Fault, folder: Path, method: str) -> tuple[Fault, float, float, s
         run__save_every="1",
         run__timeout=str(TIMEOUT),
         data__holdout="0",
+        **changed,
     )
     frozen = fault.rank if fault.what == "freeze" else None
     with Program(4 if method == "csilocal" else 3, settings, fault) as program:
@@ -98,10 +99,14 @@ def run(fault: Fault, folder: Path, method: str) -> tuple[Fault, float, float, s
     return fault, first, seconds, messages[0]
 
 
-def check(faults: Sequence[Fault], folder: Path, method: str = "csilocal", jobs: int = 4) -> None:
-    """Run the faults, some at a time (they mostly wait), and print the table."""
-    with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda i: run(faults[i], folder / str(i), method), range(len(faults)))
+def check(faults: Sequence[Fault], folder: Path, **changed: str) -> None:
+    """Run the faults, four at a time (they mostly wait), and print the table."""
+
+    def one(i: int) -> tuple[Fault, float, float, str]:
+        return run(faults[i], folder / str(i), "csilocal", **changed)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(one, range(len(faults)))
         for i, (fault, first, seconds, message) in enumerate(results):
             print(f"| {fault} | {first:.1f} s | {seconds:.1f} s | {message[16:]} |", flush=True)
             assert re.search(expected(fault), message), (str(fault), message)
@@ -148,3 +153,15 @@ def test_faults_of_federated_ues_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", range(8))
 def test_every_fault_at_every_instruction_is_named(part: int, tmp_path: Path) -> None:
     check(list(everything())[part::8], tmp_path)
+
+
+@pytest.mark.long
+def test_faults_at_what_drop_adds_are_named(tmp_path: Path) -> None:
+    faults = [
+        Fault(rank, what, op)
+        for what in ("raise", "kill", "freeze")
+        for rank in range(3)
+        for op in (Op.ROLL_CALL, Op.VERDICT)
+    ]
+    others = [Fault(2, "kill", Op.ENCODE_BACKWARD), Fault(1, "freeze", Op.STEP)]
+    check([*faults, *others], tmp_path, train__on_bad_ue="drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from csipipe import checkpoint, commandline, lock
 from csipipe.config import RunSettings, Settings, TopologySettings, TrainSettings
@@ -33,6 +35,28 @@ def test_a_snapshot_says_what_was_written(tmp_path: Path) -> None:
     assert torch.equal(source.tensors("ue-0")["x"], torch.arange(5.0))
     with pytest.raises(ValueError, match="no part ue-1"):
         source.tensors("ue-1")
+
+
+def test_parts_are_safetensors_files(tmp_path: Path) -> None:
+    tensors = {
+        "draws": torch.arange(3, dtype=torch.uint8),
+        "half": torch.arange(3.0, dtype=torch.bfloat16),
+        "count": torch.tensor(7),
+        "none": torch.empty(0, 4),
+        "weight": torch.randn(2, 3),
+        "moment": torch.randn(3, dtype=torch.float64),
+        "mask": torch.tensor([True, False]),
+    }
+    record = checkpoint.write_part(tmp_path, "ue-0", tensors)
+    file = tmp_path / "ue-0.safetensors"
+    found = load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert record == checkpoint.Record(
+        file.stat().st_size, hashlib.sha256(file.read_bytes()).digest()
+    )
 
 
 def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
