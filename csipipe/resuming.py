@@ -2,7 +2,8 @@
 
 `run.resume` auto: an unfinished run in `run.dir` goes on if its settings are this run's; never: a
 directory that holds a run is an error; a path: from that checkpoint, in `run.dir`. After a restart
-by torchrun, the run of the attempt before goes on whatever was asked.
+by torchrun, the run of the attempt before goes on whatever was asked; so does one that was begun
+with the same path, which a requeued job repeats.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ FREE = (
 )
 """Settings, or beginnings of them, that decide where and how fast, not what is computed."""
 CONFIG = "config.yaml"
+_NO_PATH = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,39 @@ def decide(settings: Settings, folder: Path, again: bool) -> Start:
     Raises:
         ValueError, OSError: a directory, checkpoint or settings that don't fit; says what to do.
     """
-    resume = "auto" if again else settings.run.resume
+    asked = settings.run.resume
     held = (folder / CONFIG).is_file()
-    if resume == "never":
-        if held:
-            raise ValueError(
-                f"run.dir: {folder} already holds a run, and run.resume is never; nothing was "
-                "overwritten. Choose another run.dir, or run.resume auto to go on."
-            )
+    if asked == "never" and held and not again:
+        raise ValueError(
+            f"run.dir: {folder} already holds a run, and run.resume is never; nothing was "
+            "overwritten. Choose another run.dir, or run.resume auto to go on."
+        )
+    if held and (again or asked == "auto" or _begun_from(folder) == Path(asked).resolve()):
+        return _go_on(settings, folder)
+    if asked in _NO_PATH:
         return Start(folder)
-    if resume != "auto":
-        return _from(checkpoint.find(Path(resume)), settings, folder, held)
-    if not held:
-        return Start(folder)
-    return _go_on(settings, folder)
+    return _from(checkpoint.find(Path(asked)), settings, folder, held)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """The settings in `config.yaml` of the run in `folder`; raises ValueError."""
+    file = folder / CONFIG
+    try:
+        return dict(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} isn't the settings of a run; choose another run.dir.") from error
+
+
+def source_of(theirs: dict[str, Any]) -> str | None:
+    """The path in `run.resume` of a run's settings; None: it names none."""
+    run = theirs.get("run")
+    named = run.get("resume") if isinstance(run, dict) else None
+    return None if named is None or named in _NO_PATH else str(named)
+
+
+def _begun_from(folder: Path) -> Path | None:
+    named = source_of(written(folder))
+    return Path(named).resolve() if named else None
 
 
 def _from(source: Path, settings: Settings, folder: Path, held: bool) -> Start:
@@ -106,21 +127,32 @@ def _from(source: Path, settings: Settings, folder: Path, held: bool) -> Start:
 
 
 def _go_on(settings: Settings, folder: Path) -> Start:
-    """From the newest checkpoint of the run in `folder`."""
+    """From the newest checkpoint of the run in `folder`, or from where it was begun."""
     lock.check(folder)
     done = _finished(folder)
-    file = folder / CONFIG
-    try:
-        found = dict(yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} isn't the settings of a run; choose another run.dir.") from error
+    found = written(folder)
     _check_settings(found, settings, str(folder))
     if done is not None and done >= settings.train.iterations:
         return Start(folder, exists=True, finished=True)
     source = checkpoint.newest(folder / "checkpoints")
+    named = source_of(found)
+    if source is None and named is not None:
+        source = _find_again(named, folder)
     if source is not None:
         _check_snapshot(source, settings)
     return Start(folder, source, exists=True)
+
+
+def _find_again(named: str, folder: Path) -> Path:
+    """The checkpoint that the run in `folder`, which has none of its own, was begun from."""
+    try:
+        return checkpoint.find(Path(named))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} has no checkpoint of its own and was begun from run.resume {named}, where "
+            f"{Path.cwd()} sees none any more; bring that back, start in the folder that its path "
+            "is relative to, or choose another run.dir."
+        ) from error
 
 
 def _finished(folder: Path) -> int | None:

@@ -15,7 +15,8 @@ import torch
 
 from csipipe import checkpoint, commandline, lock
 from csipipe.config import RunSettings, Settings, TopologySettings, TrainSettings
-from csipipe.resuming import decide
+from csipipe.resuming import Start, decide
+from csipipe.training import _reopen
 
 
 def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
@@ -116,6 +117,69 @@ def test_a_restart_goes_on_whatever_was_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         decide(settings, folder, again=False)
     assert decide(settings, folder, again=True).exists
+
+
+def begun_elsewhere(tmp_path: Path) -> tuple[Settings, Path, Path]:
+    """Settings, folder and source of a run that was killed before it had saved anything."""
+    source = tmp_path / "source"
+    run_in(source, Settings())
+    first = snapshot(source / "checkpoints", 7)
+    settings = Settings(run=RunSettings(resume=str(source)))
+    folder = tmp_path / "run"
+    assert decide(settings, folder, again=False) == Start(folder, first)
+    run_in(folder, settings)
+    return settings, folder, first
+
+
+def test_a_run_begun_elsewhere_begins_there_again(tmp_path: Path) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    wanted = Start(folder, first, exists=True)
+    assert decide(settings, folder, again=True) == wanted  # restarted by torchrun
+    assert decide(settings, folder, again=False) == wanted  # requeued by SLURM, or by hand
+    assert decide(Settings(), folder, again=False) == wanted  # by hand, without run.resume
+
+
+def test_a_run_begun_elsewhere_goes_on_from_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    mine = Start(folder, snapshot(folder / "checkpoints", 9), exists=True)
+    monkeypatch.chdir(tmp_path)
+    for resume in (str(settings.run.resume), "source", "auto"):
+        named = Settings(run=RunSettings(resume=resume))
+        assert decide(named, folder, again=False) == mine
+    checkpoint.discard(first)  # its own are enough
+    assert decide(settings, folder, again=False) == mine
+    snapshot(tmp_path / "third" / "checkpoints", 5)
+    with pytest.raises(ValueError, match="holds another run than"):
+        decide(Settings(run=RunSettings(resume="third")), folder, again=False)
+
+
+def test_a_source_that_vanished_is_named(tmp_path: Path) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    checkpoint.discard(first)
+    for again in (True, False):
+        with pytest.raises(ValueError, match=f"begun from run.resume {settings.run.resume}, where"):
+            decide(settings, folder, again=again)
+
+
+def test_a_run_that_goes_on_remembers_where_it_was_begun(tmp_path: Path) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    plain = Settings()
+    _reopen(decide(plain, folder, again=False), plain)
+    assert decide(plain, folder, again=False).checkpoint == first
+    assert decide(settings, folder, again=False).checkpoint == first
+
+
+def test_a_requeued_job_does_not_go_back_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    first = snapshot(folder / "checkpoints", 5)
+    back = Settings(run=RunSettings(resume=str(first)))
+    _reopen(decide(back, folder, again=False), back)
+    later = snapshot(folder / "checkpoints", 9)
+    checkpoint.discard(first)  # run.keep
+    assert decide(back, folder, again=False).checkpoint == later
 
 
 HOLD = "import sys; from pathlib import Path; from csipipe.lock import Lock; " + (
