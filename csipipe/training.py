@@ -148,6 +148,14 @@ def claim(start: Start, settings: Settings, world: World) -> Lock:
 def _reopen(start: Start, settings: Settings) -> None:
     """Bring the directory of a run that goes on to where the checkpoint is."""
     folder = start.folder
+    checkpoint.sweep(folder / "checkpoints")
+    # before config.yaml says where it goes on: cut short here, the same command does it again
+    if later := checkpoint.rewind(folder / "checkpoints", start.iteration):
+        print(
+            f"removed checkpoint(s) {', '.join(map(str, later))} of {folder}: it goes on after "
+            f"iteration {start.iteration}.",
+            flush=True,
+        )
     # a run that hasn't saved yet is still to begin where it was told to at first
     named = source_of(written(folder))
     if settings.run.resume in ("auto", "never") and named is not None:
@@ -156,7 +164,6 @@ def _reopen(start: Start, settings: Settings) -> None:
     partial.write_text(commandline.to_yaml(settings))
     os.replace(partial, folder / CONFIG)
     (folder / "summary.json").unlink(missing_ok=True)
-    checkpoint.sweep(folder / "checkpoints")
 
 
 def _take_best_along(start: Start) -> None:

@@ -182,6 +182,33 @@ def test_a_requeued_job_does_not_go_back_again(tmp_path: Path) -> None:
     assert decide(back, folder, again=False).checkpoint == later
 
 
+def test_what_a_run_that_went_back_saves_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    places = {n: snapshot(folder / "checkpoints", n) for n in (50, 100, 150)}
+    back = Settings(run=RunSettings(resume=str(places[50])))
+    _reopen(decide(back, folder, again=False), back)
+    assert "removed checkpoint(s) 100, 150" in capsys.readouterr().out
+    for iteration in (60, 70):
+        snapshot(folder / "checkpoints", iteration)
+        checkpoint.prune(folder / "checkpoints", keep=2)
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["60", "70"]
+
+
+def test_going_on_from_the_newest_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    places = [snapshot(folder / "checkpoints", n) for n in (50, 100)]
+    _reopen(decide(Settings(), folder, again=False), Settings())
+    assert capsys.readouterr().out == ""
+    assert all((place / "manifest.json").is_file() for place in places)
+
+
 HOLD = "import sys; from pathlib import Path; from csipipe.lock import Lock; " + (
     "held = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
