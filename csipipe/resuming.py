@@ -9,14 +9,15 @@ with the same path, which a requeued job repeats.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from csipipe import checkpoint, commandline, lock
-from csipipe.config import Settings
+from csipipe.config import Settings, TopologySettings
+from csipipe.pipeline import settings as deepspeed
 
 FREE = (
     "run.",
@@ -30,6 +31,9 @@ FREE = (
 )
 """Settings, or beginnings of them, that decide where and how fast, not what is computed."""
 CONFIG = "config.yaml"
+DEEPSPEED = "deepspeed"
+"""Key of a checkpoint's manifest: what the file of `train.deepspeed` held; null: not used."""
+_FILE = "train.deepspeed"
 _NO_PATH = ("auto", "never")
 
 
@@ -131,8 +135,10 @@ def _go_on(settings: Settings, folder: Path) -> Start:
     lock.check(folder)
     done = _finished(folder)
     found = written(folder)
-    _check_settings(found, settings, str(folder))
-    if done is not None and done >= settings.train.iterations:
+    finished = done is not None and done >= settings.train.iterations
+    # of a run that goes on, what the file holds is compared, with its checkpoint
+    _check_settings(found, settings, str(folder), FREE if finished else (*FREE, _FILE))
+    if finished:
         return Start(folder, exists=True, finished=True)
     source = checkpoint.newest(folder / "checkpoints")
     named = source_of(found)
@@ -171,7 +177,14 @@ def _finished(folder: Path) -> int | None:
 
 def _check_snapshot(source: Path, settings: Settings) -> None:
     content = checkpoint.Snapshot(source).content
-    _check_settings(content["settings"], settings, str(source))
+    recorded = DEEPSPEED in content
+    free = (*FREE, _FILE) if recorded else FREE
+    _check_settings(content["settings"], settings, str(source), free)
+    wanted = deepspeed.of(settings) or {}
+    if recorded:
+        _check_deepspeed(content[DEEPSPEED] or {}, wanted, source)
+    if stage := wanted.get("zero_optimization", {}).get("stage", 0):
+        _check_cut(content["settings"]["topology"], settings, stage, source)
     if content["iteration"] > settings.train.iterations:
         raise ValueError(
             f"{source} is of iteration {content['iteration']}, but train.iterations is "
@@ -179,14 +192,44 @@ def _check_snapshot(source: Path, settings: Settings) -> None:
         )
 
 
-def _check_settings(theirs: dict[str, Any], settings: Settings, where: str) -> None:
-    """Refuse to go on with settings that would change the result."""
+def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
+    """Refuse to go on with a DeepSpeed file that holds something else, whatever it is called."""
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{source} was made with {key} {found.get(key)!r} in the file of {_FILE}, this "
+                f"run has {wanted.get(key)!r}: going on would be neither of the two. Give a file "
+                f"with the same {key}, or choose another run.dir."
+            )
+
+
+def _check_cut(theirs: dict[str, Any], settings: Settings, stage: int, source: Path) -> None:
+    """Refuse another cut of the tail under ZeRO, which steps a BTS stage as one vector."""
+    before = TopologySettings(stages=theirs["stages"], partition=theirs["partition"])
+    cuts = {
+        "stages": (replace(settings, topology=before).stages, settings.stages),
+        "partition": (before.partition, settings.topology.partition),
+    }
+    for name, (found, wanted) in cuts.items():
+        if found != wanted:
+            raise ValueError(
+                f"{source} was made with topology.{name} {found!r}, this run has {wanted!r}: with "
+                f"ZeRO stage {stage} in the file of {_FILE}, Adam steps a BTS stage's parameters "
+                f"as one vector, and another cut changes the last bits. Give the same "
+                f"topology.{name}, or choose another run.dir."
+            )
+
+
+def _check_settings(
+    theirs: dict[str, Any], settings: Settings, where: str, free: tuple[str, ...]
+) -> None:
+    """Refuse to go on with settings, other than `free` ones, that would change the result."""
     wanted = commandline.dotted(commandline.plain(settings))
     # a setting younger than the run had its default's effect
     found = commandline.dotted(commandline.plain(Settings())) | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
     for key in [*wanted, *(set(found) - set(wanted))]:
-        if key.startswith(FREE) or found.get(key) == wanted.get(key):
+        if key.startswith(free) or found.get(key) == wanted.get(key):
             continue
         if key == "train.iterations" and constant:
             continue

@@ -9,22 +9,26 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from csipipe import checkpoint, commandline, lock
 from csipipe.config import RunSettings, Settings, TopologySettings, TrainSettings
-from csipipe.resuming import Start, decide
+from csipipe.pipeline import settings as deepspeed
+from csipipe.resuming import DEEPSPEED, Start, decide
 from csipipe.training import _reopen
 
 
-def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
-    """A snapshot with one part."""
+def snapshot(
+    checkpoints: Path, iteration: int, settings: Settings | None = None, **more: Any
+) -> Path:
+    """A snapshot with one part, and `more` in its manifest."""
     partial = checkpoints / f"{iteration}.partial"
     record = checkpoint.write_part(partial, "ue-0", {"x": torch.arange(5.0)})
     plain = commandline.plain(settings or Settings())
-    content = {"iteration": iteration, "settings": plain}
+    content = {"iteration": iteration, "settings": plain, **more}
     return checkpoint.commit(partial, content, {"ue-0": record})
 
 
@@ -96,6 +100,59 @@ def test_what_is_computed_may_not(settings: Settings, message: str, tmp_path: Pa
     run_in(folder, Settings())
     with pytest.raises(ValueError, match=message):
         decide(settings, folder, again=False)
+
+
+ZERO = {"gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
+
+
+def with_file(file: Path, content: dict[str, Any], **topology: Any) -> Settings:
+    """Settings with a DeepSpeed file of that content."""
+    file.write_text(json.dumps(content))
+    return Settings(train=TrainSettings(deepspeed=str(file)), topology=TopologySettings(**topology))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ({"stages": 1}, r"topology\.stages 2, this run has 1: with ZeRO stage 1"),
+        ({"partition": "uniform"}, r"partition 'type:CRBlock', this run has 'uniform': with ZeRO"),
+    ],
+)
+def test_under_zero_the_tail_stays_cut_as_it_is(
+    topology: dict[str, Any], message: str, recorded: bool, tmp_path: Path
+) -> None:
+    settings = with_file(tmp_path / "zero.json", ZERO)
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    more = {DEEPSPEED: deepspeed.of(settings)} if recorded else {}
+    source = snapshot(folder / "checkpoints", 7, settings, **more)
+    same = with_file(tmp_path / "zero.json", ZERO, stages=2)  # what null stands for
+    assert decide(same, folder, again=False).checkpoint == source
+    with pytest.raises(ValueError, match=message):
+        decide(with_file(tmp_path / "zero.json", ZERO, **topology), folder, again=False)
+
+
+def test_a_deepspeed_file_is_what_it_holds(tmp_path: Path) -> None:
+    settings = with_file(tmp_path / "one.json", ZERO)
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    source = snapshot(folder / "checkpoints", 7, settings, **{DEEPSPEED: deepspeed.of(settings)})
+    moved = with_file(tmp_path / "two.json", ZERO)
+    assert decide(moved, folder, again=False).checkpoint == source
+    edited = with_file(tmp_path / "one.json", {"gradient_clipping": 0.0})
+    with pytest.raises(ValueError, match=r"zero_optimization \{'stage': 1\} in the file of"):
+        decide(edited, folder, again=False)
+
+
+def test_a_finished_run_of_another_deepspeed_file_is_not_this_one(tmp_path: Path) -> None:
+    settings = with_file(tmp_path / "one.json", ZERO)
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    (folder / "summary.json").write_text('{"status": "finished", "iterations": 500}')
+    assert decide(settings, folder, again=False).finished
+    with pytest.raises(ValueError, match=r"was made with train\.deepspeed"):
+        decide(with_file(tmp_path / "two.json", ZERO), folder, again=False)
 
 
 def test_fewer_iterations_than_there_are_is_refused(tmp_path: Path) -> None:
