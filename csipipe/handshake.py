@@ -4,6 +4,8 @@ wire agree on every message, so that a difference is named before it can be misr
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import zip_longest
 
@@ -11,12 +13,18 @@ import torch
 
 from csipipe import commandline
 from csipipe.config import Settings
+from csipipe.pipeline import settings as deepspeed
 from csipipe.wire import Wire
 from csipipe.world import World
 
 
 def compare_settings(world: World, settings: Settings) -> None:
-    """Refuse to train (ValueError) where nodes differ in release or settings."""
+    """Refuse to train where nodes differ in release or settings.
+
+    Raises:
+        ValueError: naming the first difference.
+        ValueError, OSError: a DeepSpeed file that can't be used.
+    """
     releases = f"csipipe {version('csipipe')}\ntorch {torch.__version__}"
     if difference := _differ(releases, world.shared("releases", releases)):
         here, there = difference
@@ -24,12 +32,15 @@ def compare_settings(world: World, settings: Settings) -> None:
             f"rank {world.rank} runs {here!r}, rank 0 {there!r}; install the same on every node "
             "(pip install -c constraints.txt -e .)."
         )
-    mine = commandline.to_yaml(settings)
+    # a path may mean another file on another node, and two paths the same
+    without = replace(settings, train=replace(settings.train, deepspeed=None))
+    content = json.dumps(deepspeed.of(settings), sort_keys=True)
+    mine = f"{commandline.to_yaml(without)}train.deepspeed with {content}"
     if difference := _differ(mine, world.shared("settings", mine)):
         here, there = difference
         raise ValueError(
             f"rank {world.rank} was started with {here!r}, rank 0 with {there!r}; start every "
-            "node with the same settings."
+            "node with the same settings and the same DeepSpeed file."
         )
 
 

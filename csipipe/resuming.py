@@ -2,20 +2,22 @@
 
 `run.resume` auto: an unfinished run in `run.dir` goes on if its settings are this run's; never: a
 directory that holds a run is an error; a path: from that checkpoint, in `run.dir`. After a restart
-by torchrun, the run of the attempt before goes on whatever was asked.
+by torchrun, the run of the attempt before goes on whatever was asked; so does one that was begun
+with the same path, which a requeued job repeats.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from csipipe import checkpoint, commandline, lock
-from csipipe.config import Settings
+from csipipe.config import Settings, TopologySettings
+from csipipe.pipeline import settings as deepspeed
 
 FREE = (
     "run.",
@@ -29,6 +31,10 @@ FREE = (
 )
 """Settings, or beginnings of them, that decide where and how fast, not what is computed."""
 CONFIG = "config.yaml"
+DEEPSPEED = "deepspeed"
+"""Key of a checkpoint's manifest: what the file of `train.deepspeed` held; null: not used."""
+_FILE = "train.deepspeed"
+_NO_PATH = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -76,20 +82,39 @@ def decide(settings: Settings, folder: Path, again: bool) -> Start:
     Raises:
         ValueError, OSError: a directory, checkpoint or settings that don't fit; says what to do.
     """
-    resume = "auto" if again else settings.run.resume
+    asked = settings.run.resume
     held = (folder / CONFIG).is_file()
-    if resume == "never":
-        if held:
-            raise ValueError(
-                f"run.dir: {folder} already holds a run, and run.resume is never; nothing was "
-                "overwritten. Choose another run.dir, or run.resume auto to go on."
-            )
+    if asked == "never" and held and not again:
+        raise ValueError(
+            f"run.dir: {folder} already holds a run, and run.resume is never; nothing was "
+            "overwritten. Choose another run.dir, or run.resume auto to go on."
+        )
+    if held and (again or asked == "auto" or _begun_from(folder) == Path(asked).resolve()):
+        return _go_on(settings, folder)
+    if asked in _NO_PATH:
         return Start(folder)
-    if resume != "auto":
-        return _from(checkpoint.find(Path(resume)), settings, folder, held)
-    if not held:
-        return Start(folder)
-    return _go_on(settings, folder)
+    return _from(checkpoint.find(Path(asked)), settings, folder, held)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """The settings in `config.yaml` of the run in `folder`; raises ValueError."""
+    file = folder / CONFIG
+    try:
+        return dict(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} isn't the settings of a run; choose another run.dir.") from error
+
+
+def source_of(theirs: dict[str, Any]) -> str | None:
+    """The path in `run.resume` of a run's settings; None: it names none."""
+    run = theirs.get("run")
+    named = run.get("resume") if isinstance(run, dict) else None
+    return None if named is None or named in _NO_PATH else str(named)
+
+
+def _begun_from(folder: Path) -> Path | None:
+    named = source_of(written(folder))
+    return Path(named).resolve() if named else None
 
 
 def _from(source: Path, settings: Settings, folder: Path, held: bool) -> Start:
@@ -106,21 +131,34 @@ def _from(source: Path, settings: Settings, folder: Path, held: bool) -> Start:
 
 
 def _go_on(settings: Settings, folder: Path) -> Start:
-    """From the newest checkpoint of the run in `folder`."""
+    """From the newest checkpoint of the run in `folder`, or from where it was begun."""
     lock.check(folder)
     done = _finished(folder)
-    file = folder / CONFIG
-    try:
-        found = dict(yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} isn't the settings of a run; choose another run.dir.") from error
-    _check_settings(found, settings, str(folder))
-    if done is not None and done >= settings.train.iterations:
+    found = written(folder)
+    finished = done is not None and done >= settings.train.iterations
+    # of a run that goes on, what the file holds is compared, with its checkpoint
+    _check_settings(found, settings, str(folder), FREE if finished else (*FREE, _FILE))
+    if finished:
         return Start(folder, exists=True, finished=True)
     source = checkpoint.newest(folder / "checkpoints")
+    named = source_of(found)
+    if source is None and named is not None:
+        source = _find_again(named, folder)
     if source is not None:
         _check_snapshot(source, settings)
     return Start(folder, source, exists=True)
+
+
+def _find_again(named: str, folder: Path) -> Path:
+    """The checkpoint that the run in `folder`, which has none of its own, was begun from."""
+    try:
+        return checkpoint.find(Path(named))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} has no checkpoint of its own and was begun from run.resume {named}, where "
+            f"{Path.cwd()} sees none any more; bring that back, start in the folder that its path "
+            "is relative to, or choose another run.dir."
+        ) from error
 
 
 def _finished(folder: Path) -> int | None:
@@ -139,7 +177,14 @@ def _finished(folder: Path) -> int | None:
 
 def _check_snapshot(source: Path, settings: Settings) -> None:
     content = checkpoint.Snapshot(source).content
-    _check_settings(content["settings"], settings, str(source))
+    recorded = DEEPSPEED in content
+    free = (*FREE, _FILE) if recorded else FREE
+    _check_settings(content["settings"], settings, str(source), free)
+    wanted = deepspeed.of(settings) or {}
+    if recorded:
+        _check_deepspeed(content[DEEPSPEED] or {}, wanted, source)
+    if stage := wanted.get("zero_optimization", {}).get("stage", 0):
+        _check_cut(content["settings"]["topology"], settings, stage, source)
     if content["iteration"] > settings.train.iterations:
         raise ValueError(
             f"{source} is of iteration {content['iteration']}, but train.iterations is "
@@ -147,14 +192,44 @@ def _check_snapshot(source: Path, settings: Settings) -> None:
         )
 
 
-def _check_settings(theirs: dict[str, Any], settings: Settings, where: str) -> None:
-    """Refuse to go on with settings that would change the result."""
+def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
+    """Refuse to go on with a DeepSpeed file that holds something else, whatever it is called."""
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{source} was made with {key} {found.get(key)!r} in the file of {_FILE}, this "
+                f"run has {wanted.get(key)!r}: going on would be neither of the two. Give a file "
+                f"with the same {key}, or choose another run.dir."
+            )
+
+
+def _check_cut(theirs: dict[str, Any], settings: Settings, stage: int, source: Path) -> None:
+    """Refuse another cut of the tail under ZeRO, which steps a BTS stage as one vector."""
+    before = TopologySettings(stages=theirs["stages"], partition=theirs["partition"])
+    cuts = {
+        "stages": (replace(settings, topology=before).stages, settings.stages),
+        "partition": (before.partition, settings.topology.partition),
+    }
+    for name, (found, wanted) in cuts.items():
+        if found != wanted:
+            raise ValueError(
+                f"{source} was made with topology.{name} {found!r}, this run has {wanted!r}: with "
+                f"ZeRO stage {stage} in the file of {_FILE}, Adam steps a BTS stage's parameters "
+                f"as one vector, and another cut changes the last bits. Give the same "
+                f"topology.{name}, or choose another run.dir."
+            )
+
+
+def _check_settings(
+    theirs: dict[str, Any], settings: Settings, where: str, free: tuple[str, ...]
+) -> None:
+    """Refuse to go on with settings, other than `free` ones, that would change the result."""
     wanted = commandline.dotted(commandline.plain(settings))
     # a setting younger than the run had its default's effect
     found = commandline.dotted(commandline.plain(Settings())) | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
     for key in [*wanted, *(set(found) - set(wanted))]:
-        if key.startswith(FREE) or found.get(key) == wanted.get(key):
+        if key.startswith(free) or found.get(key) == wanted.get(key):
             continue
         if key == "train.iterations" and constant:
             continue

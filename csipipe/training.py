@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from csipipe.lock import Lock
 from csipipe.methods import Worker, manifest, prepare
 from csipipe.methods.state import ue_name
 from csipipe.probe import Probe
-from csipipe.resuming import CONFIG, Start, decide
+from csipipe.resuming import CONFIG, Start, decide, source_of, written
 from csipipe.saving import Saver, restore
 from csipipe.stopping import Stopping
 from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
@@ -148,11 +148,22 @@ def claim(start: Start, settings: Settings, world: World) -> Lock:
 def _reopen(start: Start, settings: Settings) -> None:
     """Bring the directory of a run that goes on to where the checkpoint is."""
     folder = start.folder
+    checkpoint.sweep(folder / "checkpoints")
+    # before config.yaml says where it goes on: cut short here, the same command does it again
+    if later := checkpoint.rewind(folder / "checkpoints", start.iteration):
+        print(
+            f"removed checkpoint(s) {', '.join(map(str, later))} of {folder}: it goes on after "
+            f"iteration {start.iteration}.",
+            flush=True,
+        )
+    # a run that hasn't saved yet is still to begin where it was told to at first
+    named = source_of(written(folder))
+    if settings.run.resume in ("auto", "never") and named is not None:
+        settings = replace(settings, run=replace(settings.run, resume=named))
     partial = folder / f"{CONFIG}.partial"
     partial.write_text(commandline.to_yaml(settings))
     os.replace(partial, folder / CONFIG)
     (folder / "summary.json").unlink(missing_ok=True)
-    checkpoint.sweep(folder / "checkpoints")
 
 
 def _take_best_along(start: Start) -> None:

@@ -12,6 +12,7 @@ from csipipe.checkpoint.snapshot import (
     find,
     newest,
     prune,
+    rewind,
     sweep,
     write_part,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "newest",
     "prune",
     "read",
+    "rewind",
     "save",
     "sweep",
     "switch",

@@ -113,6 +113,17 @@ def prune(checkpoints: Path, keep: int) -> None:
         discard(folder)
 
 
+def rewind(checkpoints: Path, iteration: int) -> list[int]:
+    """Remove the snapshots later than `iteration`; returns which.
+
+    A run that goes on from `iteration` would lose its own new ones to `prune` otherwise.
+    """
+    later = [path for path in _whole(checkpoints) if int(path.name) > iteration]
+    for folder in later:
+        discard(folder)
+    return [int(path.name) for path in later]
+
+
 def newest(checkpoints: Path) -> Path | None:
     """Folder of the newest whole snapshot."""
     found = _whole(checkpoints)

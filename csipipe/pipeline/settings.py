@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from csipipe.config import Precision
+from csipipe.config import Precision, Settings
 
 KNOWN_VERSIONS = ("0.19.8",)
 """DeepSpeed releases that csipipe was run with; it relies on what they don't promise."""
@@ -41,6 +41,13 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
         raise ValueError(f"train.deepspeed: {file} holds no JSON object.")
     _check(file, keys, precision)
     return keys
+
+
+def of(settings: Settings) -> dict[str, Any] | None:
+    """What `load` reads for a run; None: its method runs without DeepSpeed. Raises as `load`."""
+    if settings.method != "csilocal":
+        return None
+    return load(settings.train.deepspeed, settings.train.precision)
 
 
 def _check(file: Path, keys: dict[str, Any], precision: Precision) -> None:

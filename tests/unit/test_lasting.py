@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,19 @@ from safetensors.torch import load_file
 
 from csipipe import checkpoint, commandline, lock
 from csipipe.config import RunSettings, Settings, TopologySettings, TrainSettings
-from csipipe.resuming import decide
+from csipipe.pipeline import settings as deepspeed
+from csipipe.resuming import DEEPSPEED, Start, decide
+from csipipe.training import _reopen
 
 
-def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
-    """A snapshot with one part."""
+def snapshot(
+    checkpoints: Path, iteration: int, settings: Settings | None = None, **more: Any
+) -> Path:
+    """A snapshot with one part, and `more` in its manifest."""
     partial = checkpoints / f"{iteration}.partial"
     record = checkpoint.write_part(partial, "ue-0", {"x": torch.arange(5.0)})
     plain = commandline.plain(settings or Settings())
-    content = {"iteration": iteration, "settings": plain}
+    content = {"iteration": iteration, "settings": plain, **more}
     return checkpoint.commit(partial, content, {"ue-0": record})
 
 
@@ -121,6 +126,59 @@ def test_what_is_computed_may_not(settings: Settings, message: str, tmp_path: Pa
         decide(settings, folder, again=False)
 
 
+ZERO = {"gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
+
+
+def with_file(file: Path, content: dict[str, Any], **topology: Any) -> Settings:
+    """Settings with a DeepSpeed file of that content."""
+    file.write_text(json.dumps(content))
+    return Settings(train=TrainSettings(deepspeed=str(file)), topology=TopologySettings(**topology))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ({"stages": 1}, r"topology\.stages 2, this run has 1: with ZeRO stage 1"),
+        ({"partition": "uniform"}, r"partition 'type:CRBlock', this run has 'uniform': with ZeRO"),
+    ],
+)
+def test_under_zero_the_tail_stays_cut_as_it_is(
+    topology: dict[str, Any], message: str, recorded: bool, tmp_path: Path
+) -> None:
+    settings = with_file(tmp_path / "zero.json", ZERO)
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    more = {DEEPSPEED: deepspeed.of(settings)} if recorded else {}
+    source = snapshot(folder / "checkpoints", 7, settings, **more)
+    same = with_file(tmp_path / "zero.json", ZERO, stages=2)  # what null stands for
+    assert decide(same, folder, again=False).checkpoint == source
+    with pytest.raises(ValueError, match=message):
+        decide(with_file(tmp_path / "zero.json", ZERO, **topology), folder, again=False)
+
+
+def test_a_deepspeed_file_is_what_it_holds(tmp_path: Path) -> None:
+    settings = with_file(tmp_path / "one.json", ZERO)
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    source = snapshot(folder / "checkpoints", 7, settings, **{DEEPSPEED: deepspeed.of(settings)})
+    moved = with_file(tmp_path / "two.json", ZERO)
+    assert decide(moved, folder, again=False).checkpoint == source
+    edited = with_file(tmp_path / "one.json", {"gradient_clipping": 0.0})
+    with pytest.raises(ValueError, match=r"zero_optimization \{'stage': 1\} in the file of"):
+        decide(edited, folder, again=False)
+
+
+def test_a_finished_run_of_another_deepspeed_file_is_not_this_one(tmp_path: Path) -> None:
+    settings = with_file(tmp_path / "one.json", ZERO)
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    (folder / "summary.json").write_text('{"status": "finished", "iterations": 500}')
+    assert decide(settings, folder, again=False).finished
+    with pytest.raises(ValueError, match=r"was made with train\.deepspeed"):
+        decide(with_file(tmp_path / "two.json", ZERO), folder, again=False)
+
+
 def test_fewer_iterations_than_there_are_is_refused(tmp_path: Path) -> None:
     given = [
         Settings(train=TrainSettings(iterations=n, lr_schedule="constant")) for n in (10, 20, 5)
@@ -140,6 +198,96 @@ def test_a_restart_goes_on_whatever_was_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         decide(settings, folder, again=False)
     assert decide(settings, folder, again=True).exists
+
+
+def begun_elsewhere(tmp_path: Path) -> tuple[Settings, Path, Path]:
+    """Settings, folder and source of a run that was killed before it had saved anything."""
+    source = tmp_path / "source"
+    run_in(source, Settings())
+    first = snapshot(source / "checkpoints", 7)
+    settings = Settings(run=RunSettings(resume=str(source)))
+    folder = tmp_path / "run"
+    assert decide(settings, folder, again=False) == Start(folder, first)
+    run_in(folder, settings)
+    return settings, folder, first
+
+
+def test_a_run_begun_elsewhere_begins_there_again(tmp_path: Path) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    wanted = Start(folder, first, exists=True)
+    assert decide(settings, folder, again=True) == wanted  # restarted by torchrun
+    assert decide(settings, folder, again=False) == wanted  # requeued by SLURM, or by hand
+    assert decide(Settings(), folder, again=False) == wanted  # by hand, without run.resume
+
+
+def test_a_run_begun_elsewhere_goes_on_from_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    mine = Start(folder, snapshot(folder / "checkpoints", 9), exists=True)
+    monkeypatch.chdir(tmp_path)
+    for resume in (str(settings.run.resume), "source", "auto"):
+        named = Settings(run=RunSettings(resume=resume))
+        assert decide(named, folder, again=False) == mine
+    checkpoint.discard(first)  # its own are enough
+    assert decide(settings, folder, again=False) == mine
+    snapshot(tmp_path / "third" / "checkpoints", 5)
+    with pytest.raises(ValueError, match="holds another run than"):
+        decide(Settings(run=RunSettings(resume="third")), folder, again=False)
+
+
+def test_a_source_that_vanished_is_named(tmp_path: Path) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    checkpoint.discard(first)
+    for again in (True, False):
+        with pytest.raises(ValueError, match=f"begun from run.resume {settings.run.resume}, where"):
+            decide(settings, folder, again=again)
+
+
+def test_a_run_that_goes_on_remembers_where_it_was_begun(tmp_path: Path) -> None:
+    settings, folder, first = begun_elsewhere(tmp_path)
+    plain = Settings()
+    _reopen(decide(plain, folder, again=False), plain)
+    assert decide(plain, folder, again=False).checkpoint == first
+    assert decide(settings, folder, again=False).checkpoint == first
+
+
+def test_a_requeued_job_does_not_go_back_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    first = snapshot(folder / "checkpoints", 5)
+    back = Settings(run=RunSettings(resume=str(first)))
+    _reopen(decide(back, folder, again=False), back)
+    later = snapshot(folder / "checkpoints", 9)
+    checkpoint.discard(first)  # run.keep
+    assert decide(back, folder, again=False).checkpoint == later
+
+
+def test_what_a_run_that_went_back_saves_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    places = {n: snapshot(folder / "checkpoints", n) for n in (50, 100, 150)}
+    back = Settings(run=RunSettings(resume=str(places[50])))
+    _reopen(decide(back, folder, again=False), back)
+    assert "removed checkpoint(s) 100, 150" in capsys.readouterr().out
+    for iteration in (60, 70):
+        snapshot(folder / "checkpoints", iteration)
+        checkpoint.prune(folder / "checkpoints", keep=2)
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["60", "70"]
+
+
+def test_going_on_from_the_newest_removes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    places = [snapshot(folder / "checkpoints", n) for n in (50, 100)]
+    _reopen(decide(Settings(), folder, again=False), Settings())
+    assert capsys.readouterr().out == ""
+    assert all((place / "manifest.json").is_file() for place in places)
 
 
 HOLD = "import sys; from pathlib import Path; from csipipe.lock import Lock; " + (
