@@ -177,12 +177,9 @@ def _finished(folder: Path) -> int | None:
 
 def _check_snapshot(source: Path, settings: Settings) -> None:
     content = checkpoint.Snapshot(source).content
-    recorded = DEEPSPEED in content
-    free = (*FREE, _FILE) if recorded else FREE
-    _check_settings(content["settings"], settings, str(source), free)
+    _check_settings(content["settings"], settings, str(source), (*FREE, _FILE))
     wanted = deepspeed.of(settings) or {}
-    if recorded:
-        _check_deepspeed(content[DEEPSPEED] or {}, wanted, source)
+    _check_deepspeed(content[DEEPSPEED] or {}, wanted, source)
     if stage := wanted.get("zero_optimization", {}).get("stage", 0):
         _check_cut(content["settings"]["topology"], settings, stage, source)
     if content["iteration"] > settings.train.iterations:

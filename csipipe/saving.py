@@ -28,6 +28,8 @@ from csipipe.checkpoint import Record, Snapshot
 from csipipe.config import Settings
 from csipipe.ledger import COUNTED, PHASES, Ledger
 from csipipe.methods import Worker, part_names
+from csipipe.pipeline import settings as deepspeed
+from csipipe.resuming import DEEPSPEED
 from csipipe.wire import largest
 
 _LAG = 10
@@ -65,6 +67,7 @@ class Saver:
         self._rank = rank
         self._ranks = ranks
         self._names = part_names(settings)
+        self._deepspeed = deepspeed.of(settings)
         self._thread = ThreadPoolExecutor(1)
         self._pending: _Pending | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}  # kept: fresh memory costs most of a copy
@@ -86,6 +89,7 @@ class Saver:
             "csipipe": version("csipipe"),
             "iteration": done,
             "settings": commandline.plain(self._settings),
+            DEEPSPEED: self._deepspeed,
             "ledger": _dump(ledger),
             "dropped": list(self._worker.dropped),
             **progress,

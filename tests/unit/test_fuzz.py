@@ -28,7 +28,7 @@ from csipipe.channels.rawfile import read_variable
 from csipipe.config import Settings
 from csipipe.pipeline import balance
 from csipipe.pipeline import settings as deepspeed
-from csipipe.resuming import _check_snapshot
+from csipipe.resuming import DEEPSPEED, _check_snapshot
 from csipipe.topology import Topology
 
 ROOT = Path(__file__).parents[2]
@@ -253,7 +253,7 @@ def test_yaml_is_read_or_refused(cases: int, tmp_path: Path) -> None:
 @CASES
 def test_manifests_of_checkpoints_are_read_or_refused(cases: int, tmp_path: Path) -> None:
     plain = commandline.plain(Settings())
-    content = {"iteration": 7, "settings": plain, "best": None}
+    content = {"iteration": 7, "settings": plain, DEEPSPEED: deepspeed.of(Settings())}
     folder = checkpoint.commit(tmp_path / "7.partial", content_of(tmp_path, content), {})
     file = folder / "manifest.json"
     good = file.read_bytes()
