@@ -6,8 +6,9 @@ rank that is silent or gone, or goes round in a circle. Pure: no processes, no s
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 EVERYONE = -1
@@ -28,6 +29,15 @@ class PeerLost(ConnectionError):
         self.peer = peer
         self.what = what
         self.gone = not any(sign in reason for sign in ("Timed out", "imeout"))
+
+
+@contextlib.contextmanager
+def watch(doing: str, peer: int, what: str) -> Iterator[None]:
+    """Say what this rank was doing, with whom, when a transfer failed (PeerLost)."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(doing, peer, what, str(error).splitlines()[0]) from error
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,10 @@ def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int],
         wait = waits[path[-1]]
         if wait.peer == EVERYONE:
             silent = [role(rank) for rank in range(size) if rank not in waits]
+            # one that ran out of time broke the others' connections
+            wait = next((other for other in waits.values() if not other.gone), wait)
             who = ", ".join(silent) or "no rank"
-            return Verdict(f"{_missing(wait, who)}", final=not silent)
+            return Verdict(_missing(wait, who), wait.gone, final=not silent)
         if wait.peer not in waits:
             return Verdict(_missing(wait, role(wait.peer)), wait.gone)
         if wait.peer in path:

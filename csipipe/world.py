@@ -161,8 +161,13 @@ class World:
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:
-        """End together: no rank closes its connections before the others are done with them."""
-        dist.barrier()
+        """End together: no rank closes its connections before the others are done with them.
+
+        Raises:
+            PeerLost: a rank is gone, or didn't come within the group's timeout.
+        """
+        with blame.watch("ending with all ranks", blame.EVERYONE, "the others to end"):
+            dist.barrier()
         dist.destroy_process_group()
 
     def fail(self, error: BaseException, debug: bool) -> NoReturn:

@@ -44,6 +44,17 @@ def test_in_a_collective_the_ranks_that_say_nothing_are_silent() -> None:
     assert verdict.text.startswith("UE rank 2 (UEs 0-1), UE rank 3 (UEs 2-3) is silent")
 
 
+def test_in_a_collective_a_broken_connection_is_a_rank_that_is_gone() -> None:
+    broken = {rank: wait(rank, EVERYONE, gone=True) for rank in range(3)}
+    verdict = find(broken, 0, 4, ROLE)
+    assert verdict.text.startswith("UE rank 3 (UEs 2-3) is gone")
+    assert verdict.gone
+    # unless a rank that ran out of time broke it
+    verdict = find({**broken, 1: wait(1, EVERYONE)}, 0, 4, ROLE)
+    assert verdict.text.startswith("UE rank 3 (UEs 2-3) is silent")
+    assert not verdict.gone
+
+
 def test_gloos_words_tell_silence_from_absence() -> None:
     assert PeerLost("waiting", 1, "z", "Connection reset by peer").gone
     assert not PeerLost("waiting", 1, "z", "Timed out waiting 3000ms for recv").gone
