@@ -30,7 +30,8 @@ from csipipe import blame
 
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or making its data, in seconds."""
-_POLL = 0.02
+POLL = 0.02
+"""Seconds between two looks for another rank's word."""
 _SPEAKING = 3.0
 _GRACE = 6.0  # ranks that wait for each other run out of time one after the other
 _GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up says so at once
@@ -107,7 +108,10 @@ class World:
         """
         owner = device.type == "cuda" and self.local_rank < torch.cuda.device_count()
         self.store.set(f"owns a GPU/{self.rank}", str(owner and dist.is_nccl_available()))
-        owners = [self._read(f"owns a GPU/{rank}") == "True" for rank in range(stages)]
+        owners = [
+            self.read(f"owns a GPU/{rank}", rank, "its word (GPU)") == "True"
+            for rank in range(stages)
+        ]
         group: dist.ProcessGroup | None = dist.new_group(
             range(stages),
             timeout=timedelta(seconds=timeout),
@@ -117,22 +121,25 @@ class World:
         assert group is not None
         return group
 
-    def ready(self, step: str) -> None:
+    def ready(self, step: str, limit: float = SETUP_TIMEOUT) -> None:
         """Wait until every rank has come to `step` of the set-up.
+
+        Args:
+            limit: longest wait for a rank, in seconds.
 
         Raises:
             PeerFailed: a rank published a failure instead.
-            TimeoutError: a rank did not come within `SETUP_TIMEOUT`.
+            PeerLost: a rank did not come within `limit`.
         """
         self.store.set(f"ready/{step}/{self.rank}", "")
         for rank in range(self.size):
-            self._read(f"ready/{step}/{rank}")
+            self.read(f"ready/{step}/{rank}", rank, f"it to be ready ({step})", limit)
 
-    def shared(self, name: str, mine: str) -> str:
+    def shared(self, name: str, mine: str, limit: float = SETUP_TIMEOUT) -> str:
         """Rank 0's text of that name, on every rank; raises as `ready`."""
         if self.rank == 0:
             self.store.set(name, mine)
-        return self._read(name)
+        return self.read(name, 0, f"its word ({name})", limit)
 
     def remembered(self, name: str, mine: str) -> str:
         """The text of that name that the first attempt of the run gave, which may be this one."""
@@ -145,19 +152,28 @@ class World:
         self.told[name] += 1
         self.store.set(f"{name}/{self.told[name]}/{self.rank}", text)
 
-    def hear(self, name: str, rank: int) -> list[str]:
+    def hear(self, name: str, rank: int, limit: float = SETUP_TIMEOUT) -> list[str]:
         """The lines that `rank` told when this rank last did; raises as `ready`."""
-        return self._read(f"{name}/{self.told[name]}/{rank}").splitlines()
+        key = f"{name}/{self.told[name]}/{rank}"
+        return self.read(key, rank, f"its word ({name})", limit).splitlines()
 
-    def _read(self, key: str) -> str:
-        """A text that another rank writes during set-up."""
-        deadline = time.monotonic() + SETUP_TIMEOUT
+    def read(
+        self, key: str, rank: int, what: str, limit: float = SETUP_TIMEOUT, poll: float = POLL
+    ) -> str:
+        """A text that `rank` writes into the store; raises as `ready`.
+
+        Args:
+            what: the text, for people.
+            poll: seconds between two looks.
+        """
+        deadline = time.monotonic() + limit
         while not self.store.check([key]):
             if self.store.check(["failure"]):
                 raise PeerFailed
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no rank wrote {key!r} within {SETUP_TIMEOUT:.0f} s.")
-            time.sleep(_POLL)
+                doing = f"waiting for {what} from {self.role(rank)}"
+                raise blame.PeerLost(doing, rank, what, f"Timed out after {limit:g} s")
+            time.sleep(poll)
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:
@@ -197,7 +213,8 @@ class World:
 
     def _blame(self, lost: blame.PeerLost) -> str:
         """Name the rank at the end of the chain of waits, once the others had time to say."""
-        mine = blame.Wait(lost.peer, lost.what, lost.gone, self.doing)
+        doing = self.doing or self.role(self.rank)  # during set-up
+        mine = blame.Wait(lost.peer, lost.what, lost.gone, doing)
         self.store.set(f"waiting/{self.rank}", mine.to_json())
         started = time.monotonic()
         while True:
@@ -208,7 +225,7 @@ class World:
             patience = _GRACE_GONE if verdict.gone else self.grace
             if verdict.final or time.monotonic() > started + patience:
                 return verdict.text
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
     def _waits(self, rank: int) -> blame.Wait | None:
         key = f"waiting/{rank}"
@@ -220,7 +237,7 @@ class World:
         """Exit once the first rank that failed has spoken: torchrun ends all when one is gone."""
         deadline = time.monotonic() + _SPEAKING
         while not self.store.check(["failure shown"]) and time.monotonic() < deadline:
-            time.sleep(_POLL)
+            time.sleep(POLL)
         self._exit()
 
     @staticmethod
