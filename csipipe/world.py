@@ -4,7 +4,9 @@ Start: every rank connects to torchrun's key-value store, sets itself up, and wa
 in `World.ready`. End: a rank that fails publishes its error in the store before it exits; the
 first to publish is the one that speaks, the others end silently. Their own errors (a closed
 connection, a timeout) only follow from the first. A rank that gave up waiting publishes for whom,
-and names the one at the end of the chain: its neighbour may be waiting as well.
+and names the one at the end of the chain: its neighbour may be waiting as well, only for less long.
+So a thread of every rank looks now and then whether one gave up, and if so publishes for whom its
+own rank waits; a frozen process can't.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -33,7 +36,8 @@ SETUP_TIMEOUT = 1800.0
 POLL = 0.02
 """Seconds between two looks for another rank's word."""
 _SPEAKING = 3.0
-_GRACE = 6.0  # ranks that wait for each other run out of time one after the other
+_LOOK = 1.0  # seconds between two looks whether a rank gave up
+_GRACE = 4.0  # a rank that waits as well says so after `_LOOK`; on a busy machine, later
 _GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up says so at once
 
 
@@ -53,7 +57,7 @@ class World:
         attempt: how often torchrun has restarted the run.
         doing: what this rank is, for messages; empty before it has a role.
         role: a rank's name for people.
-        grace: how long a rank that gave up waiting listens whether its peer did too, in seconds.
+        grace: how long a rank that gave up listens whether its peer waits too, in seconds.
         told: how often this rank told something, by name.
     """
 
@@ -68,6 +72,8 @@ class World:
     role: Callable[[int], str] = "rank {}".format
     grace: float = _GRACE
     told: Counter[str] = field(default_factory=Counter)
+    _left: threading.Event = field(default_factory=threading.Event)
+    _answering: threading.Thread | None = None
 
     @classmethod
     def from_torchrun(cls) -> World:
@@ -92,7 +98,6 @@ class World:
         `timeout` is the longest wait for a peer, in seconds, on this group. Connecting takes as
         long as the slowest rank's imports, so it follows `ready`.
         """
-        self.grace = min(_GRACE, timeout)
         dist.init_process_group(
             "gloo",
             store=PrefixStore("world", self.store),
@@ -100,6 +105,13 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
         )
+        # a connection of its own: one that waits for an answer holds others up
+        self._answering = threading.Thread(
+            target=self._answer,
+            args=(self.store.clone(),),  # type: ignore[attr-defined]  # missing in its stub
+            daemon=True,
+        )
+        self._answering.start()
 
     def bts_group(self, stages: int, device: torch.device, timeout: float) -> dist.ProcessGroup:
         """Process group of the BTS ranks: NCCL where each of them owns a GPU, else gloo.
@@ -167,13 +179,14 @@ class World:
             poll: seconds between two looks.
         """
         deadline = time.monotonic() + limit
-        while not self.store.check([key]):
-            if self.store.check(["failure"]):
-                raise PeerFailed
-            if time.monotonic() > deadline:
-                doing = f"waiting for {what} from {self.role(rank)}"
-                raise blame.PeerLost(doing, rank, what, f"Timed out after {limit:g} s")
-            time.sleep(poll)
+        with blame.waiting(rank, what):
+            while not self.store.check([key]):
+                if self.store.check(["failure"]):
+                    raise PeerFailed
+                if time.monotonic() > deadline:
+                    doing = f"waiting for {what} from {self.role(rank)}"
+                    raise blame.PeerLost(doing, rank, what, f"Timed out after {limit:g} s")
+                time.sleep(poll)
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:
@@ -184,6 +197,7 @@ class World:
         """
         with blame.watch("ending with all ranks", blame.EVERYONE, "the others to end"):
             dist.barrier()
+        self._hush()
         dist.destroy_process_group()
 
     def fail(self, error: BaseException, debug: bool) -> NoReturn:
@@ -215,7 +229,9 @@ class World:
         """Name the rank at the end of the chain of waits, once the others had time to say."""
         doing = self.doing or self.role(self.rank)  # during set-up
         mine = blame.Wait(lost.peer, lost.what, lost.gone, doing)
+        self._hush()
         self.store.set(f"waiting/{self.rank}", mine.to_json())
+        self.store.set("gave up", "")
         started = time.monotonic()
         while True:
             if self.store.check(["failure"]):
@@ -229,9 +245,24 @@ class World:
 
     def _waits(self, rank: int) -> blame.Wait | None:
         key = f"waiting/{rank}"
-        return (
-            blame.Wait.from_json(self.store.get(key).decode()) if self.store.check([key]) else None
-        )
+        text = self.store.get(key).decode() if self.store.check([key]) else ""
+        return blame.Wait.from_json(text) if text else None
+
+    def _answer(self, store: Store) -> None:
+        """Once a rank gave up, publish what this one waits for; on a thread of its own."""
+        pause = _LOOK
+        with contextlib.suppress(RuntimeError):  # the store may go with its torchrun
+            while not self._left.wait(pause):
+                if store.check(["gave up"]):
+                    wait = blame.now(self.doing)
+                    store.set(f"waiting/{self.rank}", wait.to_json() if wait else "")
+                    pause = POLL
+
+    def _hush(self) -> None:
+        """From here on this rank doesn't say what it waits for, or says it itself."""
+        self._left.set()
+        if self._answering is not None:
+            self._answering.join()
 
     def _let_speak(self) -> NoReturn:
         """Exit once the first rank that failed has spoken: torchrun ends all when one is gone."""

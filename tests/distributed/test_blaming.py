@@ -10,12 +10,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from harness import run_world
+from harness import Program, errors, run_world
+from test_run import arguments
 
+from csipipe import blame
+from csipipe import world as worlds
 from csipipe.world import World
 
 
@@ -64,7 +69,9 @@ def part(world: World, what: str) -> tuple[str, float]:
     return shown(world, act, timeout=1.0)
 
 
-@pytest.mark.parametrize(("what", "soon"), [("silent", 2.9), ("gone", 1.0)])
+@pytest.mark.parametrize(
+    ("what", "soon"), [pytest.param("silent", 2.9, marks=pytest.mark.long), ("gone", 1.0)]
+)
 def test_a_rank_lost_before_the_end_is_named(what: str, soon: float) -> None:
     results = run_world(3, part, what)
     (message,) = [text for text, _ in results if text]
@@ -73,3 +80,58 @@ def test_a_rank_lost_before_the_end_is_named(what: str, soon: float) -> None:
     assert match, message
     assert match[1] == what
     assert all(seconds < soon for _, seconds in results[:2])
+
+
+def average(world: World) -> tuple[str, float]:
+    """Rank 0 waits for the others one by one, who wait for its answer; the third is lost."""
+
+    def receive(source: int, what: str) -> None:
+        with blame.watch("receiving", source, what):
+            dist.recv(torch.zeros(1), source)
+
+    def act(world: World) -> None:
+        if world.rank == 0:
+            for rank in (1, 2, 3):
+                receive(rank, "update")
+            return
+        if world.rank == 2:
+            time.sleep(1.6)  # slow, as it may be
+        if world.rank == 3:
+            freeze(3.8)
+        dist.send(torch.zeros(1), 0)
+        receive(0, "mean")
+
+    worlds._LOOK = 0.2
+    world.grace = 1.2
+    return shown(world, act, timeout=2.0)
+
+
+def test_a_rank_that_waits_for_less_long_is_not_the_silent_one() -> None:
+    results = run_world(4, average)
+    (message,) = [text for text, _ in results if text]
+    assert message == "csipipe: error: rank 3 is silent: rank 0 at work, waited for update."
+
+
+@pytest.mark.long
+def test_a_run_names_the_frozen_rank_beside_a_slow_one(tmp_path: Path) -> None:
+    chosen = arguments(
+        tmp_path / "run",
+        method="fedavg",
+        topology__ues="6",
+        train__iterations="100000",
+        run__eval_every="50000",
+        run__timeout="8",
+    )
+    with Program(4, chosen) as program:
+        program.wait_for("training 1/", timeout=180)
+        started = time.monotonic()
+        pids = [process.pid or 0 for process in program.ranks]
+        for rank in (2, 3):
+            os.kill(pids[rank], signal.SIGSTOP)
+        time.sleep(7)
+        os.kill(pids[2], signal.SIGCONT)
+        ended = program.join(timeout=60, without=3)
+        seconds = time.monotonic() - started
+    (message,) = errors(ended)
+    assert message.startswith("csipipe: error: UE rank 3 (UEs 4-5) is silent: "), message
+    assert seconds < 18
