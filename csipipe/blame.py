@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 EVERYONE = -1
@@ -114,12 +114,18 @@ def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int],
                 continue
             silent = [role(rank) for rank in range(size) if rank not in waits]
             who = ", ".join(silent) or "no rank"
-            return Verdict(_missing(wait, who), wait.gone, final=not silent)
+            # not every rank sees that one is gone: the others still have to say that they wait
+            known = len(silent) == 1 if wait.gone else not silent and _all_over(waits.values())
+            return Verdict(_missing(wait, who), final=known)
         if wait.peer not in waits:
             return Verdict(_missing(wait, role(wait.peer)), wait.gone)
         if wait.peer in path:
             return _circle(waits, path[path.index(wait.peer) :], role)
         path.append(wait.peer)
+
+
+def _all_over(waits: Iterable[Wait]) -> bool:
+    return all(wait.over for wait in waits)
 
 
 def _missing(wait: Wait, who: str) -> str:
@@ -133,7 +139,7 @@ def _circle(waits: Mapping[int, Wait], circle: list[int], role: Callable[[int], 
     A connection that broke towards a rank which gave up itself only followed from that; whom the
     others waited for was too slow. Ranks that still wait may be about to find out.
     """
-    final = all(waits[rank].over for rank in circle)
+    final = _all_over(waits[rank] for rank in circle)
     slow = [rank for rank in circle if not waits[rank].gone]
     if len(slow) < len(circle):
         wait = waits[slow[0] if slow else circle[0]]
