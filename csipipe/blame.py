@@ -1,13 +1,16 @@
 """Who is to blame when ranks wait: from what every rank waited for to the one that nobody excuses.
 
-A rank that fails while it waits publishes its `Wait`; following them from rank to rank ends at the
-rank that is silent or gone, or goes round in a circle. Pure: no processes, no store.
+A rank that gives up waiting publishes its `Wait`, and so do, from then on, the ranks that still
+wait; following them from rank to rank ends at the rank that is silent or gone, or goes round in a
+circle. No processes, no store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 EVERYONE = -1
@@ -30,14 +33,50 @@ class PeerLost(ConnectionError):
         self.gone = not any(sign in reason for sign in ("Timed out", "imeout"))
 
 
+_now: dict[int, tuple[int, str]] = {}
+"""From whom each thread of this process, which is one rank, waits for what."""
+
+
+@contextlib.contextmanager
+def waiting(peer: int, what: str) -> Iterator[None]:
+    """This rank waits for rank `peer`, or in a collective for `EVERYONE`."""
+    thread = threading.get_ident()
+    _now[thread] = (peer, what)
+    try:
+        yield
+    finally:
+        del _now[thread]
+
+
+def now(doing: str) -> Wait | None:
+    """What this rank waits for at the moment, if it does; `doing`: where it is."""
+    wait = _now.get(threading.main_thread().ident or 0)  # other threads work for the main one
+    return Wait(*wait, gone=False, doing=doing, over=False) if wait else None
+
+
+@contextlib.contextmanager
+def watch(doing: str, peer: int, what: str) -> Iterator[None]:
+    """Say what this rank was doing, with whom, when a transfer failed (PeerLost)."""
+    try:
+        with waiting(peer, what):
+            yield
+    except RuntimeError as error:
+        raise PeerLost(doing, peer, what, str(error).splitlines()[0]) from error
+
+
 @dataclass(frozen=True)
 class Wait:
-    """What one rank waited for when it gave up: from which rank, and where it was itself."""
+    """What one rank waits for: from which rank, and where it is itself.
+
+    Attributes:
+        over: it gave up; else it still waits, and may be lucky.
+    """
 
     peer: int
     what: str
     gone: bool
     doing: str
+    over: bool = True
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -60,7 +99,7 @@ def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int],
     """Follow the waits from rank `start`.
 
     Args:
-        waits: of the ranks that gave up so far; `start` is one of them.
+        waits: of the ranks that gave up or still wait; `start` gave up.
         size: ranks of the run.
         role: a rank's name for people.
     """
@@ -68,14 +107,25 @@ def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int],
     while True:
         wait = waits[path[-1]]
         if wait.peer == EVERYONE:
+            # a rank that ran out of time broke the others' connections
+            late = [r for r, w in waits.items() if w.over and not w.gone and r not in path]
+            if wait.gone and late:
+                path.append(late[0])
+                continue
             silent = [role(rank) for rank in range(size) if rank not in waits]
             who = ", ".join(silent) or "no rank"
-            return Verdict(f"{_missing(wait, who)}", final=not silent)
+            # not every rank sees that one is gone: the others still have to say that they wait
+            known = len(silent) == 1 if wait.gone else not silent and _all_over(waits.values())
+            return Verdict(_missing(wait, who), final=known)
         if wait.peer not in waits:
             return Verdict(_missing(wait, role(wait.peer)), wait.gone)
         if wait.peer in path:
             return _circle(waits, path[path.index(wait.peer) :], role)
         path.append(wait.peer)
+
+
+def _all_over(waits: Iterable[Wait]) -> bool:
+    return all(wait.over for wait in waits)
 
 
 def _missing(wait: Wait, who: str) -> str:
@@ -87,14 +137,15 @@ def _circle(waits: Mapping[int, Wait], circle: list[int], role: Callable[[int], 
     """Ranks that wait for each other.
 
     A connection that broke towards a rank which gave up itself only followed from that; whom the
-    others waited for was too slow.
+    others waited for was too slow. Ranks that still wait may be about to find out.
     """
+    final = _all_over(waits[rank] for rank in circle)
     slow = [rank for rank in circle if not waits[rank].gone]
     if len(slow) < len(circle):
         wait = waits[slow[0] if slow else circle[0]]
-        return Verdict(_missing(wait, role(wait.peer)), final=True)
+        return Verdict(_missing(wait, role(wait.peer)), final=final)
     each = "; ".join(
         f"{waits[rank].doing}, waits for {waits[rank].what} from {role(waits[rank].peer)}"
         for rank in circle
     )
-    return Verdict(f"a message was lost, and ranks wait for each other: {each}.", final=True)
+    return Verdict(f"a message was lost, and ranks wait for each other: {each}.", final=final)

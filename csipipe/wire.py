@@ -10,10 +10,9 @@ crosses between a UE and the BTS is checked by who receives it (`csipipe.trust`)
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from csipipe import trust
-from csipipe.blame import EVERYONE, PeerLost
+from csipipe.blame import EVERYONE, watch
 from csipipe.clock import Clock
 from csipipe.device import download, host_buffer, upload
 from csipipe.ledger import COUNTED, UP, Kind, Ledger
@@ -227,11 +226,11 @@ class Channel:
 
     def _receiving(self, m: int, peer: Peer) -> AbstractContextManager[None]:
         name = self._name(m)
-        return _watch(f"waiting for {name} from {peer.role}", peer.rank, name)
+        return watch(f"waiting for {name} from {peer.role}", peer.rank, name)
 
     def _sending(self, peer: Peer) -> AbstractContextManager[None]:
         name = self._name()
-        return _watch(f"sending {name} to {peer.role}", peer.rank, f"it to take {name}")
+        return watch(f"sending {name} to {peer.role}", peer.rank, f"it to take {name}")
 
     def _tag(self, m: int) -> int:
         return self.kind.value * _SLOTS + m
@@ -407,7 +406,7 @@ def merged(ledger: Ledger, is_bts: bool) -> Ledger:
     """
     sides = torch.zeros(2, *ledger.counts.shape, dtype=torch.int64)
     sides[int(is_bts)] = ledger.counts
-    with _watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
+    with watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
         dist.all_reduce(sides)
     if not torch.equal(sides[0], sides[1]):
         raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
@@ -419,7 +418,7 @@ def merged(ledger: Ledger, is_bts: bool) -> Ledger:
 def largest(values: Sequence[int]) -> list[int]:
     """Element-wise maximum over all ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.int64)
-    with _watch("agreeing with all ranks", EVERYONE, "what they say"):
+    with watch("agreeing with all ranks", EVERYONE, "what they say"):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
 
@@ -429,7 +428,7 @@ def total(values: Tensor) -> Tensor:
 
     Exact where each element is a number on one rank and zero on the others.
     """
-    with _watch("adding up over all ranks", EVERYONE, "what they found"):
+    with watch("adding up over all ranks", EVERYONE, "what they found"):
         dist.all_reduce(values)
     return values
 
@@ -446,12 +445,3 @@ def connect_stages(rank: int, stages: int, device: torch.device, group: dist.Pro
             dist.send(greeting, stage + 1, group)
         elif rank == stage + 1:
             dist.recv(greeting, stage, group)
-
-
-@contextlib.contextmanager
-def _watch(doing: str, peer: int, what: str) -> Iterator[None]:
-    """Say what this rank was doing, with whom, when a transfer failed (PeerLost)."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(doing, peer, what, str(error).splitlines()[0]) from error

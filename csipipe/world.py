@@ -4,7 +4,9 @@ Start: every rank connects to torchrun's key-value store, sets itself up, and wa
 in `World.ready`. End: a rank that fails publishes its error in the store before it exits; the
 first to publish is the one that speaks, the others end silently. Their own errors (a closed
 connection, a timeout) only follow from the first. A rank that gave up waiting publishes for whom,
-and names the one at the end of the chain: its neighbour may be waiting as well.
+and names the one at the end of the chain: its neighbour may be waiting as well, only for less long.
+So a thread of every rank looks now and then whether one gave up, and if so publishes for whom its
+own rank waits; a frozen process can't.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -30,9 +33,11 @@ from csipipe import blame
 
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or making its data, in seconds."""
-_POLL = 0.02
+POLL = 0.02
+"""Seconds between two looks for another rank's word."""
 _SPEAKING = 3.0
-_GRACE = 6.0  # ranks that wait for each other run out of time one after the other
+_LOOK = 1.0  # seconds between two looks whether a rank gave up
+_GRACE = 4.0  # a rank that waits as well says so after `_LOOK`; on a busy machine, later
 _GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up says so at once
 
 
@@ -52,7 +57,7 @@ class World:
         attempt: how often torchrun has restarted the run.
         doing: what this rank is, for messages; empty before it has a role.
         role: a rank's name for people.
-        grace: how long a rank that gave up waiting listens whether its peer did too, in seconds.
+        grace: how long a rank that gave up listens whether its peer waits too, in seconds.
         told: how often this rank told something, by name.
     """
 
@@ -67,6 +72,8 @@ class World:
     role: Callable[[int], str] = "rank {}".format
     grace: float = _GRACE
     told: Counter[str] = field(default_factory=Counter)
+    _left: threading.Event = field(default_factory=threading.Event)
+    _answering: threading.Thread | None = None
 
     @classmethod
     def from_torchrun(cls) -> World:
@@ -91,7 +98,6 @@ class World:
         `timeout` is the longest wait for a peer, in seconds, on this group. Connecting takes as
         long as the slowest rank's imports, so it follows `ready`.
         """
-        self.grace = min(_GRACE, timeout)
         dist.init_process_group(
             "gloo",
             store=PrefixStore("world", self.store),
@@ -99,6 +105,13 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
         )
+        # a connection of its own: one that waits for an answer holds others up
+        self._answering = threading.Thread(
+            target=self._answer,
+            args=(self.store.clone(),),  # type: ignore[attr-defined]  # missing in its stub
+            daemon=True,
+        )
+        self._answering.start()
 
     def bts_group(self, stages: int, device: torch.device, timeout: float) -> dist.ProcessGroup:
         """Process group of the BTS ranks: NCCL where each of them owns a GPU, else gloo.
@@ -107,7 +120,10 @@ class World:
         """
         owner = device.type == "cuda" and self.local_rank < torch.cuda.device_count()
         self.store.set(f"owns a GPU/{self.rank}", str(owner and dist.is_nccl_available()))
-        owners = [self._read(f"owns a GPU/{rank}") == "True" for rank in range(stages)]
+        owners = [
+            self.read(f"owns a GPU/{rank}", rank, "its word (GPU)") == "True"
+            for rank in range(stages)
+        ]
         group: dist.ProcessGroup | None = dist.new_group(
             range(stages),
             timeout=timedelta(seconds=timeout),
@@ -117,22 +133,25 @@ class World:
         assert group is not None
         return group
 
-    def ready(self, step: str) -> None:
+    def ready(self, step: str, limit: float = SETUP_TIMEOUT) -> None:
         """Wait until every rank has come to `step` of the set-up.
+
+        Args:
+            limit: longest wait for a rank, in seconds.
 
         Raises:
             PeerFailed: a rank published a failure instead.
-            TimeoutError: a rank did not come within `SETUP_TIMEOUT`.
+            PeerLost: a rank did not come within `limit`.
         """
         self.store.set(f"ready/{step}/{self.rank}", "")
         for rank in range(self.size):
-            self._read(f"ready/{step}/{rank}")
+            self.read(f"ready/{step}/{rank}", rank, f"it to be ready ({step})", limit)
 
-    def shared(self, name: str, mine: str) -> str:
+    def shared(self, name: str, mine: str, limit: float = SETUP_TIMEOUT) -> str:
         """Rank 0's text of that name, on every rank; raises as `ready`."""
         if self.rank == 0:
             self.store.set(name, mine)
-        return self._read(name)
+        return self.read(name, 0, f"its word ({name})", limit)
 
     def remembered(self, name: str, mine: str) -> str:
         """The text of that name that the first attempt of the run gave, which may be this one."""
@@ -145,24 +164,40 @@ class World:
         self.told[name] += 1
         self.store.set(f"{name}/{self.told[name]}/{self.rank}", text)
 
-    def hear(self, name: str, rank: int) -> list[str]:
+    def hear(self, name: str, rank: int, limit: float = SETUP_TIMEOUT) -> list[str]:
         """The lines that `rank` told when this rank last did; raises as `ready`."""
-        return self._read(f"{name}/{self.told[name]}/{rank}").splitlines()
+        key = f"{name}/{self.told[name]}/{rank}"
+        return self.read(key, rank, f"its word ({name})", limit).splitlines()
 
-    def _read(self, key: str) -> str:
-        """A text that another rank writes during set-up."""
-        deadline = time.monotonic() + SETUP_TIMEOUT
-        while not self.store.check([key]):
-            if self.store.check(["failure"]):
-                raise PeerFailed
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no rank wrote {key!r} within {SETUP_TIMEOUT:.0f} s.")
-            time.sleep(_POLL)
+    def read(
+        self, key: str, rank: int, what: str, limit: float = SETUP_TIMEOUT, poll: float = POLL
+    ) -> str:
+        """A text that `rank` writes into the store; raises as `ready`.
+
+        Args:
+            what: the text, for people.
+            poll: seconds between two looks.
+        """
+        deadline = time.monotonic() + limit
+        with blame.waiting(rank, what):
+            while not self.store.check([key]):
+                if self.store.check(["failure"]):
+                    raise PeerFailed
+                if time.monotonic() > deadline:
+                    doing = f"waiting for {what} from {self.role(rank)}"
+                    raise blame.PeerLost(doing, rank, what, f"Timed out after {limit:g} s")
+                time.sleep(poll)
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:
-        """End together: no rank closes its connections before the others are done with them."""
-        dist.barrier()
+        """End together: no rank closes its connections before the others are done with them.
+
+        Raises:
+            PeerLost: a rank is gone, or didn't come within the group's timeout.
+        """
+        with blame.watch("ending with all ranks", blame.EVERYONE, "the others to end"):
+            dist.barrier()
+        self._hush()
         dist.destroy_process_group()
 
     def fail(self, error: BaseException, debug: bool) -> NoReturn:
@@ -192,8 +227,11 @@ class World:
 
     def _blame(self, lost: blame.PeerLost) -> str:
         """Name the rank at the end of the chain of waits, once the others had time to say."""
-        mine = blame.Wait(lost.peer, lost.what, lost.gone, self.doing)
+        doing = self.doing or self.role(self.rank)  # during set-up
+        mine = blame.Wait(lost.peer, lost.what, lost.gone, doing)
+        self._hush()
         self.store.set(f"waiting/{self.rank}", mine.to_json())
+        self.store.set("gave up", "")
         started = time.monotonic()
         while True:
             if self.store.check(["failure"]):
@@ -203,19 +241,34 @@ class World:
             patience = _GRACE_GONE if verdict.gone else self.grace
             if verdict.final or time.monotonic() > started + patience:
                 return verdict.text
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
     def _waits(self, rank: int) -> blame.Wait | None:
         key = f"waiting/{rank}"
-        return (
-            blame.Wait.from_json(self.store.get(key).decode()) if self.store.check([key]) else None
-        )
+        text = self.store.get(key).decode() if self.store.check([key]) else ""
+        return blame.Wait.from_json(text) if text else None
+
+    def _answer(self, store: Store) -> None:
+        """Once a rank gave up, publish what this one waits for; on a thread of its own."""
+        pause = _LOOK
+        with contextlib.suppress(RuntimeError):  # the store may go with its torchrun
+            while not self._left.wait(pause):
+                if store.check(["gave up"]):
+                    wait = blame.now(self.doing)
+                    store.set(f"waiting/{self.rank}", wait.to_json() if wait else "")
+                    pause = POLL
+
+    def _hush(self) -> None:
+        """From here on this rank doesn't say what it waits for, or says it itself."""
+        self._left.set()
+        if self._answering is not None:
+            self._answering.join()
 
     def _let_speak(self) -> NoReturn:
         """Exit once the first rank that failed has spoken: torchrun ends all when one is gone."""
         deadline = time.monotonic() + _SPEAKING
         while not self.store.check(["failure shown"]) and time.monotonic() < deadline:
-            time.sleep(_POLL)
+            time.sleep(POLL)
         self._exit()
 
     @staticmethod

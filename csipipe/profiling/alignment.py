@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from csipipe.world import World
+from csipipe.world import POLL, World
 
 _ROUNDS = 16
 
@@ -33,19 +33,25 @@ def best(rounds: list[tuple[int, int, int]]) -> Offset:
     return Offset(0 if abs(ns) <= within else ns, within)
 
 
-def offset(world: World) -> Offset:
-    """Measure this rank's offset; collective. Rank 0 answers one rank after the other."""
-    store = world.store
-    if world.rank == 0:
-        for rank in range(1, world.size):
-            for k in range(_ROUNDS):
-                store.get(f"time/{rank}/{k}/ask")  # waits until it is there
-                store.set(f"time/{rank}/{k}/answer", str(time.time_ns()))
-        return Offset(0, 0)
+def offset(world: World, limit: float) -> Offset:
+    """Measure this rank's offset; collective. Rank 0 answers one rank after the other.
+
+    Raises:
+        PeerFailed: a rank published a failure instead.
+        PeerLost: a rank was silent for longer than `limit` seconds.
+    """
     rounds = []
-    for k in range(_ROUNDS):
-        asked = time.time_ns()
-        store.set(f"time/{world.rank}/{k}/ask", "")
-        answer = int(store.get(f"time/{world.rank}/{k}/answer"))
-        rounds.append((asked, answer, time.time_ns()))
-    return best(rounds)
+    for rank in range(1, world.size) if world.rank == 0 else [world.rank]:
+        for k in range(_ROUNDS):
+            ask, answer = (f"time/{rank}/{k}/{what}" for what in ("ask", "answer"))
+            # the first round waits for the rank's turn; in the others each look counts
+            poll = POLL if k == 0 else 0.0
+            if world.rank == 0:
+                world.read(ask, rank, "its clock", limit, poll)
+                world.store.set(answer, str(time.time_ns()))
+            else:
+                asked = time.time_ns()
+                world.store.set(ask, "")
+                told = int(world.read(answer, 0, "its clock", limit, poll))
+                rounds.append((asked, told, time.time_ns()))
+    return best(rounds) if rounds else Offset(0, 0)

@@ -30,6 +30,11 @@ FOLDER, PICTURE = "profile", "timeline"
 _EVENT = 650
 """Bytes on the disk, at most, of one event of a trace while it is written: as JSON, packed, and
 packed once more in the merged trace. 550 were measured on CPUs."""
+_LEAST = 60.0
+"""Seconds that ranks wait for each other's part of the profile, at least."""
+_PACE = 5_000
+"""Events that are written per second, at least, by the slowest disk that ranks wait for. 100,000
+were merged on a CPU."""
 
 
 class Profile:
@@ -62,6 +67,7 @@ class Profile:
         self._last = self._first + settings.run.profile_iterations - 1
         self._recorder: Recorder | None = None
         self._offset = alignment.Offset(0, 0)
+        self._limit = max(_LEAST, settings.run.timeout)
         self._pending = done <= self._first - 2
         if not self._pending:
             self._say(
@@ -121,16 +127,19 @@ class Profile:
         world.tell("events", str(recorder.events))
         mine = ""
         if world.rank == 0:
-            events = sum(int(world.hear("events", rank)[0]) for rank in range(world.size))
-            mine = "yes" if self._has_room(events) else ""
-        self._pending = world.shared("profile", mine) != ""
+            told = [world.hear("events", rank, self._limit)[0] for rank in range(world.size)]
+            events = sum(map(int, told)) * self._settings.run.profile_iterations
+            mine = str(events) if self._has_room(events) else ""
+        total = world.shared("profile", mine, self._limit)
+        self._pending = total != ""
         if self._pending:
-            self._offset = alignment.offset(world)
+            self._limit = max(self._limit, int(total) / _PACE)
+            self._offset = alignment.offset(world, self._limit)
         return figures
 
     def _has_room(self, events: int) -> bool:
-        """Whether the disk has room for as many events per iteration; says so."""
-        needed = events * self._settings.run.profile_iterations * _EVENT
+        """Whether the disk has room for as many events; says so."""
+        needed = events * _EVENT
         free = shutil.disk_usage(self._run).free
         if needed <= free:
             self._say(f"{self} takes up to {needed:,} bytes in {self._folder}")
@@ -155,7 +164,8 @@ class Profile:
         world.tell("written", json.dumps([self._offset.ns, self._offset.within, error]))
         if world.rank == 0:
             self._gather(started)
-        world.ready("profile")  # the others would wait for rank 0 inside the next iteration
+        # the others would wait for rank 0 inside the next iteration
+        world.ready("profile", self._limit)
 
     def _file(self, rank: int) -> Path:
         return self._folder / traces.file_name(self._world.role(rank))
@@ -165,8 +175,8 @@ class Profile:
         world = self._world
         found, rows, errors = [], [], []
         for rank in range(world.size):
-            spans = from_json(world.hear("spans", rank)[0])
-            ns, within, error = json.loads(world.hear("written", rank)[0])
+            spans = from_json(world.hear("spans", rank, self._limit)[0])
+            ns, within, error = json.loads(world.hear("written", rank, self._limit)[0])
             role = world.role(rank)
             rows.append(Row(role, [span.shifted(ns) for span in spans]))
             found.append(Trace(rank, role, self._file(rank), ns))

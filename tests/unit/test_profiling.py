@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from csipipe import methods
+from csipipe.blame import PeerLost
 from csipipe.clock import Clock
 from csipipe.config import (
     DataSettings,
@@ -31,7 +32,7 @@ from csipipe.profiling.recorder import Recorder
 from csipipe.profiling.spans import Row, Span, from_json, idle, to_json, typical
 from csipipe.stopping import Stopping
 from csipipe.tracking import Tracker
-from csipipe.world import World
+from csipipe.world import PeerFailed, World
 
 CPU = torch.device("cpu")
 MS = 1_000_000
@@ -222,9 +223,9 @@ def settings(**run: Any) -> Settings:
 class Session:
     """A run's iterations through a profile, and what was said."""
 
-    def __init__(self, folder: Path, settings: Settings, done: int = 0) -> None:
+    def __init__(self, folder: Path, settings: Settings, done: int = 0, ranks: int = 1) -> None:
         folder.mkdir(exist_ok=True)
-        world = World(HashStore(), 0, 1, 0, 1)
+        self.world = world = World(HashStore(), 0, ranks, 0, ranks)
         ues, test = methods.load(settings, range(settings.topology.ues), CPU)
         self.worker = Centralised(settings, ues, test, CPU)
         self.tracker = Tracker(folder, settings, done)
@@ -347,3 +348,29 @@ def test_more_iterations_than_the_run_has() -> None:
     settings(profile=False, profile_after=10, profile_iterations=3)
     with pytest.raises(ValueError, match=r"run.profile_after is 1; it must be at least 2"):
         settings(profile_after=1)
+
+
+def test_a_rank_that_is_silent_is_waited_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csipipe.profiling.session._LEAST", 0.1)
+    monkeypatch.setattr(alignment, "offset", lambda *_: alignment.Offset(0, 0))
+    run = Session(tmp_path / "run", settings(timeout=0.1, profile_after=2), ranks=2)
+    run.world.store.set("events/1/1", "3")  # the last word of rank 1
+    with pytest.raises(PeerLost, match=r"for its word \(spans\) from rank 1") as found:
+        run.until(4)
+    assert found.value.peer == 1
+    assert not found.value.gone
+    run.end()
+
+
+def test_a_clock_that_is_silent_is_waited_for_a_while() -> None:
+    with pytest.raises(PeerLost, match=r"for its clock from rank 1: Timed out after 0\.1 s"):
+        alignment.offset(World(HashStore(), 0, 2, 0, 2), 0.1)
+
+
+def test_a_rank_that_fails_ends_the_comparison_of_clocks() -> None:
+    store = HashStore()
+    store.set("failure", "rank 0: no more")
+    with pytest.raises(PeerFailed):
+        alignment.offset(World(store, 1, 2, 1, 2), 60.0)
