@@ -28,6 +28,7 @@ from csipipe.bench.rank import END, Order, Spec
 
 _POLL = 0.02
 _LAST_LINES = 12
+_SPEAKING = 3.0  # seconds that a rank has to show its error
 
 
 class Process(Protocol):
@@ -153,11 +154,18 @@ class Resident:
     def _look_for_failure(self) -> None:
         codes = {r: c for r, p in enumerate(self.processes) if (c := p.poll()) is not None}
         if self._store.check(["failure"]):
+            self._let_speak()
             raise self._failed(self._store.get("failure").decode())
         if codes:
             killed = " (killed; out of memory?)" if -signal.SIGKILL in codes.values() else ""
             ended = [f"rank {rank} ended with code {code}" for rank, code in codes.items()]
             raise self._failed("; ".join(ended) + killed)
+
+    def _let_speak(self) -> None:
+        """A rank that failed says so in the log next."""
+        deadline = time.monotonic() + _SPEAKING
+        while not self._store.check(["failure shown"]) and time.monotonic() < deadline:
+            time.sleep(_POLL)
 
     def _failed(self, why: str) -> CandidateFailed:
         self.end(patience=0)

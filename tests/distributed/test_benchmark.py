@@ -77,6 +77,7 @@ def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
     assert found["ours_over"]["torch-1f1b"]["rounds"] == contest.ratios("ours", "torch-1f1b")
 
 
+@pytest.mark.long
 def test_a_wrong_peer_and_one_that_cannot_start_are_errors_and_not_figures() -> None:
     contest = line_up("ours", "one-process", "one-piece")
     ours, wrong, unable = contest.candidates

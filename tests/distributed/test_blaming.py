@@ -106,6 +106,7 @@ def average(world: World) -> tuple[str, float]:
     return shown(world, act, timeout=2.0)
 
 
+@pytest.mark.long
 def test_a_rank_that_waits_for_less_long_is_not_the_silent_one() -> None:
     results = run_world(4, average)
     (message,) = [text for text, _ in results if text]

@@ -169,6 +169,7 @@ def test_a_ue_that_is_dropped_leaves_no_trace(what: str, value: float, settings:
         assert torch.equal(idle[f"ue-1/{name}"], tensor) is (name != "draws"), name
 
 
+@pytest.mark.long
 def test_a_ue_is_taken_back_when_it_is_sound_again() -> None:
     """Beside the unsplit model, which leaves the same UEs out of the same iteration."""
     settings = setting(2, iterations=5)
@@ -188,6 +189,7 @@ def test_a_ue_is_taken_back_when_it_is_sound_again() -> None:
             assert loss == (0.0 if ue in out else pytest.approx(next(wanted), rel=1e-5))
 
 
+@pytest.mark.long
 def test_a_ue_that_cannot_step_stays_as_it_was() -> None:
     """What it sent was sound: the others' step is the same as with it."""
     settings = setting(2, lr_schedule="constant", iterations=3)

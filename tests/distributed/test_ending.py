@@ -75,7 +75,9 @@ with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize(("work", "code"), [("unhurried", 0), ("standstill", 1)])
+@pytest.mark.parametrize(
+    ("work", "code"), [pytest.param("unhurried", 0, marks=pytest.mark.long), ("standstill", 1)]
+)
 def test_long_work_that_is_announced_is_no_standstill(work: str, code: int, tmp_path: Path) -> None:
     line = [sys.executable, "-c", SLOW_WORK, str(tmp_path), work]
     ended = subprocess.run(line, stderr=subprocess.PIPE, text=True, timeout=60, check=False)

@@ -306,6 +306,7 @@ def most_alive(world: World, settings: Settings) -> int:
     return most
 
 
+@pytest.mark.long
 def test_the_aggregator_holds_no_more_of_more_ues() -> None:
     counts = {ues: run_world(2, most_alive, federated("fedavg", ues)) for ues in (2, 6)}
     assert [bts for bts, _ in counts.values()] == [2, 2]  # one that is added, one that comes

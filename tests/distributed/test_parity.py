@@ -82,7 +82,7 @@ def test_stages_partition_and_placement_change_no_bit(
     assert_same_bits(csilocal(1, 1, 4, "uniform"), csilocal(stages, ue_ranks, 4, partition))
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.long), 8])
 @pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_schedules_change_no_bit(stages: int, micro_batches: int) -> None:
     """With fewer micro-batches than stages too; 8 go around the ring of buffers more than once."""

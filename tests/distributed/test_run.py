@@ -294,7 +294,7 @@ def test_torchrun_passes_on_the_message_and_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "rank", "culprit"),
     [
-        ("csilocal", 1, "BTS stage 1"),
+        pytest.param("csilocal", 1, "BTS stage 1", marks=pytest.mark.long),
         pytest.param("csilocal", 3, "UE rank 3", marks=pytest.mark.long),
         pytest.param("fedavg", 0, "BTS stage 0", marks=pytest.mark.long),
         pytest.param("fedavg", 3, "UE rank 3", marks=pytest.mark.long),

@@ -172,7 +172,7 @@ def federated(method: Method, ues: int, **train: Any) -> Settings:
     )
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedgradper"])
+@pytest.mark.parametrize("method", ["fedavg", pytest.param("fedgradper", marks=pytest.mark.long)])
 @pytest.mark.parametrize("value", [NAN, pytest.param(1e30, marks=pytest.mark.long)])
 def test_a_federated_ue_that_is_dropped_leaves_no_trace(method: Method, value: float) -> None:
     always = {3: [0, 1, 2, 3, 4]}
