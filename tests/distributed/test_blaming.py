@@ -69,9 +69,8 @@ def part(world: World, what: str) -> tuple[str, float]:
     return shown(world, act, timeout=1.0)
 
 
-@pytest.mark.parametrize(
-    ("what", "soon"), [pytest.param("silent", 2.9, marks=pytest.mark.long), ("gone", 2.5)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("what", "soon"), [("silent", 2.9), ("gone", 2.5)])
 def test_a_rank_lost_before_the_end_is_named(what: str, soon: float) -> None:
     results = run_world(3, part, what)
     (message,) = [text for text, _ in results if text]

@@ -350,6 +350,7 @@ def test_more_iterations_than_the_run_has() -> None:
         settings(profile_after=1)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_silent_is_waited_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
