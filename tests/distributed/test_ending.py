@@ -171,13 +171,11 @@ def test_torchrun_ends_soon_after_the_ranks(what: str, place: int, tmp_path: Pat
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_disk_that_fills_up_stops_no_training(rank: int, tmp_path: Path) -> None:
     fault = Fault(rank, "full", Op.STEP, iteration=25)
-    often = {"run__eval_every": "2"}  # the learning curve outgrows what a file may hold
-    settings = endless(tmp_path / "run", train__lr_schedule="constant", **often)
+    settings = endless(tmp_path / "run", train__lr_schedule="constant")
     with Program(4, settings, fault) as program:
         program.wait_for("iteration 100/", timeout=180)
         lines = [line for line in program.text(rank, "err").splitlines() if "be saved" in line]
         assert lines
         assert "File too large" in lines[0]
         assert "the last whole one is" in lines[0]
-        assert ("history.jsonl can't be written" in program.text(0, "err")) == (rank == 0)
     assert whole(tmp_path / "run").name == "20"
