@@ -1,14 +1,17 @@
 """Metadata, dependencies and extras; tools are configured in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "csipipe/__init__.py").read_text())
+assert VERSION
 
 setup(
     name="csipipe",
-    version="0.1.0",
+    version=VERSION.group(1),
     description="Split, pipelined training of CSI-feedback autoencoders on clusters (CSILocal)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

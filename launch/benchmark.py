@@ -14,9 +14,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from csipipe import commandline
 from csipipe.bench import candidates, growth, race, table
-from csipipe.config import Settings
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 ABOUT = """Times an iteration of csipipe beside its peers, in turn and in one session, and checks
 that all do the same arithmetic. Start it with plain python."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from csipipe import commandline
+from csipipe.settings import commandline
 
 ABOUT = """Evaluates the weights of the run in directory RUN: the paper's loss, centred NMSE, ρ and
 SGCS, per UE, mean and over samples. A run that goes on or was interrupted is evaluated by its
@@ -17,8 +17,8 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments) and rank not in (None, "0"):
         sys.exit(0)
 
+    from csipipe.comm.world import World
     from csipipe.evaluation import command
-    from csipipe.world import World
 
     parser = commandline.RunParser("launch/evaluate.py", ABOUT)
     command.add_arguments(parser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from csipipe import commandline
+from csipipe.settings import commandline
 
 ABOUT = """Writes the encoder of a UE, and the decoder tail with the UE's head for the BTS, with
 torch.export (.pt2) and as ONNX, checks both against the original on the run's test set, and puts a

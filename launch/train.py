@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from csipipe import commandline
+from csipipe.settings import commandline
 
 ABOUT = """Trains a CSI-feedback autoencoder. Start it with torchrun: the first ranks are the BTS's
 pipeline stages, the others host the UEs."""
@@ -14,8 +14,8 @@ def main(arguments: list[str]) -> None:
     parser = commandline.parser(ABOUT)
     commandline.require_torchrun(parser, arguments, "launch/train.py")
 
-    from csipipe import training
-    from csipipe.world import World
+    from csipipe.comm.world import World
+    from csipipe.run import training
 
     world = World.from_torchrun()
     try:

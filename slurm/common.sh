@@ -17,7 +17,7 @@ fail() {
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job for SLURM; submit it with: sbatch $0 $*"
 # shellcheck disable=SC1091
 [ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
-python -c "import csipipe.cluster" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
+python -c "import csipipe.run.slurm" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
     $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, make the environment with
     python3 -m venv $csipipe/.venv and pip install -c constraints.txt -e . in it; modules go into slurm/common.sh."
 
@@ -34,9 +34,9 @@ on_each_node() (
 # Train with launch/train.py's arguments on all nodes of the job, and leave with its exit code.
 train() {
     local step code
-    run=$(python -m csipipe.cluster plan "$@") || exit 1
+    run=$(python -m csipipe.run.slurm plan "$@") || exit 1
     [ -z "$asked" ] || touch "$run/stop"
-    on_each_node --kill-on-bad-exit=1 python -m csipipe.cluster node "$run" & # a torchrun each
+    on_each_node --kill-on-bad-exit=1 python -m csipipe.run.slurm node "$run" & # a torchrun each
     step=$!
     wait "$step"
     code=$?

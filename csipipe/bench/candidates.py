@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from csipipe import schedule
-from csipipe.config import Settings
+from csipipe.pipeline import schedule
+from csipipe.settings.config import Settings
 
 Layers = Literal["ours", "plain"]
 LAYERS: tuple[Layers, ...] = ("ours", "plain")

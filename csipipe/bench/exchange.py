@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from csipipe import models
 from csipipe.bench import plain
 from csipipe.bench.candidates import Layers
-from csipipe.config import Settings
-from csipipe.figures import Figures
-from csipipe.ledger import Kind
+from csipipe.comm.ledger import Kind
+from csipipe.comm.topology import Topology
+from csipipe.comm.world import World
+from csipipe.measure.figures import Figures
 from csipipe.methods.base import set_rate
 from csipipe.methods.half import Half
-from csipipe.topology import Topology
-from csipipe.world import World
+from csipipe.settings.config import Settings
 
 
 @dataclass(frozen=True)

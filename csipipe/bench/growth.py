@@ -14,8 +14,8 @@ from dataclasses import replace
 from csipipe.bench.candidates import Candidate, csilocal, line_up
 from csipipe.bench.race import Race
 from csipipe.bench.table import spread
-from csipipe.config import Settings
-from csipipe.schedule import bubble
+from csipipe.pipeline.schedule import bubble
+from csipipe.settings.config import Settings
 
 UES = (2, 4, 8, 16, 32, 64)
 BASE = 4

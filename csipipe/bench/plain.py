@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.config import Kernel, ModelSettings
 from csipipe.models.crblock import CHANNELS, SLOPE
+from csipipe.settings.config import Kernel, ModelSettings
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:

@@ -23,17 +23,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from csipipe import commandline, methods
+from csipipe import methods
 from csipipe.bench import memory
 from csipipe.bench.candidates import Candidate
 from csipipe.bench.exchange import Choice, PeerStage, tail_of
-from csipipe.config import Settings
+from csipipe.comm.topology import Topology
+from csipipe.comm.world import World
 from csipipe.device import keep_memory, pick_device, synchronize
-from csipipe.figures import Figures
+from csipipe.measure.figures import Figures
 from csipipe.methods import Centralised
 from csipipe.methods.base import adam
-from csipipe.topology import Topology
-from csipipe.world import World
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 _ASLEEP = timedelta(days=30)
 

@@ -12,10 +12,10 @@ import torch
 
 from csipipe.bench.candidates import OTHER_NORMS, Candidate, cores
 from csipipe.bench.race import TOLERANCE, Race
-from csipipe.clock import ACTIVITIES
-from csipipe.config import Settings
 from csipipe.device import processor
-from csipipe.schedule import bubble
+from csipipe.measure.clock import ACTIVITIES
+from csipipe.pipeline.schedule import bubble
+from csipipe.settings.config import Settings
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal, common_test, deal
 from csipipe.channels.synthetic import SyntheticSource
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 __all__ = [
     "Deal",

@@ -23,7 +23,7 @@ from csipipe.channels.statistics import (
     spaced,
 )
 from csipipe.channels.synthetic import SyntheticSource
-from csipipe.metrics import rho, to_frequency
+from csipipe.measure.metrics import rho, to_frequency
 
 PARTS = ("train", "val", "test")
 GENERATED = (6500, 1500)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from csipipe.channels.source import Part, Site, Span
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 SYNTHETIC_ROWS: dict[Part, int] = {"train": 8000, "test": 1000}
 """Rows made where the settings name no number and the source has no end."""

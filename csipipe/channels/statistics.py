@@ -17,7 +17,7 @@ from scipy import linalg
 
 from csipipe.channels.source import Images
 from csipipe.channels.transform import ZERO, to_complex
-from csipipe.metrics import centred_nmse, floor_loss, to_db
+from csipipe.measure.metrics import centred_nmse, floor_loss, to_db
 
 Reals = NDArray[np.float64]
 

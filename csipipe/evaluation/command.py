@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from csipipe import trained, wire
+from csipipe.comm import collectives
+from csipipe.comm.world import World
 from csipipe.device import pick_device, set_threads
 from csipipe.evaluation import picture, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
-from csipipe.reports import pages
-from csipipe.trained import Trained
-from csipipe.world import World
+from csipipe.files import write_file
+from csipipe.run import trained
+from csipipe.run.trained import Trained
 
 MANY = 8
 """Runs that one picture and table hold well."""
@@ -53,7 +54,7 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
     if world:
         world.ready("data")
         world.connect(runs[0].settings.run.timeout)
-    total = wire.total if world else (lambda values: values)
+    total = collectives.total if world else (lambda values: values)
     found = []
     for one, mine in zip(runs, models, strict=True):
         distinct = list(dict.fromkeys(mine))
@@ -122,9 +123,9 @@ def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: 
         "runs": [evaluated.to_json() for _, evaluated in runs],
     }
     try:
-        pages.write(out / "table.txt", text + "\n")
+        write_file(out / "table.txt", text + "\n")
         picture.draw(runs, rows.name, out / "samples.png")
-        pages.write(out / "figures.json", json.dumps(content, indent=1) + "\n")
+        write_file(out / "figures.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise OSError(f"{out} can't be written: {error}; name another --out.") from error
     print(f"\nwritten:      {out}/figures.json, table.txt, samples.png", flush=True)

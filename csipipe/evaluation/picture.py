@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from csipipe import plotting
 from csipipe.evaluation.summary import Evaluated
-from csipipe.reports import pictures
 
 _LABELS = {
     "nmse_db": "centred NMSE of a sample (dB)",
@@ -47,7 +47,7 @@ def draw(runs: Sequence[tuple[str, Evaluated]], title: str, file: Path) -> None:
             axis.set_xlim(right=1)
     axes[0].set_ylabel("share of samples below")
     axes[0].legend(fontsize="small", loc="upper left")
-    pictures.save(figure, file)
+    plotting.save(figure, file)
 
 
 def _ues(axis: Axes, evaluated: Evaluated, name: str) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from csipipe import metrics
-from csipipe.config import Precision
 from csipipe.device import autocast
 from csipipe.evaluation.testset import Rows
+from csipipe.measure import metrics
+from csipipe.settings.config import Precision
 
 COLUMNS = ("loss", "floor", "nmse", "rho", "sgcs")
 """Per sample, linear: the paper's loss, that of a constant 0.5, centred NMSE, ρ, SGCS. A row

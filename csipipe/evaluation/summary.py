@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from csipipe.evaluation.samples import COLUMNS
-from csipipe.metrics import to_db
-from csipipe.trained import Trained
+from csipipe.measure.metrics import to_db
+from csipipe.run.trained import Trained
 
 PERCENTILES = (5, 25, 50, 75, 95)
 SHOWN = ("loss", "nmse_db", "rho", "sgcs")

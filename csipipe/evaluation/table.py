@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from csipipe.evaluation.summary import PERCENTILES, SHOWN, Evaluated
-from csipipe.reports.pictures import NAMES
+from csipipe.plotting import NAMES
 
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
 _FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from csipipe import channels
 from csipipe.channels.layout import ANGLES
 from csipipe.channels.synthetic import SyntheticSource
-from csipipe.config import DataSettings, ModelSettings, Settings
+from csipipe.settings.config import DataSettings, ModelSettings, Settings
 
 NO_FILE = "no DATA_HtestF…_all.mat"
 SMALLER = f"HF_all has {ANGLES} angles"

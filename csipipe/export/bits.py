@@ -10,10 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from csipipe import plotting
 from csipipe.export.parts import Pair, nmse_db, run
 from csipipe.export.quantiser import Quantiser
-from csipipe.reports import pages, pictures
-from csipipe.trained import Autoencoder
+from csipipe.files import write_table
+from csipipe.run.trained import Autoencoder
 
 SHOWN = range(1, 11)
 """Bits per entry of the table and the picture."""
@@ -58,7 +59,7 @@ def table(points: Sequence[Point], unquantised: float) -> str:
 
 def write(points: Sequence[Point], unquantised: float, title: str, folder: Path) -> None:
     """`bits.csv` and `bits.png`."""
-    pages.write_csv(
+    write_table(
         folder / "bits.csv",
         ["bits_per_entry", "bits_per_channel", "nmse_db", "nmse_db_unquantised"],
         [[p.bits, p.total, p.nmse_db, unquantised] for p in points],
@@ -82,7 +83,7 @@ def write(points: Sequence[Point], unquantised: float, title: str, folder: Path)
     axis.set_title(title, fontsize="medium")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    pictures.save(figure, folder / "bits.png")
+    plotting.save(figure, folder / "bits.png")
 
 
 def _per_channel(entries: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

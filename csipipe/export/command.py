@@ -7,7 +7,6 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csipipe import channels, trained
+from csipipe import __version__, channels
 from csipipe.channels import Manifest
 from csipipe.device import set_threads
 from csipipe.export import bits as curve
@@ -23,7 +22,8 @@ from csipipe.export import check, folder, formats
 from csipipe.export.learning import learn
 from csipipe.export.parts import Pair, nmse_db, operations, parameters, run
 from csipipe.export.quantiser import BITS, Quantiser
-from csipipe.trained import Trained
+from csipipe.run import trained
+from csipipe.run.trained import Trained
 
 SAMPLES = 16
 """Test rows that go along as `samples.f32`."""
@@ -116,7 +116,7 @@ def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) ->
     codeword = run(pair.encoder, h_BAD[:2])
     inputs = {"encoder": h_BAD, "decoder": codeword}
     return {
-        "csipipe": version("csipipe"),
+        "csipipe": __version__,
         "run": str(source.folder),
         "method": source.settings.method,
         "state": source.state,

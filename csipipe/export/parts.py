@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from csipipe.export.quantiser import Quantiser
-from csipipe.metrics import centred_nmse, to_db
+from csipipe.measure.metrics import centred_nmse, to_db
 from csipipe.models import count_parameters
-from csipipe.trained import Autoencoder
+from csipipe.run.trained import Autoencoder
 
 BLOCK = 128
 """Rows that a model takes at once."""

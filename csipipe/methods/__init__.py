@@ -13,17 +13,18 @@ from types import ModuleType
 import torch
 
 from csipipe import channels
-from csipipe.config import Settings
+from csipipe.comm.topology import Topology
+from csipipe.comm.world import World
 from csipipe.methods import federated
 from csipipe.methods.base import Part, Worker
 from csipipe.methods.centralised import Centralised
-from csipipe.methods.csilocal import BtsHalf, UeHalf
+from csipipe.methods.csilocal_bts import BtsHalf
+from csipipe.methods.csilocal_ue import UeHalf
 from csipipe.methods.state import layer_name, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.models import tail_shapes
 from csipipe.pipeline import settings as deepspeed_settings
-from csipipe.topology import Topology
-from csipipe.world import World
+from csipipe.settings.config import Settings
 
 __all__ = [
     "Centralised",

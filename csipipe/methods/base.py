@@ -9,12 +9,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from csipipe.clock import Clock
-from csipipe.config import TrainSettings
-from csipipe.figures import Figures
-from csipipe.ledger import Ledger
+from csipipe.comm.ledger import Ledger
+from csipipe.measure.clock import Clock
+from csipipe.measure.figures import Figures
+from csipipe.measure.probe import Probe
 from csipipe.methods.state import Unit
-from csipipe.probe import Probe
+from csipipe.settings.config import TrainSettings
 
 Part = Literal["holdout", "test"]
 """Rows of an evaluation: each UE's own held-out training rows, or the common test set."""

@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from csipipe import checkpoint, models, trust
-from csipipe.clock import Clock
-from csipipe.config import Settings
+from csipipe import checkpoint, models
+from csipipe.comm import trust
+from csipipe.comm.ledger import Ledger
 from csipipe.device import autocast
-from csipipe.figures import WIDTH, Figures
-from csipipe.ledger import Ledger
+from csipipe.measure.clock import Clock
+from csipipe.measure.figures import WIDTH, Figures
+from csipipe.measure.probe import Probe
 from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
-from csipipe.probe import Probe
+from csipipe.settings.config import Settings
 
 
 class Centralised:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models
-from csipipe.config import Settings
-from csipipe.exchange import shared_parts
-from csipipe.figures import WIDTH, Figures
-from csipipe.ledger import Kind
+from csipipe.comm.ledger import Kind
+from csipipe.comm.topology import Topology
+from csipipe.comm.world import World
+from csipipe.measure.figures import WIDTH, Figures
 from csipipe.methods.base import Part
+from csipipe.methods.cost import shared_parts
 from csipipe.methods.half import Half
 from csipipe.methods.replica import Agreed, Replica, flat, split
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
-from csipipe.topology import Topology
-from csipipe.world import World
+from csipipe.settings.config import Settings
 
 
 class FedAvg(Replica):

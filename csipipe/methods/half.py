@@ -9,17 +9,18 @@ from contextlib import AbstractContextManager
 import torch
 from tqdm import tqdm
 
-from csipipe import handshake, trust
-from csipipe.config import Settings
+from csipipe.comm import handshake, trust
+from csipipe.comm.collectives import largest, merged
+from csipipe.comm.ledger import Kind, Ledger
+from csipipe.comm.topology import Topology
+from csipipe.comm.wire import Wire
+from csipipe.comm.world import World
 from csipipe.device import autocast, wire_dtype
-from csipipe.figures import WIDTH, Figures
-from csipipe.ledger import Kind, Ledger
+from csipipe.measure.figures import WIDTH, Figures
+from csipipe.measure.probe import Probe
 from csipipe.methods.base import batches_of
 from csipipe.models import count_parts
-from csipipe.probe import Probe
-from csipipe.topology import Topology
-from csipipe.wire import Wire, largest, merged
-from csipipe.world import World
+from csipipe.settings.config import Settings
 
 
 class Half:

@@ -12,14 +12,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from csipipe import models, trust
-from csipipe.config import Settings
+from csipipe import models
+from csipipe.comm import trust
 from csipipe.device import autocast
-from csipipe.exchange import shared_parts
+from csipipe.measure.probe import Probe
 from csipipe.methods.base import set_rate
+from csipipe.methods.cost import shared_parts
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
-from csipipe.probe import Probe
+from csipipe.settings.config import Settings
 
 
 class Replica:

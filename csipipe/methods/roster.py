@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from csipipe.ledger import Kind
-from csipipe.schedule import Attempts, Instruction
-from csipipe.wire import Wire
+from csipipe.comm.ledger import Kind
+from csipipe.comm.wire import Wire
+from csipipe.pipeline.schedule import Attempts, Instruction
 
 
 class Roster:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csipipe import trust
-from csipipe.config import Settings
-from csipipe.figures import row_sums
+from csipipe.comm import trust
+from csipipe.measure.figures import row_sums
+from csipipe.measure.metrics import floor_loss, paper_loss
 from csipipe.methods.base import adam
 from csipipe.methods.state import AdamMoments, Unit
-from csipipe.metrics import floor_loss, paper_loss
 from csipipe.models import build_encoder, build_head
+from csipipe.settings.config import Settings
 
 _DRAWS = 1000  # apart from the seeds of the model's parts
 

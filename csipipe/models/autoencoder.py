@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from csipipe.config import ModelSettings
 from csipipe.models.crblock import SLOPE, CRBlock
 from csipipe.models.layers import Conv2d, Linear
+from csipipe.settings.config import ModelSettings
 
 T = TypeVar("T")
 

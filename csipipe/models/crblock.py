@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csipipe.config import Kernel
 from csipipe.models.layers import Conv2d
+from csipipe.settings.config import Kernel
 
 CHANNELS = 7
 """Channels inside a CRBlock's paths, as in CRNet."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.config import ModelSettings, Precision
 from csipipe.device import autocast, processor, synchronize
+from csipipe.settings.config import ModelSettings, Precision
 
 _ROUNDS, _WARM_UP = 5, 2
 

@@ -24,16 +24,16 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger as ds_logger
 from torch import Tensor, nn
 
-from csipipe import trust
-from csipipe.clock import Clock
+from csipipe.comm import trust
+from csipipe.measure.clock import Clock
 from csipipe.models import Pending, accumulate, put_off
 from csipipe.pipeline import subworld
+from csipipe.pipeline.schedule import Instruction, Op, Plan, execute, held
 from csipipe.pipeline.settings import with_batches
-from csipipe.schedule import Instruction, Op, Plan, execute, held
 
 
 class Port(Protocol):
-    """One kind of message to or from a neighbour (`csipipe.wire.Channel`)."""
+    """One kind of message to or from a neighbour (`csipipe.comm.channel.Channel`)."""
 
     window: int
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from csipipe.config import Precision, Settings
+from csipipe.settings.config import Precision, Settings
 
 KNOWN_VERSIONS = ("0.19.8",)
 """DeepSpeed releases that csipipe was run with; it relies on what they don't promise."""

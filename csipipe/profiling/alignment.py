@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from csipipe.world import POLL, World
+from csipipe.comm.world import POLL, World
 
 _ROUNDS = 16
 

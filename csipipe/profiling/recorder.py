@@ -18,7 +18,7 @@ _END = 8192
 
 
 class Recorder:
-    """A recorder for `csipipe.clock.Clock`: every span is a named range of the trace as well.
+    """Records for `csipipe.measure.clock.Clock`: every span is a named range of the trace as well.
 
     Args:
         device: where this rank computes.

@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from PIL import Image
 
-from csipipe.config import Settings
-from csipipe.figures import Figures
+from csipipe.comm.world import World
+from csipipe.measure.figures import Figures
 from csipipe.methods import Worker
+from csipipe.pipeline.schedule import bubble
 from csipipe.profiling import alignment, traces
 from csipipe.profiling.recorder import Recorder
 from csipipe.profiling.spans import Row, from_json, to_json, typical
 from csipipe.profiling.traces import MERGED, Trace
-from csipipe.schedule import bubble
-from csipipe.stopping import Stopping
+from csipipe.settings.config import Settings
 from csipipe.tracking import Tracker
-from csipipe.world import World
 
 FOLDER, PICTURE = "profile", "timeline"
 _EVENT = 650
@@ -44,6 +45,7 @@ class Profile:
         folder: the run's directory.
         done: iterations that were done before this process.
         tracker: rank 0's.
+        unhurried: what is done within it may take longer than an iteration.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class Profile:
         done: int,
         world: World,
         tracker: Tracker | None,
-        stopping: Stopping,
+        unhurried: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._worker = worker
         self._settings = settings
         self._world = world
         self._tracker = tracker
-        self._stopping = stopping
+        self._unhurried = unhurried
         self._run = folder
         self._folder = folder / FOLDER
         self._first = settings.run.profile_after
@@ -92,7 +94,7 @@ class Profile:
         figures = self._record(self._recorder, iteration)
         if iteration == self._last:
             self._recorder.stop()
-            with self._stopping.unhurried():
+            with self._unhurried():
                 self._finish(self._recorder)
             self._recorder, self._pending = None, False
         return figures

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, replace
 
 @dataclass(frozen=True)
 class Span:
-    """One thing that a rank did, as its clock (`csipipe.clock`) was told.
+    """One thing that a rank did, as its clock (`csipipe.measure.clock`) was told.
 
     Attributes:
         activity: compute, send or wait.

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csipipe import commandline, lock
 from csipipe.reports import command
 from csipipe.reports import runs as states
 from csipipe.reports.command import Report
 from csipipe.reports.runs import Run, State
+from csipipe.run import lock
+from csipipe.settings import commandline
 
 SCRIPT = "slurm/sweep.sbatch"
 Wanted = Callable[[Report], Mapping[Any, Run]]

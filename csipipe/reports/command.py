@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from csipipe.config import DataSettings
 from csipipe.reports import preset as presets
 from csipipe.reports import runs as states
 from csipipe.reports import start
 from csipipe.reports.preset import Preset
 from csipipe.reports.runs import Run, State
+from csipipe.settings.config import DataSettings
 
 
 @dataclass(frozen=True)

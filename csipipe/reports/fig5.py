@@ -10,13 +10,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from csipipe.config import Environment
-from csipipe.reports import command, pages, pictures, runs
+from csipipe import plotting
+from csipipe.files import write_file, write_table
+from csipipe.plotting import NAMES
+from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.pages import Claim, every
-from csipipe.reports.pictures import NAMES
 from csipipe.reports.runs import Run
+from csipipe.settings.config import Environment
 
 __all__ = ["add_arguments", "run"]
 
@@ -46,8 +48,8 @@ def run(options: Namespace) -> int:
     files = [report.file(f"fig5.{ending}") for ending in ("csv", "png", "md")]
     write_csv(files[0], asked, points)
     if points:
-        pictures.save(draw(points), files[1])
-    pages.write(files[2], verdict(points, report.preset.compression, found.notes()))
+        plotting.save(draw(points), files[1])
+    write_file(files[2], verdict(points, report.preset.compression, found.notes()))
     return command.close(found, [file for file in files if file.exists()])
 
 
@@ -75,7 +77,7 @@ def write_csv(file: Path, asked: Mapping[tuple[str, int], Run], points: Points) 
         ]
         for (environment, ratio), curve in points.items()
     ]
-    pages.write_csv(file, header, rows)
+    write_table(file, header, rows)
 
 
 def draw(points: Points) -> Figure:
@@ -85,14 +87,14 @@ def draw(points: Points) -> Figure:
     for environment in ENVIRONMENTS:
         mine = sorted((1 / ratio, c.end) for (e, ratio), c in points.items() if e == environment)
         if mine:
-            axes.plot(*zip(*mine, strict=True), **pictures.style(environment))
+            axes.plot(*zip(*mine, strict=True), **plotting.style(environment))
     ratios = sorted({ratio for _, ratio in points}, reverse=True)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([1 / ratio for ratio in ratios]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"1/{ratio}" for ratio in ratios])
     axes.set_xlabel("compression ratio (reals of the codeword per real of the sample)")
-    axes.set_ylabel(pictures.LOSS)
+    axes.set_ylabel(plotting.LOSS)
     axes.ticklabel_format(axis="y", scilimits=(-2, 2), useMathText=True)
     axes.grid(color="0.9")
     axes.legend(frameon=False)

@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from csipipe.reports import command, pages, pictures, runs
+from csipipe import plotting
+from csipipe.files import write_file, write_table
+from csipipe.plotting import NAMES
+from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve, Unit
 from csipipe.reports.fig6_claims import claims
-from csipipe.reports.pictures import NAMES
 from csipipe.reports.preset import METHODS, PANELS, REFERENCE
 from csipipe.reports.runs import Run
 
@@ -45,9 +47,9 @@ def run(options: Namespace) -> int:
     table, by_scalars, by_bytes, page = files = [report.file(name) for name in names]
     write_csv(table, curves)
     if curves:
-        pictures.save(draw(curves, "scalars"), by_scalars)
-        pictures.save(draw(curves, "bytes"), by_bytes)
-    pages.write(page, verdict(curves, report.preset.panels, found.notes()))
+        plotting.save(draw(curves, "scalars"), by_scalars)
+        plotting.save(draw(curves, "bytes"), by_bytes)
+    write_file(page, verdict(curves, report.preset.panels, found.notes()))
     return command.close(found, [file for file in files if file.exists()])
 
 
@@ -82,7 +84,7 @@ def write_csv(file: Path, curves: Panels) -> None:
         for (panel, method), curve in curves.items()
         for i, iteration in enumerate(curve.iterations)
     ]
-    pages.write_csv(file, header, rows)
+    write_table(file, header, rows)
 
 
 def draw(curves: Panels, unit: Unit) -> Figure:
@@ -118,19 +120,19 @@ def _panel(axes: Axes, panel: str, curves: Mapping[str, Curve], unit: Unit) -> N
     environment, ratio = PANELS[panel]
     word = "parameters" if unit == "scalars" else "bytes"
     longest = max((max(getattr(c, unit)) for c in curves.values()), default=1)
-    divisor, label = pictures.scale([longest], word)
+    divisor, label = plotting.scale([longest], word)
     for method in METHODS:
         if method in curves:
-            curve, look = curves[method], pictures.style(method)
+            curve, look = curves[method], plotting.style(method)
             x = [value / divisor for value in getattr(curve, unit)]
             axes.plot(x, curve.loss, markevery=max(1, len(x) // 6), **look)
             low, high = ([pick(ues) for ues in curve.per_ue] for pick in (min, max))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.1, linewidth=0)
     if REFERENCE in curves:
-        axes.axhline(curves[REFERENCE].end, **pictures.style(REFERENCE))
+        axes.axhline(curves[REFERENCE].end, **plotting.style(REFERENCE))
     axes.set_title(f"({panel}) {NAMES[environment]}, compression 1/{ratio}", fontsize="medium")
     axes.set_xlabel(f"exchanged ({label})")
-    axes.set_ylabel(pictures.LOSS)
+    axes.set_ylabel(plotting.LOSS)
     axes.ticklabel_format(axis="y", scilimits=(-2, 2), useMathText=True)
     axes.set_xlim(left=0)
     axes.grid(color="0.9")

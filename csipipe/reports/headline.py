@@ -14,11 +14,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from csipipe.reports import command, pages, pictures, runs
+from csipipe import plotting
+from csipipe.files import write_file, write_table
+from csipipe.plotting import NAMES
+from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.pages import Claim
-from csipipe.reports.pictures import NAMES
 from csipipe.reports.preset import PANELS
 from csipipe.reports.runs import Run
 
@@ -62,8 +64,8 @@ def run(options: Namespace) -> int:
     write_csv(table, curves, common)
     if common is not None:
         loss = report.preset.loss or given_loss(curves, common)
-        pictures.save(draw(curves, common, loss), picture)
-    pages.write(page, verdict(curves, common, seeds, report.preset.loss, found.notes()))
+        plotting.save(draw(curves, common, loss), picture)
+    write_file(page, verdict(curves, common, seeds, report.preset.loss, found.notes()))
     return command.close(found, [file for file in files if file.exists()])
 
 
@@ -125,7 +127,7 @@ def write_csv(file: Path, curves: Curves, common: float | None) -> None:
         for loss in [given_loss(curves, common or 0.0, share)]
         for (method, seed), curve in curves.items()
     ]
-    pages.write_csv(file, header, rows)
+    write_table(file, header, rows)
 
 
 def draw(curves: Curves, common: float, given: float) -> Figure:
@@ -139,7 +141,7 @@ def draw(curves: Curves, common: float, given: float) -> Figure:
         found = [(loss, r) for loss in losses if (r := ratios(curves, method, loss))]
         if found:
             x = [loss for loss, _ in found]
-            look = pictures.style(method)
+            look = plotting.style(method)
             axes.plot(x, [statistics.median(r) for _, r in found], **look)
             low, high = ([pick(r) for _, r in found] for pick in (min, max))
             axes.fill_between(x, low, high, color=look["color"], alpha=0.1, linewidth=0)
@@ -162,7 +164,7 @@ def draw(curves: Curves, common: float, given: float) -> Figure:
     )
     axes.invert_xaxis()
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"given {pictures.LOSS} (lower to the right)")
+    axes.set_xlabel(f"given {plotting.LOSS} (lower to the right)")
     axes.set_ylabel("exchanged until then, over CSILocal's")
     axes.ticklabel_format(axis="x", scilimits=(-2, 2), useMathText=True)
     axes.grid(color="0.9")

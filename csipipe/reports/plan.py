@@ -7,14 +7,15 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from csipipe import commandline
-from csipipe.config import LOCAL_STEPS, Settings
-from csipipe.exchange import exchanged_per_iteration, shared_parts
+from csipipe.files import write_file, write_table
+from csipipe.methods.cost import exchanged_per_iteration, shared_parts
 from csipipe.models import count_parts
+from csipipe.plotting import NAMES
 from csipipe.reports import pages
 from csipipe.reports import preset as presets
-from csipipe.reports.pictures import NAMES
 from csipipe.reports.preset import METHODS
+from csipipe.settings import commandline
+from csipipe.settings.config import LOCAL_STEPS, Settings
 
 LINKS = (10, 50, 100, 1000)
 """Rates in Mbit/s."""
@@ -52,8 +53,8 @@ def run(options: Namespace) -> int:
     text = page(settings, rows)
     out = Path(options.out)
     print(text)
-    pages.write(out / "plan.md", text)
-    pages.write(out / "plan.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    write_file(out / "plan.md", text)
+    write_file(out / "plan.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     header = [
         "method",
         "scalars_per_iteration",
@@ -64,7 +65,7 @@ def run(options: Namespace) -> int:
         *(f"seconds_at_{rate}_mbit_per_s" for rate in LINKS),
         "break_even_samples",
     ]
-    pages.write_csv(
+    write_table(
         out / "plan.csv",
         header,
         [

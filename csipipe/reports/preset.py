@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from csipipe import commandline
-from csipipe.config import LOCAL_STEPS, Environment, Method, Settings
+from csipipe.settings import commandline
+from csipipe.settings.config import LOCAL_STEPS, Environment, Method, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ROOT / "launch" / "configs" / "reports"

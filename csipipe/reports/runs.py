@@ -14,14 +14,15 @@ from pathlib import Path
 
 import yaml
 
-from csipipe import cluster, commandline, lock, stopping
-from csipipe.config import Environment, Method, Settings
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
 from csipipe.reports.preset import DECIDED, Preset, argument, plain
-from csipipe.resuming import FREE
+from csipipe.run import lock, slurm, stopping
+from csipipe.run.resuming import FREE
+from csipipe.settings import commandline
+from csipipe.settings.config import Environment, Method, Settings
 
-_BEFORE = {lock.NAME, stopping.STOP_FILE, cluster.FILE}
+_BEFORE = {lock.NAME, stopping.STOP_FILE, slurm.FILE}
 """What may be in a run's folder before the run is."""
 _SHOWN = 5
 """Folders that one message names."""

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from csipipe.files import write_file, write_table
+from csipipe.plotting import NAMES
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Found, Report, add_arguments
 from csipipe.reports.curves import LAST, Curve
-from csipipe.reports.pictures import NAMES
 from csipipe.reports.preset import METHODS, PANELS, REFERENCE, Search
 from csipipe.reports.runs import Run
 
@@ -56,14 +57,14 @@ def run(options: Namespace) -> int:
     found = command.obtain(report, asked.values())
     losses = held_out(asked, found)
     table, page = report.file("search.csv"), report.file("search.md")
-    pages.write_csv(
+    write_table(
         table,
         ["method", "rate", "seed", "holdout_loss"],
         [[*key, loss] for key, loss in losses.items()],
     )
     best = winners(losses, search)
     complete = len(losses) == len(asked)
-    pages.write(page, verdict(losses, best, search, complete))
+    write_file(page, verdict(losses, best, search, complete))
     files = [table, page]
     if complete:
         write_rates(rates, best, search, report.preset.common().data.source)
@@ -122,7 +123,7 @@ def write_rates(file: Path, best: Mapping[str, float], search: Search, source: s
         f"{source} channels, panel {search.panel} of Fig. 6.",
         *(f"{method}: {rate!r}" for method, rate in best.items()),
     ]
-    pages.write(file, "\n".join(lines) + "\n")
+    write_file(file, "\n".join(lines) + "\n")
 
 
 def verdict(

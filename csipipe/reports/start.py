@@ -19,9 +19,9 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from csipipe import commandline
 from csipipe.reports.preset import REFERENCE, ROOT
 from csipipe.reports.runs import Run
+from csipipe.settings import commandline
 
 _POLL = 0.2
 _ENDING = 40.0

@@ -24,7 +24,8 @@ from csipipe.bench import candidates, memory
 from csipipe.bench.conductor import Conductor
 from csipipe.bench.race import CROWDED, Race
 from csipipe.bench.table import as_json, machine
-from csipipe.config import (
+from csipipe.reports import table1_output
+from csipipe.settings.config import (
     DataSettings,
     ModelSettings,
     RunSettings,
@@ -32,7 +33,6 @@ from csipipe.config import (
     TopologySettings,
     TrainSettings,
 )
-from csipipe.reports import table1_output
 
 WITH, WITHOUT = "ours", "ours-unpipelined"
 _LEAST_ROUNDS = 3

@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from csipipe import plotting
 from csipipe.bench.table import spread
-from csipipe.reports import pages, pictures
+from csipipe.files import write_file
 
 PAPER = {
     ("indoor", 256, 400): (0.0560, 0.0583),
@@ -86,9 +87,9 @@ def write(folder: Path, rows: Sequence[Row], stages: int, micro_batches: int) ->
         return "no cell is finished yet"
     best = bound(stages, micro_batches)
     text = verdict(rows, best, stages, micro_batches)
-    pages.write(folder / "table1.csv", as_csv(rows, best))
-    pages.write(folder / "table1.md", text)
-    pictures.save(picture(rows, best), folder / "table1.png")
+    write_file(folder / "table1.csv", as_csv(rows, best))
+    write_file(folder / "table1.md", text)
+    plotting.save(picture(rows, best), folder / "table1.png")
     return text
 
 

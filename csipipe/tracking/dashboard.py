@@ -8,10 +8,10 @@ from typing import Any
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import summary
 
-from csipipe import commandline
-from csipipe.config import Settings
-from csipipe.figures import Figures
-from csipipe.metrics import to_db
+from csipipe.measure.figures import Figures
+from csipipe.measure.metrics import to_db
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 KILOBYTES, KILOSCALARS = "against_exchanged_kilobytes", "against_exchanged_kiloscalars"
 """Groups of curves whose step isn't the iteration but what had been exchanged by then."""

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
-from csipipe.clock import Clock
-from csipipe.probe import Probe
+from csipipe.measure.clock import Clock
+from csipipe.measure.probe import Probe
 from csipipe.tracking import reconstruction
 from csipipe.tracking.events import Events
 

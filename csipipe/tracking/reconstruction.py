@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from csipipe.metrics import ZERO, centred_nmse, to_db
+from csipipe.measure.metrics import ZERO, centred_nmse, to_db
 
 _FLOOR_DB = -30.0
 """Weaker bins are white."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from csipipe.ledger import BUFFERS, PAPER, UP, Kind, Ledger
+from csipipe.comm.ledger import BUFFERS, PAPER, UP, Kind, Ledger
 
 
 def exchanged(

@@ -10,9 +10,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from csipipe.config import Settings
-from csipipe.figures import Figures
-from csipipe.ledger import PAPER, Ledger
+from csipipe.comm.ledger import PAPER, Ledger
+from csipipe.measure.figures import Figures
+from csipipe.settings.config import Settings
 from csipipe.tracking import dashboard
 from csipipe.tracking.events import Events
 from csipipe.tracking.rank import COST, due

@@ -1,6 +1,7 @@
 """Faults by name: fail rank r at an instruction, or spoil a message, of iteration k.
 
-Hooks `csipipe.schedule.execute` and gloo's send from the outside, in the rank that is to fail.
+Hooks `csipipe.pipeline.schedule.execute` and gloo's send from the outside, in the rank that is to
+fail.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from csipipe import schedule
-from csipipe.ledger import Kind
-from csipipe.schedule import Instruction, Op
-from csipipe.wire import _SLOTS
+from csipipe.comm.channel import SLOTS
+from csipipe.comm.ledger import Kind
+from csipipe.pipeline import schedule
+from csipipe.pipeline.schedule import Instruction, Op
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def _act(what: str) -> None:
 
 
 def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:
-    from csipipe.methods.csilocal import BtsHalf, UeHalf
+    from csipipe.methods.csilocal_bts import BtsHalf
+    from csipipe.methods.csilocal_ue import UeHalf
     from csipipe.pipeline import engine
 
     run = schedule.execute
@@ -109,7 +111,7 @@ def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:
 
 def _at_message(fault: Fault, kind: Kind, note: Path, happens: Callable[[], None]) -> None:
     isend = dist.isend
-    tag = kind.value * _SLOTS + fault.micro_batch
+    tag = kind.value * SLOTS + fault.micro_batch
     sent: Counter[int] = Counter()  # by receiver
 
     def faulty(tensor: torch.Tensor, to: int, group: Any = None, its_tag: int = 0) -> Any:

@@ -22,7 +22,7 @@ import torch
 from faults import Fault
 from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 
-from csipipe.world import World
+from csipipe.comm.world import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "torch._dynamo",
         "torch._inductor.config",
-        "csipipe.training",
+        "csipipe.run.training",
         "csipipe.pipeline.engine",
         "csipipe.bench.rank",
     ]

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from csipipe import methods
-from csipipe.config import (
+from csipipe.comm.world import World
+from csipipe.methods.centralised import Centralised
+from csipipe.methods.csilocal_bts import BtsHalf
+from csipipe.settings.config import (
     DataSettings,
     Method,
     ModelSettings,
@@ -22,9 +25,6 @@ from csipipe.config import (
     TopologySettings,
     TrainSettings,
 )
-from csipipe.methods.centralised import Centralised
-from csipipe.methods.csilocal import BtsHalf
-from csipipe.world import World
 
 CPU = torch.device("cpu")
 

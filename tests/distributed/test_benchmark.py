@@ -17,8 +17,8 @@ from runs import small
 
 from csipipe.bench import candidates, growth, race, table
 from csipipe.bench.conductor import Conductor
-from csipipe.config import Settings
 from csipipe.reports import table1
+from csipipe.settings.config import Settings
 
 
 def quiet(line: str) -> None:

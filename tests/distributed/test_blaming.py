@@ -19,9 +19,9 @@ import torch.distributed as dist
 from harness import Program, errors, run_world
 from test_run import arguments
 
-from csipipe import blame
-from csipipe import world as worlds
-from csipipe.world import World
+from csipipe.comm import blame
+from csipipe.comm import world as worlds
+from csipipe.comm.world import World
 
 
 class _Exit(BaseException):

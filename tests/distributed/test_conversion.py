@@ -15,7 +15,7 @@ from scipy import io
 
 from csipipe.channels import cache, open_source
 from csipipe.channels.cache import cache_folder, converted
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 _CONTEXT = multiprocessing.get_context("spawn")
 

@@ -11,14 +11,15 @@ import torch
 from harness import run_world
 from runs import CPU, small
 
-from csipipe import methods, trust
+from csipipe import methods
 from csipipe.checkpoint import Snapshot
-from csipipe.config import Settings
+from csipipe.comm import trust
+from csipipe.comm.topology import Topology
+from csipipe.comm.world import World
 from csipipe.methods.centralised import Centralised
-from csipipe.methods.csilocal import UeHalf
-from csipipe.saving import Saver, restore
-from csipipe.topology import Topology
-from csipipe.world import World
+from csipipe.methods.csilocal_ue import UeHalf
+from csipipe.run.saving import Saver, restore
+from csipipe.settings.config import Settings
 
 NAN = math.nan
 ROOT = Path(__file__).parents[2]

@@ -18,12 +18,13 @@ from runs import CPU, small
 from test_resume import whole
 from test_run import arguments
 
-from csipipe import checkpoint, methods, stopping, training
-from csipipe.resuming import Start
-from csipipe.schedule import Op
-from csipipe.stopping import GRACE
+from csipipe import checkpoint, methods
+from csipipe.comm.world import World
+from csipipe.pipeline.schedule import Op
+from csipipe.run import stopping, training
+from csipipe.run.resuming import Start
+from csipipe.run.stopping import GRACE
 from csipipe.tracking import RankTracker, Tracker
-from csipipe.world import World
 
 
 def endless(folder: Path, **settings: str) -> list[str]:
@@ -63,8 +64,8 @@ def test_a_rank_without_progress_ends_soon_after_the_signal(what: str, tmp_path:
 SLOW_WORK = """
 import contextlib, os, pathlib, signal, sys, time
 from torch.distributed import HashStore
-from csipipe import stopping
-from csipipe.world import World
+from csipipe.run import stopping
+from csipipe.comm.world import World
 stopping.GRACE = 0.3
 with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])) as listening:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -9,9 +9,9 @@ import pytest
 import trainedruns
 from harness import run_world
 
-from csipipe.commandline import RunParser
+from csipipe.comm.world import World
 from csipipe.evaluation import command
-from csipipe.world import World
+from csipipe.settings.commandline import RunParser
 
 
 def evaluate(world: World | None, run: str, out: str) -> None:

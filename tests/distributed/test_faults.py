@@ -17,9 +17,9 @@ from harness import Program, errors
 from test_resume import whole
 from test_run import arguments
 
-from csipipe.ledger import Kind
-from csipipe.schedule import Op
-from csipipe.topology import Topology
+from csipipe.comm.ledger import Kind
+from csipipe.comm.topology import Topology
+from csipipe.pipeline.schedule import Op
 
 TIMEOUT = 3.0
 ROLE = Topology(4, 2, 4).role

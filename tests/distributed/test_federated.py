@@ -17,17 +17,20 @@ from runs import CPU, follow, joined, small, splits
 from test_run import arguments
 from torch import Tensor, nn
 
-from csipipe import commandline, methods, models, trained, wire
-from csipipe.config import Method, Settings
+from csipipe import methods, models
+from csipipe.comm import wire
+from csipipe.comm.ledger import BUFFERS, COUNTED, PAPER, PHASES, Kind
+from csipipe.comm.world import World
 from csipipe.device import host_buffer
 from csipipe.evaluation import testset
 from csipipe.evaluation.samples import measure
 from csipipe.evaluation.summary import Evaluated
-from csipipe.exchange import exchanged_per_iteration
-from csipipe.ledger import BUFFERS, COUNTED, PAPER, PHASES, Kind
 from csipipe.methods.centralised import Centralised
+from csipipe.methods.cost import exchanged_per_iteration
 from csipipe.methods.federated import sizes
-from csipipe.world import World
+from csipipe.run import trained
+from csipipe.settings import commandline
+from csipipe.settings.config import Method, Settings
 
 FEDERATED: tuple[Method, ...] = (
     "fedavg",

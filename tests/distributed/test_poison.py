@@ -13,12 +13,12 @@ from harness import run_world
 from runs import CPU, small
 
 from csipipe import checkpoint, methods
-from csipipe.config import Method, Settings
+from csipipe.comm.world import World
 from csipipe.methods.centralised import Centralised
-from csipipe.resuming import Start
+from csipipe.run.resuming import Start
+from csipipe.run.training import run
+from csipipe.settings.config import Method, Settings
 from csipipe.tracking import RankTracker, Tracker
-from csipipe.training import run
-from csipipe.world import World
 
 NAN = math.nan
 

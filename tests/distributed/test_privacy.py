@@ -19,8 +19,8 @@ from harness import run_world
 from runs import CPU, follow, small
 
 from csipipe import methods
-from csipipe.config import Method, Settings
-from csipipe.world import World
+from csipipe.comm.world import World
+from csipipe.settings.config import Method, Settings
 
 EVERYONE = -1
 WIDTH = 8

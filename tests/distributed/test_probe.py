@@ -12,9 +12,9 @@ from runs import CPU, follow, joined, small
 from torch import Tensor
 
 from csipipe import methods
-from csipipe.config import Settings
-from csipipe.metrics import centred_nmse
-from csipipe.world import World
+from csipipe.comm.world import World
+from csipipe.measure.metrics import centred_nmse
+from csipipe.settings.config import Settings
 
 HOLDOUT, TEST = 2, 20  # rows of UE 0
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from test_run import ROOT, arguments
 
 from csipipe import checkpoint, methods
-from csipipe.config import Settings
-from csipipe.saving import Saver, restore
-from csipipe.world import World
+from csipipe.comm.world import World
+from csipipe.run.saving import Saver, restore
+from csipipe.settings.config import Settings
 
 HALF = 3
 

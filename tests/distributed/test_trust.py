@@ -11,13 +11,16 @@ import torch
 from harness import run_world
 from runs import CPU, follow, small
 
-from csipipe import methods, trust
-from csipipe.config import Method, Settings
-from csipipe.handshake import compare_messages, compare_settings
-from csipipe.ledger import Kind
-from csipipe.topology import Topology
-from csipipe.wire import Channel, Peer, Wire
-from csipipe.world import World
+from csipipe import methods
+from csipipe.comm import trust
+from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.handshake import compare_messages
+from csipipe.comm.ledger import Kind
+from csipipe.comm.topology import Topology
+from csipipe.comm.wire import Wire
+from csipipe.comm.world import World
+from csipipe.run.handshake import compare_settings
+from csipipe.settings.config import Method, Settings
 
 NAN = math.nan
 

@@ -9,8 +9,8 @@ import pytest
 from harness import run_world
 from runs import small, split
 
-from csipipe.config import Method, Settings
-from csipipe.world import World
+from csipipe.comm.world import World
+from csipipe.settings.config import Method, Settings
 
 
 def unpickled(world: World, settings: Settings) -> list[str]:

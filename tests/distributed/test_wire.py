@@ -10,9 +10,10 @@ import torch
 from harness import run_world
 from runs import CPU, joined, small, split
 
-from csipipe.ledger import COUNTED, PHASES, Kind, Ledger
-from csipipe.wire import Channel, Peer, merged
-from csipipe.world import World
+from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.collectives import merged
+from csipipe.comm.ledger import COUNTED, PHASES, Kind, Ledger
+from csipipe.comm.world import World
 
 SETTINGS = small()
 

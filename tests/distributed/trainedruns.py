@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from runs import CPU, small
 
-from csipipe import checkpoint, commandline, methods
+from csipipe import checkpoint, methods
 from csipipe.channels import deal, manifest_of, open_source
-from csipipe.config import Method, Settings
-from csipipe.exchange import shared_parts
 from csipipe.methods.centralised import Centralised
+from csipipe.methods.cost import shared_parts
 from csipipe.methods.replica import Replica
 from csipipe.methods.state import Unit
+from csipipe.settings import commandline
+from csipipe.settings.config import Method, Settings
 
 STEPS = 2
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels.source import Images, Site
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 SITES: tuple[Site, ...] = ("indoor", "outdoor")
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from csipipe import commandline
 from csipipe.reports import preset as presets
 from csipipe.reports.preset import Preset
 from csipipe.reports.runs import Run
+from csipipe.settings import commandline
 
 FLOOR = 1.0
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from csipipe import models
-from csipipe.config import ModelSettings, TopologySettings
 from csipipe.pipeline import balance
+from csipipe.settings.config import ModelSettings, TopologySettings
 
 MODEL = ModelSettings(c1=8, c2=8, angles=4, delays=4)
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from csipipe import models
 from csipipe.bench import candidates, growth, memory, plain, race, table
 from csipipe.bench.conductor import Turn
 from csipipe.bench.rank import END, Order
-from csipipe.config import ModelSettings, Settings, TopologySettings, TrainSettings
-from csipipe.schedule import bubble
+from csipipe.pipeline.schedule import bubble
+from csipipe.settings.config import ModelSettings, Settings, TopologySettings, TrainSettings
 
 
 def turn(

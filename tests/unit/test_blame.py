@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from csipipe.blame import EVERYONE, PeerLost, Wait, find, now, waiting
-from csipipe.topology import Topology
+from csipipe.comm.blame import EVERYONE, PeerLost, Wait, find, now, waiting
+from csipipe.comm.topology import Topology
 
 ROLE = Topology(4, 2, 4).role
 

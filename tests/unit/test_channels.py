@@ -16,7 +16,7 @@ from csipipe.channels.images import frequencies_of_rays, images_of_rays
 from csipipe.channels.source import Images, Part, Site
 from csipipe.channels.synthetic import BLOCK, SyntheticSource, generator
 from csipipe.channels.transform import shrink, to_complex, to_unit
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 
 @pytest.fixture(scope="module")

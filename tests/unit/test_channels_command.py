@@ -16,7 +16,7 @@ from scipy import io
 from csipipe.channels import frequency_channels, open_source, statistics
 from csipipe.channels.source import Images
 from csipipe.channels.synthetic import SyntheticSource
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., int]

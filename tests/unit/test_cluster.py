@@ -10,13 +10,14 @@ import pytest
 import reportruns
 from reportruns import finish
 
-from csipipe import cluster, commandline
-from csipipe.cluster import Plan
-from csipipe.config import Method, Settings
-from csipipe.lock import Lock
+from csipipe.comm.topology import Topology
 from csipipe.reports import array, fig6, headline, runs
 from csipipe.reports.command import Report
-from csipipe.topology import Topology
+from csipipe.run import slurm
+from csipipe.run.lock import Lock
+from csipipe.run.slurm import Plan
+from csipipe.settings import commandline
+from csipipe.settings.config import Method, Settings
 
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = {
@@ -53,11 +54,11 @@ def groups(*counts: int) -> list[list[tuple[str, int]]]:
     [("4", [4]), ("3(x2)", [3, 3]), ("3,2", [3, 2]), ("12(x2),1,2(x3)", [12, 12, 1, 2, 2, 2])],
 )
 def test_slurms_way_of_writing_tasks(text: str, counts: list[int]) -> None:
-    assert cluster.task_counts(text) == counts
+    assert slurm.task_counts(text) == counts
 
 
 def test_components_of_a_heterogeneous_job_come_in_order() -> None:
-    found = cluster.tasks(MIXED, lambda names: names.split(","))
+    found = slurm.tasks(MIXED, lambda names: names.split(","))
     assert found == [[("gpu7", 2)], [("a1", 2), ("b2", 2), ("c3", 1)]]
 
 
@@ -75,35 +76,35 @@ def test_a_task_becomes_a_rank_where_there_is_use_for_it(
     method: Method, counts: tuple[int, ...], ranks: tuple[int, ...]
 ) -> None:
     asked = settings(method)
-    assert cluster.ranks_of(asked, groups(*counts)) == ranks
+    assert slurm.ranks_of(asked, groups(*counts)) == ranks
     if method != "centralised":
         Topology(sum(ranks), asked.stages, asked.topology.ues)
 
 
 def test_too_few_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 task.* sbatch --ntasks=3 or more, best 6"):
-        cluster.ranks_of(settings(), groups(1, 1))
+        slurm.ranks_of(settings(), groups(1, 1))
     with pytest.raises(ValueError, match=r"1 task.* sbatch --ntasks=2 or more, best 5"):
-        cluster.ranks_of(settings("fedavg"), groups(1))
+        slurm.ranks_of(settings("fedavg"), groups(1))
 
 
 def test_a_stage_that_would_leave_the_gpu_nodes_is_refused() -> None:
     mixed = [[("gpu7", 2)], [("a1", 4)]]
-    assert cluster.ranks_of(settings(stages=2), mixed) == (2, 4)
+    assert slurm.ranks_of(settings(stages=2), mixed) == (2, 4)
     with pytest.raises(ValueError, match=r"has 2 task.*, but topology.stages is 4; give it --ntas"):
-        cluster.ranks_of(settings(stages=4), mixed)
+        slurm.ranks_of(settings(stages=4), mixed)
 
 
 def test_what_a_job_says_and_starts() -> None:
-    found = cluster.tasks(MIXED, lambda names: names.split(","))
+    found = slurm.tasks(MIXED, lambda names: names.split(","))
     nodes = tuple(node for group in found for node, _ in group)
     asked = settings(ues=8)
-    ranks = cluster.ranks_of(asked, found)
-    first = cluster.describe(asked, "12.0", nodes, ranks, Path("my runs/1"))
-    again = cluster.describe(asked, "12.2", nodes, ranks, Path("my runs/1")).splitlines()[0]
+    ranks = slurm.ranks_of(asked, found)
+    first = slurm.describe(asked, "12.0", nodes, ranks, Path("my runs/1"))
+    again = slurm.describe(asked, "12.2", nodes, ranks, Path("my runs/1")).splitlines()[0]
     plan = Plan("12.0", nodes, ranks, "10.0.0.7", 4242, ("--run.dir", "my runs/1"))
     lines = [" ".join(plan.torchrun(place)) for place in range(len(nodes))]
-    place = f"{cluster.TRAIN.parents[1]}/"
+    place = f"{slurm.TRAIN.parents[1]}/"
     golden("slurm_job.txt", "\n".join([first, again, *lines]).replace(place, ""))
 
 
@@ -116,14 +117,14 @@ def test_the_first_attempt_wants_a_new_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = cluster.folder_of(settings(), MIXED)
+    folder = slurm.folder_of(settings(), MIXED)
     assert folder == Path("runs/csilocal-indoor-job12")
     folder.mkdir(parents=True)
-    assert cluster.folder_of(settings(), MIXED) == folder
+    assert slurm.folder_of(settings(), MIXED) == folder
     (folder / "config.yaml").touch()
-    assert cluster.folder_of(settings(), MIXED | {"SLURM_RESTART_COUNT": "1"}) == folder
+    assert slurm.folder_of(settings(), MIXED | {"SLURM_RESTART_COUNT": "1"}) == folder
     with pytest.raises(ValueError, match=r"another job's of the same number; give a --run\.dir"):
-        cluster.folder_of(settings(), MIXED)
+        slurm.folder_of(settings(), MIXED)
 
 
 def test_a_node_without_the_plan_of_this_attempt_says_so(tmp_path: Path) -> None:
@@ -137,9 +138,9 @@ def test_a_node_without_the_plan_of_this_attempt_says_so(tmp_path: Path) -> None
 
 
 def test_the_interface_of_an_address() -> None:
-    assert cluster.interface_of(cluster.address_towards("127.0.0.1")).startswith("lo")
+    assert slurm.interface_of(slurm.address_towards("127.0.0.1")).startswith("lo")
     with pytest.raises(ValueError, match=r"no network interface of .* 192\.0\.2\.254"):
-        cluster.interface_of("192.0.2.254")
+        slurm.interface_of("192.0.2.254")
 
 
 def report(out: Path) -> Report:
@@ -167,7 +168,7 @@ def test_the_line_for_what_is_missing(tmp_path: Path) -> None:
     lock = Lock(live.folder)
     failed_early = wanted[3].folder
     failed_early.mkdir()
-    (failed_early / cluster.FILE).touch()
+    (failed_early / slurm.FILE).touch()
     lines.append(array.line(one, wanted, words))
     lock.release()
     golden("sbatch_line.txt", "\n".join(line or "" for line in lines))

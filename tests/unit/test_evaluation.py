@@ -19,12 +19,13 @@ from csifiles import images, save
 from runs import CPU
 from torch import Tensor, nn
 
-from csipipe import metrics, trained
-from csipipe.commandline import RunParser
-from csipipe.config import DataSettings, ModelSettings, Settings
 from csipipe.evaluation import command, samples, testset
 from csipipe.evaluation.summary import Evaluated
 from csipipe.evaluation.testset import Rows
+from csipipe.measure import metrics
+from csipipe.run import trained
+from csipipe.settings.commandline import RunParser
+from csipipe.settings.config import DataSettings, ModelSettings, Settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
-from csipipe.config import Method, ModelSettings, Settings, TopologySettings, TrainSettings
-from csipipe.exchange import exchanged_per_iteration, shared_parts
+from csipipe.methods.cost import exchanged_per_iteration, shared_parts
+from csipipe.settings.config import Method, ModelSettings, Settings, TopologySettings, TrainSettings
 
 
 def paper(method: Method, c: int = 512) -> Settings:

@@ -17,16 +17,17 @@ import trainedruns
 from runs import small
 from torch import nn
 
-from csipipe import models, trained
-from csipipe.commandline import RunParser
-from csipipe.config import ModelSettings
+from csipipe import models
 from csipipe.export import bits as curve
 from csipipe.export import check, command, folder
 from csipipe.export.learning import learn
 from csipipe.export.parts import Pair, nmse_db, operations, run
 from csipipe.export.quantiser import Quantiser
-from csipipe.metrics import centred_nmse
-from csipipe.trained import Autoencoder
+from csipipe.measure.metrics import centred_nmse
+from csipipe.run import trained
+from csipipe.run.trained import Autoencoder
+from csipipe.settings.commandline import RunParser
+from csipipe.settings.config import ModelSettings
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),

@@ -21,15 +21,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from csipipe import checkpoint, commandline
+from csipipe import checkpoint
 from csipipe.channels.layout import Layout
 from csipipe.channels.matfile import read_rows
 from csipipe.channels.rawfile import read_variable
-from csipipe.config import Settings
+from csipipe.comm.topology import Topology
 from csipipe.pipeline import balance
 from csipipe.pipeline import settings as deepspeed
-from csipipe.resuming import DEEPSPEED, _check_snapshot
-from csipipe.topology import Topology
+from csipipe.run.resuming import DEEPSPEED, _check_snapshot
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 ROOT = Path(__file__).parents[2]
 CASES = pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.long)])

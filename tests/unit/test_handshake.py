@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from csipipe.config import Settings, TrainSettings
-from csipipe.handshake import compare_settings
+from csipipe.run.handshake import compare_settings
+from csipipe.settings.config import Settings, TrainSettings
 
 
 @dataclass

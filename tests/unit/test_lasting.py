@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from csipipe import checkpoint, commandline, lock
-from csipipe.config import RunSettings, Settings, TopologySettings, TrainSettings
+from csipipe import checkpoint
 from csipipe.pipeline import settings as deepspeed
-from csipipe.resuming import DEEPSPEED, Start, decide
-from csipipe.training import _reopen
+from csipipe.run import lock
+from csipipe.run.resuming import DEEPSPEED, Start, decide
+from csipipe.run.training import _reopen
+from csipipe.settings import commandline
+from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
 
 
 def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
@@ -290,7 +292,7 @@ def test_going_on_from_the_newest_removes_nothing(
     assert all((place / "manifest.json").is_file() for place in places)
 
 
-HOLD = "import sys; from pathlib import Path; from csipipe.lock import Lock; " + (
+HOLD = "import sys; from pathlib import Path; from csipipe.run.lock import Lock; " + (
     "held = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.config import ModelSettings
 from csipipe.models.layers import Conv2d, Linear
+from csipipe.settings.config import ModelSettings
 
 Builder = Callable[[], nn.Module]
 LAYERS: dict[str, tuple[Builder, Builder, tuple[int, ...]]] = {

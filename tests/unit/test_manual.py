@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from csipipe import commandline, manual
-from csipipe.config import Settings, TrainSettings
+from csipipe.settings import commandline, manual
+from csipipe.settings.config import Settings, TrainSettings
 
 SCREEN = 50
 """Lines of a screen, and 100 columns."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from csipipe.metrics import (
+from csipipe.measure.metrics import (
     centred_nmse,
     floor_loss,
     paper_loss,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csipipe import models
-from csipipe.config import ModelSettings
+from csipipe.settings.config import ModelSettings
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from csipipe import methods
-from csipipe.blame import PeerLost
-from csipipe.clock import Clock
-from csipipe.config import (
+from csipipe.comm.blame import PeerLost
+from csipipe.comm.world import PeerFailed, World
+from csipipe.measure.clock import Clock
+from csipipe.methods.centralised import Centralised
+from csipipe.profiling import Profile, alignment, traces
+from csipipe.profiling.recorder import Recorder
+from csipipe.profiling.spans import Row, Span, from_json, idle, to_json, typical
+from csipipe.run.stopping import Stopping
+from csipipe.settings.config import (
     DataSettings,
     ModelSettings,
     RunSettings,
@@ -26,13 +32,7 @@ from csipipe.config import (
     TopologySettings,
     TrainSettings,
 )
-from csipipe.methods.centralised import Centralised
-from csipipe.profiling import Profile, alignment, traces
-from csipipe.profiling.recorder import Recorder
-from csipipe.profiling.spans import Row, Span, from_json, idle, to_json, typical
-from csipipe.stopping import Stopping
 from csipipe.tracking import Tracker
-from csipipe.world import PeerFailed, World
 
 CPU = torch.device("cpu")
 MS = 1_000_000
@@ -231,8 +231,8 @@ class Session:
         self.tracker = Tracker(folder, settings, done)
         self.said: list[str] = []
         self.tracker.say = lambda line: self.said.append(line)  # type: ignore[method-assign]
-        stopping = Stopping(world, folder)
-        self.profile = Profile(self.worker, settings, folder, done, world, self.tracker, stopping)
+        unhurried = Stopping(world, folder).unhurried
+        self.profile = Profile(self.worker, settings, folder, done, world, self.tracker, unhurried)
         self.done = done
 
     def until(self, done: int) -> Session:

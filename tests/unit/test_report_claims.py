@@ -14,7 +14,6 @@ import reportruns
 import yaml
 from reportruns import FLOOR, finish
 
-from csipipe.config import Environment, Method
 from csipipe.models import count_parts
 from csipipe.reports import fig5, fig6, headline, plan, runs, search
 from csipipe.reports import preset as presets
@@ -22,6 +21,7 @@ from csipipe.reports.command import Found, Report
 from csipipe.reports.curves import Curve
 from csipipe.reports.fig6_claims import claims as fig6_claims
 from csipipe.reports.preset import METHODS, PANELS, PRESETS, REFERENCE
+from csipipe.settings.config import Environment, Method
 
 ROOT = Path(__file__).parents[2]
 COMPRESSION = (16, 8, 4)

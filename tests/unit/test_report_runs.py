@@ -14,12 +14,12 @@ import pytest
 import reportruns
 from reportruns import finish
 
-from csipipe.config import Method
 from csipipe.reports import curves, fig5, fig6, headline, runs, start
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Report
 from csipipe.reports.preset import METHODS, PRESETS, REFERENCE
 from csipipe.reports.runs import Run, State
+from csipipe.settings.config import Method
 
 
 def a_run(out: Path, method: Method = "csilocal", seed: int = 0) -> Run:

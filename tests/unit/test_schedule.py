@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from csipipe.clock import Clock
-from csipipe.config import ScheduleName
-from csipipe.schedule import (
+from csipipe.measure.clock import Clock
+from csipipe.pipeline.schedule import (
     TRAINING,
     Instruction,
     Op,
@@ -19,6 +18,7 @@ from csipipe.schedule import (
     ue_encoding,
     ue_training,
 )
+from csipipe.settings.config import ScheduleName
 
 SIZES = [1, 2, 4, 7]
 STAGES = [1, 2, 3, 5]

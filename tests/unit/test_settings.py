@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from csipipe import commandline
-from csipipe.config import DataSettings, Settings, TopologySettings, TrainSettings
 from csipipe.pipeline import settings as deepspeed
+from csipipe.settings import commandline
+from csipipe.settings.config import DataSettings, Settings, TopologySettings, TrainSettings
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))

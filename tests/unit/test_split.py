@@ -26,7 +26,7 @@ from csipipe.channels import (
 )
 from csipipe.channels.load import rows_of
 from csipipe.channels.source import Images, Part, Site
-from csipipe.config import DataSettings
+from csipipe.settings.config import DataSettings
 
 
 def settings(**kwargs: Any) -> DataSettings:

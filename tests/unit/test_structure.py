@@ -12,17 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"config", "clock", "blame"},
-    {"topology", "schedule", "device", "metrics", "trust", "ledger", "probe"},
-    {"models", "channels", "figures", "manual"},
-    {"commandline"},
-    {"world", "wire", "checkpoint", "pipeline", "exchange", "cluster"},
-    {"tracking", "stopping", "lock", "handshake"},
-    {"methods", "resuming"},
-    {"saving", "trained", "profiling"},
-    {"training", "bench"},
-    {"reports"},
-    {"evaluation", "export"},
+    {"settings", "measure", "checkpoint", "files", "plotting"},
+    {"models", "channels", "device"},
+    {"comm"},
+    {"pipeline", "tracking"},
+    {"methods"},
+    {"bench", "profiling"},
+    {"run"},
+    {"reports", "evaluation", "export"},
     {"launch"},
 ]
 
@@ -72,7 +69,7 @@ def test_only_the_pipeline_imports_deepspeed() -> None:
     }
 
 
-def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
+def test_only_comm_moves_tensors_between_ues_and_bts() -> None:
     users = {
         file.relative_to(ROOT).as_posix()
         for _, file in sources()
@@ -80,8 +77,10 @@ def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
     }
     # world starts and ends the group; the pipeline's files confine DeepSpeed to the BTS
     assert users == {
-        "csipipe/wire.py",
-        "csipipe/world.py",
+        "csipipe/comm/channel.py",
+        "csipipe/comm/collectives.py",
+        "csipipe/comm/wire.py",
+        "csipipe/comm/world.py",
         "csipipe/pipeline/engine.py",
         "csipipe/pipeline/subworld.py",
         # the benchmark: its conductor hosts a key-value store, its ranks meet before and after a
@@ -94,7 +93,7 @@ def test_only_one_file_moves_tensors_between_ues_and_bts() -> None:
 
 
 def test_ue_code_loads_no_deepspeed() -> None:
-    code = "import sys, csipipe.training, csipipe.methods; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, csipipe.run.training, csipipe.methods; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -9,9 +9,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from csipipe.pipeline.schedule import TRAINING, Op
 from csipipe.profiling import picture
 from csipipe.profiling.spans import Row, Span
-from csipipe.schedule import TRAINING, Op
 
 MS = 1_000_000
 ACTIVITY = {"send": "send", "receive": "wait", "roll": "wait", "verdict": "wait"}

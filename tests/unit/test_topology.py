@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csipipe.topology import Topology
+from csipipe.comm.topology import Topology
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])

@@ -20,11 +20,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
-from csipipe.clock import Clock
-from csipipe.config import Settings, TrainSettings
-from csipipe.figures import Figures
-from csipipe.ledger import Kind, Ledger
-from csipipe.probe import Probe
+from csipipe.comm.ledger import Kind, Ledger
+from csipipe.measure.clock import Clock
+from csipipe.measure.figures import Figures
+from csipipe.measure.probe import Probe
+from csipipe.settings.config import Settings, TrainSettings
 from csipipe.tracking import BEGINNING, HISTORY, Events, RankTracker, Tracker, rank
 from csipipe.tracking.reconstruction import draw, pick
 from csipipe.tracking.screen import Screen

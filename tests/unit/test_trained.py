@@ -10,9 +10,9 @@ import torch
 import trainedruns
 from runs import CPU
 
-from csipipe import trained
-from csipipe.config import Method
 from csipipe.methods.centralised import Centralised
+from csipipe.run import trained
+from csipipe.settings.config import Method
 
 
 def reconstructions(worker: Centralised) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """The pages of `--help`: what there is, and a page for each section of the settings.
 
-Names, defaults and sentences are those of `csipipe.config`.
+Names, defaults and sentences are those of `csipipe.settings.config`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from docstring_parser import parse_from_object
 from jsonargparse import DefaultHelpFormatter
 
-from csipipe.config import Settings
+from csipipe.settings.config import Settings
 
 SECTIONS: dict[str, Any] = {
     field.name: field.default_factory

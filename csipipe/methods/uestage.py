@@ -1,6 +1,6 @@
 """What CSILocal's UE rank does at each instruction, with one mini-batch of every UE.
 
-Shapes: as in `csipipe.methods.csilocal`.
+Shapes: as in `csipipe.methods.csilocal_bts`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from csipipe import models, schedule
-from csipipe.clock import Clock
-from csipipe.figures import row_sums
-from csipipe.ledger import Kind
-from csipipe.metrics import floor_loss, paper_loss
-from csipipe.schedule import Op
+from csipipe import models
+from csipipe.comm.ledger import Kind
+from csipipe.measure.clock import Clock
+from csipipe.measure.figures import row_sums
+from csipipe.measure.metrics import floor_loss, paper_loss
+from csipipe.pipeline import schedule
+from csipipe.pipeline.schedule import Op
 
 if TYPE_CHECKING:
-    from csipipe.methods.csilocal import UeHalf
+    from csipipe.methods.csilocal_ue import UeHalf
 
 
 class UeBatch:

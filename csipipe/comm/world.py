@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from csipipe import blame
+from csipipe.comm import blame
 
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or making its data, in seconds."""

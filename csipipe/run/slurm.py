@@ -24,13 +24,13 @@ from pathlib import Path
 
 import psutil
 
-from csipipe import commandline
-from csipipe.config import Settings
-from csipipe.topology import Topology
+from csipipe.comm.topology import Topology
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 FILE = "slurm.json"
 """The plan, in the run's directory."""
-TRAIN = Path(__file__).resolve().parents[1] / "launch" / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 _PATIENCE = 20.0
 """Seconds after which a shared file system shows a new file on every node."""
 Environment = Mapping[str, str]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csipipe.metrics import to_db
+from csipipe.measure.metrics import to_db
 
 WIDTH = 4
 """Columns of `Figures.sums`: rows, then the sums of loss, centred NMSE and floor over them."""

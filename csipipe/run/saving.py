@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from csipipe import checkpoint, commandline
+from csipipe import __version__, checkpoint
 from csipipe.checkpoint import Record, Snapshot
-from csipipe.config import Settings
-from csipipe.ledger import COUNTED, PHASES, Ledger
+from csipipe.comm.collectives import largest
+from csipipe.comm.ledger import COUNTED, PHASES, Ledger
 from csipipe.methods import Worker, part_names
 from csipipe.pipeline import settings as deepspeed
-from csipipe.resuming import DEEPSPEED
-from csipipe.wire import largest
+from csipipe.run.resuming import DEEPSPEED
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 _LAG = 10
 """A checkpoint is named when this part of the interval is over: late enough to have been written
@@ -86,7 +86,7 @@ class Saver:
             kept = self._copies.get(name, {})
             self._copies[name] = {k: _copied(t, kept.get(k)) for k, t in unit.state().items()}
         content = {
-            "csipipe": version("csipipe"),
+            "csipipe": __version__,
             "iteration": done,
             "settings": commandline.plain(self._settings),
             DEEPSPEED: self._deepspeed,

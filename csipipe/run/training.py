@@ -10,20 +10,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from csipipe import checkpoint, commandline, handshake
+from csipipe import checkpoint
 from csipipe.channels import Manifest
-from csipipe.config import Settings
+from csipipe.comm.ledger import Ledger
+from csipipe.comm.world import World
 from csipipe.device import keep_memory, pick_device, set_threads
-from csipipe.ledger import Ledger
-from csipipe.lock import Lock
+from csipipe.measure.probe import Probe
 from csipipe.methods import Worker, manifest, prepare
 from csipipe.methods.state import ue_name
-from csipipe.probe import Probe
-from csipipe.resuming import CONFIG, Start, decide, source_of, written
-from csipipe.saving import Saver, restore
-from csipipe.stopping import Stopping
+from csipipe.run import handshake
+from csipipe.run.lock import Lock
+from csipipe.run.resuming import CONFIG, Start, decide, source_of, written
+from csipipe.run.saving import Saver, restore
+from csipipe.run.stopping import Stopping
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
-from csipipe.world import World
 
 _NAME, _BEGUN = "run.dir", "run.dir is begun"
 
@@ -207,7 +209,9 @@ def run(
         if settings.run.profile:
             from csipipe.profiling import Profile
 
-            profile = Profile(worker, settings, start.folder, done, world, tracker, stopping)
+            profile = Profile(
+                worker, settings, start.folder, done, world, tracker, stopping.unhurried
+            )
             step = profile.train_iteration
         stop = False
         while done < iterations and not stop:

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from csipipe import manual
-from csipipe.config import Settings
+from csipipe.settings import manual
+from csipipe.settings.config import Settings
 
 
 def parser(description: str) -> ArgumentParser:

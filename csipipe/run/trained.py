@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from csipipe import checkpoint, commandline, models
-from csipipe.config import ModelSettings, Settings
+from csipipe import checkpoint, models
 from csipipe.methods.state import layer_name, ue_name
-from csipipe.resuming import CONFIG
+from csipipe.run.resuming import CONFIG
+from csipipe.settings import commandline
+from csipipe.settings.config import ModelSettings, Settings
 
 LAST, BEST = "last", "best"
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from csipipe.clock import Clock
-from csipipe.config import ScheduleName
+from csipipe.measure.clock import Clock
+from csipipe.settings.config import ScheduleName
 
 
 class Op(Enum):

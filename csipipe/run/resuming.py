@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
-from csipipe import checkpoint, commandline, lock
-from csipipe.config import Settings, TopologySettings
+from csipipe import checkpoint
 from csipipe.pipeline import settings as deepspeed
+from csipipe.run import lock
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings, TopologySettings
 
 FREE = (
     "run.",

@@ -50,8 +50,8 @@ class Ledger:
     """Scalars and bytes that crossed between UEs and BTS, by phase, kind and UE.
 
     Each end counts what it sends and what it receives, so that the UEs' sum and the BTS's sum
-    must agree (`csipipe.wire.merged`). `counts` is int64 of shape (phase, kind, UE, 2): scalars,
-    bytes.
+    must agree (`csipipe.comm.collectives.merged`). `counts` is int64 of shape
+    (phase, kind, UE, 2): scalars, bytes.
     """
 
     def __init__(self, ues: int) -> None:

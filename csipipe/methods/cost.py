@@ -6,8 +6,8 @@ means one exchange. BatchNorm's running statistics are outside of it.
 
 from __future__ import annotations
 
-from csipipe.config import Method, Settings
 from csipipe.models import count_parts
+from csipipe.settings.config import Method, Settings
 
 
 def shared_parts(method: Method) -> tuple[str, ...]:

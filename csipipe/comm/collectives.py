@@ -1,0 +1,61 @@
+"""What all ranks agree on together: ledgers, batch counts, sums; the stages' first contact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from csipipe.comm.blame import EVERYONE, watch
+from csipipe.comm.ledger import Ledger
+
+
+def merged(ledger: Ledger, is_bts: bool) -> Ledger:
+    """The UEs' ledger, summed over all ranks; collective.
+
+    Raises:
+        RuntimeError: the BTS's side counted something else.
+    """
+    sides = torch.zeros(2, *ledger.counts.shape, dtype=torch.int64)
+    sides[int(is_bts)] = ledger.counts
+    with watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
+        dist.all_reduce(sides)
+    if not torch.equal(sides[0], sides[1]):
+        raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
+    found = Ledger(ledger.counts.shape[2])
+    found.counts = sides[0]
+    return found
+
+
+def largest(values: Sequence[int]) -> list[int]:
+    """Element-wise maximum over all ranks; collective."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    with watch("agreeing with all ranks", EVERYONE, "what they say"):
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
+
+
+def total(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, in place, of a tensor on the host; collective.
+
+    Exact where each element is a number on one rank and zero on the others.
+    """
+    with watch("adding up over all ranks", EVERYONE, "what they found"):
+        dist.all_reduce(values)
+    return values
+
+
+def connect_stages(rank: int, stages: int, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Connect neighbouring stages, pair by pair.
+
+    NCCL connects two ranks at their first transfer and holds both up until it has; met in another
+    order than the neighbour's, two stages would wait for each other for ever.
+    """
+    greeting = torch.zeros(1, device=device if dist.get_backend(group) == "nccl" else "cpu")
+    for stage in range(stages - 1):
+        if rank == stage:
+            dist.send(greeting, stage + 1, group)
+        elif rank == stage + 1:
+            dist.recv(greeting, stage, group)

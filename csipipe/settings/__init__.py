@@ -1,0 +1,1 @@
+"""Every setting, from where it is written to where it is read."""
