@@ -1,20 +1,45 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
+import fcntl
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
+    """A path to write to, which becomes `file` if nothing fails; else nothing is left of it.
+
+    Args:
+        partial: that path, in the same folder; None: `<file>.partial`.
+    """
+    partial = file.with_name(f"{file.name}.partial") if partial is None else partial
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flush(file: Path) -> None:
+    """Make what was written to a file last, should the machine fail."""
+    with file.open("rb+") as written:
+        os.fsync(written.fileno())
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all, into a folder that is made if need be."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -24,3 +49,21 @@ def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[objec
     writer.writerow(header)
     writer.writerows(rows)
     write_file(file, text.getvalue())
+
+
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or this process ends; whether nobody else has it.
+
+    A file system without locks is not guarded.
+
+    Args:
+        wait: until nobody else has it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True

@@ -6,12 +6,13 @@ Drawn without pyplot, so that no display is looked for.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from csipipe.files import whole
 
 NAMES = {
     "csilocal": "CSILocal",
@@ -59,6 +60,5 @@ def scale(values: Sequence[float], unit: str) -> tuple[float, str]:
 def save(figure: Figure, file: Path) -> None:
     """Write a PNG, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    figure.savefig(partial, dpi=150, format="png")
-    os.replace(partial, file)
+    with whole(file) as partial:
+        figure.savefig(partial, dpi=150, format="png")

@@ -6,7 +6,6 @@ Takes train.py's settings. Plain python: it starts the processes of every candid
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from argparse import ArgumentError
@@ -15,6 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from csipipe.bench import candidates, growth, race, table
+from csipipe.files import write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -106,9 +106,7 @@ def report(contest: race.Race, growing: bool, target: Path | None) -> None:
     for why in contest.failures.values():
         print(f"\ncsipipe: error: {why}", file=sys.stderr)
     if target is not None and contest.rounds:
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(table.as_json(contest), indent=1) + "\n")
-        os.replace(partial, target)
+        write_file(target, json.dumps(table.as_json(contest), indent=1) + "\n")
         print(f"\nwritten: {target}")
 
 

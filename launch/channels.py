@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from csipipe.channels import checkup, export, picture, statistics
+from csipipe.channels import checkup, export, profileplot, statistics
 from csipipe.channels.source import Site
 
 ABOUT = "Makes, examines and pictures CSI data in CsiNet's format. One process, plain python."
@@ -90,7 +90,7 @@ def look(
             sets[f"{site} ({_title(source)}, {len(found[1]):,} test rows)"] = found[1]
     if not sets:
         raise ValueError(f"no file in {source} has rows that can be shown; run check on it.")
-    picture.draw(sets, Path(output))
+    profileplot.draw(sets, Path(output))
     print(f"{output}: {', '.join(sets)}")
     return True
 

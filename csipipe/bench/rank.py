@@ -26,13 +26,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from csipipe import methods
 from csipipe.bench import memory
 from csipipe.bench.candidates import Candidate
-from csipipe.bench.exchange import Choice, PeerStage, tail_of
+from csipipe.bench.peerstage import Choice, PeerStage, tail_of
 from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.device import keep_memory, pick_device, synchronize
 from csipipe.measure.figures import Figures
 from csipipe.methods import Centralised
 from csipipe.methods.base import adam
+from csipipe.methods.half import Seat
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -191,7 +192,7 @@ def _prepare(
         return methods.prepare(settings, world.rank, world.size, device)
     engine = methods.import_engine(device)
     stage = _peer(spec.name)
-    return lambda world: stage(settings, topology, world, device, engine, spec.choice)
+    return lambda world: stage(Seat(settings, topology, world, device), engine, spec.choice)
 
 
 def _peer(name: str) -> type[PeerStage]:

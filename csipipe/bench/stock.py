@@ -14,7 +14,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from csipipe.bench.exchange import PeerStage
+from csipipe.bench.peerstage import PeerStage
 from csipipe.methods.base import adam
 from csipipe.pipeline import settings as deepspeed_settings
 

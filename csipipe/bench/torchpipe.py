@@ -1,7 +1,7 @@
 """Peers: PyTorch's torch.distributed.pipelining, ScheduleGPipe and Schedule1F1B.
 
 Shapes are given when the stage is made, as its documentation advises for static shapes, so that
-nothing is inferred at run time. The exchange with the UEs is in the loss function (`exchange`).
+nothing is inferred at run time. The exchange with the UEs is in the loss function (`peerstage`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from csipipe import models
-from csipipe.bench.exchange import PeerStage
+from csipipe.bench.peerstage import PeerStage
 from csipipe.device import wire_dtype
 from csipipe.methods.base import adam
 

@@ -9,7 +9,6 @@ they are whole; one lock per cache lets one process convert while the others wai
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from csipipe import files
 from csipipe.channels.layout import HT, check_images
 from csipipe.channels.matfile import count_rows, read_rows
 
@@ -156,15 +156,9 @@ def _published(file: Path, size: int) -> Iterator[Path]:
     Raises:
         OSError: it can't be written, with the remedy.
     """
-    partial = file.parent / _PARTIAL
-    try:
-        with _explained(file, size):
-            yield partial
-            with partial.open("rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _explained(file, size), files.whole(file, file.parent / _PARTIAL) as partial:
+        yield partial
+        files.flush(partial)
 
 
 @contextmanager
@@ -191,7 +185,7 @@ def _locked() -> Iterator[None]:
         with _explained(file, 0):
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = opened.enter_context(file.open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the one that holds it
+            files.lock(lock.fileno(), wait=True)
         yield
 
 

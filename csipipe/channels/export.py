@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import io
 from tqdm import tqdm
 
+from csipipe import files
 from csipipe.channels.csinet import SUFFIX
 from csipipe.channels.layout import HF, HT, Layout
 from csipipe.channels.source import Part, Site
@@ -98,12 +99,7 @@ def _make(
 
 def _save(path: Path, key: str, values: NDArray[Any]) -> None:
     """Write beside `path`, then rename: it is never there half written."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with unfinished.open("wb") as file:
+    with files.whole(path, path.with_name(f"{path.name}.{os.getpid()}.partial")) as partial:
+        with partial.open("wb") as file:  # savemat would add an ending to a name
             io.savemat(file, {key: values})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        files.flush(partial)

@@ -7,7 +7,6 @@ A row is named by its place in the stream of an environment and part; what the s
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from csipipe.channels.load import hold_out
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal
+from csipipe.files import write_file
 
 NAME = "manifest.json"
 _VERSION = 1
@@ -67,9 +67,7 @@ class Manifest:
             ],
             "test": {"rows": _count(self.test), "spans": _dump(self.test)},
         }
-        partial = folder / f"{NAME}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, folder / NAME)
+        write_file(folder / NAME, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -50,9 +50,6 @@ class Record:
     size: int
     digest: bytes
 
-    DIGEST = 32
-    """Bytes of a digest."""
-
 
 def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
     """Write a part, contiguous tensors of the host, into the folder of a snapshot in the making.

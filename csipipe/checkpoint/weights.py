@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from csipipe.files import whole
+
 
 def ue_file(folder: Path, ue: int) -> Path:
     """Encoder and head of one UE."""
@@ -34,13 +36,11 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         for part, state in parts.items()
         for name, tensor in state.items()
     }
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial)
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written: {error}. Make room on the disk.") from error
-    os.replace(partial, path)
+    with whole(path) as partial:
+        try:
+            save_file(tensors, partial)
+        except SafetensorError as error:
+            raise OSError(f"{path} can't be written: {error}. Make room on the disk.") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:

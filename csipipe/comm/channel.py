@@ -236,3 +236,13 @@ class Channel:
     def _count(self, peer: Peer, tensor: Tensor) -> None:
         if self.ledger is not None:
             self.ledger.count(self.kind, peer.ues, tensor[peer.rows])
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What a BTS stage, or the UEs of a rank, receive and send: forward and backward."""
+
+    forward_in: Channel
+    forward_out: Channel
+    backward_in: Channel
+    backward_out: Channel

@@ -12,7 +12,7 @@ import torch
 from csipipe.comm import collectives
 from csipipe.comm.world import World
 from csipipe.device import pick_device, set_threads
-from csipipe.evaluation import picture, samples, table, testset
+from csipipe.evaluation import distribution, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
 from csipipe.files import write_file
 from csipipe.run import trained
@@ -124,7 +124,7 @@ def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: 
     }
     try:
         write_file(out / "table.txt", text + "\n")
-        picture.draw(runs, rows.name, out / "samples.png")
+        distribution.draw(runs, rows.name, out / "samples.png")
         write_file(out / "figures.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise OSError(f"{out} can't be written: {error}; name another --out.") from error

@@ -16,24 +16,22 @@ from csipipe import channels
 from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.methods import federated
-from csipipe.methods.base import Part, Worker
+from csipipe.methods.base import EvalRows, Worker
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal_bts import BtsHalf
 from csipipe.methods.csilocal_ue import UeHalf
-from csipipe.methods.state import layer_name, ue_name
+from csipipe.methods.half import Seat
 from csipipe.methods.ue import UserEquipment
-from csipipe.models import tail_shapes
 from csipipe.pipeline import settings as deepspeed_settings
 from csipipe.settings.config import Settings
 
 __all__ = [
     "Centralised",
-    "Part",
+    "EvalRows",
     "Worker",
     "import_engine",
     "load",
     "manifest",
-    "part_names",
     "prepare",
 ]
 
@@ -54,9 +52,9 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
     if topology.is_bts(rank):
         engine = import_engine(device)
-        return lambda world: BtsHalf(settings, topology, world, device, deepspeed, engine)
+        return lambda world: BtsHalf(Seat(settings, topology, world, device), deepspeed, engine)
     ues, test = load(settings, topology.ues_of(rank), device)
-    return lambda world: UeHalf(settings, topology, world, device, ues, test)
+    return lambda world: UeHalf(Seat(settings, topology, world, device), ues, test)
 
 
 def _prepare_federated(
@@ -69,9 +67,9 @@ def _prepare_federated(
         )
     topology = Topology(world_size, settings.stages, settings.topology.ues)
     if topology.is_bts(rank):
-        return lambda world: federated.BtsHalf(settings, topology, world, device)
+        return lambda world: federated.BtsHalf(Seat(settings, topology, world, device))
     ues, test = load(settings, topology.ues_of(rank), device)
-    return lambda world: federated.UeHalf(settings, topology, world, device, ues, test)
+    return lambda world: federated.UeHalf(Seat(settings, topology, world, device), ues, test)
 
 
 def import_engine(device: torch.device) -> ModuleType:
@@ -94,13 +92,6 @@ def _prepare_centralised(settings: Settings, world_size: int, device: torch.devi
         )
     ues, test = load(settings, range(settings.topology.ues), device)
     return lambda world: Centralised(settings, ues, test, device)
-
-
-def part_names(settings: Settings) -> list[str]:
-    """Every part that a checkpoint of any method may have, in one order on all ranks."""
-    layers = len(tail_shapes(settings.model)) - 1
-    ues = [ue_name(ue) for ue in range(settings.topology.ues)]
-    return [*ues, *(layer_name(layer) for layer in range(layers))]
 
 
 def load(

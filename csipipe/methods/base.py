@@ -16,7 +16,7 @@ from csipipe.measure.probe import Probe
 from csipipe.methods.state import Unit
 from csipipe.settings.config import TrainSettings
 
-Part = Literal["holdout", "test"]
+EvalRows = Literal["holdout", "test"]
 """Rows of an evaluation: each UE's own held-out training rows, or the common test set."""
 
 
@@ -45,7 +45,7 @@ class Worker(Protocol):
         """One iteration; figures of the UEs' batches before the step."""
         ...
 
-    def evaluate(self, part: Part) -> Figures | None:
+    def evaluate(self, part: EvalRows) -> Figures | None:
         """Figures on `part`, BatchNorm by running statistics."""
         ...
 

@@ -20,7 +20,7 @@ from csipipe.device import autocast
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import Part, adam, batches_of, padded, set_rate
+from csipipe.methods.base import EvalRows, adam, batches_of, padded, set_rate
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.settings.config import Settings
@@ -88,7 +88,7 @@ class Centralised:
         self.clock.stop()
         return Figures(sums)
 
-    def evaluate(self, part: Part) -> Figures:
+    def evaluate(self, part: EvalRows) -> Figures:
         """Figures on `part`; a shared model is the same for every UE."""
         size = self.settings.train.batch_size
         common = part == "test" and self.shared
@@ -159,10 +159,7 @@ class Centralised:
         """The same files as CSILocal's: every UE has the shared encoder and head."""
         checkpoint.save(checkpoint.tail_file(folder), {"tail": self.tail.state_dict()})
         for ue in self.ues:
-            checkpoint.save(
-                checkpoint.ue_file(folder, ue.number),
-                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
-            )
+            ue.save(folder)
 
     def units(self) -> dict[str, Unit]:
         """Shared encoder and head belong to the first UE; the others have their draws."""

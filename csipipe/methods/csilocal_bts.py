@@ -21,20 +21,18 @@ import torch
 from torch import nn
 
 from csipipe import checkpoint, models
-from csipipe.comm.channel import Channel
+from csipipe.comm.channel import Channel, Ports
 from csipipe.comm.collectives import connect_stages
 from csipipe.comm.ledger import Kind
-from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.measure.figures import Figures
-from csipipe.methods.base import Part, adam, set_rate
-from csipipe.methods.half import Half
+from csipipe.methods.base import EvalRows, adam, set_rate
+from csipipe.methods.half import Half, Seat
 from csipipe.methods.roster import Roster, keep_buffers
 from csipipe.methods.state import AdamMoments, Moments, Unit, layer_units
 from csipipe.pipeline import balance, schedule
 from csipipe.pipeline.schedule import Op
 from csipipe.pipeline.zero import ZeroMoments
-from csipipe.settings.config import Settings
 
 
 class BtsHalf(Half):
@@ -45,16 +43,9 @@ class BtsHalf(Half):
         engine: `csipipe.pipeline.engine`, which UE ranks never import.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        topology: Topology,
-        world: World,
-        device: torch.device,
-        deepspeed: dict[str, object],
-        engine: ModuleType,
-    ) -> None:
-        super().__init__(settings, topology, world, device)
+    def __init__(self, seat: Seat, deepspeed: dict[str, object], engine: ModuleType) -> None:
+        super().__init__(seat)
+        settings, topology, world, device = self.settings, self.topology, self.world, self.device
         train, timeout = settings.train, settings.run.timeout
         engine.open_subworld(world.bts_group(topology.stages, device, timeout), timeout)
         tail = models.build_tail(settings.model, train.seed)
@@ -63,15 +54,14 @@ class BtsHalf(Half):
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts
         self.ports = self._ports(world, timeout)
-        for port in self.ports.values():
-            port.tolerant = self.tolerant
+        self.ports.forward_in.tolerant = self.ports.backward_in.tolerant = self.tolerant
         self.stage = engine.TailStage(
             module,
             adam(module.parameters(), train),
             deepspeed,
             rows=self.wire.rows * topology.ues,
             micro_batches=train.micro_batches,
-            ports=engine.Ports(**self.ports),
+            ports=self.ports,
             clock=self.clock,
             calls={Op.ROLL_CALL: self._call_the_roll, Op.VERDICT: self._judge},
         )
@@ -131,7 +121,7 @@ class BtsHalf(Half):
     def _call_the_roll(self) -> None:
         """All smashed data of the iteration are here; not a row has been used."""
         assert self.roster is not None
-        self.roster.agree(Kind.ROLL_CALL, self._found(self.ports["forward_in"], self.roster.out))
+        self.roster.agree(Kind.ROLL_CALL, self._found(self.ports.forward_in, self.roster.out))
         out, rows = self.roster.out, self.wire.rows
         taking = [ue for ue in range(self.topology.ues) if ue not in out]
         places = [torch.arange(ue * rows, (ue + 1) * rows) for ue in taking]
@@ -140,7 +130,7 @@ class BtsHalf(Half):
     def _judge(self) -> None:
         """All gradients of the iteration are here; no weight has been changed."""
         assert self.roster is not None
-        self.roster.agree(Kind.VERDICT, self._found(self.ports["backward_in"], self.roster.out))
+        self.roster.agree(Kind.VERDICT, self._found(self.ports.backward_in, self.roster.out))
 
     def _found(self, channel: Channel, out: Collection[int]) -> Collection[int]:
         """UEs that sent something bad here, those apart that are left out already."""
@@ -149,7 +139,7 @@ class BtsHalf(Half):
         self.leave_out(new, out)
         return new
 
-    def evaluate(self, part: Part) -> Figures | None:
+    def evaluate(self, part: EvalRows) -> Figures | None:
         """Forward passes only."""
         if self.rank == 0:
             self.reports.post()
@@ -157,7 +147,7 @@ class BtsHalf(Half):
         for _ in range(self.batches[part]):
             self.stage.evaluate_iteration(schedule.stage_evaluation(self.wire.micro_batches))
         self.wire.ledger.phase = "training"
-        return self._figures(self._found(self.ports["forward_in"], ()))
+        return self._figures(self._found(self.ports.forward_in, ()))
 
     def save_weights(self, folder: Path) -> None:
         """Rank 0 writes the whole tail; the other stages send it their layers."""
@@ -197,7 +187,7 @@ class BtsHalf(Half):
     def _figures(self, without: Collection[int] = ()) -> Figures | None:
         return self.gather(without) if self.rank == 0 else None
 
-    def _ports(self, world: World, timeout: float) -> dict[str, Channel]:
+    def _ports(self, world: World, timeout: float) -> Ports:
         """Channels to the neighbours, which are UEs at the two ends.
 
         Forward and backward have a group of their own: NCCL executes what two ranks exchange in
@@ -214,17 +204,17 @@ class BtsHalf(Half):
 
         start, stop = self.parts[rank], self.parts[rank + 1]
         first, last = rank == 0, rank == topology.last_stage
-        return {
-            "forward_in": wire.link(Kind.SMASHED, model.c1)
+        return Ports(
+            forward_in=wire.link(Kind.SMASHED, model.c1)
             if first
             else near(Kind.ACTIVATION, rank - 1, start, 0),
-            "backward_out": wire.link(Kind.SMASHED_GRADIENT, model.c1)
+            backward_out=wire.link(Kind.SMASHED_GRADIENT, model.c1)
             if first
             else near(Kind.ACTIVATION_GRADIENT, rank - 1, start, 1),
-            "forward_out": wire.link(Kind.OUTPUT, model.c2)
+            forward_out=wire.link(Kind.OUTPUT, model.c2)
             if last
             else near(Kind.ACTIVATION, rank + 1, stop, 0),
-            "backward_in": wire.link(Kind.OUTPUT_GRADIENT, model.c2)
+            backward_in=wire.link(Kind.OUTPUT_GRADIENT, model.c2)
             if last
             else near(Kind.ACTIVATION_GRADIENT, rank + 1, stop, 1),
-        }
+        )

@@ -5,53 +5,47 @@ Shapes: as in `csipipe.methods.csilocal_bts`.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from csipipe import checkpoint, models
+from csipipe.comm.channel import Ports
 from csipipe.comm.ledger import Kind
-from csipipe.comm.topology import Topology
-from csipipe.comm.world import World
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH
-from csipipe.methods.base import Part, padded, set_rate
-from csipipe.methods.half import Half
-from csipipe.methods.roster import Roster, keep_buffers
+from csipipe.methods.base import EvalRows, padded, set_rate
+from csipipe.methods.half import Seat, UeSide
+from csipipe.methods.roster import AGREED, Roster, keep_buffers
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
-from csipipe.methods.uestage import UeBatch
+from csipipe.methods.uestage import UeStage
 from csipipe.pipeline import schedule
-from csipipe.settings.config import Settings
 
 
-class UeHalf(Half):
-    """The UEs of one rank.
+class UeHalf(UeSide):
+    """The UEs of one rank; arguments as `UeSide`."""
 
-    Args:
-        ues: this rank's UEs, ascending.
-        test: (B, 2, A, D) the common test set.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        topology: Topology,
-        world: World,
-        device: torch.device,
-        ues: list[UserEquipment],
-        test: Tensor,
-    ) -> None:
-        super().__init__(settings, topology, world, device)
-        model = settings.model
-        self.ues = ues
-        self.test = test
-        self.smashed = self.wire.link(Kind.SMASHED, model.c1)
-        self.output = self.wire.link(Kind.OUTPUT, model.c2)
-        self.output_gradient = self.wire.link(Kind.OUTPUT_GRADIENT, model.c2)
-        self.smashed_gradient = self.wire.link(Kind.SMASHED_GRADIENT, model.c1)
-        self.pending = models.put_off(ue.head for ue in ues)
+    def __init__(self, seat: Seat, ues: list[UserEquipment], test: Tensor) -> None:
+        super().__init__(seat, ues, test)
+        model, train = self.settings.model, self.settings.train
+        self.ports = Ports(
+            forward_out=self.wire.link(Kind.SMASHED, model.c1),
+            forward_in=self.wire.link(Kind.OUTPUT, model.c2),
+            backward_out=self.wire.link(Kind.OUTPUT_GRADIENT, model.c2),
+            backward_in=self.wire.link(Kind.SMASHED_GRADIENT, model.c1),
+        )
+        self.stage = UeStage(
+            ues,
+            self.ports,
+            train.micro_batches,
+            train.precision,
+            self.clock,
+            self.probe,
+            self.tolerant,
+            calls={op: partial(self._hear, kind) for op, kind in AGREED.items()},
+        )
         self.roster = Roster(self.wire) if self.tolerant else None
         self.agree_on_batches({"holdout": max(len(ue.holdout) for ue in ues), "test": len(test)})
 
@@ -59,40 +53,43 @@ class UeHalf(Half):
         """Lines 3 and 8–10 of Algorithm 1."""
         self.start(iteration)
         self.clock.begin("compute", "draw mini-batches")
-        size = self.settings.train.batch_size
+        train = self.settings.train
         for ue in self.ues:
             ue.train(True)
-            set_rate(ue.optimizer, self.settings.train.lr_at(iteration))
-        self._post()
-        batch = UeBatch(self, [ue.draw(size) for ue in self.ues], [size] * len(self.ues))
+            set_rate(ue.optimizer, train.lr_at(iteration))
+        self.stage.post()
+        self.stage.load([ue.draw(train.batch_size) for ue in self.ues])
         if self.roster is None:
-            batch.execute(schedule.ue_training(self.wire.micro_batches), self.clock)
+            self.stage.execute(schedule.ue_training(train.micro_batches))
         else:
-            self._train_without_bad_ues(self.roster, batch)
+            self._train_without_bad_ues(self.roster)
         self.clock.begin("send", "finish sending")
-        self._report(batch.sums())
+        self._report(self.stage.sums())
         self.clock.stop()
 
-    def _post(self) -> None:
-        self.output.post()
-        self.smashed_gradient.post()
-
-    def _train_without_bad_ues(self, roster: Roster, batch: UeBatch) -> None:
+    def _train_without_bad_ues(self, roster: Roster) -> None:
         """A UE that is left out stays as it was, BatchNorm's statistics included."""
         restore = [keep_buffers([ue.encoder, ue.head]) for ue in self.ues]
 
         def undo() -> None:
             for ue in self.ues:
                 ue.optimizer.zero_grad()
-            self._post()
+            self.stage.post()
 
-        plan = schedule.ue_attempts(self.wire.micro_batches)
-        roster.train(plan, lambda part: batch.execute(part, self.clock), undo)
-        for u in batch.idle:
+        roster.train(schedule.ue_attempts(self.wire.micro_batches), self.stage.execute, undo)
+        self.leave_out(self.stage.faults)
+        for u in self.stage.idle:
             self.ues[u].optimizer.zero_grad()
             restore[u]()
 
-    def evaluate(self, part: Part) -> None:
+    def _hear(self, kind: Kind) -> None:
+        """Hear which UEs take part."""
+        assert self.roster is not None
+        self.roster.agree(kind)
+        out = self.roster.out
+        self.stage.taking = [u for u, ue in enumerate(self.ues) if ue.number not in out]
+
+    def evaluate(self, part: EvalRows) -> None:
         """Forward passes only, over whole batches; rows of the padding don't count.
 
         A batch is encoded and sent before the one ahead of it comes back.
@@ -103,36 +100,27 @@ class UeHalf(Half):
         self.wire.ledger.phase = "evaluation"
         for ue in self.ues:
             ue.train(False)
-        ahead: list[UeBatch] = []
-        self.output.post()  # before anything is sent: the BTS keeps few messages under way
+        self.ports.forward_in.post()  # before anything is sent: the BTS keeps few under way
         with torch.no_grad():
-            for start in range(0, self.batches[part] * size, size):
-                batch = UeBatch(
-                    self,
-                    [padded(h, start, size) for h in rows],
-                    [min(size, max(0, len(h) - start)) for h in rows],
-                )
-                batch.execute(schedule.ue_encoding(self.wire.micro_batches), Clock())
-                ahead.append(batch)
-                if len(ahead) > 1:
-                    sums += self._decode(ahead.pop(0))
-                    self.output.post()
-                    self.smashed.finish()
-            for batch in ahead:
-                sums += self._decode(batch)
+            for k in range(self.batches[part] + 1):
+                if k < self.batches[part]:
+                    start = k * size
+                    self.stage.load(
+                        [padded(h, start, size) for h in rows],
+                        [min(size, max(0, len(h) - start)) for h in rows],
+                    )
+                    self._evaluate(schedule.ue_encoding)
+                if k:
+                    self._evaluate(schedule.ue_decoding)
+                    sums += self.stage.sums()
+                    if k < self.batches[part]:
+                        self.ports.forward_in.post()
+                        self.ports.forward_out.finish()
         self.wire.ledger.phase = "training"
         self._report(sums)
 
-    def _decode(self, batch: UeBatch) -> Tensor:
-        batch.execute(schedule.ue_decoding(self.wire.micro_batches), Clock())
-        return batch.sums()
-
-    def save_weights(self, folder: Path) -> None:
-        for ue in self.ues:
-            checkpoint.save(
-                checkpoint.ue_file(folder, ue.number),
-                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
-            )
+    def _evaluate(self, plan: Callable[[int], schedule.Plan]) -> None:
+        self.stage.execute(plan(self.wire.micro_batches), Clock())
 
     def units(self) -> dict[str, Unit]:
         return {ue_name(ue.number): ue.unit() for ue in self.ues}
@@ -140,5 +128,5 @@ class UeHalf(Half):
     def _report(self, sums: Tensor) -> None:
         """Send this rank's figures to rank 0; waits for what was sent in this iteration."""
         self.reports.send(0, sums.cpu())
-        for channel in (self.smashed, self.output_gradient, self.reports):
+        for channel in (self.ports.forward_out, self.ports.backward_out, self.reports):
             channel.finish()

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from csipipe import checkpoint, models
 from csipipe.comm.ledger import Kind
-from csipipe.comm.topology import Topology
-from csipipe.comm.world import World
 from csipipe.measure.figures import WIDTH, Figures
-from csipipe.methods.base import Part
+from csipipe.methods.base import EvalRows
 from csipipe.methods.cost import shared_parts
-from csipipe.methods.half import Half
+from csipipe.methods.half import Half, Seat, UeSide
 from csipipe.methods.replica import Agreed, Replica, flat, split
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
@@ -102,28 +100,14 @@ def sizes(settings: Settings) -> dict[Kind, int]:
     }
 
 
-class UeHalf(Half):
-    """The UEs of one rank.
+class UeHalf(UeSide):
+    """The UEs of one rank; arguments as `UeSide`."""
 
-    Args:
-        ues: this rank's UEs, ascending.
-        test: (B, 2, A, D) the common test set.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        topology: Topology,
-        world: World,
-        device: torch.device,
-        ues: list[UserEquipment],
-        test: Tensor,
-    ) -> None:
-        super().__init__(settings, topology, world, device)
+    def __init__(self, seat: Seat, ues: list[UserEquipment], test: Tensor) -> None:
+        super().__init__(seat, ues, test)
+        settings, topology = self.settings, self.topology
         method = FedGrad if settings.method.startswith("fedgrad") else FedAvg
-        self.ues = ues
-        self.test = test
-        self.replicas = [method(ue, settings, device) for ue in ues]
+        self.replicas = [method(ue, settings, self.device) for ue in ues]
         for replica in self.replicas:
             replica.probe = self.probe
         self.sizes = sizes(settings)
@@ -190,7 +174,7 @@ class UeHalf(Half):
             nothing = torch.full((self.sizes[Kind.UPDATE],), math.nan, device=self.device)
             return nothing, torch.zeros(WIDTH, dtype=torch.float64)
 
-    def evaluate(self, part: Part) -> None:
+    def evaluate(self, part: EvalRows) -> None:
         """Every UE's model on its held-out rows or on the test set, one batch of each at a time."""
         size = self.settings.train.batch_size
         turns = self.takers if part == "test" else 1
@@ -211,11 +195,7 @@ class UeHalf(Half):
             channel = self.wire.weights(self.rank, len(tail))
             channel.send(0, tail)
             channel.finish()
-        for ue in self.ues:
-            checkpoint.save(
-                checkpoint.ue_file(folder, ue.number),
-                {"encoder": ue.encoder.state_dict(), "head": ue.head.state_dict()},
-            )
+        super().save_weights(folder)
 
     def units(self) -> dict[str, Unit]:
         """The whole model of every UE; what is agreed on is in it."""
@@ -238,11 +218,10 @@ class BtsHalf(Half):
     holds one UE's vector at a time.
     """
 
-    def __init__(
-        self, settings: Settings, topology: Topology, world: World, device: torch.device
-    ) -> None:
-        super().__init__(settings, topology, world, device)
-        self.sizes = sizes(settings)
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        topology = self.topology
+        self.sizes = sizes(self.settings)
         for kind in (Kind.UPDATE, Kind.STATISTICS):  # one vector in memory at a time, later
             self.wire.expect(kind, range(topology.ues), (1, self.sizes[kind]), 1)
         self.down = {
@@ -270,7 +249,7 @@ class BtsHalf(Half):
         self.clock.stop()
         return figures
 
-    def evaluate(self, part: Part) -> Figures:
+    def evaluate(self, part: EvalRows) -> Figures:
         """Gathers figures; all UEs have those of one model where it is tested once."""
         sums = torch.zeros(self.topology.ues, WIDTH, dtype=torch.float64)
         for _ in range(self.batches[part]):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Container, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from csipipe.comm import handshake, trust
@@ -19,21 +22,28 @@ from csipipe.device import autocast, wire_dtype
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import batches_of
+from csipipe.methods.ue import UserEquipment
 from csipipe.models import count_parts
 from csipipe.settings.config import Settings
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What every half is made from: a run's settings, who is where, this rank and its device."""
+
+    settings: Settings
+    topology: Topology
+    world: World
+    device: torch.device
 
 
 class Half:
     """What both halves share: the wire, and the channels for figures and decisions."""
 
-    def __init__(
-        self, settings: Settings, topology: Topology, world: World, device: torch.device
-    ) -> None:
+    def __init__(self, seat: Seat) -> None:
+        self.settings, self.topology = settings, topology = seat.settings, seat.topology
+        self.world, self.device = world, device = seat.world, seat.device
         train = settings.train
-        self.settings = settings
-        self.topology = topology
-        self.device = device
-        self.world = world
         self.rank = world.rank
         world.role = topology.role
         world.doing = topology.role(world.rank)
@@ -130,3 +140,22 @@ class Half:
         handshake.compare_messages(self.world, self.wire)
         batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
         self.batches = dict(zip(rows, largest(batches), strict=True))
+
+
+class UeSide(Half):
+    """What the UE halves share: the UEs of one rank, and their weights for use.
+
+    Args:
+        ues: this rank's UEs, ascending.
+        test: (B, 2, A, D) the common test set.
+    """
+
+    def __init__(self, seat: Seat, ues: list[UserEquipment], test: Tensor) -> None:
+        super().__init__(seat)
+        self.ues = ues
+        self.test = test
+
+    def save_weights(self, folder: Path) -> None:
+        """Every UE's encoder and head."""
+        for ue in self.ues:
+            ue.save(folder)

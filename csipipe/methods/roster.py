@@ -16,7 +16,10 @@ from torch import nn
 
 from csipipe.comm.ledger import Kind
 from csipipe.comm.wire import Wire
-from csipipe.pipeline.schedule import Attempts, Instruction
+from csipipe.pipeline.schedule import Attempts, Instruction, Op
+
+AGREED = {Op.ROLL_CALL: Kind.ROLL_CALL, Op.VERDICT: Kind.VERDICT}
+"""What each instruction agrees by."""
 
 
 class Roster:

@@ -6,10 +6,13 @@ B rows, A angles, D delays.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csipipe import checkpoint
 from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss, paper_loss
@@ -61,6 +64,11 @@ class UserEquipment:
         """What a checkpoint holds of this UE."""
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "head": self.head}
         return Unit(parts, AdamMoments(self.optimizer), self.generator)
+
+    def save(self, folder: Path) -> None:
+        """Write encoder and head for use (OSError)."""
+        parts = {"encoder": self.encoder.state_dict(), "head": self.head.state_dict()}
+        checkpoint.save(checkpoint.ue_file(folder, self.number), parts)
 
     def check_loss(self, loss: Tensor) -> None:
         """Refuse (FloatingPointError) a loss that is no number, before the step."""

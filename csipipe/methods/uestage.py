@@ -1,164 +1,231 @@
-"""What CSILocal's UE rank does at each instruction, with one mini-batch of every UE.
+"""What CSILocal's UE rank does at each instruction, with mini-batches of all its UEs.
 
+The counterpart of `csipipe.pipeline.engine.TailStage`: it doesn't know who its neighbours are.
 Shapes: as in `csipipe.methods.csilocal_bts`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from csipipe import models
-from csipipe.comm.ledger import Kind
+from csipipe.comm.channel import Ports
+from csipipe.device import autocast
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss, paper_loss
+from csipipe.measure.probe import Probe
+from csipipe.methods.ue import UserEquipment
 from csipipe.pipeline import schedule
 from csipipe.pipeline.schedule import Op
-
-if TYPE_CHECKING:
-    from csipipe.methods.csilocal_ue import UeHalf
+from csipipe.settings.config import Precision
 
 
-class UeBatch:
-    """One mini-batch of every UE of a rank on its way through a schedule.
+@dataclass(frozen=True)
+class _Batch:
+    """A (U, B, 2, A, D) mini-batch of every UE, rows of each that count, and (U, B) losses."""
+
+    h_UBAD: Tensor
+    valid: Sequence[int]
+    loss_UB: Tensor
+
+
+class UeStage:
+    """Encoders and heads of this rank's UEs: the two outermost ends of the pipeline.
 
     Args:
-        h_UBAD: a (B, 2, A, D) mini-batch per UE.
-        valid: rows of each UE that count in `sums`; the rest is padding.
+        ues: this rank's, ascending.
+        ports: where messages come from and go to; forward comes in from the last BTS stage, and
+            goes out to the first.
+        micro_batches: micro-batches per iteration.
+        tolerant: a UE that can't step is left out; else it is an error.
+        calls: what this rank does at instructions that aren't the stage's own.
 
     Attributes:
         taking: places on this rank of the UEs that take part.
-        idle: places of those that take no step.
+        idle: places of those that took no step.
+        faults: why UEs could not step in this iteration, by number.
     """
 
-    def __init__(self, half: UeHalf, h_UBAD: list[Tensor], valid: list[int]) -> None:
-        self.half = half
-        self.h_UBAD = torch.stack(h_UBAD)
-        self.valid = valid
-        self.rows = half.wire.rows
-        self.z_UBC: list[Tensor] = []
-        self.z_MRC: list[Tensor] = []
-        self.y: dict[int, Tensor] = {}
-        self.dy: dict[int, Tensor] = {}
-        self.dz: dict[int, Tensor] = {}
-        self.loss_UB = self.h_UBAD.new_zeros(self.h_UBAD.shape[:2])
-        self.taking = list(range(len(h_UBAD)))
+    def __init__(
+        self,
+        ues: Sequence[UserEquipment],
+        ports: Ports,
+        micro_batches: int,
+        precision: Precision,
+        clock: Clock,
+        probe: Probe,
+        tolerant: bool,
+        calls: Mapping[Op, Callable[[], None]],
+    ) -> None:
+        self.ues = ues
+        self.ports = ports
+        self.micro_batches = micro_batches
+        self.precision = precision
+        self.clock = clock
+        self.probe = probe
+        self.tolerant = tolerant
+        self.calls = calls
+        self.taking = list(range(len(ues)))
         self.idle: set[int] = set()
+        self.faults: dict[int, str] = {}
+        self._pending = models.put_off(ue.head for ue in ues)
+        self._batches: deque[_Batch] = deque()  # encoded is the last, reconstructed the first
+        self._z_UBC: list[Tensor] = []
+        self._z_MRC: list[Tensor] = []
+        self._y: dict[int, Tensor] = {}
+        self._dy: dict[int, Tensor] = {}
+        self._dz: dict[int, Tensor] = {}
 
-    def execute(self, plan: schedule.Plan, clock: Clock) -> None:
-        """Execute the UE rank's instructions."""
-        whole = {
-            Op.ENCODE: self.encode,
-            Op.WEIGHTS: self.weight_gradients,
-            Op.ENCODE_BACKWARD: self.encode_backward,
-            Op.ROLL_CALL: lambda: self.agree(Kind.ROLL_CALL),
-            Op.VERDICT: lambda: self.agree(Kind.VERDICT),
-            Op.STEP: self.step,
-        }
-        per_micro_batch = {
-            Op.SEND_FORWARD: self.send_forward,
-            Op.RECEIVE_FORWARD: self.receive_forward,
-            Op.HEAD: self.head,
-            Op.SEND_BACKWARD: self.send_backward,
-            Op.RECEIVE_BACKWARD: self.receive_backward,
-        }
-        schedule.execute(plan, whole, per_micro_batch, clock)
+    def load(self, h_UBAD: Sequence[Tensor], valid: Sequence[int] | None = None) -> None:
+        """Give a (B, 2, A, D) mini-batch per UE; `sums` takes it away again.
+
+        Args:
+            valid: rows of each UE that count in `sums`, the rest is padding; None: all.
+        """
+        h = torch.stack(list(h_UBAD))
+        counted = [h.shape[1]] * len(h) if valid is None else valid
+        self._batches.append(_Batch(h, counted, h.new_zeros(h.shape[:2])))
+        self.taking = list(range(len(self.ues)))
+        self.idle, self.faults = set(), {}
+
+    def execute(self, plan: schedule.Plan, clock: Clock | None = None) -> None:
+        """Execute instructions.
+
+        Args:
+            clock: counts the time; None: this rank's.
+        """
+        clock = self.clock if clock is None else clock
+        schedule.execute(plan, self._whole, self._per_micro_batch, clock)
+
+    def post(self) -> None:
+        """Post the receives of an iteration."""
+        self.ports.forward_in.post()
+        self.ports.backward_in.post()
 
     def sums(self) -> Tensor:
-        """(UEs, WIDTH) figures of the rows that count; NaN for a UE that took no step."""
-        floor_UB = floor_loss(self.h_UBAD.flatten(0, 1)).view_as(self.loss_UB)
-        parts = zip(self.loss_UB, floor_UB, self.valid, strict=True)
+        """(UEs, WIDTH) figures of the oldest mini-batch; NaN for a UE that took no step."""
+        batch = self._batches.popleft()
+        floor_UB = floor_loss(batch.h_UBAD.flatten(0, 1)).view_as(batch.loss_UB)
+        parts = zip(batch.loss_UB, floor_UB, batch.valid, strict=True)
         sums = torch.stack([row_sums(loss[:n], floor[:n]) for loss, floor, n in parts])
         if self.idle:
             sums[list(self.idle)] = math.nan
         return sums
 
-    def agree(self, kind: Kind) -> None:
-        """Hear which UEs take part."""
-        assert self.half.roster is not None
-        self.half.roster.agree(kind)
-        out = self.half.roster.out
-        self.taking = [u for u, ue in enumerate(self.half.ues) if ue.number not in out]
-
-    def encode(self) -> None:
-        half = self.half
-        with half.autocast():
-            self.z_UBC = [ue.encoder(h) for ue, h in zip(half.ues, self.h_UBAD, strict=True)]
+    def _encode(self) -> None:
+        batch = self._batches[-1]
+        with self._autocast():
+            self._z_UBC = [ue.encoder(h) for ue, h in zip(self.ues, batch.h_UBAD, strict=True)]
         # rows of a micro-batch, UE by UE
-        by_ue = torch.stack(self.z_UBC).detach()
-        by_ue = by_ue.view(len(half.ues), half.wire.micro_batches, self.rows, -1)
-        self.z_MRC = list(by_ue.transpose(0, 1).flatten(1, 2))
+        by_ue = torch.stack(self._z_UBC).detach()
+        by_ue = by_ue.view(len(self.ues), self.micro_batches, self._rows(batch), -1)
+        self._z_MRC = list(by_ue.transpose(0, 1).flatten(1, 2))
 
-    def send_forward(self, m: int) -> None:
-        self.half.smashed.send(m, self.z_MRC[m])
+    def _send_forward(self, m: int) -> None:
+        self.ports.forward_out.send(m, self._z_MRC[m])
 
-    def receive_forward(self, m: int) -> None:
-        self.y[m] = self.half.output.receive(m)
+    def _receive_forward(self, m: int) -> None:
+        self._y[m] = self.ports.forward_in.receive(m)
 
-    def head(self, m: int) -> None:
+    def _head(self, m: int) -> None:
         """Reconstruction and loss of micro-batch `m`, and the gradient at the heads' input."""
-        part = slice(m * self.rows, (m + 1) * self.rows)
+        batch = self._batches[0]
+        rows = self._rows(batch)
+        part = slice(m * rows, (m + 1) * rows)
         training = torch.is_grad_enabled()
-        y = self.y.pop(m).detach().requires_grad_(training)
+        y = self._y.pop(m).detach().requires_grad_(training)
         if not self.taking:
-            self.dy[m] = torch.zeros_like(y)
+            self._dy[m] = torch.zeros_like(y)
             return
-        y_URC = torch.split(y, self.rows)
-        with self.half.autocast():
-            h_hats = [self.half.ues[u].head(y_URC[u]) for u in self.taking]
+        y_URC = torch.split(y, rows)
+        with self._autocast():
+            h_hats = [self.ues[u].head(y_URC[u]) for u in self.taking]
         # what has no weights goes for all UEs at once
-        everyone = len(self.taking) == len(self.half.ues)
+        everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
-        loss = paper_loss(torch.cat(h_hats).float(), self.h_UBAD[some, part].flatten(0, 1))
-        self.loss_UB[some, part] = loss.detach().view(len(h_hats), -1)
+        loss = paper_loss(torch.cat(h_hats).float(), batch.h_UBAD[some, part].flatten(0, 1))
+        batch.loss_UB[some, part] = loss.detach().view(len(h_hats), -1)
         if not training:
-            self.show(m, h_hats)
+            self._show(batch, m, h_hats)
         if training:
             # a UE's loss is the mean over its whole mini-batch
-            torch.autograd.backward(loss.sum() / self.h_UBAD.shape[1])
+            torch.autograd.backward(loss.sum() / batch.h_UBAD.shape[1])
             assert y.grad is not None
-            self.dy[m] = y.grad
+            self._dy[m] = y.grad
 
-    def send_backward(self, m: int) -> None:
-        self.half.output_gradient.send(m, self.dy.pop(m))
+    def _send_backward(self, m: int) -> None:
+        self.ports.backward_out.send(m, self._dy.pop(m))
 
-    def weight_gradients(self) -> None:
-        models.accumulate(models.joined(self.half.pending))
-        self.half.pending.clear()
+    def _weight_gradients(self) -> None:
+        models.accumulate(models.joined(self._pending))
+        self._pending.clear()
 
-    def receive_backward(self, m: int) -> None:
-        self.dz[m] = self.half.smashed_gradient.receive(m)
+    def _receive_backward(self, m: int) -> None:
+        self._dz[m] = self.ports.backward_in.receive(m)
 
-    def encode_backward(self) -> None:
-        dz_MRC = torch.stack([self.dz[m] for m in range(len(self.dz))])
-        dz_UBC = [rows.flatten(0, 1) for rows in torch.split(dz_MRC, self.rows, dim=1)]
-        z_UBC = self.z_UBC
+    def _encode_backward(self) -> None:
+        dz_MRC = torch.stack([self._dz[m] for m in range(self.micro_batches)])
+        rows = self._rows(self._batches[-1])
+        dz_UBC = [part.flatten(0, 1) for part in torch.split(dz_MRC, rows, dim=1)]
+        z_UBC = self._z_UBC
         torch.autograd.backward(
             [z_UBC[u] for u in self.taking],
             [dz_UBC[u].to(z_UBC[u].dtype) for u in self.taking],
         )
 
-    def show(self, m: int, h_hats: list[Tensor]) -> None:
-        """Let reconstructions of micro-batch `m` be looked at."""
-        first = m * self.rows
-        for ue, h, h_hat, n in zip(self.half.ues, self.h_UBAD, h_hats, self.valid, strict=True):
-            counted = min(self.rows, max(0, n - first))
-            self.half.probe.reconstructed(ue.number, h[first : first + counted], h_hat[:counted])
-
-    def step(self) -> None:
-        self.idle = set(range(len(self.half.ues))) - set(self.taking)
+    def _step(self) -> None:
+        self.idle = set(range(len(self.ues))) - set(self.taking)
         for u in self.taking:
-            ue = self.half.ues[u]
-            self.half.probe.gradients({"encoder": ue.encoder, "head": ue.head})
+            ue = self.ues[u]
+            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
             try:
-                ue.check_loss(self.loss_UB[u])
+                ue.check_loss(self._batches[0].loss_UB[u])
                 ue.step()
             except FloatingPointError as error:
-                if not self.half.tolerant:
+                if not self.tolerant:
                     raise
-                self.half.leave_out({ue.number: str(error)})
+                self.faults[ue.number] = str(error)
                 self.idle.add(u)
+
+    def _show(self, batch: _Batch, m: int, h_hats: list[Tensor]) -> None:
+        """Let reconstructions of micro-batch `m` be looked at."""
+        rows = self._rows(batch)
+        first = m * rows
+        for ue, h, h_hat, n in zip(self.ues, batch.h_UBAD, h_hats, batch.valid, strict=True):
+            counted = min(rows, max(0, n - first))
+            self.probe.reconstructed(ue.number, h[first : first + counted], h_hat[:counted])
+
+    def _rows(self, batch: _Batch) -> int:
+        """Rows of a UE in a micro-batch."""
+        return batch.h_UBAD.shape[1] // self.micro_batches
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.precision, self._batches[0].h_UBAD.device)
+
+    @property
+    def _whole(self) -> dict[Op, Callable[[], None]]:
+        return {
+            Op.ENCODE: self._encode,
+            Op.WEIGHTS: self._weight_gradients,
+            Op.ENCODE_BACKWARD: self._encode_backward,
+            Op.STEP: self._step,
+            **self.calls,
+        }
+
+    @property
+    def _per_micro_batch(self) -> dict[Op, Callable[[int], None]]:
+        return {
+            Op.SEND_FORWARD: self._send_forward,
+            Op.RECEIVE_FORWARD: self._receive_forward,
+            Op.HEAD: self._head,
+            Op.SEND_BACKWARD: self._send_backward,
+            Op.RECEIVE_BACKWARD: self._receive_backward,
+        }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from csipipe import models
 from csipipe.device import autocast, processor, synchronize
+from csipipe.files import write_file
 from csipipe.settings.config import ModelSettings, Precision
 
 _ROUNDS, _WARM_UP = 5, 2
@@ -45,9 +46,7 @@ def profile(
         return _read(path, about, layers=len(models.tail_shapes(model)) - 1)
     seconds = measure(model, rows, precision, device)
     if path is not None:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(about | {"seconds": seconds}, indent=2) + "\n")
-        os.replace(partial, path)
+        write_file(path, json.dumps(about | {"seconds": seconds}, indent=2) + "\n")
     return seconds
 
 

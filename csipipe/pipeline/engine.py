@@ -12,8 +12,7 @@ import io
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,33 +24,12 @@ from deepspeed.utils import logger as ds_logger
 from torch import Tensor, nn
 
 from csipipe.comm import trust
+from csipipe.comm.channel import Ports
 from csipipe.measure.clock import Clock
 from csipipe.models import Pending, accumulate, put_off
 from csipipe.pipeline import subworld
 from csipipe.pipeline.schedule import Instruction, Op, Plan, execute, held
 from csipipe.pipeline.settings import with_batches
-
-
-class Port(Protocol):
-    """One kind of message to or from a neighbour (`csipipe.comm.channel.Channel`)."""
-
-    window: int
-
-    def post(self, ahead: int | None = None) -> None: ...
-    def receive(self, m: int) -> Tensor: ...
-    def release(self, m: int) -> None: ...
-    def send(self, m: int, tensor: Tensor) -> None: ...
-    def finish(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Ports:
-    """What a stage receives and sends: forward in and out, backward in and out."""
-
-    forward_in: Port
-    forward_out: Port
-    backward_in: Port
-    backward_out: Port
 
 
 class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types

@@ -216,14 +216,14 @@ class Profile:
 
     def _draw(self, rows: list[Row]) -> None:
         """The picture of a typical iteration, beside the settings and in TensorBoard."""
-        from csipipe.profiling import picture  # matplotlib: on rank 0 of a profiled run alone
+        from csipipe.profiling import timeline  # matplotlib: on rank 0 of a profiled run alone
 
         assert self._tracker is not None
         settings = self._settings
         iteration = typical(rows)
         pipelined = settings.method == "csilocal"
-        figure = picture.draw(
-            picture.Timeline.of(
+        figure = timeline.draw(
+            timeline.Timeline.of(
                 rows,
                 iteration,
                 title=_title(settings, iteration, len(rows)),
@@ -231,8 +231,8 @@ class Profile:
             )
         )
         for ending in ("png", "svg"):
-            picture.save(figure, self._run / f"{PICTURE}.{ending}")
-        self._tracker.events.picture(PICTURE, Image.fromarray(picture.pixels(figure)), iteration)
+            timeline.save(figure, self._run / f"{PICTURE}.{ending}")
+        self._tracker.events.picture(PICTURE, Image.fromarray(timeline.pixels(figure)), iteration)
 
     def _say(self, line: str) -> None:
         if self._tracker is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from csipipe.files import whole
 from csipipe.profiling.recorder import Recorder
 
 MERGED = "all-ranks.json.gz"
@@ -48,15 +48,18 @@ def write(recorder: Recorder, file: Path) -> None:
     Raises:
         OSError: it can't be written; nothing is left of it.
     """
-    ends = ("plain", "plain.tmp", "partial")  # the second is Kineto's, until the first is whole
-    plain, unfinished, packed = (file.with_name(f"{file.name}.{end}") for end in ends)
+    plain = file.with_name(f"{file.name}.plain")
+    unfinished = file.with_name(f"{plain.name}.tmp")  # Kineto's
     try:
         recorder.export(plain)
-        with open(plain, "rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
+        with (
+            whole(file) as packed,
+            open(plain, "rb") as source,
+            gzip.open(packed, "wb", compresslevel=6) as target,
+        ):
             shutil.copyfileobj(source, target)
-        os.replace(packed, file)
     finally:
-        for leftover in (plain, unfinished, packed):
+        for leftover in (plain, unfinished):
             leftover.unlink(missing_ok=True)
 
 
@@ -66,23 +69,21 @@ def merge(traces: Sequence[Trace], file: Path) -> None:
     Raises:
         OSError, ValueError: a trace can't be read, or the file not be written.
     """
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        with gzip.open(partial, "wt", encoding="utf-8", compresslevel=6) as out:
-            out.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-            start, separator = None, ""
-            for trace in traces:
-                with gzip.open(trace.file, "rt", encoding="utf-8") as source:
-                    content = json.load(source)
-                base = int(content["baseTimeNanoseconds"]) + trace.shift
-                start = base if start is None else start
-                for event in _translated(content["traceEvents"], trace, (base - start) / 1000):
-                    out.write(separator + json.dumps(event))
-                    separator = ",\n"
-            out.write("\n]}\n")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole(file) as partial,
+        gzip.open(partial, "wt", encoding="utf-8", compresslevel=6) as out,
+    ):
+        out.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+        start, separator = None, ""
+        for trace in traces:
+            with gzip.open(trace.file, "rt", encoding="utf-8") as source:
+                content = json.load(source)
+            base = int(content["baseTimeNanoseconds"]) + trace.shift
+            start = base if start is None else start
+            for event in _translated(content["traceEvents"], trace, (base - start) / 1000):
+                out.write(separator + json.dumps(event))
+                separator = ",\n"
+        out.write("\n]}\n")
 
 
 def _translated(

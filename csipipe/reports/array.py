@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csipipe.files import whole
 from csipipe.reports import command
 from csipipe.reports import runs as states
 from csipipe.reports.command import Report
@@ -81,9 +82,8 @@ def pick(report: Report, wanted: Iterable[Run], index: int) -> Path:
     run.state()
     file = report.out / "configs" / f"{run.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(commandline.to_yaml(run.settings))
-    os.replace(partial, file)
+    with whole(file, file.with_suffix(f".{os.getpid()}.partial")) as partial:
+        partial.write_text(commandline.to_yaml(run.settings))
     return file
 
 

@@ -7,7 +7,6 @@ After an interruption the next start goes on with the runs from their checkpoint
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from csipipe import files
 from csipipe.reports.preset import REFERENCE, ROOT
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
@@ -128,13 +128,11 @@ def _alone(out: Path) -> Iterator[None]:
     """Hold `<out>/lock`, so that no run is taken for an interrupted one while it is going."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not files.lock(lock.fileno()):
             raise ValueError(
                 f"another report is starting runs in {out}; wait for it, choose another --out, or "
                 "draw what there is with --collect."
-            ) from error
+            )
         yield
 
 

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from csipipe.bench import candidates, memory
 from csipipe.bench.conductor import Conductor
 from csipipe.bench.race import CROWDED, Race
 from csipipe.bench.table import as_json, machine
+from csipipe.files import write_file
 from csipipe.reports import table1_output
 from csipipe.settings.config import (
     DataSettings,
@@ -302,7 +302,4 @@ def _file(folder: Path, cell: Cell) -> Path:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
+    write_file(file, json.dumps(content, indent=1) + "\n")

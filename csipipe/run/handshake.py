@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import torch
 
@@ -29,13 +28,12 @@ def compare_settings(world: World, settings: Settings) -> None:
             f"rank {world.rank} runs {here!r}, rank 0 {there!r}; install the same on every node "
             "(pip install -c constraints.txt -e .)."
         )
+    mine = commandline.dotted(commandline.plain(settings))
     # a path may mean another file on another node, and two paths the same
-    without = replace(settings, train=replace(settings.train, deepspeed=None))
-    content = json.dumps(deepspeed.of(settings), sort_keys=True)
-    mine = f"{commandline.to_yaml(without)}train.deepspeed with {content}"
-    if difference := first_difference(mine, world.shared("settings", mine)):
-        here, there = difference
+    mine["train.deepspeed"] = deepspeed.of(settings)
+    theirs = json.loads(world.shared("settings", json.dumps(mine)))
+    for key, there, here in commandline.differences(theirs, mine):
         raise ValueError(
-            f"rank {world.rank} was started with {here!r}, rank 0 with {there!r}; start every "
-            "node with the same settings and the same DeepSpeed file."
+            f"rank {world.rank} was started with {key} {here!r}, rank 0 with {there!r}; start "
+            "every node with the same settings and the same DeepSpeed file."
         )

@@ -7,8 +7,6 @@ for a while. A file system without locks is not guarded.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -17,6 +15,8 @@ import time
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
+
+from csipipe import files
 
 NAME = "lock"
 BEAT = 5.0
@@ -103,13 +103,8 @@ def live(folders: Iterable[Path]) -> list[Path]:
 
 
 def _take(descriptor: int, file: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _in_use(file) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
+    if not files.lock(descriptor):
+        raise _in_use(file)
 
 
 def _in_use(file: Path) -> ValueError:

@@ -193,13 +193,12 @@ def _check_snapshot(source: Path, settings: Settings) -> None:
 
 def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
     """Refuse to go on with a DeepSpeed file that holds something else, whatever it is called."""
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{source} was made with {key} {found.get(key)!r} in the file of {_FILE}, this "
-                f"run has {wanted.get(key)!r}: going on would be neither of the two. Give a file "
-                f"with the same {key}, or choose another run.dir."
-            )
+    for key, before, now in commandline.differences(found, wanted):
+        raise ValueError(
+            f"{source} was made with {key} {before!r} in the file of {_FILE}, this "
+            f"run has {now!r}: going on would be neither of the two. Give a file "
+            f"with the same {key}, or choose another run.dir."
+        )
 
 
 def _check_cut(theirs: dict[str, Any], settings: Settings, stage: int, source: Path) -> None:
@@ -227,10 +226,8 @@ def _check_settings(
     # a setting younger than the run had its default's effect
     found = commandline.dotted(commandline.plain(Settings())) | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
-    for key in [*wanted, *(set(found) - set(wanted))]:
-        if key.startswith(free) or found.get(key) == wanted.get(key):
-            continue
-        if key == "train.iterations" and constant:
+    for key, before, now in commandline.differences(found, wanted):
+        if key.startswith(free) or (key == "train.iterations" and constant):
             continue
         reason = (
             "; the rates of train.lr_schedule cosine depend on it"
@@ -238,7 +235,7 @@ def _check_settings(
             else ""
         )
         raise ValueError(
-            f"{where} was made with {key} {found.get(key)!r}, this run has {wanted.get(key)!r}"
+            f"{where} was made with {key} {before!r}, this run has {now!r}"
             f"{reason}: going on would be neither of the two. Give the same {key}, or choose "
             "another run.dir."
         )

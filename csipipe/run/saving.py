@@ -9,6 +9,7 @@ goes on.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sys
 import time
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from csipipe import __version__, checkpoint
 from csipipe.checkpoint import Record, Snapshot
-from csipipe.comm.collectives import largest
 from csipipe.comm.ledger import COUNTED, PHASES, Ledger
-from csipipe.methods import Worker, part_names
+from csipipe.comm.world import World
+from csipipe.methods import Worker
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run.resuming import DEEPSPEED
 from csipipe.settings import commandline
@@ -35,8 +36,7 @@ from csipipe.settings.config import Settings
 _LAG = 10
 """A checkpoint is named when this part of the interval is over: late enough to have been written
 meanwhile, soon enough that a run that is killed hardly loses more."""
-_WORD = 4  # bytes of a digest in one integer
-_WORDS = Record.DIGEST // _WORD
+_WRITTEN = "written parts"
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,16 @@ class _Pending:
 class Saver:
     """Saves the run in `folder` on this rank.
 
-    Args:
-        ranks: processes of the run.
-
     Attributes:
         seconds: that the checkpoint begun last has kept this rank from training so far.
     """
 
-    def __init__(
-        self, worker: Worker, settings: Settings, folder: Path, rank: int, ranks: int
-    ) -> None:
+    def __init__(self, worker: Worker, settings: Settings, folder: Path, world: World) -> None:
         self._worker = worker
         self._settings = settings
         self._checkpoints = folder / "checkpoints"
-        self._rank = rank
-        self._ranks = ranks
-        self._names = part_names(settings)
+        self._world = world
+        self._rank = world.rank
         self._deepspeed = deepspeed.of(settings)
         self._thread = ThreadPoolExecutor(1)
         self._pending: _Pending | None = None
@@ -158,15 +152,15 @@ class Saver:
         self, error: OSError | None, written: dict[str, Record]
     ) -> tuple[int | None, dict[str, Record]]:
         """The first rank that failed, if any, and what all ranks wrote; collective."""
-        failures = [0] * self._ranks
-        failures[self._rank] = int(error is not None)
-        table = [word for name in self._names for word in _words(written.get(name))]
-        values = largest([*failures, *table])
-        failed = next((rank for rank in range(self._ranks) if values[rank]), None)
-        rows = zip(*[iter(values[self._ranks :])] * (1 + _WORDS), strict=True)
-        return failed, {
-            name: _record(row) for name, row in zip(self._names, rows, strict=True) if row[0]
-        }
+        mine = {name: [record.size, record.digest.hex()] for name, record in written.items()}
+        world, limit = self._world, self._settings.run.timeout
+        world.tell(_WRITTEN, json.dumps(mine if error is None else None))
+        said = [
+            json.loads("".join(world.hear(_WRITTEN, rank, limit))) for rank in range(world.size)
+        ]
+        failed = next((rank for rank, parts in enumerate(said) if parts is None), None)
+        records = [item for parts in said for item in (parts or {}).items()]
+        return failed, {n: Record(size, bytes.fromhex(digest)) for n, (size, digest) in records}
 
     def _shown(self, what: str, error: OSError | None, failed: int | None) -> OSError | None:
         """Show an error once: the first rank's that failed."""
@@ -213,18 +207,6 @@ def _try(save: Callable[[], object]) -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-def _words(record: Record | None) -> list[int]:
-    """A record as integers; zeros: this rank has no such part."""
-    if record is None:
-        return [0] * (1 + _WORDS)
-    cuts = range(0, Record.DIGEST, _WORD)
-    return [record.size, *(int.from_bytes(record.digest[i : i + _WORD], "big") for i in cuts)]
-
-
-def _record(words: tuple[int, ...]) -> Record:
-    return Record(words[0], b"".join(word.to_bytes(_WORD, "big") for word in words[1:]))
 
 
 def _dump(ledger: Ledger) -> dict[str, dict[str, list[list[int]]]]:

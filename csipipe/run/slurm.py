@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from csipipe.comm.topology import Topology
+from csipipe.files import write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -57,9 +58,7 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Leave the plan in the run's directory."""
-        partial = folder / f"{FILE}.partial"
-        partial.write_text(json.dumps(asdict(self)))
-        os.replace(partial, folder / FILE)
+        write_file(folder / FILE, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path, job: str, patience: float = _PATIENCE) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from csipipe.channels import Manifest
 from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
 from csipipe.device import keep_memory, pick_device, set_threads
+from csipipe.files import write_file
 from csipipe.measure.probe import Probe
 from csipipe.methods import Worker, manifest, prepare
 from csipipe.methods.state import ue_name
@@ -162,9 +162,7 @@ def _reopen(start: Start, settings: Settings) -> None:
     named = source_of(written(folder))
     if settings.run.resume in ("auto", "never") and named is not None:
         settings = replace(settings, run=replace(settings.run, resume=named))
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(commandline.to_yaml(settings))
-    os.replace(partial, folder / CONFIG)
+    write_file(folder / CONFIG, commandline.to_yaml(settings))
     (folder / "summary.json").unlink(missing_ok=True)
 
 
@@ -202,7 +200,7 @@ def run(
         tracker.resume(content)
         if content["best"] is not None and (start.folder / "checkpoints" / "best").exists():
             best = content["best"]
-    saver = Saver(worker, settings, start.folder, world.rank, world.size)
+    saver = Saver(worker, settings, start.folder, world)
     iterations, done = settings.train.iterations, start.iteration
     with Stopping(world, start.folder) as stopping:
         step, profile = worker.train_iteration, None

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -166,6 +166,13 @@ def dotted(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Key and both values, None for a missing one, wherever two flat dictionaries differ."""
+    for key in dict.fromkeys([*wanted, *found]):
+        if found.get(key) != wanted.get(key):
+            yield key, found.get(key), wanted.get(key)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csipipe.comm.ledger import PAPER, Ledger
+from csipipe.files import write_file
 from csipipe.measure.figures import Figures
 from csipipe.settings.config import Settings
 from csipipe.tracking import dashboard
@@ -172,10 +172,8 @@ class Tracker:
 
 def _replace(file: Path, text: str) -> None:
     """Write a file, whole or not at all (OSError, with its name)."""
-    partial = file.with_suffix(".partial")
     try:
-        partial.write_text(text)
-        os.replace(partial, file)
+        write_file(file, text)
     except OSError as error:
         raise OSError(
             f"{file} can't be written ({error.strerror}): make room on the disk"

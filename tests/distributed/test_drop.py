@@ -18,6 +18,7 @@ from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal_ue import UeHalf
+from csipipe.methods.half import Seat
 from csipipe.run.saving import Saver, restore
 from csipipe.settings.config import Settings
 
@@ -50,7 +51,10 @@ def spoil(worker: UeHalf, bad: Bad, value: float) -> None:
 
             ue.step = poisoned  # type: ignore[method-assign]
         elif what:
-            channel = getattr(worker, what)
+            channel = {
+                "smashed": worker.ports.forward_out,
+                "output_gradient": worker.ports.backward_out,
+            }[what]
 
             def send(
                 m: int,
@@ -64,7 +68,7 @@ def spoil(worker: UeHalf, bad: Bad, value: float) -> None:
                     tensor[row, 1] = value
                 send(m, tensor)
 
-            channel.send = send
+            channel.send = send  # type: ignore[method-assign]
 
 
 def build(world: World, settings: Settings, keep: list[int]) -> Any:
@@ -81,7 +85,7 @@ def build(world: World, settings: Settings, keep: list[int]) -> Any:
         mine = [everyone[keep[place]] for place in topology.ues_of(world.rank)]
 
         def builder(world: World) -> UeHalf:
-            return UeHalf(fewer, topology, world, CPU, mine, test)
+            return UeHalf(Seat(fewer, topology, world, CPU), mine, test)
 
     world.ready("data")
     world.connect(20.0)
@@ -219,7 +223,7 @@ def go_on(world: World, settings: Settings, folder: str, bad: Bad) -> list[list[
         spoil(worker, bad, NAN)
     for k in range(2):
         worker.train_iteration(k)
-    saver = Saver(worker, settings, Path(folder), world.rank, world.size)
+    saver = Saver(worker, settings, Path(folder), world)
     saver.begin(2, worker.exchanged(), {"best": None})
     assert saver.settle() is None
     world.ready("saved")

@@ -63,7 +63,7 @@ def _through(
             losses.append(None if figures is None else figures.sums)
             if k + 1 == HALF and not resume:
                 worker.evaluate("test")  # counts in the ledger, and must leave no other trace
-                saver = Saver(worker, settings, place, world.rank, world.size)
+                saver = Saver(worker, settings, place, world)
                 saver.begin(HALF, worker.exchanged(), {})
             elif k == HALF and not resume:  # training went on meanwhile
                 assert saver.settle() is None

@@ -120,7 +120,7 @@ def disagree(world: World, on: str) -> str:
 @pytest.mark.parametrize(
     ("on", "message"),
     [
-        ("settings", "rank 1 was started with 'lr: 0.5', rank 0 with 'lr: 0.002'"),
+        ("settings", "rank 1 was started with train.lr 0.5, rank 0 with 0.002"),
         (
             "messages",
             "exchange 'UE 0: 2 × smashed of 8 × 25 torch.float32', the BTS "

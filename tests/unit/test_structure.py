@@ -6,13 +6,15 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"settings", "measure", "checkpoint", "files", "plotting"},
+    {"files", "__version__"},
+    {"settings", "measure", "checkpoint", "plotting"},
     {"models", "channels", "device"},
     {"comm"},
     {"pipeline", "tracking"},
@@ -55,6 +57,24 @@ def test_imports_go_down_only() -> None:
                 assert level[target] < level[room], f"{file} imports {name}"
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    modules = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (ROOT / "csipipe").rglob("*.py")
+    }
+    sorter = TopologicalSorter(
+        {
+            module: {
+                name if name in modules else name.rpartition(".")[0]
+                for name in imports(file)
+                if name.startswith("csipipe.")
+            }
+            for module, file in modules.items()
+        }
+    )
+    sorter.prepare()  # CycleError names the circle
+
+
 def test_only_the_pipeline_imports_deepspeed() -> None:
     users = {
         file.relative_to(ROOT).as_posix()
@@ -87,7 +107,7 @@ def test_only_comm_moves_tensors_between_ues_and_bts() -> None:
         # turn, and a peer moves tensors between stages its own way; UEs are reached by the wire
         "csipipe/bench/conductor.py",
         "csipipe/bench/rank.py",
-        "csipipe/bench/exchange.py",
+        "csipipe/bench/peerstage.py",
         "csipipe/bench/torchpipe.py",
     }
 

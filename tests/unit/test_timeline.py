@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from csipipe.pipeline.schedule import TRAINING, Op
-from csipipe.profiling import picture
+from csipipe.profiling import timeline
 from csipipe.profiling.spans import Row, Span
 
 MS = 1_000_000
@@ -28,11 +28,11 @@ def row(role: str, micro_batches: int, start: int) -> Row:
     return Row(role, spans)
 
 
-def timeline(ranks: int, micro_batches: int) -> picture.Timeline:
+def example(ranks: int, micro_batches: int) -> timeline.Timeline:
     roles = [f"BTS stage {r}" for r in range(ranks // 2)]
     roles += [f"UE rank {r} (UEs {2 * r}-{2 * r + 1})" for r in range(ranks // 2, ranks)]
     rows = [row(role, micro_batches, 3 * place) for place, role in enumerate(roles)]
-    return picture.Timeline.of(rows, 1, "a title\nof two lines", "micro-batch")
+    return timeline.Timeline.of(rows, 1, "a title\nof two lines", "micro-batch")
 
 
 def texts(figure: Figure) -> list[Text]:
@@ -42,7 +42,7 @@ def texts(figure: Figure) -> list[Text]:
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 32), (16, 8)])
 def test_texts_lie_inside_and_apart(ranks: int, micro_batches: int) -> None:
-    figure = picture.draw(timeline(ranks, micro_batches))
+    figure = timeline.draw(example(ranks, micro_batches))
     figure.draw_without_rendering()
     boxes = {text: text.get_window_extent() for text in texts(figure)}
     whole = figure.bbox
@@ -54,14 +54,14 @@ def test_texts_lie_inside_and_apart(ranks: int, micro_batches: int) -> None:
 
 
 def test_numbers_stand_on_what_is_computed_where_there_is_room() -> None:
-    roomy = [text.get_text() for text in texts(picture.draw(timeline(2, 2)))]
+    roomy = [text.get_text() for text in texts(timeline.draw(example(2, 2)))]
     assert roomy.count("1") >= 2 * 3  # forward, backward, weight gradients of both ranks
-    crowded = texts(picture.draw(timeline(2, 300)))
+    crowded = texts(timeline.draw(example(2, 300)))
     assert not any(text.get_text() == "299" for text in crowded)
 
 
 def test_shares_and_roles_stand_beside_the_rows() -> None:
-    figure = picture.draw(timeline(2, 2))
+    figure = timeline.draw(example(2, 2))
     seen = [text.get_text() for text in texts(figure)]
     plan = list(TRAINING["zerobubble"](0, 2, 2))
     busy = sum(not i.op.value.startswith(("send", "receive")) for i in plan)
@@ -71,12 +71,12 @@ def test_shares_and_roles_stand_beside_the_rows() -> None:
 
 
 def test_kinds_differ_in_grey() -> None:
-    def lightness(kind: picture.Kind) -> float:
+    def lightness(kind: timeline.Kind) -> float:
         red, green, blue = to_rgb(kind.fill)
         return float(0.299 * red + 0.587 * green + 0.114 * blue)
 
-    pipeline = [picture.FORWARD, picture.HEAD, picture.BACKWARD, picture.WEIGHTS, picture.SEND]
-    for a, b in itertools.combinations([*pipeline, picture.OTHER, picture.WAIT], 2):
+    pipeline = [timeline.FORWARD, timeline.HEAD, timeline.BACKWARD, timeline.WEIGHTS, timeline.SEND]
+    for a, b in itertools.combinations([*pipeline, timeline.OTHER, timeline.WAIT], 2):
         assert a.hatch != b.hatch or abs(lightness(a) - lightness(b)) > 0.1, (a.label, b.label)
     for kind in pipeline:  # the number on it
         dark, light = sorted([lightness(kind), sum(to_rgb(kind.ink)) / 3])
@@ -86,5 +86,5 @@ def test_kinds_differ_in_grey() -> None:
 def test_every_instruction_has_a_kind() -> None:
     for op in Op:
         activity = ACTIVITY.get(op.value.split()[0], "compute")
-        kind = picture.kind_of(Span(activity, op.value, 0, 1, 0, 1))
-        assert (kind is picture.OTHER) == (op is Op.STEP), op
+        kind = timeline.kind_of(Span(activity, op.value, 0, 1, 0, 1))
+        assert (kind is timeline.OTHER) == (op is Op.STEP), op

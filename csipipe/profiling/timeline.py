@@ -5,7 +5,6 @@ Kinds of work differ in lightness and hatching, so that they are told apart in g
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from csipipe.files import whole
 from csipipe.profiling.spans import Row, Span, idle
 
 _WIDTH, _ROW, _FRAME = 12.0, 0.42, 1.55
@@ -188,12 +188,8 @@ def save(figure: Figure, file: Path) -> None:
     Raises:
         OSError: it can't be written; nothing is left of it.
     """
-    partial = file.with_name(f"{file.name}.partial")
-    try:
+    with whole(file) as partial:
         figure.savefig(partial, dpi=130, format=file.suffix[1:])
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def pixels(figure: Figure) -> np.ndarray:

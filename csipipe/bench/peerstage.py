@@ -19,11 +19,9 @@ from csipipe import models
 from csipipe.bench import plain
 from csipipe.bench.candidates import Layers
 from csipipe.comm.ledger import Kind
-from csipipe.comm.topology import Topology
-from csipipe.comm.world import World
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import set_rate
-from csipipe.methods.half import Half
+from csipipe.methods.half import Half, Seat
 from csipipe.settings.config import Settings
 
 
@@ -56,16 +54,9 @@ class PeerStage(Half):
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(
-        self,
-        settings: Settings,
-        topology: Topology,
-        world: World,
-        device: torch.device,
-        engine: ModuleType,
-        choice: Choice,
-    ) -> None:
-        super().__init__(settings, topology, world, device)
+    def __init__(self, seat: Seat, engine: ModuleType, choice: Choice) -> None:
+        super().__init__(seat)
+        settings, topology, world, device = self.settings, self.topology, self.world, self.device
         timeout, wire, model = settings.run.timeout, self.wire, settings.model
         self.group = world.bts_group(topology.stages, device, timeout)
         engine.open_subworld(self.group, timeout)
