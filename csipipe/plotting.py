@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from csipipe.files import whole
 
-NAMES = {
+_NAMES = {
     "csilocal": "CSILocal",
     "fedavg": "FedAvg",
     "fedavgper": "FedAvgPer",
@@ -29,7 +29,7 @@ NAMES = {
 }
 
 _DASHED, _DOTTED, _MIXED = (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))
-STYLES: dict[str, dict[str, Any]] = {
+_STYLES: dict[str, dict[str, Any]] = {
     "csilocal": {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.2},
     "fedavg": {"color": "#0059b3", "linestyle": "-", "marker": "s"},
     "fedavgper": {"color": "#0059b3", "linestyle": _DASHED, "marker": "s", "mfc": "white"},
@@ -45,9 +45,15 @@ STYLES: dict[str, dict[str, Any]] = {
 LOSS = "test loss ‖Ĥ − H‖² / ‖H‖²"
 
 
-def style(name: str) -> dict[str, Any]:
-    """Line, marker and label of a method or distribution."""
-    return {"linewidth": 1.3, "markersize": 4.5, "label": NAMES[name]} | STYLES[name]
+def name_of(key: str) -> str:
+    """A method or distribution as pictures and tables call it; one of no table by its own name."""
+    return _NAMES.get(key, key)
+
+
+def style(key: str) -> dict[str, Any]:
+    """Line, marker and label of a method or distribution; grey for one of no table."""
+    look = _STYLES.get(key, {"color": "0.5", "linestyle": "-"})
+    return {"linewidth": 1.3, "markersize": 4.5, "label": name_of(key)} | look
 
 
 def scale(values: Sequence[float], unit: str) -> tuple[float, str]:

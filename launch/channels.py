@@ -10,11 +10,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from csipipe import channels
 from csipipe.channels import checkup, export, profileplot, statistics
+from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.source import Site
+from csipipe.settings.config import DataSettings
+from csipipe.settings.tables import SOURCES
 
 ABOUT = "Makes, examines and pictures CSI data in CsiNet's format. One process, plain python."
-SYNTHETIC = "synthetic"
+BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
+"""Sources that may stand where a folder does."""
 
 
 def generate(
@@ -97,7 +102,7 @@ def look(
 
 def _sites(source: str, environment: Site | None) -> list[Site]:
     found: list[Site] = ["indoor", "outdoor"]
-    if source != SYNTHETIC:
+    if source not in BUILT_IN:
         found = checkup.environments(Path(source))
     if environment is None:
         return found
@@ -107,13 +112,14 @@ def _sites(source: str, environment: Site | None) -> list[Site]:
 
 
 def _channels(source: str, site: Site, seed: int) -> checkup.Checked:
-    if source == SYNTHETIC:
-        return checkup.generated(site, seed)
+    if source in BUILT_IN:
+        data = DataSettings(source=source, seed=seed)
+        return checkup.generated(channels.open_source(data, ANGLES, DELAYS), site)
     return checkup.check_folder(Path(source), site)
 
 
 def _title(source: str) -> str:
-    return "generated" if source == SYNTHETIC else Path(source).resolve().name
+    return "generated" if source in BUILT_IN else Path(source).resolve().name
 
 
 COMMANDS: dict[str, Callable[..., bool]] = {"generate": generate, "check": check, "look": look}

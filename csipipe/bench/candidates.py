@@ -13,6 +13,7 @@ from typing import Literal
 
 from csipipe.pipeline import schedule
 from csipipe.settings.config import Settings
+from csipipe.settings.tables import METHODS, MODELS, SOURCES
 
 Layers = Literal["ours", "plain"]
 LAYERS: tuple[Layers, ...] = ("ours", "plain")
@@ -92,8 +93,15 @@ def line_up(
     Raises:
         ValueError: settings that can't be compared.
     """
-    if settings.method != "csilocal":
-        raise ValueError(f"method is {settings.method}; the benchmark trains csilocal.")
+    if not settings.spec.pipelined:
+        pipelined = ", ".join(name for name, method in METHODS.items() if method.pipelined)
+        raise ValueError(f"method is {settings.method}; the benchmark trains {pipelined}.")
+    model = MODELS.get(settings.model.name)
+    if "plain" in layers and set(names) & set(PEERS) and (model is None or not model.plain):
+        raise ValueError(
+            f"model.name is {settings.model.name}, which has no tail of plain layers; leave "
+            "--layers out."
+        )
     if not 1 <= ue_ranks <= settings.topology.ues:
         raise ValueError(
             f"--ue-ranks is {ue_ranks}; it must lie between 1 and topology.ues "
@@ -139,7 +147,7 @@ def _candidate(
 def _with_rows(settings: Settings) -> Settings:
     """No rows are held out; of generated channels there are only as many as a mini-batch takes."""
     data = replace(settings.data, holdout=0.0)
-    if data.source == "synthetic":
+    if SOURCES[data.source].train_samples is not None:
         ues = settings.topology.ues
         data = replace(
             data,

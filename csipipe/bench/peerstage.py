@@ -128,7 +128,7 @@ class PeerStage(Half):
     def _cut(self, engine: ModuleType) -> list[int]:
         settings = self.settings
         tail = models.build_tail(settings.model, 0)
-        module = engine.TailModule(tail, settings.stages, settings.topology.partition)
+        module = engine.TailModule(tail, settings.stages, settings.partition)
         return [int(part) for part in module.parts]
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from csipipe import models
 from csipipe.models.crblock import CHANNELS, SLOPE
 from csipipe.settings.config import Kernel, ModelSettings
+from csipipe.settings.tables import MODELS, found
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
@@ -42,9 +43,19 @@ class PlainCRBlock(nn.Module):
 
 
 def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
-    """Decoder tail F2 as a list of stock layers: (B, c1) → (B, c2)."""
+    """The tail of a model that has a plain one: (B, c1) → (B, c2)."""
+    name = MODELS[model.name].plain
+    assert name is not None  # `candidates` sees to that
+    layers: list[nn.Module] = found(name)(model)
+    for layer, ours in zip(layers, models.build_tail(model, seed), strict=True):
+        layer.load_state_dict(ours.state_dict())
+    return layers
+
+
+def tail(model: ModelSettings) -> list[nn.Module]:
+    """CSILocal's tail of stock layers."""
     reals = 2 * model.angles * model.delays
-    layers = [
+    return [
         nn.Linear(model.c1, reals),
         nn.Unflatten(1, (2, model.angles, model.delays)),
         nn.Conv2d(2, 2, 3, padding=1),
@@ -54,6 +65,3 @@ def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
         nn.Flatten(),
         nn.Linear(reals, model.c2),
     ]
-    for layer, ours in zip(layers, models.build_tail(model, seed), strict=True):
-        layer.load_state_dict(ours.state_dict())
-    return layers

@@ -31,8 +31,9 @@ from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.device import keep_memory, pick_device, synchronize
 from csipipe.measure.figures import Figures
-from csipipe.methods import Centralised
 from csipipe.methods.base import adam
+from csipipe.methods.centralised import Centralised
+from csipipe.methods.csilocal import import_engine
 from csipipe.methods.half import Seat
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
@@ -190,7 +191,7 @@ def _prepare(
     topology = Topology(world.size, settings.stages, settings.topology.ues)
     if spec.name.startswith("ours") or not topology.is_bts(world.rank):
         return methods.prepare(settings, world.rank, world.size, device)
-    engine = methods.import_engine(device)
+    engine = import_engine(device)
     stage = _peer(spec.name)
     return lambda world: stage(Seat(settings, topology, world, device), engine, spec.choice)
 

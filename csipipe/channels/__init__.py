@@ -5,15 +5,13 @@ Images are (B, 2, A, D) float32 in [0, 1], 0.5 for zero: real and imaginary part
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from csipipe.channels.csinet import CsiNetSource, frequency_channels
+from csipipe.channels.csinet import frequency_channels
 from csipipe.channels.load import load_test, load_ue, rows_of
 from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal, common_test, deal
-from csipipe.channels.synthetic import SyntheticSource
 from csipipe.settings.config import DataSettings
+from csipipe.settings.tables import SOURCES, found
 
 __all__ = [
     "Deal",
@@ -43,7 +41,5 @@ def open_source(data: DataSettings, angles: int, delays: int) -> Source:
         FileNotFoundError: data.path is not a folder.
         ValueError: more angles or delays than the source has.
     """
-    if data.source == "csinet":
-        assert data.path is not None  # DataSettings sees to that
-        return CsiNetSource(Path(data.path), data.seed, angles, delays)
-    return SyntheticSource(data.seed, angles, delays)
+    source: Source = found(SOURCES[data.source].open)(data, angles, delays)
+    return source

@@ -11,8 +11,7 @@ import torch
 
 from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
-from csipipe.channels.layout import ANGLES, DELAYS
-from csipipe.channels.source import Images, Site
+from csipipe.channels.source import Images, Site, Source
 from csipipe.channels.statistics import (
     MOST_ROWS,
     Statistics,
@@ -22,7 +21,6 @@ from csipipe.channels.statistics import (
     pca_db,
     spaced,
 )
-from csipipe.channels.synthetic import SyntheticSource
 from csipipe.measure.metrics import rho, to_frequency
 
 PARTS = ("train", "val", "test")
@@ -71,9 +69,8 @@ def check_folder(folder: Path, environment: Site) -> Checked:
     return checked
 
 
-def generated(environment: Site, seed: int) -> Checked:
-    """Channels of the built-in generator, for statistics beside those of files."""
-    source = SyntheticSource(seed, ANGLES, DELAYS)
+def generated(source: Source, environment: Site) -> Checked:
+    """Channels that are made, for statistics beside those of files."""
     train, test = GENERATED
     sets = source.rows(environment, "train", 0, train), source.rows(environment, "test", 0, test)
     return Checked(environment, {}, sets)

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from csipipe.channels.cache import Copy, converted
 from csipipe.channels.layout import ANGLES, DELAYS, HF, HT, check_finite
 from csipipe.channels.matfile import count_rows, read_rows
-from csipipe.channels.source import Images, Part, Site, check_range
+from csipipe.channels.source import Images, Part, Responses, Site, check_range
 from csipipe.channels.transform import shrink
+from csipipe.settings.config import DataSettings
 
 SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
 """How file names end: DATA_Htrainin.mat, DATA_Htrainout.mat."""
+NO_FILE = "no DATA_HtestF…_all.mat"
+SMALLER = f"HF_all has {ANGLES} angles"
 _PIECE = 1024
 """Rows copied at once from a mapped file."""
 
@@ -104,6 +107,29 @@ class CsiNetSource:
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
         }
 
+    def frequency_rows(
+        self, environment: Site, part: Part, start: int, stop: int
+    ) -> Responses | str:
+        """`HF_all` of test rows, in file order; there is none of training rows.
+
+        Raises:
+            ValueError: the file is damaged (see `frequency_channels`), or has another number of
+                rows than the test set.
+        """
+        check_range(start, stop, self.available(environment, part))
+        if self._angles != ANGLES:
+            return SMALLER
+        found = frequency_channels(self._folder, environment) if part == "test" else None
+        if found is None:
+            return NO_FILE
+        there = self.available(environment, part)
+        if len(found) != there:
+            raise ValueError(
+                f"{self._folder}: HF_all has {len(found)} {environment} rows, the test set "
+                f"{there}; it must be of the same samples. Move the file away to do without ρ."
+            )
+        return found[start:stop]
+
     def _files(self, environment: Site, part: Part) -> list[Path]:
         """The first must exist; the validation file is optional."""
         suffix = SUFFIX[environment]
@@ -136,6 +162,12 @@ class CsiNetSource:
             return np.arange(count)
         stream = np.random.SeedSequence((self._seed, list(SUFFIX).index(environment)))
         return np.random.default_rng(stream).permutation(count)
+
+
+def open_source(data: DataSettings, angles: int, delays: int) -> CsiNetSource:
+    """As `csipipe.channels.open_source`."""
+    assert data.path is not None  # DataSettings sees to that
+    return CsiNetSource(Path(data.path), data.seed, angles, delays)
 
 
 def frequency_channels(folder: Path, environment: Site) -> NDArray[np.complex64] | None:

@@ -13,6 +13,9 @@ Part = Literal["train", "test"]
 Images = NDArray[np.float32]
 """(B, 2, A, D): real and imaginary part, angles, delays; in [0, 1] with 0.5 for zero."""
 
+Responses = NDArray[np.complex64]
+"""(B, A, 125): angles, frequencies."""
+
 
 class Span(NamedTuple):
     """Rows start … stop-1 of one environment and part."""
@@ -48,6 +51,20 @@ class Source(Protocol):
 
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         """What a stream is taken from, in JSON's types: equal if and only if its rows are."""
+        ...
+
+    def frequency_rows(
+        self, environment: Site, part: Part, start: int, stop: int
+    ) -> Responses | str:
+        """The untruncated channels of the same samples as `rows`, or why there are none.
+
+        Returns:
+            (stop-start, A, 125) complex64, angles and frequencies in CsiNet's convention (see
+            `images.frequencies_of_rays`), of any scale.
+
+        Raises:
+            ValueError: they are of other samples, or damaged.
+        """
         ...
 
 

@@ -12,9 +12,7 @@ from itertools import accumulate, pairwise
 
 from csipipe.channels.source import Part, Site, Span
 from csipipe.settings.config import DataSettings
-
-SYNTHETIC_ROWS: dict[Part, int] = {"train": 8000, "test": 1000}
-"""Rows made where the settings name no number and the source has no end."""
+from csipipe.settings.tables import SOURCES
 
 Available = Callable[[Site, Part], int | None]
 
@@ -86,7 +84,7 @@ def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict
     asked = data.train_samples if part == "train" else data.test_samples
     if asked is None:
         limits = [rows for rows in found.values() if rows is not None]
-        asked = min(limits) * len(sites) if limits else SYNTHETIC_ROWS[part]
+        asked = min(limits) * len(sites) if limits else _usual(data, part)
     wanted = {site: (asked + len(sites) - 1 - i) // len(sites) for i, site in enumerate(sites)}
     for site, rows in wanted.items():
         limit = found[site]
@@ -97,6 +95,14 @@ def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict
                 " at most, or leave it null to use what there is."
             )
     return wanted
+
+
+def _usual(data: DataSettings, part: Part) -> int:
+    """Rows of a source that has no end, where the settings name no number."""
+    source = SOURCES[data.source]
+    usual = source.train_samples if part == "train" else source.test_samples
+    assert usual is not None, f"{data.source} has no end and no usual number of rows"
+    return usual
 
 
 def _indoor_counts(indoor: int, ues: int) -> list[int]:

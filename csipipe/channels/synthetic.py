@@ -17,6 +17,7 @@ from csipipe.channels.layout import FREQUENCIES
 from csipipe.channels.scenario import SCENARIOS, SUBCARRIERS, Rays, draw_rays
 from csipipe.channels.source import Images, Part, Site, check_range
 from csipipe.channels.transform import to_unit
+from csipipe.settings.config import DataSettings
 
 BLOCK = 128
 """Rows per block. Part of the stream's definition: another size makes other channels."""
@@ -119,3 +120,8 @@ class SyntheticSource:
 
     def _frequencies(self, rays: Rays) -> NDArray[np.complex64]:
         return frequencies_of_rays(rays.gain, rays.frequency, rays.delay, angles=self._angles)
+
+
+def open_source(data: DataSettings, angles: int, delays: int) -> SyntheticSource:
+    """As `csipipe.channels.open_source`."""
+    return SyntheticSource(data.seed, angles, delays)

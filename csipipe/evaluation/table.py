@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from csipipe.evaluation.summary import PERCENTILES, SHOWN, Evaluated
-from csipipe.plotting import NAMES
+from csipipe.plotting import name_of
 
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
 _FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}
@@ -48,7 +48,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
         cells.append(
             [
                 name,
-                NAMES[evaluated.run.settings.method],
+                name_of(evaluated.run.settings.method),
                 str(model.c1),
                 str(model.c2),
                 str(len(ues)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,7 @@ import torch
 from torch import Tensor
 
 from csipipe import channels
-from csipipe.channels.layout import ANGLES
-from csipipe.channels.synthetic import SyntheticSource
-from csipipe.settings.config import DataSettings, ModelSettings, Settings
-
-NO_FILE = "no DATA_HtestF…_all.mat"
-SMALLER = f"HF_all has {ANGLES} angles"
+from csipipe.settings.config import Settings
 
 
 @dataclass(frozen=True)
@@ -63,34 +57,20 @@ def load(settings: Settings) -> Rows:
     source = channels.open_source(data, model.angles, model.delays)
     spans = channels.common_test(data, source.available)
     h_BAD = torch.from_numpy(np.ascontiguousarray(channels.rows_of(source, spans)))
-    hf, missing = _responses(data, model, source, spans)
-    place = data.path if data.source == "csinet" else "built in"
+    hf, missing = _responses(source, spans)
+    place = data.path or "built in"
     name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {model.angles} × {model.delays}"
     return Rows(h_BAD, None if hf is None else torch.from_numpy(hf), missing, name)
 
 
 def _responses(
-    data: DataSettings,
-    model: ModelSettings,
-    source: channels.Source,
-    spans: tuple[channels.Span, ...],
+    source: channels.Source, spans: tuple[channels.Span, ...]
 ) -> tuple[np.ndarray | None, str]:
-    """`HF_all` of the rows, or why there is none."""
-    if isinstance(source, SyntheticSource):
-        return np.concatenate([source.frequency_rows(*span) for span in spans]), ""
-    if model.angles != ANGLES:
-        return None, SMALLER
-    assert data.path is not None
+    """The untruncated channels of the rows, or why there are none."""
     parts = []
     for span in spans:
-        found = channels.frequency_channels(Path(data.path), span.environment)
-        if found is None:
-            return None, NO_FILE
-        there = source.available(span.environment, "test")
-        if len(found) != there:
-            raise ValueError(
-                f"{data.path}: HF_all has {len(found)} {span.environment} rows, the test set "
-                f"{there}; it must be of the same samples. Move the file away to do without ρ."
-            )
-        parts.append(found[span.start : span.stop])
+        found = source.frequency_rows(*span)
+        if isinstance(found, str):
+            return None, found
+        parts.append(found)
     return np.concatenate(parts), ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.comm.ledger import Ledger
+from csipipe.comm.world import World
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import Figures
 from csipipe.measure.probe import Probe
@@ -68,6 +69,10 @@ class Worker(Protocol):
     def restore_ledger(self, ledger: Ledger) -> None:
         """Go on counting from what `exchanged` said on all ranks."""
         ...
+
+
+Builder = Callable[[World], Worker]
+"""What a method prepares on a rank, for when the ranks have met."""
 
 
 def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> torch.optim.Adam:

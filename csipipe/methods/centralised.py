@@ -20,10 +20,24 @@ from csipipe.device import autocast
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import EvalRows, adam, batches_of, padded, set_rate
+from csipipe.methods.base import Builder, EvalRows, adam, batches_of, padded, set_rate
+from csipipe.methods.rows import load
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.settings.config import Settings
+
+
+def prepare(settings: Settings, rank: int, world_size: int, device: torch.device) -> Builder:
+    """As `csipipe.methods.prepare`."""
+    if world_size != 1 or settings.topology.stages is not None:
+        raise ValueError(
+            f"method centralised runs the unsplit model in one process without BTS stages, but "
+            f"there are {world_size} process(es) and topology.stages is "
+            f"{settings.topology.stages}; start it with torchrun --nproc_per_node=1 and leave "
+            "topology.stages out."
+        )
+    ues, test = load(settings, range(settings.topology.ues), device)
+    return lambda world: Centralised(settings, ues, test, device)
 
 
 class Centralised:

@@ -49,8 +49,8 @@ class BtsHalf(Half):
         train, timeout = settings.train, settings.run.timeout
         engine.open_subworld(world.bts_group(topology.stages, device, timeout), timeout)
         tail = models.build_tail(settings.model, train.seed)
-        cuts = self._measure(tail) if settings.topology.partition == "measured" else None
-        module = engine.TailModule(tail, topology.stages, settings.topology.partition, cuts)
+        cuts = self._measure(tail) if settings.partition == "measured" else None
+        module = engine.TailModule(tail, topology.stages, settings.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts
         self.ports = self._ports(world, timeout)

@@ -1,4 +1,4 @@
-"""FedAvg, FedProx and FedGrad, each with a personal encoder too (…Per): UE half and BTS half.
+"""What federated methods share: UE half and BTS half, whatever a UE sends.
 
 The whole model lives on every UE. In one iteration each UE trains on its own rows and sends one
 vector up, the BTS sends the mean over UEs back, and each UE applies it. BatchNorm's running
@@ -17,79 +17,45 @@ from torch import Tensor, nn
 
 from csipipe import checkpoint, models
 from csipipe.comm.ledger import Kind
+from csipipe.comm.topology import Topology
 from csipipe.measure.figures import WIDTH, Figures
-from csipipe.methods.base import EvalRows
-from csipipe.methods.cost import shared_parts
+from csipipe.methods.base import Builder, EvalRows
 from csipipe.methods.half import Half, Seat, UeSide
-from csipipe.methods.replica import Agreed, Replica, flat, split
+from csipipe.methods.replica import Agreed, Replica
+from csipipe.methods.rows import load
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.settings.config import Settings
 
 
-class FedAvg(Replica):
-    """FedAvg and FedProx at a UE: local Adam steps, then the mean of the models.
+def prepare(
+    replica: type[Replica],
+    settings: Settings,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> Builder:
+    """As `csipipe.methods.prepare`.
 
-    Sources: McMahan et al., AISTATS 2017; Li et al., MLSys 2020. FedProx adds μ·(θ − θ_global) to
-    the gradient of the shared parts; FedAvg is FedProx with μ = 0. Adam's moments stay at the UE.
+    Args:
+        replica: what the method does at a UE.
     """
-
-    def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
-        super().__init__(ue, settings, device)
-        self.mu = settings.train.mu if settings.method.startswith("fedprox") else 0.0
-        self.agreed = Agreed(list(self.shared))
-
-    def train(self) -> tuple[Tensor, Tensor]:
-        """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
-        sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
-        for learning in self.phases:
-            for _ in range(self.settings.train.local_steps):
-                sums += self.gradient(learning)
-                self._pull()
-                self.step()
-        return self.agreed.change(), sums
-
-    def apply(self, mean: Tensor) -> None:
-        """Go on from the mean of the models."""
-        self.agreed.apply(mean)
-
-    def _pull(self) -> None:
-        """The proximal term, towards the global model."""
-        if self.mu:
-            for parameter, value in zip(self.shared, self.agreed.parts(), strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - value, alpha=self.mu)
-
-
-class FedGrad(Replica):
-    """FedGrad at a UE: the gradient at the global model, then Adam with the mean gradient.
-
-    Every UE takes the same step from the same model, so Adam's state of the shared parts is one,
-    replicated. The personal part steps by its own gradient: with the shared ones (FedSim), or
-    before theirs is taken (FedAlt).
-    """
-
-    def train(self) -> tuple[Tensor, Tensor]:
-        """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
-        sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
-        *before, last = self.phases
-        for learning in before:
-            sums += self.gradient(learning)
-            self.step()
-        sums += self.gradient(last)
-        return flat(p.grad for p in self.shared if p.grad is not None), sums
-
-    def apply(self, mean: Tensor) -> None:
-        """Adam, with the gradient of all UEs."""
-        for parameter, gradient in zip(self.shared, split(mean, list(self.shared)), strict=True):
-            parameter.grad = gradient
-        self.step()
+    if settings.stages != 1:
+        raise ValueError(
+            f"method {settings.method} aggregates on one BTS rank, but topology.stages is "
+            f"{settings.topology.stages}; leave topology.stages out, or set it to 1."
+        )
+    topology = Topology(world_size, settings.stages, settings.topology.ues)
+    if topology.is_bts(rank):
+        return lambda world: BtsHalf(Seat(settings, topology, world, device))
+    ues, test = load(settings, topology.ues_of(rank), device)
+    return lambda world: UeHalf(Seat(settings, topology, world, device), ues, test, replica)
 
 
 def sizes(settings: Settings) -> dict[Kind, int]:
     """Scalars of each vector that crosses."""
     update, statistics = (
-        sum(count(settings.model)[part] for part in shared_parts(settings.method))
+        sum(count(settings.model)[part] for part in settings.spec.shared)
         for count in (models.count_parts, models.count_statistics)
     )
     return {
@@ -101,17 +67,23 @@ def sizes(settings: Settings) -> dict[Kind, int]:
 
 
 class UeHalf(UeSide):
-    """The UEs of one rank; arguments as `UeSide`."""
+    """The UEs of one rank.
 
-    def __init__(self, seat: Seat, ues: list[UserEquipment], test: Tensor) -> None:
+    Args:
+        ues, test: as `UeSide`.
+        replica: what the method does at a UE.
+    """
+
+    def __init__(
+        self, seat: Seat, ues: list[UserEquipment], test: Tensor, replica: type[Replica]
+    ) -> None:
         super().__init__(seat, ues, test)
         settings, topology = self.settings, self.topology
-        method = FedGrad if settings.method.startswith("fedgrad") else FedAvg
-        self.replicas = [method(ue, settings, self.device) for ue in ues]
-        for replica in self.replicas:
-            replica.probe = self.probe
+        self.replicas = [replica(ue, settings, self.device) for ue in ues]
+        for each in self.replicas:
+            each.probe = self.probe
         self.sizes = sizes(settings)
-        self.statistics = [Agreed(replica.statistics) for replica in self.replicas]
+        self.statistics = [Agreed(each.statistics) for each in self.replicas]
         self.lines = [
             {
                 kind: self.wire.vector(kind, scalars, range(ue.number, ue.number + 1))
@@ -160,7 +132,7 @@ class UeHalf(UeSide):
             line[Kind.STATISTICS].finish()
         self.clock.stop()
 
-    def _train(self, replica: FedAvg | FedGrad) -> tuple[Tensor, Tensor]:
+    def _train(self, replica: Replica) -> tuple[Tensor, Tensor]:
         """A UE's update and figures; where bad UEs are dropped, one that fails says so by NaN.
 
         It keeps its state of before the step that failed, and goes on with the others' mean.
@@ -201,7 +173,7 @@ class UeHalf(UeSide):
         """The whole model of every UE; what is agreed on is in it."""
         units = {}
         for replica, statistics in zip(self.replicas, self.statistics, strict=True):
-            agreed = [statistics, *([replica.agreed] if isinstance(replica, FedAvg) else [])]
+            agreed = [statistics, *([replica.agreed] if replica.agreed else [])]
             units[ue_name(replica.ue.number)] = replica.unit(agreed)
         return units
 
@@ -295,4 +267,4 @@ class BtsHalf(Half):
 
 def is_one_model(settings: Settings) -> bool:
     """Whether nothing is personal, so that after an exchange all UEs have the same model."""
-    return set(shared_parts(settings.method)) == set(models.count_parts(settings.model))
+    return set(settings.spec.shared) == set(models.count_parts(settings.model))

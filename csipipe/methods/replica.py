@@ -2,7 +2,8 @@
 
 Shared parts are averaged over UEs, personal ones stay at the UE with their Adam state; which
 parts are shared is all that a method …per changes (Pillutla et al., *Federated Learning with
-Partial Model Personalization*, ICML 2022). Shapes: B rows, A angles, D delays.
+Partial Model Personalization*, ICML 2022). Shapes: B rows, A angles, D delays, P scalars of the
+shared parts.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from csipipe.comm import trust
 from csipipe.device import autocast
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import set_rate
-from csipipe.methods.cost import shared_parts
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.settings.config import Settings
 
 
 class Replica:
-    """One UE's model, unsplit, on its own rows.
+    """One UE's model, unsplit, on its own rows; a method says what it does with it.
 
     Attributes:
         shared, personal: the model's parameters, by who has them.
         probe: shows gradients and reconstructions, when asked.
         statistics: BatchNorm's running means and variances of the shared parts. How many batches
             they have seen is the same at every UE and needs no exchange.
+        agreed: the shared parts as all UEs have them, where a UE's own go their way in between.
     """
+
+    agreed: Agreed | None = None
 
     def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
         self.ue = ue
@@ -42,13 +45,21 @@ class Replica:
         self.tail.to(device)
         ue.optimizer.add_param_group({"params": list(self.tail.parameters())})
         self.parts = {"encoder": ue.encoder, "tail": self.tail, "head": ue.head}
-        names = shared_parts(settings.method)
+        names = settings.spec.shared
         common = [part for name, part in self.parts.items() if name in names]
         self.shared = [p for part in common for p in part.parameters()]
         self.statistics = [b for part in common for b in part.buffers() if b.is_floating_point()]
         self.personal = [
             p for name, part in self.parts.items() if name not in names for p in part.parameters()
         ]
+
+    def train(self) -> tuple[Tensor, Tensor]:
+        """(P,) what goes up, and (WIDTH,) sums over the mini-batches; raises as `step`."""
+        raise NotImplementedError
+
+    def apply(self, mean: Tensor) -> None:
+        """Take in the (P,) mean of what all UEs sent."""
+        raise NotImplementedError
 
     @property
     def phases(self) -> list[list[nn.Parameter]]:

@@ -1,16 +1,17 @@
 """The autoencoder's three parts: encoder, decoder tail (a list of layers), decoder head."""
 
-from csipipe.models.autoencoder import (
+from csipipe.models.crblock import CRBlock
+from csipipe.models.layers import Pending, accumulate, joined, put_off
+from csipipe.models.parts import (
     build_encoder,
     build_head,
     build_tail,
+    check,
     count_parameters,
     count_parts,
     count_statistics,
     tail_shapes,
 )
-from csipipe.models.crblock import CRBlock
-from csipipe.models.layers import Pending, accumulate, joined, put_off
 
 __all__ = [
     "CRBlock",
@@ -19,6 +20,7 @@ __all__ = [
     "build_encoder",
     "build_head",
     "build_tail",
+    "check",
     "count_parameters",
     "count_parts",
     "count_statistics",

@@ -45,7 +45,7 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
 
 def of(settings: Settings) -> dict[str, Any] | None:
     """What `load` reads for a run; None: its method runs without DeepSpeed. Raises as `load`."""
-    if settings.method != "csilocal":
+    if not settings.spec.pipelined:
         return None
     return load(settings.train.deepspeed, settings.train.precision)
 

@@ -221,7 +221,7 @@ class Profile:
         assert self._tracker is not None
         settings = self._settings
         iteration = typical(rows)
-        pipelined = settings.method == "csilocal"
+        pipelined = settings.spec.pipelined
         figure = timeline.draw(
             timeline.Timeline.of(
                 rows,
@@ -243,7 +243,7 @@ def _title(settings: Settings, iteration: int, ranks: int) -> str:
     """What the picture shows, and what GPipe would lose."""
     train, count = settings.train, settings.run.profile_iterations
     where = f"iteration {iteration}, of median length among {count} profiled"
-    if settings.method != "csilocal":
+    if not settings.spec.pipelined:
         return f"{settings.method} on {ranks} rank(s): {where}"
     bound = bubble(settings.stages, train.micro_batches)
     return (

@@ -12,11 +12,12 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from csipipe import plotting
 from csipipe.files import write_file, write_table
-from csipipe.plotting import NAMES
+from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.pages import Claim, every
+from csipipe.reports.preset import OURS
 from csipipe.reports.runs import Run
 from csipipe.settings.config import Environment
 
@@ -32,7 +33,7 @@ def wanted(report: Report) -> dict[tuple[str, int], Run]:
     preset = report.preset
     return {
         (environment, ratio): runs.make(
-            preset, report.out, "csilocal", environment, ratio, preset.seeds[0]
+            preset, report.out, OURS, environment, ratio, preset.seeds[0]
         )
         for environment in ENVIRONMENTS
         for ratio in preset.compression
@@ -135,7 +136,7 @@ def claims(points: Points, compression: tuple[int, ...]) -> list[Claim]:
             "(judged: the largest beats the smallest, and at least 3 of 4 steps go down)",
             "in words",
             "; ".join(
-                f"{NAMES[e]}: "
+                f"{name_of(e)}: "
                 + (
                     "missing"
                     if s is None
@@ -149,7 +150,8 @@ def claims(points: Points, compression: tuple[int, ...]) -> list[Claim]:
             "The degradation with fewer reals is most pronounced under Non-IID",
             "in words",
             "; ".join(
-                f"{NAMES[e]}: " + ("missing" if v is None else f"+{v:.2e}") for e, v in loss.items()
+                f"{name_of(e)}: " + ("missing" if v is None else f"+{v:.2e}")
+                for e, v in loss.items()
             ),
             None
             if None in loss.values()
@@ -192,6 +194,6 @@ def verdict(points: Points, compression: tuple[int, ...], notes: str) -> str:
         "Fig. 5: test loss against compression ratio",
         pages.claims_table(claims(points, compression)),
         "Test loss at the end (mean of the last three evaluations; centred NMSE of the last):",
-        pages.table(["ratio", *(NAMES[e] for e in ENVIRONMENTS)], rows),
+        pages.table(["ratio", *(name_of(e) for e in ENVIRONMENTS)], rows),
         notes,
     )

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from csipipe import plotting
 from csipipe.files import write_file, write_table
-from csipipe.plotting import NAMES
+from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve, Unit
@@ -130,7 +130,7 @@ def _panel(axes: Axes, panel: str, curves: Mapping[str, Curve], unit: Unit) -> N
             axes.fill_between(x, low, high, color=look["color"], alpha=0.1, linewidth=0)
     if REFERENCE in curves:
         axes.axhline(curves[REFERENCE].end, **plotting.style(REFERENCE))
-    axes.set_title(f"({panel}) {NAMES[environment]}, compression 1/{ratio}", fontsize="medium")
+    axes.set_title(f"({panel}) {name_of(environment)}, compression 1/{ratio}", fontsize="medium")
     axes.set_xlabel(f"exchanged ({label})")
     axes.set_ylabel(plotting.LOSS)
     axes.ticklabel_format(axis="y", scilimits=(-2, 2), useMathText=True)
@@ -146,8 +146,8 @@ def verdict(curves: Panels, panels: tuple[str, ...], notes: str) -> str:
         for panel in panels:
             curve = curves.get((panel, method))
             cells.append("" if curve is None else f"{curve.end:.3e} / {curve.scalars[-1]:.3g}")
-        rows.append([NAMES[method], *cells])
-    heads = [f"({p}) {NAMES[PANELS[p][0]]} 1/{PANELS[p][1]}" for p in panels]
+        rows.append([name_of(method), *cells])
+    heads = [f"({p}) {name_of(PANELS[p][0])} 1/{PANELS[p][1]}" for p in panels]
     return pages.page(
         "Fig. 6: test loss against exchanged parameters",
         pages.claims_table(claims(curves)),

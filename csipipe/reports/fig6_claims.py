@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from csipipe.reports.curves import Curve
 from csipipe.reports.pages import Claim, every
-from csipipe.reports.preset import METHODS, PANELS
+from csipipe.reports.preset import METHODS, OURS, PANELS
 
 Panels = Mapping[tuple[str, str], Curve]
 SIMILAR = 1.10
@@ -16,7 +16,7 @@ _RIVALS = METHODS[1:]
 
 def claims(curves: Panels) -> list[Claim]:
     """Every claim; those about panels that this report doesn't have are not judged."""
-    ours = {panel: curves.get((panel, "csilocal")) for panel in PANELS}
+    ours = {panel: curves.get((panel, OURS)) for panel in PANELS}
     asked = sorted({panel for panel, _ in curves})
     return [
         _cheapest(curves, asked),
@@ -150,4 +150,4 @@ def _with_rivals(
     curves: Panels, panel: str, methods: tuple[str, ...]
 ) -> tuple[Curve | None, dict[str, Curve]]:
     rivals = {m: curves[panel, m] for m in methods if (panel, m) in curves}
-    return curves.get((panel, "csilocal")), rivals
+    return curves.get((panel, OURS)), rivals

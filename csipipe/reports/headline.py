@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 
 from csipipe import plotting
 from csipipe.files import write_file, write_table
-from csipipe.plotting import NAMES
+from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.pages import Claim
-from csipipe.reports.preset import PANELS
+from csipipe.reports.preset import OURS, PANELS
 from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
@@ -40,7 +40,7 @@ Curves = Mapping[tuple[str, int], Curve]
 
 def paper_ratio(method: str) -> float:
     """The paper's exchange of a method over CSILocal's."""
-    return PAPER_TOTALS[method] / PAPER_TOTALS["csilocal"]
+    return PAPER_TOTALS[method] / PAPER_TOTALS[OURS]
 
 
 def wanted(report: Report) -> dict[tuple[str, int], Run]:
@@ -98,7 +98,7 @@ def ratios(curves: Curves, method: str, loss: float) -> list[float]:
     """A method's exchange until `loss` over CSILocal's, for every seed in which both get there."""
     found = []
     for (name, seed), curve in curves.items():
-        mine = curves.get(("csilocal", seed))
+        mine = curves.get((OURS, seed))
         if name == method and mine is not None:
             theirs, own = curve.exchange_until(loss), mine.exchange_until(loss)
             if theirs is not None and own is not None:
@@ -109,6 +109,11 @@ def ratios(curves: Curves, method: str, loss: float) -> list[float]:
 def methods_of(curves: Curves) -> list[str]:
     """Methods with a run, in order."""
     return list(dict.fromkeys(method for method, _ in curves))
+
+
+def rivals_of(curves: Curves) -> list[str]:
+    """Methods with a run that CSILocal is compared with, in order."""
+    return [method for method in methods_of(curves) if method != OURS]
 
 
 def write_csv(file: Path, curves: Curves, common: float | None) -> None:
@@ -134,9 +139,7 @@ def draw(curves: Curves, common: float, given: float) -> Figure:
     """Ratios to CSILocal over the given loss: medians, bands from lowest to highest seed."""
     figure = Figure(figsize=(6.4, 5.0), layout="constrained")
     axes = figure.subplots()
-    for method in methods_of(curves):
-        if method == "csilocal":
-            continue
+    for method in rivals_of(curves):
         losses = [given_loss(curves, common, share) for share in RANGE]
         found = [(loss, r) for loss in losses if (r := ratios(curves, method, loss))]
         if found:
@@ -151,7 +154,7 @@ def draw(curves: Curves, common: float, given: float) -> Figure:
             color="0.4",
             linestyle=dash,
             linewidth=1.2,
-            label=f"paper: {NAMES[method]} {paper_ratio(method):.2f}",
+            label=f"paper: {name_of(method)} {paper_ratio(method):.2f}",
         )
     axes.axhline(1, color="black", linewidth=1, label="as much as CSILocal")
     axes.axvline(
@@ -181,7 +184,7 @@ def claims(curves: Curves, given: float | None, seeds: int) -> list[Claim]:
     """
     judged = []
     for method in COMPARED[1:]:
-        paper, name = paper_ratio(method), NAMES[method]
+        paper, name = paper_ratio(method), name_of(method)
         found = [] if given is None else ratios(curves, method, given)
         median = statistics.median(found) if found else None
         complete = len(found) == seeds
@@ -240,7 +243,7 @@ def verdict(
         ]
     return pages.page(
         f"Headline: exchanged until a given test loss, Fig. 6{PANEL} "
-        f"({NAMES[PANELS[PANEL][0]]}, compression 1/{PANELS[PANEL][1]})",
+        f"({name_of(PANELS[PANEL][0])}, compression 1/{PANELS[PANEL][1]})",
         *parts,
         notes,
     )
@@ -251,7 +254,7 @@ def _row(curves: Curves, method: str, loss: float) -> list[str]:
     there = [value / 1e6 for value in mine if value is not None]
     over = ratios(curves, method, loss)
     return [
-        NAMES[method],
+        name_of(method),
         f"{statistics.median(there):.2f}; {_listed(there)}" if there else "never",
         f"{statistics.median(over):.2f}; {_listed(over)}" if over else "",
         f"{len(there)} of {len(mine)}",
@@ -259,7 +262,7 @@ def _row(curves: Curves, method: str, loss: float) -> list[str]:
 
 
 def _range_table(curves: Curves, common: float) -> str:
-    rivals = [method for method in methods_of(curves) if method != "csilocal"]
+    rivals = rivals_of(curves)
     rows = []
     for share in RANGE:
         loss = given_loss(curves, common, share)
@@ -268,5 +271,5 @@ def _range_table(curves: Curves, common: float) -> str:
         rows.append(
             [f"{share:.0%}" + (" (the rule)" if share == GIVEN else ""), f"{loss:.3e}", *cells]
         )
-    heads = [f"{NAMES[method]} (seeds)" for method in rivals]
+    heads = [f"{name_of(method)} (seeds)" for method in rivals]
     return pages.table(["share", "loss", *heads], rows)

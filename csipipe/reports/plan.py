@@ -10,12 +10,12 @@ from pathlib import Path
 from csipipe.files import write_file, write_table
 from csipipe.methods.cost import exchanged_per_iteration, shared_parts
 from csipipe.models import count_parts
-from csipipe.plotting import NAMES
+from csipipe.plotting import name_of
 from csipipe.reports import pages
 from csipipe.reports import preset as presets
 from csipipe.reports.preset import METHODS
-from csipipe.settings import commandline
-from csipipe.settings.config import LOCAL_STEPS, Settings
+from csipipe.settings import commandline, tables
+from csipipe.settings.config import Settings
 
 LINKS = (10, 50, 100, 1000)
 """Rates in Mbit/s."""
@@ -94,7 +94,7 @@ def configuration(preset: str | None, arguments: list[str]) -> Settings:
         ValueError: settings that can't be used.
     """
     base = presets.load(preset).arguments if preset else ()
-    no_data = ("--data.source", "synthetic", "--data.path", "null", *presets.ANY)
+    no_data = (*presets.NO_DATA, *presets.ANY)
     return commandline.settings(commandline.parser(""), [*base, *arguments, *no_data])[0]
 
 
@@ -102,7 +102,7 @@ def plan(settings: Settings) -> list[Row]:
     """A row per method; local steps only where a method takes them."""
     once = replace(settings, train=replace(settings.train, local_steps=1))
     return [
-        _row(replace(settings if method in LOCAL_STEPS else once, method=method))
+        _row(replace(settings if tables.METHODS[method].local_steps else once, method=method))
         for method in METHODS
     ]
 
@@ -110,8 +110,7 @@ def plan(settings: Settings) -> list[Row]:
 def _row(settings: Settings) -> Row:
     each = sum(exchanged_per_iteration(settings).values())
     iterations, size = settings.train.iterations, _BYTES[settings.train.precision]
-    sizes = count_parts(settings.model)
-    shared = sum(sizes[part] for part in shared_parts(settings.method))
+    shared = shared_parts(settings)
     total = each * iterations
     return Row(
         method=settings.method,
@@ -142,7 +141,7 @@ def page(settings: Settings, rows: list[Row]) -> str:
         heads,
         [
             [
-                NAMES[r.method],
+                name_of(r.method),
                 f"{r.scalars_per_iteration:,}",
                 f"{r.bytes_per_iteration:,}",
                 f"{r.scalars:,}",
@@ -166,9 +165,7 @@ def page(settings: Settings, rows: list[Row]) -> str:
         pages.table(
             ["against", "limit of B·E", "B·E here", "cheaper here"],
             [
-                _break_even(
-                    r, train.batch_size * (train.local_steps if r.method in LOCAL_STEPS else 1)
-                )
+                _break_even(r, train.batch_size * _steps(r.method, settings))
                 for r in rows
                 if r.break_even is not None
             ],
@@ -176,7 +173,12 @@ def page(settings: Settings, rows: list[Row]) -> str:
     )
 
 
+def _steps(method: str, settings: Settings) -> int:
+    """Steps of a UE between two exchanges."""
+    return settings.train.local_steps if tables.METHODS[method].local_steps else 1
+
+
 def _break_even(row: Row, samples: int) -> list[str]:
     assert row.break_even is not None
-    cheaper = "CSILocal" if samples < row.break_even else NAMES[row.method]
-    return [NAMES[row.method], f"{row.break_even:,.1f}", f"{samples:,}", cheaper]
+    cheaper = "CSILocal" if samples < row.break_even else name_of(row.method)
+    return [name_of(row.method), f"{row.break_even:,.1f}", f"{samples:,}", cheaper]

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from csipipe.settings import commandline
-from csipipe.settings.config import LOCAL_STEPS, Environment, Method, Settings
+from csipipe.settings import commandline, tables
+from csipipe.settings.config import DataSettings, Environment, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ROOT / "launch" / "configs" / "reports"
 
-METHODS: tuple[Method, ...] = (
+METHODS: tuple[str, ...] = (
     "csilocal",
     "fedavg",
     "fedavgper",
@@ -29,7 +29,8 @@ METHODS: tuple[Method, ...] = (
     "fedgrad",
     "fedgradper",
 )
-REFERENCE: Method = "centralised"
+OURS = METHODS[0]
+REFERENCE = "centralised"
 
 PANELS: dict[str, tuple[Environment, int]] = {
     "a": ("indoor", 8),
@@ -41,8 +42,10 @@ PANELS: dict[str, tuple[Environment, int]] = {
 }
 """Fig. 6: distribution and compression ratio (8 is c = 256 of 2048 reals, 4 is c = 512)."""
 
-ANY = ("--method", "fedavg")
+ANY = ("--method", next(name for name, spec in tables.METHODS.items() if spec.local_steps))
 """A method that takes every setting, where none is meant."""
+NO_DATA = ("--data.source", DataSettings().source, "--data.path", "null")
+"""Where no data is looked at, none is asked for."""
 DECIDED = ("model.c1", "model.c2", "data.environment", "train.lr", "train.seed", "run.dir")
 """What a report sets itself, run by run, beside the method."""
 
@@ -83,7 +86,7 @@ class Preset:
     rates_file: Path | None
     """Where `search` writes the rates; None: the preset has its rates from the paper."""
     search: Search | None
-    headline: tuple[Method, ...] = METHODS
+    headline: tuple[str, ...] = METHODS
     """Methods of the headline."""
     loss: float | None = None
     """The headline's given test loss; None: by its rule."""
@@ -98,6 +101,8 @@ class Preset:
                 f"preset {self.name}: compression is {self.compression}; order it from the "
                 "smallest codeword to the largest, such as 64, 32, 16, 8, 4."
             )
+        for method in self.headline:
+            tables.check("method", method)
         for panel in self.panels:
             if panel not in PANELS:
                 raise ValueError(
@@ -112,10 +117,11 @@ class Preset:
         """
         return _parse((*self.arguments, *ANY))
 
-    def settings(self, method: Method, environment: Environment, ratio: int, seed: int) -> Settings:
+    def settings(self, method: str, environment: Environment, ratio: int, seed: int) -> Settings:
         """Settings of one run, without `run.dir`; raises as `common`."""
         common = self.common()
         model, train, topology = common.model, common.train, common.topology
+        spec = tables.METHODS[method]
         reals = 2 * model.angles * model.delays
         if reals % ratio:
             raise ValueError(
@@ -126,13 +132,13 @@ class Preset:
         return Settings(
             method=method,
             model=replace(model, c1=reals // ratio, c2=reals // ratio),
-            topology=topology if method == "csilocal" else replace(topology, stages=None),
+            topology=topology if spec.pipelined else replace(topology, stages=None),
             data=replace(common.data, environment=environment),
             train=replace(
                 train,
                 lr=self.rates.get(method, train.lr),
                 seed=seed,
-                local_steps=train.local_steps if method in LOCAL_STEPS else 1,
+                local_steps=train.local_steps if spec.local_steps else 1,
             ),
             run=common.run,
         )
@@ -211,9 +217,8 @@ def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
     """Refuse (ValueError) a user's value for what a report sets run by run."""
     if not user:
         return
-    sources = ("--data.source", "synthetic", "--data.path", "null")  # not looked at here
-    before = plain(_parse((*preset, *sources, *ANY)))
-    after = plain(_parse((*preset, *user, *sources, *ANY)))
+    before = plain(_parse((*preset, *NO_DATA, *ANY)))
+    after = plain(_parse((*preset, *user, *NO_DATA, *ANY)))
     decided = [key for key in DECIDED if before[key] != after[key]]
     decided += ["method" for word in user if word.split("=")[0] == "--method"]
     if decided:

@@ -20,7 +20,7 @@ from csipipe.reports.preset import DECIDED, Preset, argument, plain
 from csipipe.run import lock, slurm, stopping
 from csipipe.run.resuming import FREE
 from csipipe.settings import commandline
-from csipipe.settings.config import Environment, Method, Settings
+from csipipe.settings.config import Environment, Settings
 
 _BEFORE = {lock.NAME, stopping.STOP_FILE, slurm.FILE}
 """What may be in a run's folder before the run is."""
@@ -106,7 +106,7 @@ class Run:
 
 
 def make(
-    preset: Preset, out: Path, method: Method, environment: Environment, ratio: int, seed: int
+    preset: Preset, out: Path, method: str, environment: Environment, ratio: int, seed: int
 ) -> Run:
     """The run of a method at one point of the figures."""
     settings = preset.settings(method, environment, ratio, seed)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csipipe.files import write_file, write_table
-from csipipe.plotting import NAMES
+from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Found, Report, add_arguments
 from csipipe.reports.curves import LAST, Curve
@@ -138,12 +138,12 @@ def verdict(
             loss = by_rate.get(rate)
             text = "missing" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.3e}"
             cells.append(f"**{text}**" if best.get(method) == rate else text)
-        rows.append([NAMES[method], *cells])
-    edge = [NAMES[m] for m, rate in best.items() if rate in (min(search.grid), max(search.grid))]
+        rows.append([name_of(method), *cells])
+    edge = [name_of(m) for m, rate in best.items() if rate in (min(search.grid), max(search.grid))]
     environment, ratio = PANELS[search.panel]
     return pages.page(
         "Learning-rate search",
-        f"{NAMES[environment]}, compression 1/{ratio}, {search.iterations} iterations, "
+        f"{name_of(environment)}, compression 1/{ratio}, {search.iterations} iterations, "
         f"{len(search.seeds)} seed(s). Loss on the {search.holdout:.0%} of the training rows that "
         "were held out: mean of the last three evaluations, median over seeds; the best in bold.",
         pages.table(["method", *(f"lr {rate:g}" for rate in search.grid)], rows),

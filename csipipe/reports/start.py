@@ -19,7 +19,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from csipipe import files
-from csipipe.reports.preset import REFERENCE, ROOT
+from csipipe.reports.preset import ROOT
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
 
@@ -73,7 +73,7 @@ def command(run: Run, config: Path, processes: int) -> list[str]:
     """The torchrun line of a run, as arguments."""
     settings = run.settings
     ranks = min(processes, settings.stages + settings.topology.ues)
-    ranks = 1 if settings.method == REFERENCE else max(ranks, settings.stages + 1)
+    ranks = max(ranks, settings.stages + 1) if settings.stages else 1
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # a port of its own
     script = str(ROOT / "launch" / "train.py")
     return [*launcher, f"--nproc_per_node={ranks}", script, "--config", str(config)]

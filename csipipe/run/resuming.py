@@ -203,10 +203,11 @@ def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path
 
 def _check_cut(theirs: dict[str, Any], settings: Settings, stage: int, source: Path) -> None:
     """Refuse another cut of the tail under ZeRO, which steps a BTS stage as one vector."""
-    before = TopologySettings(stages=theirs["stages"], partition=theirs["partition"])
+    topology = TopologySettings(stages=theirs["stages"], partition=theirs["partition"])
+    before = replace(settings, topology=topology)
     cuts = {
-        "stages": (replace(settings, topology=before).stages, settings.stages),
-        "partition": (before.partition, settings.topology.partition),
+        "stages": (before.stages, settings.stages),
+        "partition": (before.partition, settings.partition),
     }
     for name, (found, wanted) in cuts.items():
         if found != wanted:

@@ -137,7 +137,7 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
     """
     counts = [count for group in groups for _, count in group]
     stages, ues = settings.stages, settings.topology.ues
-    least = 1 if settings.method == "centralised" else stages + 1
+    least = stages + 1 if settings.spec.stages else 1
     if sum(counts) < least:
         raise ValueError(
             f"{sum(counts)} task(s) are too few for topology.stages {stages}: {stages} BTS rank(s) "
@@ -150,7 +150,7 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
             f"the job's first component, for the BTS, has {first} task(s), but topology.stages is "
             f"{stages}; give it --ntasks-per-node={stages} in the script."
         )
-    left = 1 if settings.method == "centralised" else stages + ues
+    left = stages + ues if settings.spec.stages else 1
     used = []
     for count in counts:
         used.append(min(count, left))
@@ -161,7 +161,7 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
 def placement(settings: Settings, nodes: Sequence[str], ranks: Sequence[int]) -> str:
     """Which node has which roles, a line each."""
     size = sum(ranks)
-    if settings.method == "centralised":
+    if not settings.spec.stages:
         return f"  {nodes[0]}: the unsplit model"
     topology = Topology(size, settings.stages, settings.topology.ues)
     ends = itertools.accumulate(ranks)

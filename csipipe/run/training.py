@@ -25,6 +25,7 @@ from csipipe.run.saving import Saver, restore
 from csipipe.run.stopping import Stopping
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
+from csipipe.settings.tables import SOURCES
 from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
 
 _NAME, _BEGUN = "run.dir", "run.dir is begun"
@@ -73,6 +74,7 @@ def launch(world: World, settings: Settings) -> None:
         settings.train.iterations,
         start.iteration,
         draws=ue_name(Probe.UE) in worker.units(),
+        axes=SOURCES[settings.data.source].axes,
     )
     run(worker, settings, start, tracker, mine, world)
     world.leave()
@@ -277,7 +279,8 @@ def _summary(
         "seconds_per_iteration": tracker.seconds_per_iteration,
         "seconds_total": tracker.seconds_total,
         "parameters": worker.parameters,
-        "topology": asdict(settings.topology) | {"stages": settings.stages, "ranks": ranks},
+        "topology": asdict(settings.topology)
+        | {"stages": settings.stages, "partition": settings.partition, "ranks": ranks},
     }
 
 

@@ -10,6 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from csipipe.settings import tables
+from csipipe.settings.tables import METHODS, MODELS, SOURCES, MethodSpec
+
 Kernel = tuple[int, int]
 """Height (angles) and width (delays) of a convolution kernel."""
 
@@ -21,18 +24,6 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 Environment = Literal["indoor", "outdoor", "noniid"]
 Precision = Literal["fp32", "bf16"]
 ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
-Method = Literal[
-    "csilocal",
-    "centralised",
-    "fedavg",
-    "fedavgper",
-    "fedprox",
-    "fedproxper",
-    "fedgrad",
-    "fedgradper",
-]
-LOCAL_STEPS = ("fedavg", "fedavgper", "fedprox", "fedproxper")
-"""Methods whose UEs may take several steps of their own between two exchanges."""
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -44,6 +35,8 @@ def _at_least(name: str, value: float, least: float) -> None:
 class ModelSettings:
     """The autoencoder: encoder and decoder head at each UE, decoder tail at the BTS."""
 
+    name: str = "csilocal"
+    """Which autoencoder."""
     c1: int = 256
     """Codeword dimension: reals per sample that the encoder outputs (smashed data)."""
     c2: int = 256
@@ -56,6 +49,7 @@ class ModelSettings:
     """CRBlock: one sequence of odd kernels (angles, delays) per parallel path."""
 
     def __post_init__(self) -> None:
+        tables.check("model.name", self.name)
         for name in ("c1", "c2", "angles", "delays"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if not self.kernels or not all(self.kernels):
@@ -79,9 +73,9 @@ class TopologySettings:
     federated methods, none for centralised."""
     ues: int = 4
     """UEs, numbered from 0, dealt in order to the UE ranks."""
-    partition: str = "type:CRBlock"
+    partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
-    measured: by the time that each layer takes here."""
+    measured: by the time that each layer takes here. null: as the model says, type:CRBlock."""
     profile: str | None = None
     """File for the times of partition measured: read if it exists, else written. null: none."""
 
@@ -90,7 +84,8 @@ class TopologySettings:
         if self.stages is not None:
             _at_least("topology.stages", self.stages, 1)
         named = ("uniform", "parameters", "measured")
-        if self.partition not in named and not self.partition.startswith("type:"):
+        cut = self.partition
+        if cut is not None and cut not in named and not cut.startswith("type:"):
             raise ValueError(
                 f"topology.partition is {self.partition!r}; expected {', '.join(named)} or "
                 "type:REGEX, for example type:CRBlock."
@@ -106,10 +101,10 @@ class TopologySettings:
 class DataSettings:
     """Channels: where they come from and how many rows the UEs share."""
 
-    source: Literal["synthetic", "csinet"] = "synthetic"
-    """synthetic: made by the package. csinet: CsiNet's .mat files in data.path."""
+    source: str = "synthetic"
+    """Where channels come from."""
     path: str | None = None
-    """Folder with DATA_Htrainin.mat and its siblings (source csinet)."""
+    """Folder with the source's files; csinet: DATA_Htrainin.mat and its siblings."""
     environment: Environment = "indoor"
     """indoor, outdoor, or noniid: the paper's mixture, UE 0 mostly indoor, the last outdoor."""
     train_samples: int | None = None
@@ -122,10 +117,13 @@ class DataSettings:
     """Seed of the synthetic channels and of the deal of rows to UEs."""
 
     def __post_init__(self) -> None:
-        if (self.source == "csinet") != (self.path is not None):
+        tables.check("data.source", self.source)
+        if SOURCES[self.source].folder != (self.path is not None):
+            needs = [name for name, source in SOURCES.items() if source.folder]
+            takes = [name for name, source in SOURCES.items() if not source.folder]
             raise ValueError(
-                f"data.source is {self.source} and data.path is {self.path}; csinet needs a "
-                "folder in data.path, synthetic takes none."
+                f"data.source is {self.source} and data.path is {self.path}; {', '.join(needs)} "
+                f"needs a folder in data.path, {', '.join(takes)} takes none."
             )
         for name in ("train_samples", "test_samples"):
             if getattr(self, name) is not None:
@@ -263,9 +261,8 @@ class RunSettings:
 class Settings:
     """One run of one method."""
 
-    method: Method = "csilocal"
-    """csilocal: split, pipelined training. centralised: the unsplit model on all data. fedavg,
-    fedprox, fedgrad: the whole model on every UE; …per: with an encoder of its own."""
+    method: str = "csilocal"
+    """How it is trained."""
     model: ModelSettings = field(default_factory=ModelSettings)
     topology: TopologySettings = field(default_factory=TopologySettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -273,10 +270,12 @@ class Settings:
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:
-        if self.train.local_steps > 1 and self.method not in LOCAL_STEPS:
+        tables.check("method", self.method)
+        if self.train.local_steps > 1 and not self.spec.local_steps:
+            several = [name for name, method in METHODS.items() if method.local_steps]
             raise ValueError(
                 f"train.local_steps is {self.train.local_steps}, but {self.method} exchanges after "
-                f"every step; leave it at 1, or use one of {', '.join(LOCAL_STEPS)}."
+                f"every step; leave it at 1, or use one of {', '.join(several)}."
             )
 
         last = self.run.profile_after + self.run.profile_iterations
@@ -288,9 +287,21 @@ class Settings:
             )
 
     @property
+    def spec(self) -> MethodSpec:
+        """What there is to know of the method."""
+        return METHODS[self.method]
+
+    @property
     def stages(self) -> int:
         """BTS pipeline stages of this run; the unsplit model has none."""
-        return self.topology.stages or {"csilocal": 2, "centralised": 0}.get(self.method, 1)
+        return self.topology.stages or self.spec.stages
+
+    @property
+    def partition(self) -> str:
+        """How this run's tail is cut into stages."""
+        own = tables.OWN_PARTITION
+        model = MODELS.get(self.model.name)
+        return self.topology.partition or (model.partition if model else own)
 
     @property
     def eval_every(self) -> int:

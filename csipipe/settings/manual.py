@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 from docstring_parser import parse_from_object
 from jsonargparse import DefaultHelpFormatter
 
+from csipipe.settings import tables
 from csipipe.settings.config import Settings
 
 SECTIONS: dict[str, Any] = {
@@ -50,6 +51,8 @@ def _settings(section: Any, prefix: str, names: Iterable[str]) -> Iterator[tuple
     meanings = {p.arg_name: p.description or "" for p in parse_from_object(section).params}
     for name in names:
         meaning = " ".join(meanings[name].split())
+        if f"{prefix}{name}" in tables.TABLES:
+            meaning += f" {tables.listed(f'{prefix}{name}')}"
         choices = [choice for choice in get_args(types[name]) if isinstance(choice, str)]
         if any(choice not in meaning for choice in choices):
             meaning += f" One of {', '.join(choices)}."

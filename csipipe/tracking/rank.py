@@ -17,6 +17,7 @@ import torch
 
 from csipipe.measure.clock import Clock
 from csipipe.measure.probe import Probe
+from csipipe.settings.tables import SourceSpec
 from csipipe.tracking import reconstruction
 from csipipe.tracking.events import Events
 
@@ -47,15 +48,24 @@ class RankTracker:
         iterations: of the whole run.
         done: how many of them a run that goes on has behind it.
         draws: this rank hosts the UE whose reconstructions are shown.
+        axes: what stands at an image's axes, see `SourceSpec.axes`.
     """
 
     def __init__(
-        self, folder: Path, role: str, worker: Watched, iterations: int, done: int, draws: bool
+        self,
+        folder: Path,
+        role: str,
+        worker: Watched,
+        iterations: int,
+        done: int,
+        draws: bool,
+        axes: tuple[str, str] = SourceSpec.axes,
     ) -> None:
         self.events = Events(folder / RANKS / slug(role), first=done + 1)
         self._worker = worker
         self._iterations = iterations
         self._draws = draws
+        self._axes = axes
         self._started = time.monotonic()
         self._shown = done
         self._spent = dict(worker.clock.seconds)
@@ -94,7 +104,7 @@ class RankTracker:
         if shown is not None:
             started = time.perf_counter()
             title = f"UE {Probe.UE} after {done:,} iterations"
-            image = reconstruction.draw(*shown, title)
+            image = reconstruction.draw(*shown, title, self._axes)
             self.events.seconds += time.perf_counter() - started
             self.events.picture("reconstruction", image, done)
 

@@ -21,17 +21,16 @@ _SIDE = 256
 _LEFT, _TOP, _BETWEEN, _BELOW, _RIGHT = 78, 46, 34, 74, 112
 _TITLE, _LABEL, _TICK = 22, 18, 16
 """Sizes of text: TensorBoard shows pictures at about half their size."""
-_DELAY = "delay (bins of 50 ns)"
-_ANGLE = "angle (1/{} cycles)"
 _BLACK, _WHITE = 0, 255
 
 
-def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str) -> Image.Image:
+def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str, axes: tuple[str, str]) -> Image.Image:
     """The worst and the median of some samples by centred NMSE, a line of panels each.
 
     Args:
         h_BAD, h_hat_BAD: (B, 2, A, D) originals and reconstructions in [0, 1], B at least 1.
         title: what stands above, with the number of samples added.
+        axes: labels of angles and delays; {} is replaced by the number of bins.
     """
     nmse_B = centred_nmse(h_hat_BAD, h_BAD)
     worst, median = pick(nmse_B)
@@ -53,7 +52,7 @@ def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str) -> Image.Image:
             panel = _grey(_magnitude(h[sample]), peak)
             image.paste(panel.resize((wide, high), Image.Resampling.NEAREST), (left, top))
             pen.text((left, top - 6), head, _BLACK, _font(_LABEL), anchor="ls")
-            _axes(image, pen, (left, top, zoom), (rows, columns), place == 0)
+            _axes(image, pen, (left, top, zoom), (rows, columns), axes, place == 0)
         _bar(pen, _LEFT + 2 * wide + _BETWEEN + 14, top, high)
     return image
 
@@ -88,6 +87,7 @@ def _axes(
     pen: ImageDraw.ImageDraw,
     place: tuple[int, int, int],
     bins: tuple[int, int],
+    labels: tuple[str, str],
     first: bool,
 ) -> None:
     """Frame, ticks and labels of a panel at (left, top) with so many pixels per bin."""
@@ -100,14 +100,14 @@ def _axes(
         pen.line((x, bottom, x, bottom + 6), _BLACK, 2)
         pen.text((x, bottom + 10), str(tick), _BLACK, _font(_TICK), anchor="mt")
     middle = left + columns * zoom // 2
-    pen.text((middle, bottom + 32), _DELAY, _BLACK, _font(_LABEL), anchor="mt")
+    pen.text((middle, bottom + 32), labels[1].format(columns), _BLACK, _font(_LABEL), anchor="mt")
     for tick in range(0, rows, max(1, rows // 4)):
         y = bottom - tick * zoom - zoom // 2
         pen.line((left - 7, y, left - 1, y), _BLACK, 2)
         if first:
             pen.text((left - 11, y), str(tick), _BLACK, _font(_TICK), anchor="rm")
     if first:
-        text = _ANGLE.format(rows)
+        text = labels[0].format(rows)
         label = Image.new("L", (int(pen.textlength(text, _font(_LABEL))) + 2, 24), _WHITE)
         ImageDraw.Draw(label).text((1, 0), text, _BLACK, _font(_LABEL))
         label = label.rotate(90, expand=True)

@@ -36,6 +36,8 @@ _CONTEXT.set_forkserver_preload(
         "torch._dynamo",
         "torch._inductor.config",
         "csipipe.run.training",
+        "csipipe.methods.csilocal",
+        "csipipe.methods.federated",
         "csipipe.pipeline.engine",
         "csipipe.bench.rank",
     ]

@@ -18,7 +18,6 @@ from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal_bts import BtsHalf
 from csipipe.settings.config import (
     DataSettings,
-    Method,
     ModelSettings,
     RunSettings,
     Settings,
@@ -29,7 +28,7 @@ from csipipe.settings.config import (
 CPU = torch.device("cpu")
 
 
-def small(method: Method = "csilocal", **sections: Any) -> Settings:
+def small(method: str = "csilocal", **sections: Any) -> Settings:
     """A run that takes a moment: 8 angles × 8 delays, 4 UEs × 8 rows, 10 iterations."""
     defaults = Settings(
         model=ModelSettings(c1=24, c2=16, angles=8, delays=8),

@@ -17,7 +17,7 @@ from csipipe.comm.world import World
 from csipipe.methods.centralised import Centralised
 from csipipe.run.resuming import Start
 from csipipe.run.training import run
-from csipipe.settings.config import Method, Settings
+from csipipe.settings.config import Settings
 from csipipe.tracking import RankTracker, Tracker
 
 NAN = math.nan
@@ -125,7 +125,7 @@ def poisoned(
     ],
 )
 def test_a_poisoned_step_is_not_taken_or_saved(
-    method: Method, where: str, value: float, message: str, tmp_path: Path
+    method: str, where: str, value: float, message: str, tmp_path: Path
 ) -> None:
     ranks = {"csilocal": 4, "centralised": 1}.get(method, 3)
     settings = small(

@@ -20,11 +20,11 @@ from runs import CPU, follow, small
 
 from csipipe import methods
 from csipipe.comm.world import World
-from csipipe.settings.config import Method, Settings
+from csipipe.settings.config import Settings
 
 EVERYONE = -1
 WIDTH = 8
-FEDERATED: list[Method] = [
+FEDERATED: list[str] = [
     "fedavg",
     "fedprox",
     "fedgrad",
@@ -190,7 +190,7 @@ def test_csilocal_sends_nothing_that_is_a_ues_own(precision: str) -> None:
 @pytest.mark.parametrize(
     "chosen", [["fedgradper"], pytest.param(FEDERATED, marks=pytest.mark.long)]
 )
-def test_federated_methods_send_nothing_that_is_a_ues_own(chosen: list[Method]) -> None:
+def test_federated_methods_send_nothing_that_is_a_ues_own(chosen: list[str]) -> None:
     one: dict[str, Any] = {"topology": {"stages": 1}, "train": {"iterations": 2}}
     heard = run_world(3, eavesdrop, [small(method, **one) for method in chosen])
     for k in range(len(chosen)):

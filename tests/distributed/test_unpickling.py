@@ -10,7 +10,7 @@ from harness import run_world
 from runs import small, split
 
 from csipipe.comm.world import World
-from csipipe.settings.config import Method, Settings
+from csipipe.settings.config import Settings
 
 
 def unpickled(world: World, settings: Settings) -> list[str]:
@@ -32,6 +32,6 @@ def unpickled(world: World, settings: Settings) -> list[str]:
 @pytest.mark.parametrize(
     ("method", "ranks"), [("csilocal", 4), pytest.param("fedavg", 3, marks=pytest.mark.long)]
 )
-def test_a_run_unpickles_nothing(method: Method, ranks: int) -> None:
+def test_a_run_unpickles_nothing(method: str, ranks: int) -> None:
     settings = small(method, topology={"stages": 2 if method == "csilocal" else 1})
     assert run_world(ranks, unpickled, settings) == [[]] * ranks

@@ -12,23 +12,22 @@ from runs import CPU, small
 from csipipe import checkpoint, methods
 from csipipe.channels import deal, manifest_of, open_source
 from csipipe.methods.centralised import Centralised
-from csipipe.methods.cost import shared_parts
 from csipipe.methods.replica import Replica
 from csipipe.methods.state import Unit
 from csipipe.settings import commandline
-from csipipe.settings.config import Method, Settings
+from csipipe.settings.config import Settings
 
 STEPS = 2
 
 
-def finish(folder: Path, method: Method = "csilocal", **sections: Any) -> Centralised:
+def finish(folder: Path, method: str = "csilocal", **sections: Any) -> Centralised:
     """A finished run: `config.yaml`, `manifest.json`, `weights/`, `summary.json`; its worker."""
     worker = begin(folder, method, **sections)
     end(folder, worker)
     return worker
 
 
-def begin(folder: Path, method: Method = "csilocal", **sections: Any) -> Centralised:
+def begin(folder: Path, method: str = "csilocal", **sections: Any) -> Centralised:
     """A run that has trained a little and written nothing yet that lasts."""
     torch.set_num_threads(1)
     sections["train"] = {"threads": 1} | sections.get("train", {})
@@ -55,7 +54,7 @@ def end(folder: Path, worker: Centralised, status: str = "finished", done: int =
 def snapshot(folder: Path, worker: Centralised, done: int) -> Path:
     """A checkpoint of the run as it is, with the parts that its method has."""
     partial = folder / "checkpoints" / f"{done}.partial"
-    units = replicas(worker) if shared_parts(worker.settings.method) else worker.units()
+    units = replicas(worker) if worker.settings.spec.shared else worker.units()
     states = {n: {k: t.contiguous() for k, t in unit.state().items()} for n, unit in units.items()}
     parts = {n: checkpoint.write_part(partial, n, state) for n, state in states.items()}
     return checkpoint.commit(partial, {"iteration": done}, parts)
@@ -73,4 +72,4 @@ def replicas(worker: Centralised) -> dict[str, Unit]:
 
 def is_one_model(settings: Settings) -> bool:
     """Whether all UEs have the same weights."""
-    return settings.method == "centralised" or len(shared_parts(settings.method)) == 3
+    return settings.method == "centralised" or len(settings.spec.shared) == 3

@@ -17,7 +17,7 @@ from csipipe.run import slurm
 from csipipe.run.lock import Lock
 from csipipe.run.slurm import Plan
 from csipipe.settings import commandline
-from csipipe.settings.config import Method, Settings
+from csipipe.settings.config import Settings
 
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = {
@@ -39,7 +39,7 @@ def golden(name: str, text: str) -> None:
     assert file.read_text() == text + "\n"
 
 
-def settings(method: Method = "csilocal", ues: int = 4, stages: int | None = None) -> Settings:
+def settings(method: str = "csilocal", ues: int = 4, stages: int | None = None) -> Settings:
     defaults = Settings()
     topology = replace(defaults.topology, ues=ues, stages=stages)
     return replace(defaults, method=method, topology=topology)
@@ -73,7 +73,7 @@ def test_components_of_a_heterogeneous_job_come_in_order() -> None:
     ],
 )
 def test_a_task_becomes_a_rank_where_there_is_use_for_it(
-    method: Method, counts: tuple[int, ...], ranks: tuple[int, ...]
+    method: str, counts: tuple[int, ...], ranks: tuple[int, ...]
 ) -> None:
     asked = settings(method)
     assert slurm.ranks_of(asked, groups(*counts)) == ranks

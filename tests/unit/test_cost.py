@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
 from csipipe.methods.cost import exchanged_per_iteration, shared_parts
-from csipipe.settings.config import Method, ModelSettings, Settings, TopologySettings, TrainSettings
+from csipipe.settings.config import ModelSettings, Settings, TopologySettings, TrainSettings
+from csipipe.settings.tables import METHODS
 
 
-def paper(method: Method, c: int = 512) -> Settings:
+def paper(method: str, c: int = 512) -> Settings:
     return Settings(
         method=method,
         model=ModelSettings(c1=c, c2=c),
@@ -28,7 +27,7 @@ def paper(method: Method, c: int = 512) -> Settings:
     ],
 )
 def test_the_headline_to_every_printed_digit(
-    method: Method, iterations: int, billions: float, printed: float
+    method: str, iterations: int, billions: float, printed: float
 ) -> None:
     total = iterations * sum(exchanged_per_iteration(paper(method)).values())
     assert round(total / 1e9, 4) == billions
@@ -36,15 +35,15 @@ def test_the_headline_to_every_printed_digit(
 
 
 def test_personal_encoders_are_not_exchanged() -> None:
-    for method in get_args(Method):
+    for method in METHODS:
         if method.startswith("fed"):
             each = 10 * (3_153_224 if method.endswith("per") else 4_202_354)
             assert exchanged_per_iteration(paper(method)) == {"up": each, "down": each}
 
 
 def test_what_crosses_of_every_method() -> None:
-    crossing = {method: exchanged_per_iteration(paper(method, 256)) for method in get_args(Method)}
+    crossing = {method: exchanged_per_iteration(paper(method, 256)) for method in METHODS}
     assert crossing["centralised"] == {"up": 0, "down": 0}
     assert crossing["csilocal"] == {"up": 10 * 800 * 512, "down": 10 * 800 * 512}
     assert crossing["fedprox"] == {"up": 21_046_900, "down": 21_046_900}
-    assert shared_parts("csilocal") == ()
+    assert shared_parts(paper("csilocal")) == 0

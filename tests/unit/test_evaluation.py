@@ -19,6 +19,7 @@ from csifiles import images, save
 from runs import CPU
 from torch import Tensor, nn
 
+from csipipe.channels.csinet import NO_FILE, SMALLER
 from csipipe.evaluation import command, samples, testset
 from csipipe.evaluation.summary import Evaluated
 from csipipe.evaluation.testset import Rows
@@ -138,7 +139,7 @@ def csinet(tmp_path: Path, count: int = 12, hf: int | None = None, **more: Any) 
 def test_a_test_set_needs_no_training_rows(tmp_path: Path) -> None:
     test = testset.load(csinet(tmp_path, 12))
     np.testing.assert_array_equal(test.h_BAD, images(12))
-    assert (test.hf_BAK, test.missing) == (None, testset.NO_FILE)
+    assert (test.hf_BAK, test.missing) == (None, NO_FILE)
 
 
 def test_hf_all_is_of_the_same_rows(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_hf_all_is_of_the_same_rows(tmp_path: Path) -> None:
     assert test.hf_BAK is not None
     assert test.hf_BAK.shape == (5, 32, 125)
     smaller = Settings(data=settings.data, model=ModelSettings(angles=16))
-    assert testset.load(smaller).missing == testset.SMALLER
+    assert testset.load(smaller).missing == SMALLER
     with pytest.raises(ValueError, match="HF_all has 11 indoor rows, the test set 12"):
         testset.load(csinet(tmp_path, 12, hf=11))
 

@@ -128,6 +128,9 @@ class Numbered:
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         return {}
 
+    def frequency_rows(self, environment: Site, part: Part, start: int, stop: int) -> str:
+        return "rows without frequencies"
+
 
 @pytest.mark.parametrize("holdout", [0.0, 0.05, 0.07, 0.3, 0.99])
 @pytest.mark.parametrize("environment", ["indoor", "noniid"])

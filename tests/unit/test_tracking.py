@@ -25,6 +25,7 @@ from csipipe.measure.clock import Clock
 from csipipe.measure.figures import Figures
 from csipipe.measure.probe import Probe
 from csipipe.settings.config import Settings, TrainSettings
+from csipipe.settings.tables import SourceSpec
 from csipipe.tracking import BEGINNING, HISTORY, Events, RankTracker, Tracker, rank
 from csipipe.tracking.reconstruction import draw, pick
 from csipipe.tracking.screen import Screen
@@ -283,7 +284,7 @@ def test_the_worst_and_the_median_sample_are_picked() -> None:
 def test_a_picture_shows_each_bin_at_its_place_and_level() -> None:
     h, h_hat = images([1.0, 0.01])  # the worst: nothing left; the median: a tenth too weak
     h[:, 1, 3, 7] += 0.05  # -20 dB
-    image = np.asarray(draw(h, h_hat, "UE 0"))
+    image = np.asarray(draw(h, h_hat, "UE 0", SourceSpec.axes))
     zoom, left, top = 32, 78, 46 + 34
     panel = image[top : top + 4 * zoom, left : left + 8 * zoom]
     bins = panel[zoom // 2 :: zoom, zoom // 2 :: zoom]

@@ -12,7 +12,6 @@ from runs import CPU
 
 from csipipe.methods.centralised import Centralised
 from csipipe.run import trained
-from csipipe.settings.config import Method
 
 
 def reconstructions(worker: Centralised) -> list[torch.Tensor]:
@@ -34,7 +33,7 @@ def assert_same(run: trained.Trained, worker: Centralised) -> None:
 
 
 @pytest.mark.parametrize("method", ["csilocal", "centralised", "fedavg", "fedavgper"])
-def test_a_run_is_read_from_weights_and_from_a_checkpoint(method: Method, tmp_path: Path) -> None:
+def test_a_run_is_read_from_weights_and_from_a_checkpoint(method: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     worker = trainedruns.begin(folder, method)
     trainedruns.snapshot(folder, worker, 7)

@@ -1,0 +1,68 @@
+"""FedAvg and FedProx, each with a personal encoder too (…Per), at a UE.
+
+Shapes: P scalars of the shared parts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from csipipe.measure.figures import WIDTH
+from csipipe.methods import federated
+from csipipe.methods.replica import Agreed, Replica
+from csipipe.methods.ue import UserEquipment
+from csipipe.settings.config import Settings
+
+
+class FedAvg(Replica):
+    """Local Adam steps, then the mean of the models; Adam's moments stay at the UE.
+
+    Source: McMahan et al., AISTATS 2017.
+    """
+
+    mu = 0.0
+    """Weight of the proximal term."""
+    agreed: Agreed
+
+    def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
+        super().__init__(ue, settings, device)
+        self.agreed = Agreed(list(self.shared))
+
+    def train(self) -> tuple[Tensor, Tensor]:
+        """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
+        sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
+        for learning in self.phases:
+            for _ in range(self.settings.train.local_steps):
+                sums += self.gradient(learning)
+                self._pull()
+                self.step()
+        return self.agreed.change(), sums
+
+    def apply(self, mean: Tensor) -> None:
+        """Go on from the mean of the models."""
+        self.agreed.apply(mean)
+
+    def _pull(self) -> None:
+        """The proximal term, towards the global model."""
+        if self.mu:
+            for parameter, value in zip(self.shared, self.agreed.parts(), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - value, alpha=self.mu)
+
+
+class FedProx(FedAvg):
+    """FedAvg with μ·(θ − θ_global) added to the gradient of the shared parts.
+
+    Source: Li et al., MLSys 2020.
+    """
+
+    def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
+        super().__init__(ue, settings, device)
+        self.mu = settings.train.mu
+
+
+prepare_fedavg = partial(federated.prepare, FedAvg)
+prepare_fedprox = partial(federated.prepare, FedProx)

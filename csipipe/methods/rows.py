@@ -1,0 +1,44 @@
+"""Which rows a rank's UEs get, and the common test set."""
+
+from __future__ import annotations
+
+import torch
+
+from csipipe import channels
+from csipipe.comm.topology import Topology
+from csipipe.methods.ue import UserEquipment
+from csipipe.settings.config import Settings
+
+
+def load(
+    settings: Settings, numbers: range, device: torch.device
+) -> tuple[list[UserEquipment], torch.Tensor]:
+    """The UEs' private rows, and the common test set (B, 2, A, D)."""
+    source, deal = _dealt(settings)
+    ues = [
+        UserEquipment(
+            n, settings, *channels.load_ue(source, deal, n, settings.data.holdout), device
+        )
+        for n in numbers
+    ]
+    return ues, torch.from_numpy(channels.load_test(source, deal)).to(device)
+
+
+def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifest | None:
+    """Which rows are whose, on the rank that hosts UE 0; None on the others.
+
+    A BTS rank may run where no data is, so rank 0 can't be the one.
+    """
+    if settings.stages:
+        topology = Topology(world_size, settings.stages, settings.topology.ues)
+        if rank != topology.ue_ranks[0]:
+            return None
+    source, deal = _dealt(settings)
+    return channels.manifest_of(deal, settings.data.holdout, source)
+
+
+def _dealt(settings: Settings) -> tuple[channels.Source, channels.Deal]:
+    """Where the channels come from, and whose they are; no values are read yet."""
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    return source, channels.deal(data, settings.topology.ues, source.available)

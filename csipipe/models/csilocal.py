@@ -1,0 +1,56 @@
+"""The paper's autoencoder: encoder, decoder tail and decoder head, as counted in its Fig. 4.
+
+Shapes: B rows, A angles, D delays; images are (B, 2, A, D), real and imaginary part, in [0, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from csipipe.models.crblock import SLOPE, CRBlock
+from csipipe.models.layers import Conv2d, Linear
+from csipipe.settings.config import ModelSettings
+
+
+def encoder(model: ModelSettings) -> nn.Sequential:
+    """CsiNet's encoder F1: (B, 2, A, D) → (B, c1). 524,586 parameters at c1 = 256."""
+    reals = 2 * model.angles * model.delays
+    return nn.Sequential(
+        Conv2d(2, 2, (3, 3), bias=True),
+        nn.BatchNorm2d(2),
+        nn.LeakyReLU(SLOPE, inplace=True),
+        nn.Flatten(),
+        Linear(reals, model.c1),
+    )
+
+
+def tail(model: ModelSettings) -> list[nn.Module]:
+    """Decoder tail F2 as a list of layers: (B, c1) → (B, c2). 1,053,768 parameters at c = 256."""
+    image = (2, model.angles, model.delays)
+    reals = 2 * model.angles * model.delays
+    return [
+        Linear(model.c1, reals),
+        nn.Unflatten(1, image),
+        Conv2d(2, 2, (3, 3), bias=True),
+        nn.LeakyReLU(SLOPE),
+        CRBlock(model.kernels),
+        CRBlock(model.kernels),
+        nn.Flatten(),
+        Linear(reals, model.c2),
+    ]
+
+
+def head(model: ModelSettings) -> nn.Sequential:
+    """Decoder head F3: (B, c2) → (B, 2, A, D) in [0, 1]. 526,336 parameters at c2 = 256.
+
+    The hard-sigmoid is PyTorch's, clamp(x/6 + 1/2, 0, 1). The layer before it starts at a tenth of
+    PyTorch's usual range, which the paper leaves open: the first reconstructions are then close to
+    0.5, an empty channel, instead of noise that hundreds of iterations go into unlearning.
+    """
+    image = (2, model.angles, model.delays)
+    last = Linear(model.c2, 2 * model.angles * model.delays)
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.mul_(0.1)
+    return nn.Sequential(last, nn.Unflatten(1, image), nn.Hardsigmoid())

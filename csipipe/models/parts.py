@@ -1,0 +1,130 @@
+"""The three parts of the model that `model.name` names: built from seeds, counted, checked.
+
+Every part starts from a seed of its own, the same for all UEs; the tail is built whole from one
+seed and cut afterwards, so that its weights don't depend on the partition. Shapes: B rows, A
+angles, D delays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from csipipe.settings.config import ModelSettings
+from csipipe.settings.tables import MODELS, found
+
+PARTS = ("encoder", "tail", "head")
+_NAME = "model.name"
+
+
+def build_encoder(model: ModelSettings, seed: int) -> nn.Module:
+    """Encoder F1: (B, 2, A, D) → (B, c1)."""
+    encoder: nn.Module = _seeded("encoder", model, seed)
+    return encoder
+
+
+def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
+    """Decoder tail F2 as a list of layers: (B, c1) → (B, c2)."""
+    return list(_seeded("tail", model, seed))
+
+
+def build_head(model: ModelSettings, seed: int) -> nn.Module:
+    """Decoder head F3: (B, c2) → (B, 2, A, D) in [0, 1]."""
+    head: nn.Module = _seeded("head", model, seed)
+    return head
+
+
+def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
+    """Build with torch's generator seeded for this part, and leave the global one as it was."""
+    build = _builder(part, model)
+    with torch.random.fork_rng(devices=[]):
+        sequence = np.random.SeedSequence((seed, 1 + PARTS.index(part)))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+        return build()
+
+
+def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
+    spec = MODELS.get(model.name)
+    if spec is not None:
+        build = found(getattr(spec, part))
+        return lambda: build(model)
+    whole = found(model.name, _NAME)
+    return lambda: whole(model.angles, model.delays, model.c1, model.c2)[PARTS.index(part)]
+
+
+def check(model: ModelSettings) -> None:
+    """Refuse a model whose parts don't fit together; takes no memory.
+
+    Raises:
+        ValueError: the user's own code can't be imported, fails, or gives other shapes.
+    """
+    row = (2, model.angles, model.delays)
+    codeword, output = (model.c1,), (model.c2,)
+    ends: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+        (row, codeword),
+        (codeword, output),
+        (output, row),
+    ]
+    for part, (before, after) in zip(PARTS, ends, strict=True):
+        try:
+            gives = tuple(_shapes(_layers(part, model), before)[-1])
+        except Exception as error:  # whatever the user's own code raises
+            raise ValueError(
+                f"{_NAME} is {model.name!r}, whose {part} can't be built or run on a row of shape "
+                f"{before}: {type(error).__name__}: {error}"
+            ) from error
+        if gives != after:
+            raise ValueError(
+                f"{_NAME} is {model.name!r}, whose {part} makes {gives} of a row of shape "
+                f"{before}; it must be {after}, from model.c1, model.c2, model.angles and "
+                "model.delays."
+            )
+
+
+def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:
+    """Shape of one row before each tail layer and after the last: 9 shapes for 8 layers."""
+    return _shapes(_layers("tail", model), (model.c1,))
+
+
+def _shapes(layers: Iterable[nn.Module], row: tuple[int, ...]) -> list[tuple[int, ...]]:
+    shapes = [row]
+    with torch.device("meta"), torch.no_grad():
+        x: Tensor = torch.empty(1, *row)
+        for layer in layers:
+            x = layer.eval()(x)
+            shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+def _layers(part: str, model: ModelSettings) -> list[nn.Module]:
+    """A part's layers, without memory."""
+    with torch.device("meta"):
+        built = _seeded(part, model, 0)
+    return list(built) if part == "tail" else [built]
+
+
+def count_parameters(modules: Iterable[nn.Module]) -> int:
+    """Trainable scalars of some modules (BatchNorm's running statistics are not counted)."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def count_parts(model: ModelSettings) -> dict[str, int]:
+    """Trainable scalars of `encoder`, `tail` and `head`."""
+    return {part: count_parameters(_layers(part, model)) for part in PARTS}
+
+
+def count_statistics(model: ModelSettings) -> dict[str, int]:
+    """BatchNorm's running means and variances in `encoder`, `tail` and `head`, in scalars."""
+    return {
+        part: sum(
+            b.numel()
+            for layer in _layers(part, model)
+            for b in layer.buffers()
+            if b.is_floating_point()
+        )
+        for part in PARTS
+    }

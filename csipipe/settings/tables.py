@@ -1,0 +1,206 @@
+"""The methods, models and sources there are, by the name that a setting gives them: facts.
+
+A row says where its code is as `package.module:function`, which is imported when it is needed, so
+that nothing heavy is loaded with the settings and rooms above can be named. Nothing outside of
+this file compares a name: who wants to know something of a method asks its row. Adding one is a
+file, a row here and a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A method that trains the model."""
+
+    about: str
+    """What `--help` says of it."""
+    prepare: str
+    """`prepare(settings, rank, world_size, device)`, as `csipipe.methods.prepare`."""
+    cost: str
+    """`cost(settings)`: scalars that a UE sends in one iteration; as many come back."""
+    stages: int
+    """BTS stages where topology.stages names none; 0: one process with everything, no BTS."""
+    pipelined: bool = False
+    """The tail runs at the BTS, under DeepSpeed, on as many stages as are asked for."""
+    local_steps: bool = False
+    """Whether a UE may take several steps of its own between two exchanges."""
+    shared: tuple[str, ...] = ()
+    """Parts of the model that every UE has and the BTS averages; the other parts are private."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """An autoencoder in three parts; each builder takes `ModelSettings` and draws weights."""
+
+    about: str
+    encoder: str
+    """A module: (B, 2, A, D) → (B, c1)."""
+    tail: str
+    """A list of modules, which stages are cut from: (B, c1) → (B, c2)."""
+    head: str
+    """A module: (B, c2) → (B, 2, A, D) in [0, 1]."""
+    partition: str
+    """How the tail is cut where topology.partition says nothing."""
+    plain: str | None = None
+    """The tail once more, of PyTorch's own layers, for the benchmark; None: there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """Where channels come from."""
+
+    about: str
+    open: str
+    """`open(data, angles, delays)`: a `csipipe.channels.source.Source`."""
+    folder: bool
+    """Whether it reads files, from data.path."""
+    train_samples: int | None = None
+    """Training rows where the settings name no number; None: all there are."""
+    test_samples: int | None = None
+    """Rows of the test set, in the same way."""
+    axes: tuple[str, str] = ("angle (1/{} cycles)", "delay (bins of 50 ns)")
+    """What an image's axes are, as pictures label them; {}: the number of bins."""
+
+
+def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
+    return MethodSpec(
+        about=about,
+        prepare=prepare,
+        cost="csipipe.methods.cost:shared_parts",
+        stages=1,
+        **facts,
+    )
+
+
+_WHOLE, _PERSONAL = ("encoder", "tail", "head"), ("tail", "head")
+
+METHODS: dict[str, MethodSpec] = {
+    "csilocal": MethodSpec(
+        about="split, pipelined training",
+        prepare="csipipe.methods.csilocal:prepare",
+        cost="csipipe.methods.cost:split",
+        stages=2,
+        pipelined=True,
+    ),
+    "centralised": MethodSpec(
+        about="the unsplit model on all data, in one process",
+        prepare="csipipe.methods.centralised:prepare",
+        cost="csipipe.methods.cost:shared_parts",
+        stages=0,
+    ),
+    "fedavg": _federated(
+        "the whole model on every UE, and the mean of the models",
+        "csipipe.methods.fedavg:prepare_fedavg",
+        local_steps=True,
+        shared=_WHOLE,
+    ),
+    "fedavgper": _federated(
+        "fedavg, with an encoder of its own at every UE",
+        "csipipe.methods.fedavg:prepare_fedavg",
+        local_steps=True,
+        shared=_PERSONAL,
+    ),
+    "fedprox": _federated(
+        "fedavg, whose UEs are pulled towards the mean (train.mu)",
+        "csipipe.methods.fedavg:prepare_fedprox",
+        local_steps=True,
+        shared=_WHOLE,
+    ),
+    "fedproxper": _federated(
+        "fedprox, with an encoder of its own at every UE",
+        "csipipe.methods.fedavg:prepare_fedprox",
+        local_steps=True,
+        shared=_PERSONAL,
+    ),
+    "fedgrad": _federated(
+        "the whole model on every UE, and the mean of the gradients",
+        "csipipe.methods.fedgrad:prepare",
+        shared=_WHOLE,
+    ),
+    "fedgradper": _federated(
+        "fedgrad, with an encoder of its own at every UE",
+        "csipipe.methods.fedgrad:prepare",
+        shared=_PERSONAL,
+    ),
+}
+
+MODELS: dict[str, ModelSpec] = {
+    "csilocal": ModelSpec(
+        about="the paper's: CsiNet's encoder, two CRBlocks in the tail, a linear head",
+        encoder="csipipe.models.csilocal:encoder",
+        tail="csipipe.models.csilocal:tail",
+        head="csipipe.models.csilocal:head",
+        partition="type:CRBlock",
+        plain="csipipe.bench.plain:tail",
+    ),
+}
+
+SOURCES: dict[str, SourceSpec] = {
+    "synthetic": SourceSpec(
+        about="made by the package",
+        open="csipipe.channels.synthetic:open_source",
+        folder=False,
+        train_samples=8000,
+        test_samples=1000,
+    ),
+    "csinet": SourceSpec(
+        about="CsiNet's .mat files in data.path",
+        open="csipipe.channels.csinet:open_source",
+        folder=True,
+    ),
+}
+
+TABLES: dict[str, Mapping[str, MethodSpec | ModelSpec | SourceSpec]] = {
+    "method": METHODS,
+    "model.name": MODELS,
+    "data.source": SOURCES,
+}
+"""By the setting that names a row."""
+OWN = {"model.name": "package.module:function with build(angles, delays, c1, c2)"}
+"""Settings that may name the user's own code instead of a row, and what it must be."""
+
+OWN_PARTITION = "parameters"
+"""How the tail of a user's own model is cut where topology.partition says nothing."""
+
+
+def check(setting: str, name: str) -> None:
+    """Refuse (ValueError) a name that is in no row; the user's own code isn't looked for yet."""
+    table = TABLES[setting]
+    if name in table or (setting in OWN and ":" in name):
+        return
+    own = f", or {OWN[setting]}" if setting in OWN else ""
+    raise ValueError(f"{setting} is {name!r}; it must be one of {', '.join(table)}{own}.")
+
+
+def listed(setting: str) -> str:
+    """Every name with what it is, for `--help`."""
+    rows = [f"{name}: {row.about}" for name, row in TABLES[setting].items()]
+    own = [f"Or {OWN[setting]}"] if setting in OWN else []
+    return "; ".join(rows) + "." + "".join(f" {text}." for text in own)
+
+
+def found(name: str, setting: str = "") -> Any:
+    """What `package.module:function` names.
+
+    Args:
+        setting: the setting in which a user wrote it, for the error.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        if not setting:
+            raise
+        raise ValueError(
+            f"{setting} is {name!r}, which can't be imported ({error}); write "
+            "package.module:function, of a package that is installed or in PYTHONPATH."
+        ) from error

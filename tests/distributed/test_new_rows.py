@@ -1,0 +1,180 @@
+"""What adding a method, a model or a source takes: what is in this file, and a row."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import run_world
+from runs import joined, small, splits, unsplit
+from test_evaluate import evaluate
+from torch import Tensor, nn
+
+from csipipe.channels.source import Images, Part, Site
+from csipipe.comm.world import World
+from csipipe.methods import federated
+from csipipe.methods.fedgrad import FedGrad
+from csipipe.run import training
+from csipipe.settings.config import DataSettings, ModelSettings, Settings
+from csipipe.settings.tables import (
+    METHODS,
+    MODELS,
+    SOURCES,
+    MethodSpec,
+    ModelSpec,
+    SourceSpec,
+)
+
+# A method: the mean of the gradients' signs
+
+
+class FedSign(FedGrad):
+    def train(self) -> tuple[Tensor, Tensor]:
+        gradient, sums = super().train()
+        return gradient.sign(), sums
+
+
+prepare = partial(federated.prepare, FedSign)
+
+# A model: two layers at the BTS
+
+
+def encoder(model: ModelSettings) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(2 * model.angles * model.delays, model.c1))
+
+
+def tail(model: ModelSettings) -> list[nn.Module]:
+    return [nn.Linear(model.c1, model.c2), nn.Linear(model.c2, model.c2)]
+
+
+def head(model: ModelSettings) -> nn.Module:
+    image = (2, model.angles, model.delays)
+    reals = 2 * model.angles * model.delays
+    return nn.Sequential(nn.Linear(model.c2, reals), nn.Unflatten(1, image), nn.Sigmoid())
+
+
+def build(angles: int, delays: int, c1: int, c2: int) -> Any:
+    """The same as a user's own."""
+    model = ModelSettings(angles=angles, delays=delays, c1=c1, c2=c2)
+    return encoder(model), tail(model), head(model)
+
+
+# A source: one strong angle per row
+
+
+class OneAngle:
+    def __init__(self, angles: int, delays: int) -> None:
+        self.shape = (2, angles, delays)
+
+    def available(self, environment: Site, part: Part) -> int | None:
+        return None
+
+    def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
+        rows = np.full((stop - start, *self.shape), 0.5, np.float32)
+        rows[np.arange(stop - start), 0, np.arange(start, stop) % self.shape[1], 0] = 1
+        return rows
+
+    def identity(self, environment: Site, part: Part) -> dict[str, Any]:
+        return {"angles": self.shape[1]}
+
+    def frequency_rows(self, environment: Site, part: Part, start: int, stop: int) -> str:
+        return "one angle has no frequencies"
+
+
+def open_source(data: DataSettings, angles: int, delays: int) -> OneAngle:
+    return OneAngle(angles, delays)
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """The three rows, for a while."""
+    about = "thrown away"
+    cost = "csipipe.methods.cost:shared_parts"
+    parts = {part: f"{__name__}:{part}" for part in ("encoder", "tail", "head")}
+    source = SourceSpec(
+        about=about,
+        open=f"{__name__}:open_source",
+        folder=False,
+        train_samples=40,
+        test_samples=12,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            METHODS,
+            "fedsign",
+            MethodSpec(
+                about=about,
+                prepare=f"{__name__}:prepare",
+                cost=cost,
+                stages=1,
+                shared=("encoder", "tail", "head"),
+            ),
+        )
+        patch.setitem(MODELS, "linear", ModelSpec(about=about, partition="uniform", **parts))
+        patch.setitem(SOURCES, "one-angle", source)
+        yield
+
+
+def train(world: World, settings: Settings) -> None:
+    with registered():
+        training.launch(world, settings)
+
+
+def test_a_new_method_and_source_train_and_are_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with registered():
+        settings = small(
+            "fedsign",
+            topology={"stages": None},
+            data={"source": "one-angle", "train_samples": None, "test_samples": None},
+            train={"iterations": 2},
+            run={"dir": str(folder)},
+        )
+        run_world(2, train, settings)
+        evaluate(None, str(folder), str(tmp_path / "found"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["method"], summary["status"], summary["iterations"]) == (
+        "fedsign",
+        "finished",
+        2,
+    )
+    assert summary["test"]["loss"] < summary["test"]["floor_loss"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["test"]["rows"] == {"indoor": 12}
+    assert "no ρ and SGCS: one angle has no frequencies" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="method is 'fedsign'; it must be one of csilocal"):
+        small("fedsign")
+
+
+def train_models(world: World, models: dict[str, Settings]) -> dict[str, Any]:
+    with registered():
+        return splits(world, models)
+
+
+def test_a_new_model_is_split_as_the_unsplit_one_computes() -> None:
+    with registered():
+        settings = {
+            name: small(model={"name": name}, topology={"partition": None})
+            for name in ("linear", f"{__name__}:build")
+        }
+        results = run_world(3, train_models, settings)
+        for name, one in settings.items():
+            split = joined([rank[name] for rank in results])
+            whole = unsplit(one)
+            assert split["losses"][-1] != split["losses"][0]
+            for ours, theirs in zip(split["losses"], whole["losses"], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5)
+            assert split["parameters"].keys() == whole["parameters"].keys()
+            for key, value in whole["parameters"].items():
+                torch.testing.assert_close(split["parameters"][key], value, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"model\.name is 'linear'; it must be one of csilocal"):
+        ModelSettings(name="linear")
