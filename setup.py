@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "browser": ["selenium>=4.30"],
+        "docs": ["mkdocs-material>=9.6"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
         "test": ["hypothesis>=6", "pytest>=8", "ruff", "mypy", "types-PyYAML"],
