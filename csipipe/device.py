@@ -24,7 +24,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         ValueError: `cuda` where there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but this machine offers no CUDA device; use auto.")
+        raise ValueError("train.device is cuda, but this machine has no CUDA device; use auto.")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -35,8 +35,8 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def set_threads(wanted: int | None, ranks_on_node: int) -> int:
     """Set this rank's CPU threads and return their number.
 
-    torchrun exports OMP_NUM_THREADS=1 when the user set nothing, so a 1 there says nothing; a
-    larger number is the user's. More threads than cores would ruin every timing.
+    torchrun exports OMP_NUM_THREADS=1 when the user set nothing, so a 1 means nothing; a larger
+    number is the user's. More threads than cores would ruin every timing.
     """
     if wanted is None:
         exported = os.environ.get("OMP_NUM_THREADS", "1")
@@ -51,7 +51,7 @@ def set_threads(wanted: int | None, ranks_on_node: int) -> int:
 
 
 def keep_memory() -> None:
-    """Let the allocator keep what is freed: an iteration needs the same memory as the last one.
+    """Let the allocator keep freed memory: each iteration needs the same memory as the last one.
 
     glibc returns large blocks to the system and faults them in, zeroed, at every use, which costs
     a CPU rank a tenth of its time. Does nothing on other C libraries.
@@ -59,8 +59,8 @@ def keep_memory() -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return
-    # glibc before 2.35 takes no more than 32 MiB; one of the two must hold before trimming ends,
-    # since setting either ends glibc's own adjustment of both
+    # glibc before 2.35 accepts no more than 32 MiB; set this before the trim threshold, since
+    # setting either of them ends glibc's own adjustment of both
     if any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -81,18 +81,18 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def upload(host: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
-    """A copy of `host` on `device`, and what waits until `host` may be written to again."""
+    """A copy of `host` on `device`, and a function that waits until `host` may be overwritten."""
     return host.to(device, non_blocking=True, copy=True), _mark(device)
 
 
 def download(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """A copy on the host, and what waits until it is there."""
+    """A copy on the host, and a function that waits until it is complete."""
     host = host_buffer(tuple(tensor.shape), tensor.dtype)
     return host.copy_(tensor, non_blocking=True), _mark(tensor.device)
 
 
 def _mark(device: torch.device) -> Callable[[], None]:
-    """What waits until `device` has done all that it was given so far."""
+    """A function that waits until `device` has done all work given to it so far."""
     if device.type == "cpu":
         return lambda: None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -101,7 +101,7 @@ def _mark(device: torch.device) -> Callable[[], None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done what it was given, before a clock is read."""
+    """Wait until `device` has done all its work, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

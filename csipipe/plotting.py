@@ -1,6 +1,6 @@
-"""How methods and distributions look in all pictures: told apart in grey too.
+"""How methods and distributions look in all pictures: distinguishable in grey too.
 
-Drawn without pyplot, so that no display is looked for.
+Drawn without pyplot, so that no display is needed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def style(key: str) -> dict[str, Any]:
 
 
 def scale(values: Sequence[float], unit: str) -> tuple[float, str]:
-    """What to divide by so that an axis has small numbers, and its unit, such as 10⁹ parameters."""
+    """A divisor that gives an axis small numbers, and its unit, such as 10⁹ parameters."""
     power = 3 * math.floor(math.log10(max([*values, 1.0])) / 3)
     superscript = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return 10.0**power, f"10{superscript} {unit}" if power else unit

@@ -1,6 +1,6 @@
-"""Ours beside its peers, iteration by iteration in turn: python launch/benchmark.py [--json FILE]
+"""Our speed beside that of our peers, taking turns: python launch/benchmark.py [--json FILE]
 
-Takes train.py's settings. Plain python: it starts the processes of every candidate itself.
+Takes train.py's settings and starts the processes of every candidate itself, without torchrun.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from csipipe.files import write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
-ABOUT = """Times an iteration of csipipe beside its peers, in turn and in one session, and checks
-that all do the same arithmetic. Start it with plain python."""
+ABOUT = """Times an iteration of csipipe and of its peers, taking turns in one session, and checks
+that all of them do the same arithmetic. Start it with python, not torchrun."""
 
 
 def parser() -> ArgumentParser:
-    """A parser of the settings and of what a benchmark takes beyond them."""
+    """A parser of the settings and of the options of a benchmark."""
 
     parser = commandline.parser(ABOUT)
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each")
-    parser.add_argument(
-        "--per-turn", type=int, default=1, help="iterations that each runs in a turn"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--per-turn", type=int, default=1, help="iterations of a turn")
     parser.add_argument("--ue-ranks", type=int, default=2, help="processes that host the UEs")
     parser.add_argument(
         "--only",
         type=str | None,
         default=None,
-        help=f"some of {','.join(candidates.ABOUT)}; null: all but other schedules of ours",
+        help=f"some of {','.join(candidates.ABOUT)}; null: all except ours-<schedule>",
     )
     parser.add_argument(
         "--layers",
         choices=("both", "ours", "plain"),
         default="both",
-        help="the peers' tail: ours compares schedules, plain (as published) compares in all",
+        help="layers of the peers' tail: ours compares schedules, plain compares everything",
     )
     parser.add_argument(
-        "--growth", action="store_true", help="instead: ours with 2 to 64 UEs, cost and memory"
+        "--growth", action="store_true", help="time ours with 2 to 64 UEs instead: cost and memory"
     )
-    parser.add_argument("--json", type=str | None, default=None, help="file to write everything to")
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="file to write all measurements to"
+    )
     return parser
 
 

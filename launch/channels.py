@@ -17,7 +17,7 @@ from csipipe.channels.source import Site
 from csipipe.settings.config import DataSettings
 from csipipe.settings.tables import SOURCES
 
-ABOUT = "Makes, examines and pictures CSI data in CsiNet's format. One process, plain python."
+ABOUT = "Generates, examines and draws CSI data in CsiNet's format, in one process."
 BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
 """Sources that may stand where a folder does."""
 
@@ -33,12 +33,12 @@ def generate(
     """Write generated channels as CsiNet's files; nothing is overwritten.
 
     Args:
-        folder: where to; made if it isn't there.
+        folder: where to write; created if it doesn't exist.
         environment: indoor or outdoor.
         train: rows of DATA_Htrain…; CsiNet has 100,000.
         val: rows of DATA_Hval…; CsiNet has 30,000.
         test: rows of DATA_Htest… and of DATA_HtestF…_all (for ρ); CsiNet has 20,000.
-        seed: names the channels; the same seed makes the same rows, however many.
+        seed: of the channels; the same seed makes the same rows, however many are asked for.
     """
     for file in export.write_files(
         Path(folder), environment, train=train, val=val, test=test, seed=seed
@@ -57,12 +57,12 @@ def check(
 ) -> bool:
     """Examine CsiNet's files: layout, range, scaling, domain, duplicates; with a verdict.
 
-    Exits with 1 unless every file is good.
+    Exits with status 1 unless every file is good.
 
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or synthetic.
-        environment: indoor or outdoor; left out, both, as far as there are files.
-        beside: another folder, or synthetic: its statistics in a second column.
+        environment: indoor or outdoor; by default both, as far as there are files.
+        beside: another folder, or synthetic, whose statistics go into a second column.
         seed: seed of synthetic channels.
     """
     good = True
@@ -80,12 +80,12 @@ def check(
 def look(
     source: str, output: str = "channels.png", environment: Site | None = None, seed: int = 0
 ) -> bool:
-    """Picture channels: three samples, the mean delay profile and the mean angle profile.
+    """Draw channels: three samples, the mean delay profile and the mean angle profile.
 
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or synthetic.
-        output: the PNG file to write; replaced if it is there.
-        environment: indoor or outdoor; left out, both, as far as there are files.
+        output: the PNG file to write; an existing one is replaced.
+        environment: indoor or outdoor; by default both, as far as there are files.
         seed: seed of synthetic channels.
     """
     sets = {}
@@ -94,7 +94,7 @@ def look(
         if found is not None:
             sets[f"{site} ({_title(source)}, {len(found[1]):,} test rows)"] = found[1]
     if not sets:
-        raise ValueError(f"no file in {source} has rows that can be shown; run check on it.")
+        raise ValueError(f"no file in {source} has rows that can be drawn; run check on it.")
     profileplot.draw(sets, Path(output))
     print(f"{output}: {', '.join(sets)}")
     return True

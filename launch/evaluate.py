@@ -8,8 +8,8 @@ import sys
 from csipipe.settings import commandline
 
 ABOUT = """Evaluates the weights of the run in directory RUN: the paper's loss, centred NMSE, ρ and
-SGCS, per UE, mean and over samples. A run that goes on or was interrupted is evaluated by its
-newest checkpoint. One process, or torchrun: its ranks share the rows. No DeepSpeed."""
+SGCS, per UE, mean and over samples. A run in progress, or an interrupted one, is evaluated from its
+newest checkpoint. One process is enough; under torchrun the ranks share the rows."""
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Encoder and decoder for products: python launch/export.py RUN --ue N [--bits B]"""
+"""Encoder and decoder for deployment: python launch/export.py RUN --ue N [--bits B]"""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from csipipe.settings import commandline
 
 ABOUT = """Writes the encoder of a UE, and the decoder tail with the UE's head for the BTS, with
-torch.export (.pt2) and as ONNX, checks both against the original on the run's test set, and puts a
-script beside them that does feedback with them. With --bits the codeword is quantised."""
+torch.export (.pt2) and as ONNX, checks both against the original on the run's test set, and adds
+scripts that do feedback with them. With --bits the codeword is quantised."""
 
 
 def main(arguments: list[str]) -> None:

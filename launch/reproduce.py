@@ -8,9 +8,9 @@ from types import ModuleType
 
 from csipipe.reports import array, fig5, fig6, headline, plan, search, table1
 
-ABOUT = """Makes the paper's figures from runs of launch/train.py. Runs that are missing are
-started, one torchrun after the other; an interrupted report goes on where it was. Settings of
-train.py, such as --data.source csinet --data.path DIR, are passed on to all runs."""
+ABOUT = """Makes the paper's figures from runs of launch/train.py. Missing runs are started, one
+torchrun after the other; the same command resumes an interrupted report. Settings of train.py, such
+as --data.source csinet --data.path DIR, are passed on to all runs."""
 
 REPORTS: dict[str, ModuleType] = {
     "table1": table1,
@@ -25,7 +25,7 @@ ARRAYS: dict[str, array.Wanted] = {
     "fig6": fig6.wanted,
     "headline": headline.wanted,
 }
-"""Reports whose runs can be a SLURM array's."""
+"""Reports whose runs can be started as a SLURM array."""
 
 
 def parser() -> ArgumentParser:
@@ -54,13 +54,13 @@ def main(arguments: list[str]) -> int:
     options.settings = settings
     try:
         if settings and "preset" not in options:
-            raise ValueError(f"{options.report} takes no {settings[0]}; see --help.")
+            raise ValueError(f"{options.report} has no option {settings[0]}; see --help.")
         if array.asked(options):
             array.answer(options, ARRAYS[options.report])
             return 0
         return int(REPORTS[options.report].run(options) or 0)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 130
     except (OSError, RuntimeError, ValueError) as error:
         if options.debug:

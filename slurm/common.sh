@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: the environment, and a run that can be stopped and resumed.
+# Shared by the scripts of this folder: the environment, and a run that can be stopped and resumed.
 
 csipipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -18,7 +18,7 @@ fail() {
 # shellcheck disable=SC1091
 [ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
 python -c "import csipipe.run.slurm" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
-    $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, make the environment with
+    $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, create the environment with
     python3 -m venv $csipipe/.venv and pip install -c constraints.txt -e . in it; modules go into slurm/common.sh."
 
 # USR1, by the scheduler before the limit or by `scancel --batch --signal=USR1 JOB`: save and requeue
@@ -31,7 +31,7 @@ on_each_node() (
     exec srun ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
 )
 
-# Train with launch/train.py's arguments on all nodes of the job, and leave with its exit code.
+# Train with launch/train.py's arguments on all nodes of the job, and exit with its status.
 train() {
     local step code
     run=$(python -m csipipe.run.slurm plan "$@") || exit 1
@@ -40,16 +40,16 @@ train() {
     step=$!
     wait "$step"
     code=$?
-    while [ "$code" -eq 138 ]; do # USR1 has ended the wait, not the step
+    while [ "$code" -eq 138 ]; do # USR1 ended the wait, not the step
         wait "$step"
         code=$?
     done
     rm -f "$run/slurm.json"
     if [ -n "$asked" ] && [ "$code" -eq 0 ] && grep -qs '"status": "stopped"' "$run/summary.json"; then
-        scontrol requeue "$SLURM_JOB_ID" || echo "csipipe: saved; to go on, submit it with --run.dir $run" >&2
+        scontrol requeue "$SLURM_JOB_ID" || echo "csipipe: saved; to resume, submit it with --run.dir $run" >&2
     elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node --overlap true; then
-        # ranks miss a dead node sooner than SLURM, which would requeue the job for it
-        echo "csipipe: a node of the job is gone; the job comes back on others" >&2
+        # ranks notice a dead node sooner than SLURM, which would requeue the job for it
+        echo "csipipe: a node of the job is gone; the job is requeued on others" >&2
         scontrol requeue "$SLURM_JOB_ID"
     fi
     exit "$code"

@@ -1,1 +1,1 @@
-"""What csipipe is measured against, and how: candidates that take turns in one session."""
+"""What csipipe is compared with, and how: candidates that take turns in one session."""

@@ -1,7 +1,7 @@
 """Who takes part in a benchmark: settings, processes and threads of each, as data.
 
 A candidate is a set of processes of its own. All get the same UEs, rows, mini-batches, initial
-weights and rates, and as many cores.
+weights and rates, and the same number of cores.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ ABOUT = {
 }
 """Candidates by name, in the order in which they are started and shown."""
 USUAL = tuple(name for name in ABOUT if name not in SCHEDULES)
-"""Candidates of a benchmark that names none: ours has the schedule that train.schedule names."""
+"""Candidates by default: ours has the schedule that train.schedule names."""
 PEERS = tuple(name for name in ABOUT if not name.startswith("ours"))
 """Candidates that can be given plain layers."""
 OTHER_NORMS = ("one-piece",)
-"""Candidates whose BatchNorms see all rows at once, so that their losses differ by right."""
+"""Candidates whose BatchNorms see all rows at once, so that their losses rightly differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One of those who take turns.
+    """One of those that take turns.
 
     Attributes:
         name: what it is, of `ABOUT`.
@@ -69,15 +69,15 @@ class Candidate:
 
 
 def choose(only: str | None) -> list[str]:
-    """Names of a comma-separated list, in our order; None: the usual ones.
+    """Names from a comma-separated list, in our order; None: the usual ones.
 
     Raises:
-        ValueError: a name that isn't one.
+        ValueError: an unknown name.
     """
     wanted = list(USUAL) if only is None else [name.strip() for name in only.split(",")]
     for name in wanted:
         if name not in ABOUT:
-            raise ValueError(f"--only names {name!r}; there are: {', '.join(ABOUT)}.")
+            raise ValueError(f"--only names {name!r}; expected some of {', '.join(ABOUT)}.")
     return [name for name in ABOUT if name in wanted]
 
 
@@ -117,7 +117,7 @@ def line_up(
 
 
 def csilocal(settings: Settings, ue_ranks: int, name: str, label: str) -> Candidate:
-    """Split training with `settings`, but for what the name says."""
+    """Split training with `settings`, except for what the name says."""
     if name == "ours-unpipelined":
         settings = replace(settings, topology=replace(settings.topology, stages=1))
     elif name in SCHEDULES:
@@ -145,7 +145,7 @@ def _candidate(
 
 
 def _with_rows(settings: Settings) -> Settings:
-    """No rows are held out; of generated channels there are only as many as a mini-batch takes."""
+    """Hold out no rows, and generate only as many channels as a mini-batch takes."""
     data = replace(settings.data, holdout=0.0)
     if SOURCES[data.source].train_samples is not None:
         ues = settings.topology.ues

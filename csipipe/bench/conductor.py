@@ -1,8 +1,8 @@
 """Starts candidates, lets them take turns, and ends them.
 
-The conductor computes nothing. Each candidate has a key-value store of its own in this process:
-`go/<turn>` wakes its ranks, `result/<turn>/<rank>` is what they measured (JSON). A candidate
-that fails, dies or hangs is ended alone.
+The conductor computes nothing. Each candidate has its own key-value store in this process:
+`go/<turn>` wakes its ranks, `result/<turn>/<rank>` is what they measured (JSON). If a candidate
+fails, dies or hangs, only that candidate is ended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from csipipe.bench.rank import END, Order, Spec
 
 _POLL = 0.02
 _LAST_LINES = 12
-_SPEAKING = 3.0  # seconds that a rank has to show its error
+_SPEAKING = 3.0  # seconds for a rank to show its error
 
 
 class Process(Protocol):
@@ -56,7 +56,7 @@ def launch(spec: Path, environment: dict[str, str], log: Path) -> Process:
 
 
 class CandidateFailed(Exception):
-    """A candidate can't go on; the message names it, says why, and has the end of its log."""
+    """A candidate can't continue; the message names it, says why, and has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Turn:
     Attributes:
         seconds: per iteration, from all ranks ready to all ranks done.
         losses: of each iteration, the paper's loss per UE.
-        spent: of each rank, seconds per iteration that it computed, sent, waited; empty where
-            it doesn't keep a clock.
-        base_bytes, peak_bytes: of each rank, memory before its first iteration, and the most
-            since; None where the machine doesn't tell.
+        spent: for each rank, seconds per iteration of computing, sending, waiting; empty if it
+            doesn't keep a clock.
+        base_bytes, peak_bytes: for each rank, memory before its first iteration, and the peak
+            since; None if the machine doesn't report it.
     """
 
     seconds: float
@@ -105,7 +105,7 @@ class Resident:
         ]
 
     def built(self) -> list[int] | None:
-        """Wait until it is ready to be timed; where it cuts the tail into stages, if it does."""
+        """Wait until it is ready to be timed; returns where it cuts the tail, if it does."""
         about = self._answers("built")
         parts: list[int] | None = about[0]["parts"]
         return parts
@@ -128,7 +128,7 @@ class Resident:
         )
 
     def end(self, patience: float) -> None:
-        """Let it end by itself within `patience` seconds, or be ended."""
+        """Let it end by itself within `patience` seconds; then kill it."""
         if patience:
             self._store.set(f"go/{self.turns}", END)
         deadline = time.monotonic() + patience
@@ -147,7 +147,7 @@ class Resident:
             self._look_for_failure()
             if time.monotonic() > deadline:
                 silent = [i for i, k in enumerate(keys) if not self._store.check([k])]
-                raise self._failed(f"no answer of rank(s) {silent} within {self.limit:.0f} s")
+                raise self._failed(f"no answer from rank(s) {silent} within {self.limit:.0f} s")
             time.sleep(_POLL)
         return [json.loads(self._store.get(k)) for k in keys]
 
@@ -158,11 +158,11 @@ class Resident:
             raise self._failed(self._store.get("failure").decode())
         if codes:
             killed = " (killed; out of memory?)" if -signal.SIGKILL in codes.values() else ""
-            ended = [f"rank {rank} ended with code {code}" for rank, code in codes.items()]
+            ended = [f"rank {rank} exited with status {code}" for rank, code in codes.items()]
             raise self._failed("; ".join(ended) + killed)
 
     def _let_speak(self) -> None:
-        """A rank that failed says so in the log next."""
+        """Wait for the failed rank to write its error to the log."""
         deadline = time.monotonic() + _SPEAKING
         while not self._store.check(["failure shown"]) and time.monotonic() < deadline:
             time.sleep(_POLL)
@@ -186,7 +186,7 @@ class Resident:
 
 
 class Conductor:
-    """Holds the candidates of one session; a context, at whose end none of them is left.
+    """Holds the candidates of one session; when the context ends, none of them is left.
 
     Args:
         limit: longest wait for a candidate's answer, in seconds.
@@ -204,7 +204,7 @@ class Conductor:
         return self
 
     def start(self, candidate: Candidate, parts: list[int] | None = None) -> Resident:
-        """Start a candidate's processes; `parts` is where to cut the tail, if that is decided."""
+        """Start a candidate's processes; `parts`: where to cut the tail, if that is given."""
         folder = self._folder / str(len(self._residents))
         folder.mkdir()
         resident = Resident(candidate, parts, folder, self.limit, self.launch)
@@ -219,5 +219,5 @@ class Conductor:
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:
-    """SIGTERM is Ctrl-C: what was started is ended, what was measured is kept."""
+    """Treat SIGTERM as Ctrl-C: end what was started, keep what was measured."""
     raise KeyboardInterrupt

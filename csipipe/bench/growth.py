@@ -1,8 +1,8 @@
 """How cost and memory grow with the number of UEs, on the same ranks.
 
-The rows of a micro-batch over all UEs stay the same, so the micro-batches grow in number with
-the UEs. What a stage holds then depends on the micro-batches in flight, that is on the schedule,
-and not on the UEs.
+The rows of a micro-batch over all UEs stay the same, so the number of micro-batches grows with the
+UEs. What a stage holds then depends on the micro-batches in flight, that is on the schedule, and
+not on the number of UEs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def candidates(settings: Settings, ue_ranks: int, ues: Sequence[int] = UES) -> l
             topology=replace(settings.topology, ues=n),
             train=replace(settings.train, micro_batches=micro_batches),
         )
-        # holds no rows out, and takes as many as it needs
+        # holds out no rows, and takes as many as it needs
         [prepared] = line_up(grown, min(ue_ranks, n), ["ours"], ["ours"])
         found.append(csilocal(prepared.settings, min(ue_ranks, n), "ours", f"{n} UEs"))
     return found

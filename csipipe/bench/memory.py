@@ -1,4 +1,4 @@
-"""Memory in bytes, as Linux counts it; None where it can't be told."""
+"""Memory in bytes, as Linux counts it; None if unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIMIT = Path("/sys/fs/cgroup")
 
 
 def forget_peak() -> None:
-    """Let the peak start anew: what set-up needed isn't what training needs."""
+    """Reset the peak: set-up doesn't need the same memory as training."""
     with contextlib.suppress(OSError):
         (_PROCESS / "clear_refs").write_text("5")
 
@@ -30,7 +30,7 @@ def peak() -> int | None:
 
 
 def available() -> int | None:
-    """Memory that can still be had on this machine, within its container's limit."""
+    """Memory still available on this machine, within its container's limit."""
     found = _field(Path("/proc/meminfo"), "MemAvailable")
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         limit, used = (int((_LIMIT / f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -39,7 +39,7 @@ def available() -> int | None:
 
 
 def release() -> None:
-    """Give back what training freed and `keep_memory` holds on to."""
+    """Return memory to the system that training freed and `keep_memory` kept."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

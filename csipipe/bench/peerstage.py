@@ -1,9 +1,9 @@
 """A BTS stage of a peer: somebody else's pipeline between our UE ranks.
 
-The UE ranks of the peers are ours, so that only what lies between them differs. At the first
-stage a hook takes the gradient of the smashed data as soon as it is there; at the last stage the
-exchange is the loss function, which waits for the UEs inside each micro-batch: the public way to
-have a loss elsewhere, in both libraries.
+The UE ranks of the peers are ours, so that only what is between them differs. At the first stage
+a hook takes the gradient of the smashed data as soon as it is computed. At the last stage the
+exchange is the loss function, which waits for the UEs inside each micro-batch: in both libraries,
+that is the public way to compute a loss elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Choice:
 
 
 def tail_of(settings: Settings, layers: Layers) -> list[nn.Module]:
-    """The decoder tail in that make, from the same initial weights."""
+    """The decoder tail with those layers, from the same initial weights."""
     build = plain.build_tail if layers == "plain" else models.build_tail
     return build(settings.model, settings.train.seed)
 

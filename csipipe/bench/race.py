@@ -16,10 +16,10 @@ from csipipe.bench.rank import Order
 _SPARE = 2**30
 """Bytes that must stay free beside all candidates if they may keep their memory asleep."""
 _SETTLING = 2
-"""Iterations until fresh memory is all faulted in: on a virtual machine the first may take three
-times as long as later ones, the second still a third longer."""
+"""Iterations until all fresh memory is faulted in: on a virtual machine the first may take three
+times as long as later ones, and the second a third longer."""
 COMPARED = 5
-"""First iterations whose losses are compared: later ones drift apart by rounding alone."""
+"""How many of the first iterations are compared: later losses drift apart by rounding alone."""
 TOLERANCE = 1e-4
 """Largest relative difference of a UE's loss between candidates that do the same arithmetic.
 
@@ -28,7 +28,7 @@ One model with one and with two threads differs by as much in its gradients.
 
 
 CROWDED = (
-    "there isn't memory for all at once: each gives its own back after its turn, and runs "
+    "there isn't enough memory for all at once: each returns its own after its turn, and runs "
     f"{_SETTLING} untimed iterations before the timed ones"
 )
 
@@ -39,13 +39,13 @@ class Race:
 
     Attributes:
         iterations: how many each runs in a turn.
-        same: whether all are to do the same arithmetic, which is then compared.
-        crowded: there isn't memory for all at once, so each gives its own back after its turn
+        same: whether all should do the same arithmetic; if so, losses are compared.
+        crowded: there isn't enough memory for all at once, so each returns its own after its turn
             and runs untimed iterations first.
-        rounds: timed rounds; in each, the turn of every candidate that was still there.
-        losses: of every candidate, per iteration, the paper's loss per UE.
-        beside: of every candidate that is compared, the largest relative difference found.
-        failures: of every candidate that can't go on, why.
+        rounds: timed rounds; in each, the turn of every remaining candidate.
+        losses: the paper's loss per iteration and UE, by candidate.
+        beside: the largest relative difference found, by candidate.
+        failures: why a candidate can't continue, by candidate.
     """
 
     candidates: Sequence[Candidate]
@@ -66,7 +66,7 @@ class Race:
         return next((label for label in fit if label not in self.failures), None)
 
     def start(self, conductor: Conductor) -> None:
-        """Start all; those after ours cut the tail where ours does."""
+        """Start all; candidates after ours cut the tail where ours does."""
         parts: dict[int, list[int]] = {}
         waiting = []
         for candidate in self.candidates:
@@ -90,10 +90,10 @@ class Race:
         return {} if parts is None else {stages: parts}
 
     def warm_up(self, available: int | None = None) -> dict[str, Turn]:
-        """Rounds that don't count: what memory each needs, and, if it may keep it, to have it.
+        """Untimed rounds, which measure the memory that each needs and allocate it if it may stay.
 
         Args:
-            available: bytes of memory for all candidates; None: enough.
+            available: bytes of memory for all candidates; None: unlimited.
         """
         turns = self._round(Order(self.iterations, release=True))
         peaks = sum(peak or 0 for turn in turns.values() for peak in turn.peak_bytes)
@@ -101,7 +101,7 @@ class Race:
         return turns if self.crowded else self._round(self._order(untimed=_SETTLING - 1))
 
     def practise(self) -> dict[str, Turn]:
-        """A round that doesn't count."""
+        """An untimed round."""
         return self._round(self._order())
 
     def _order(self, untimed: int = 0) -> Order:
@@ -116,7 +116,7 @@ class Race:
 
     def _round(self, order: Order) -> dict[str, Turn]:
         labels = list(self._residents)
-        first = self._done % max(1, len(labels))  # nobody is always behind the same other one
+        first = self._done % max(1, len(labels))  # so that nobody always follows the same candidate
         turns = {}
         for label in labels[first:] + labels[:first]:
             try:
@@ -133,7 +133,7 @@ class Race:
         }
 
     def _compare(self) -> None:
-        """End a candidate that computes something else: its seconds mean nothing."""
+        """End a candidate that computes something else: its times mean nothing."""
         reference = self.reference
         if reference is None or reference not in self.losses:
             return
@@ -147,9 +147,9 @@ class Race:
                 self._residents[label].end(patience=0)
                 self._fail(
                     label,
-                    f"{label}: computes something else than {reference}: a UE's loss differs by "
-                    f"{found:.1e} of it within the first {COMPARED} iterations; {TOLERANCE:.0e} "
-                    "is allowed. Its times are left out.",
+                    f"{label} doesn't compute the same as {reference}: a UE's loss differs by "
+                    f"{found:.1e} (relative) within the first {COMPARED} iterations; at most "
+                    f"{TOLERANCE:.0e} is allowed. It is not timed.",
                 )
                 for turns in self.rounds:
                     turns.pop(label, None)
@@ -177,7 +177,7 @@ class Race:
 
 
 def difference(found: list[list[float]], wanted: list[list[float]]) -> float:
-    """Largest relative difference of a UE's loss over the first iterations; inf for no number."""
+    """Largest relative difference of a UE's loss over the first iterations; inf if not finite."""
     pairs = list(zip(found[:COMPARED], wanted[:COMPARED], strict=False))
     ratios = [
         abs(a - b) / abs(b) if b else math.inf
@@ -198,8 +198,8 @@ def run(
 
     Args:
         record: file that each round is appended to as it ends, one JSON object per line.
-        say: takes a line about what goes on.
-        conductor: who starts them; None: one who starts programs.
+        say: takes a line about the progress.
+        conductor: starts them; None: one that starts programs.
     """
     if record is not None:
         record.write_text("")

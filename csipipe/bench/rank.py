@@ -1,8 +1,8 @@
 """One process of a candidate: python -m csipipe.bench.rank SPEC, started by the conductor.
 
-It sets itself up, then sleeps in a read of the conductor's key-value store, which costs no CPU
-time, until a turn comes. A turn is timed from when all its ranks are ready to when the last is
-done.
+It sets itself up, then sleeps in a read from the conductor's key-value store, which takes no CPU
+time, until its turn comes. A turn is timed from when all its ranks are ready to when the last one
+is done.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def serve(world: World, spec: Spec) -> None:
     device = pick_device(settings.train.device, world.local_rank)
     torch.set_num_threads(spec.threads)
     build = _prepare(spec, settings, world, device)
-    if spec.choice.layers == "ours":  # what a plain program doesn't do
+    if spec.choice.layers == "ours":  # a plain program doesn't
         keep_memory()
     world.ready("data")
     world.connect(settings.run.timeout)
@@ -174,7 +174,7 @@ def _take_turn(trainer: Trainer, first: int, order: Order, device: torch.device)
         clock.reset()
     before = time.perf_counter()
     iterate(range(start, start + order.iterations))
-    # a peer's stage doesn't keep the clock it inherits
+    # a peer's stage doesn't use the clock that it inherits
     spent = {} if clock is None or not any(clock.seconds.values()) else dict(clock.seconds)
     dist.barrier()
     seconds = (time.perf_counter() - before) / order.iterations
@@ -185,7 +185,7 @@ def _take_turn(trainer: Trainer, first: int, order: Order, device: torch.device)
 def _prepare(
     spec: Spec, settings: Settings, world: World, device: torch.device
 ) -> Callable[[World], Trainer]:
-    """What a rank can do before it meets the others; returns what builds its trainer."""
+    """Do what a rank can do alone; returns a function that builds its trainer."""
     if spec.ranks == 1:
         return _prepare_unsplit(spec, settings, device)
     topology = Topology(world.size, settings.stages, settings.topology.ues)

@@ -1,4 +1,4 @@
-"""What a benchmark prints and writes: tables of text, and one JSON object."""
+"""What a benchmark prints and writes: tables as text, and one JSON object."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 
 def title(settings: Settings, ranks: int) -> str:
-    """One line that says what was measured on what."""
+    """One line that says what was measured, and on what."""
     model, train, here = settings.model, settings.train, machine()
     return (
         f"{settings.topology.ues} UEs × {train.batch_size} samples, c1 {model.c1}, c2 {model.c2}, "
@@ -61,7 +61,7 @@ def seconds_table(race: Race) -> str:
 
 def _sameness(race: Race, label: str) -> str:
     if label == race.reference:
-        return "what the others are compared with"
+        return "the reference for the others"
     if label not in race.beside:
         return "not compared: its BatchNorms see all rows at once"
     found = race.beside[label]
@@ -83,7 +83,7 @@ def ratio_table(race: Race) -> str:
 
 
 def share_table(race: Race, candidate: Candidate) -> str:
-    """Share of an iteration that each rank computes, sends, waits; empty where no clock is kept."""
+    """Share of an iteration that each rank computes, sends, waits; empty without a clock."""
     mean = _spent(race, candidate)
     if not any(mean):
         return ""

@@ -37,8 +37,8 @@ class TorchStage(PeerStage):
     def build(self, layers: list[nn.Module]) -> None:
         if self.device.type != "cpu" and self.backend != "nccl":
             raise ValueError(
-                "torch.distributed.pipelining sends GPU tensors itself, which gloo can't: it needs "
-                "a GPU per BTS stage; leave torch-gpipe and torch-1f1b out (--only)."
+                "torch.distributed.pipelining sends GPU tensors, which gloo can't: it needs a GPU "
+                "per BTS stage; leave out torch-gpipe and torch-1f1b (--only)."
             )
         stages, start, stop = self.settings.stages, *self.parts[self.rank : self.rank + 2]
         mine: nn.Module = nn.Sequential(*layers[start:stop]).to(self.device).train()
@@ -57,7 +57,7 @@ class TorchStage(PeerStage):
         )
         # losses are sums over the mini-batch's parts, so gradients aren't divided
         self.schedule = self.plan(stage, self.micro_batches, loss_fn=self.loss, scale_grads=False)
-        # its schedules take a mini-batch and cut it; what matters comes from the UEs instead
+        # its schedules split a mini-batch that they are given; the real data comes from the UEs
         self.placeholder = torch.zeros(self.micro_batches, 1, device=self.device)
 
     def iterate(self) -> None:

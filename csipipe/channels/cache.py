@@ -1,9 +1,9 @@
 """One converted copy of each .mat file per machine, which all its ranks map into memory.
 
-A copy is an .npy file of checked float32 rows, named after the SHA-256 of its source. Beside it
-lies a note per source path with the size and time that the hash was taken at, so that a source
-that hasn't changed is not hashed again. Files are written under another name and renamed when
-they are whole; one lock per cache lets one process convert while the others wait.
+A copy is an .npy file of checked float32 rows, named after the SHA-256 of its source. Beside it is
+a note per source path with the size and modification time for which the hash was computed, so that
+an unchanged source is not hashed again. Files are written under another name and renamed when
+complete; one lock per cache lets one process convert while the others wait.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from csipipe.channels.layout import HT, check_images
 from csipipe.channels.matfile import count_rows, read_rows
 
 _VERSION = 1
-"""Part of every name: raise it when conversion or its checks change, and copies are made anew."""
-_PARTIAL = "converting.partial"  # one name: what an interrupted process left is written over
+"""Part of every name: raise it when conversion or its checks change, to make new copies."""
+_PARTIAL = "converting.partial"  # one name: what an interrupted process left is overwritten
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Copy:
     rows: int
 
     def file(self) -> Path:
-        """Where the copy lies."""
+        """Where the copy is."""
         return cache_folder() / f"{self.sha256}.v{_VERSION}.npy"
 
     def is_whole(self) -> bool:
-        """Whether the copy is there, with all its bytes."""
+        """Whether the copy exists, with all its bytes."""
         try:
             return self.file().stat().st_size == len(_header(self.rows)) + self.bytes
         except FileNotFoundError:
@@ -62,7 +62,7 @@ class Copy:
     def open(self) -> NDArray[np.float32]:
         """(rows, 2048) in [0, 1], mapped into memory, in the source's order.
 
-        Copy-on-write: who writes to it changes pages of its own, never the file.
+        Copy-on-write: a process that writes to it changes its own pages, never the file.
         """
         # the header is ours and known: nothing in the file is interpreted
         offset = len(_header(self.rows))
@@ -78,19 +78,19 @@ def cache_folder() -> Path:
 
 
 def converted(source: Path) -> Copy:
-    """The copy of a .mat file, made now if there is none; waits if another process is at it.
+    """The copy of a .mat file, made now if there is none; waits if another process is making it.
 
     Raises:
         FileNotFoundError: no such source.
         ValueError: the source is damaged or holds something else (see `matfile`, `layout`), or
-            changes while it is read.
+            changes while it is being read.
         OSError: the cache can't be written.
     """
     source = source.resolve()
     copy = _noted(source)
     if copy is None or not copy.is_whole():
         with _locked():
-            copy = _noted(source)  # another process may have been faster
+            copy = _noted(source)  # another process may have made it meanwhile
             if copy is None or not copy.is_whole():
                 copy = _convert(source)
     return copy
@@ -102,13 +102,13 @@ def _convert(source: Path) -> Copy:
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     copy = Copy(str(source), before.st_size, before.st_mtime_ns, sha256, rows)
-    if not copy.is_whole():  # the same content may be known under another path
+    if not copy.is_whole():  # the same content may be cached under another path
         with _published(copy.file(), copy.bytes) as partial:
             _write_rows(partial, copy)
             now = source.stat()
             if (now.st_size, now.st_mtime_ns) != (copy.size, copy.mtime_ns):
                 raise ValueError(
-                    f"{source} changed while it was read; start again when it is complete."
+                    f"{source} changed while it was being read; start again when it is complete."
                 )
     note = json.dumps(asdict(copy), indent=2) + "\n"
     with _published(_note_file(source), len(note)) as partial:
@@ -124,7 +124,7 @@ def _write_rows(partial: Path, copy: Copy) -> None:
     first = 0
     with (
         tqdm(total=copy.rows, unit="row", desc=f"converting {source.name}", disable=None) as bar,
-        partial.open("wb", buffering=0) as file,  # no buffer that fails once more when closed
+        partial.open("wb", buffering=0) as file,  # a buffer would fail once more when closed
     ):
         _write(file, _header(copy.rows))
         for values in read_rows(source, scratch=partial.parent):
@@ -142,7 +142,7 @@ def _write(file: io.FileIO, data: bytes | memoryview) -> None:
 
 
 def _header(rows: int) -> bytes:
-    """Header of the .npy file, so that NumPy alone opens a copy as well."""
+    """Header of the .npy file, so that NumPy alone can open a copy too."""
     text = io.BytesIO()
     described = {"descr": "<f4", "fortran_order": False, "shape": (rows, HT.width)}
     np.lib.format.write_array_header_1_0(text, described)
@@ -151,10 +151,10 @@ def _header(rows: int) -> bytes:
 
 @contextmanager
 def _published(file: Path, size: int) -> Iterator[Path]:
-    """A path to write `size` bytes to, which becomes `file` if all goes well, else nothing.
+    """A path to write `size` bytes to, which becomes `file` only if all goes well.
 
     Raises:
-        OSError: it can't be written, with the remedy.
+        OSError: it can't be written; gives the remedy.
     """
     with _explained(file, size), files.whole(file, file.parent / _PARTIAL) as partial:
         yield partial
@@ -163,7 +163,7 @@ def _published(file: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def _explained(file: Path, size: int) -> Iterator[None]:
-    """Name file, room and remedy where the cache can't be written (OSError)."""
+    """Name file, disk space and remedy if the cache can't be written (OSError)."""
     try:
         yield
     except OSError as error:
@@ -179,7 +179,7 @@ def _explained(file: Path, size: int) -> Iterator[None]:
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    """Alone in the cache: until the end, or until this process is gone."""
+    """Hold the cache's lock until the end, or until this process is gone."""
     file = cache_folder() / "lock"
     with ExitStack() as opened:
         with _explained(file, 0):
@@ -195,7 +195,7 @@ def _note_file(source: Path) -> Path:
 
 
 def _noted(source: Path) -> Copy | None:
-    """The copy that was made of a source, if the source is still as it was."""
+    """The copy of a source, if the source is unchanged."""
     state = source.stat()
     try:
         copy = Copy(**json.loads(_note_file(source).read_text()))
@@ -206,4 +206,4 @@ def _noted(source: Path) -> Copy | None:
         )
         return copy if same else None
     except (OSError, ValueError, TypeError):
-        return None  # none yet, or damaged: made again
+        return None  # none yet, or damaged: make it again

@@ -1,4 +1,4 @@
-"""A folder of CsiNet's files examined: each file, and what only shows when they are together."""
+"""Examines a folder of CsiNet's files: each file, and what only shows in all of them together."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from csipipe.measure.metrics import rho, to_frequency
 
 PARTS = ("train", "val", "test")
 GENERATED = (6500, 1500)
-"""Training and test rows made for statistics of generated channels."""
+"""Training and test rows generated for statistics."""
 _SAME = 0.95
-"""Least ρ between an image and its untruncated channel: what is cut off in delay costs about 0.01;
-other rows or antennas leave 0.2, the conjugate 0.5, frequencies in reverse 0.8 to 0.9."""
+"""Least ρ between an image and its untruncated channel: truncation in delay costs about 0.01; other
+rows or antennas leave 0.2, the conjugate 0.5, frequencies in reverse 0.8 to 0.9."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Checked:
 
     environment: Site
     files: dict[str, Examined]
-    """By part, those that are there; none of generated channels."""
+    """By part, the existing ones; none for generated channels."""
     sets: tuple[Images, Images] | None
     """Training (with validation) and test rows for statistics; None if no file has usable ones."""
     rho: float | None = None
@@ -87,7 +87,7 @@ def _sets(files: dict[str, Examined]) -> tuple[Images, Images] | None:
 
 
 def environments(folder: Path) -> list[Site]:
-    """The environments that a folder has files of.
+    """The environments for which a folder has files.
 
     Raises:
         FileNotFoundError: no such folder, or none of CsiNet's files in it.
@@ -109,14 +109,14 @@ def environments(folder: Path) -> list[Site]:
 
 
 def _compare_parts(files: dict[str, Examined]) -> None:
-    """Note rows that a later part has in common with an earlier one."""
+    """Note rows that a later part shares with an earlier one."""
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         if one in files and other in files:
             known = set(files[one].hashes)
             common = sum(key in known for key in files[other].hashes)
             if common:
                 name = files[one].path.name
-                what = f"{common:,} of {len(files[other].hashes):,} rows are in {name} too"
+                what = f"{common:,} of {len(files[other].hashes):,} rows are also in {name}"
                 files[other].note("suspicious", what, f"remove them from {name}")
 
 
@@ -126,26 +126,26 @@ def _compare_frequencies(folder: Path, checked: Checked) -> None:
     try:
         channels = frequency_channels(folder, checked.environment)
     except ValueError as error:
-        test.note("suspicious", str(error), "make it again, or leave it out: only ρ needs it")
+        test.note("suspicious", str(error), "generate it again, or leave it out: only ρ needs it")
         return
     if channels is None or test.images is None or not test.shape:
         return
     rows = len(test.hashes)
     if len(channels) != rows:
         what = f"HF_all has {len(channels):,} rows for {rows:,} usable test rows"
-        test.note("suspicious", what, "make both from the same channels; only ρ needs HF_all")
+        test.note("suspicious", what, "generate both from the same channels; only ρ needs HF_all")
         return
     few = torch.from_numpy(spaced(spaced(channels, MOST_ROWS), 500))
     images = torch.from_numpy(spaced(test.images, 500))
     checked.rho = float(rho(to_frequency(images), few).double().mean())
     if not checked.rho > _SAME:
         what = f"ρ of the test images themselves with HF_all is {checked.rho:.2f}; expected near 1"
-        repair = "bring HF_all to the images' rows, angles (DFT over antennas) and frequencies"
+        repair = "convert HF_all to the images' rows, angles (DFT over antennas) and frequencies"
         test.note("suspicious", what, repair)
 
 
 def report(checked: Checked) -> Iterator[str]:
-    """Lines about each file: what it holds, and the verdict."""
+    """Lines about each file: what it contains, and the verdict."""
     for part, file in checked.files.items():
         yield f"{file.path.name}: {file.verdict.upper()}"
         if file.name:

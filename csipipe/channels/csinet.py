@@ -32,12 +32,12 @@ class CsiNetSource:
     """Rows of CsiNet's files; training and validation files together are the training rows.
 
     Training rows come in an order drawn from the seed, so that a range of them is a random
-    draw; test rows come in file order. The first call that needs a file's values converts it (see
-    `cache`); only the rows that are asked for take memory of this process.
+    sample; test rows come in file order. The first call that needs a file's values converts it (see
+    `cache`); only the requested rows take memory of this process.
 
     Args:
         folder: where the files are.
-        seed: names the order of the training rows.
+        seed: of the order of the training rows.
         angles: 1 … 32; below 32 the images are shrunk to that many antennas.
         delays: 1 … 32; below 32 the first ones are kept.
 
@@ -150,8 +150,8 @@ class CsiNetSource:
             found, counted = sum(copy.rows for copy in copies), self.available(environment, part)
             if found != counted:
                 raise ValueError(
-                    f"{self._folder}: the {environment} {part} files had {counted} rows and have "
-                    f"{found} now; start again when they are complete."
+                    f"{self._folder}: the {environment} {part} files had {counted} rows and now "
+                    f"have {found}; start again when they are complete."
                 )
             self._copies[key] = copies
         return self._copies[key]
@@ -201,10 +201,10 @@ def _gather(copies: list[Copy], chosen: NDArray[np.int64]) -> Images:
     first = 0
     for copy in copies:
         mine = np.flatnonzero((first <= chosen) & (chosen < first + copy.rows))
-        mine = mine[np.argsort(chosen[mine])]  # a disk reads forward
+        mine = mine[np.argsort(chosen[mine])]  # disks read forward
         for begin in range(0, len(mine), _PIECE):
             piece = mine[begin : begin + _PIECE]
-            # mapped for a moment: pages that were touched don't add up in this process
+            # mapped only briefly, so that touched pages don't add up in this process
             images[piece] = copy.open()[chosen[piece] - first]
         first += copy.rows
     return images.reshape(-1, *HT.row)

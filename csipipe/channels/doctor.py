@@ -1,9 +1,9 @@
 """What is wrong with a file of channels, in words, and how to repair it.
 
 An unusable file can't be trained on as it is; a suspicious one can, but is probably not what it
-should be. Each check goes on with what the ones before could make of the file, so that two faults
-are both named. The thresholds lie far from both sides: COST 2100's and generated channels, indoor
-and outdoor, measure on one side of each, the damaged ones on the other.
+should be. Each check continues with what the previous ones could make of the file, so that two
+faults are both named. The thresholds are far from both sides: COST 2100's and generated channels,
+indoor and outdoor, lie on one side of each, damaged ones on the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Verdict = Literal["good", "suspicious", "unusable"]
 _GRID = f"{ANGLES} angles x {DELAYS} delays"
 _RESCALE = f"divide each row by twice its peak magnitude (the largest |re + j im|) and add {ZERO}"
 FEW = 64
-"""Below so many rows, mean profiles say too little to judge the layout by."""
+"""With fewer rows, mean profiles say too little about the layout."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Examined:
     shape: tuple[int, ...] = ()
     dtype: str = ""
     low: float = float("nan")
-    """The least finite value, of real and imaginary part; `high`: the largest."""
+    """The smallest finite value, of real and imaginary part; `high`: the largest."""
     high: float = float("nan")
     images: Images | None = None
-    """Its usable rows, (n, 2, 32, 32) in [0, 1], repaired where that needs no guess; of more than
-    `statistics.MOST_ROWS`, as many evenly spaced ones."""
+    """Its usable rows, (n, 2, 32, 32) in [0, 1], repaired where that needs no guess; at most
+    `statistics.MOST_ROWS`, evenly spaced."""
     hashes: list[bytes] = field(default_factory=list)
     """One per usable row; equal where rows are equal in single precision."""
     findings: list[Finding] = field(default_factory=list)
@@ -93,7 +93,7 @@ def examine(path: Path) -> Examined:
     rows = rows.astype(single, copy=False)
     seen.hashes = [blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
     if repeated := len(rows) - len(set(seen.hashes)):
-        what = f"{repeated:,} of {len(rows):,} rows are copies of others"
+        what = f"{repeated:,} of {len(rows):,} rows are duplicates"
         seen.note("suspicious", what, "remove them: numpy.unique(HT, axis=0)")
     seen.images = _to_images(seen, spaced(rows, MOST_ROWS))
     _judge_layout(seen, seen.images)
@@ -101,14 +101,14 @@ def examine(path: Path) -> Examined:
 
 
 def _rows(seen: Examined, values: NDArray[Any]) -> NDArray[Any] | None:
-    """(n, 2048) reals or (n, 1024) complex values; None if there is no way to see such rows."""
+    """(n, 2048) reals or (n, 1024) complex values; None if it can't be seen as such rows."""
     if values.dtype.kind not in "fciu":
         what = f"{seen.name} is a cell array, a struct or text ({values.dtype.name})"
         seen.note("unusable", what, "save it as a plain matrix of class single")
         return None
     width = HT.width // 2 if values.dtype.kind == "c" else HT.width
     if values.ndim == 2 and values.shape[0] == width != values.shape[1]:
-        seen.note("unusable", "samples lie along columns", f"save {seen.name}.' instead")
+        seen.note("unusable", "samples are columns", f"save {seen.name}.' instead")
         values = values.T
     if not values.size or values.size != len(values) * width:
         seen.note(
@@ -131,7 +131,7 @@ def _usable(seen: Examined, rows: NDArray[Any]) -> NDArray[Any]:
         bad = np.flatnonzero(~finite)
         what = f"NaN or infinite values in {bad.size:,} of {len(rows):,} rows, first in row "
         what += f"{bad[0]} (counted from 0)"
-        seen.note("unusable", what, "remove these rows or make them again")
+        seen.note("unusable", what, "remove these rows or generate them again")
         rows = rows[finite]
     if len(rows):
         parts = (rows.real, rows.imag) if rows.dtype.kind == "c" else (rows,)
@@ -139,25 +139,29 @@ def _usable(seen: Examined, rows: NDArray[Any]) -> NDArray[Any]:
         seen.high = float(max(part.max() for part in parts))
     empty = (rows == rows[:, :1]).all(axis=1)
     if empty.any():
-        what = f"{int(empty.sum()):,} rows hold one value throughout, a channel without energy"
+        what = f"{int(empty.sum()):,} rows hold a single value throughout: channels without energy"
         seen.note("unusable", what, "remove these rows")
         rows = rows[~empty]
     return rows
 
 
 def _to_images(seen: Examined, rows: NDArray[Any]) -> Images:
-    """Rows as images in [0, 1]; notes what has to be done to them, or should have been."""
+    """Rows as images in [0, 1]; notes what must be done to them, or should have been done."""
     half = ANGLES * DELAYS
     if rows.dtype.kind == "c":
         what = f"complex values; expected {half} real parts, then {half} imaginary parts, in [0, 1]"
-        seen.note("unusable", what, f"{_RESCALE} to both parts, then put them side by side")
+        seen.note(
+            "unusable",
+            what,
+            f"{_RESCALE} to both parts, then put the imaginary parts after the real ones",
+        )
         return to_unit(rows.reshape(-1, ANGLES, DELAYS))
 
     zero = float(np.median(rows))  # most bins of a sparse image are nearly empty
     if len(rows) >= FEW and _alternate(rows - np.float32(zero)):
         seen.note(
             "suspicious",
-            "real and imaginary parts alternate instead of standing one half after the other",
+            "real and imaginary parts alternate instead of filling one half of a row each",
             f"HT.reshape(-1, {ANGLES}, {DELAYS}, 2).transpose(0, 3, 1, 2).reshape(-1, {HT.width})",
         )
         rows = rows.reshape(-1, half, 2).transpose(0, 2, 1).reshape(rows.shape)
@@ -167,23 +171,23 @@ def _to_images(seen: Examined, rows: NDArray[Any]) -> Images:
     in_range = seen.low >= 0 and seen.high <= 1
     if not in_range and not (abs(zero) < 0.1 and peaks.max() <= 1.01 * RADIUS):
         what = f"{span}; expected [0, 1] with {ZERO} for a zero of the channel"
-        seen.note("unusable", what, f"subtract what stands for zero ({zero:.3g}), {_RESCALE}")
+        seen.note("unusable", what, f"subtract the value for zero ({zero:.3g}), {_RESCALE}")
         return to_unit(channel.reshape(-1, ANGLES, DELAYS))
     if not in_range:
         seen.note("unusable", f"{span} around 0 instead of {ZERO}", f"add {ZERO} to every value")
     elif abs(zero - ZERO) > 0.02:
-        what = f"the median, where the channel is zero, is {zero:.3g} instead of {ZERO}"
+        what = f"the median, which stands for zero, is {zero:.3g} instead of {ZERO}"
         seen.note("suspicious", what, f"subtract it, {_RESCALE}")
     if np.quantile(peaks, 0.05) < 0.9 * peaks.max():
         what = f"rows have peak magnitudes from {peaks.min():.2g} to {peaks.max():.2g}: scaled by "
-        what += "the peak of the whole set, not each by its own"
+        what += "the peak of the whole set instead of each by its own"
         seen.note("suspicious", what, f"subtract {ZERO if in_range else 0}, {_RESCALE}")
     image: Images = rows.reshape(-1, *HT.row)
     return image if in_range else image + np.float32(ZERO)
 
 
 def _alternate(centred: NDArray[Any]) -> bool:
-    """Whether values (n, 2048) belong together two by two, rather than half with half.
+    """Whether values (n, 2048) are paired with their neighbours, rather than half with half.
 
     Where one part of a complex value is large, the other usually is, too: with random phase
     2 E|re im| / E(re^2 + im^2) is 2/pi = 0.64; for parts of different bins it is 0.1 to 0.2.
@@ -223,13 +227,13 @@ def _judge_layout(seen: Examined, images: Images) -> None:
     ):
         seen.note(
             "suspicious",
-            "the axes look exchanged, delays before angles: the first one has a delay profile",
+            "the axes look swapped, delays before angles: the first one has a delay profile",
             f"HT.reshape(-1, 2, {DELAYS}, {ANGLES}).transpose(0, 1, 3, 2).reshape(-1, {HT.width})",
         )
 
 
 def _one_sided(profile: Reals) -> float:
-    """Share of a profile that has no counterpart in bin -n, counted round: 0 … 1.
+    """Share of a profile that has no counterpart in bin -n, modulo its length: 0 … 1.
 
     A UE is as likely on the left as on the right, so angles have one; delays don't.
     """

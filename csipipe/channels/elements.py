@@ -1,6 +1,6 @@
-"""Elements of MAT v5 files, deflated or not, read so that no length in them is believed.
+"""Elements of MAT v5 files, deflated or not, read without trusting any length in them.
 
-An element is a tag (type, bytes) and its data, padded to 8 bytes; small data lie in the tag itself.
+An element is a tag (type, bytes) and its data, padded to 8 bytes; small data are in the tag itself.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ _PIECE = 1 << 20
 
 
 class DamagedError(ValueError):
-    """A file isn't what it says itself."""
+    """A file isn't what it claims to be."""
 
 
 class Tag(NamedTuple):
-    """What an element begins with."""
+    """The start of an element."""
 
     kind: int
     size: int
     """Bytes of its data."""
     inside: bytes | None
-    """The data, where they lie in the tag."""
+    """The data, if they are in the tag."""
 
 
 class Stream(Protocol):
-    """Bytes of one element, from its first to its last (DamagedError where they end early)."""
+    """Bytes of one element, from first to last (DamagedError where they end early)."""
 
     def take(self, size: int) -> bytes:
-        """The next bytes, as many as that."""
+        """The next `size` bytes."""
         ...
 
     def keep(self, size: int, held: IO[bytes]) -> int:
-        """Go past so many bytes; where in `held` they lie from now on."""
+        """Skip `size` bytes; returns their position in `held`."""
         ...
 
     def end(self) -> None:
-        """Read what is left, and make sure that it ends well."""
+        """Read the rest, and check that it ends properly."""
         ...
 
 
 class Plain:
-    """An element as it lies in the file.
+    """An element that is stored plainly.
 
     Args:
         file: at the first byte of the element's data.
@@ -73,7 +73,7 @@ class Plain:
 
     def _pass(self, size: int) -> None:
         if size > self._left:
-            raise DamagedError(f"{size:,} bytes are announced where {self._left:,} are left")
+            raise DamagedError(f"{size:,} bytes are announced where only {self._left:,} are left")
         self._left -= size
 
 
@@ -98,7 +98,7 @@ class Inflated:
         start = held.seek(0, os.SEEK_END)
         for piece in self._pieces(size):
             left = memoryview(piece)
-            while left:  # a nearly full disk takes less than all
+            while left:  # a nearly full disk may take only a part
                 left = left[held.write(left) :]
         return start
 
@@ -110,7 +110,7 @@ class Inflated:
         while size:
             piece = self._some(min(size, _PIECE))
             if not piece:
-                raise DamagedError(f"{size:,} bytes are missing at the end of what is deflated")
+                raise DamagedError(f"{size:,} bytes are missing at the end of deflated data")
             size -= len(piece)
             yield piece
 
@@ -126,7 +126,7 @@ class Inflated:
                 return piece
             if not self._waiting and not self._inflate.eof:
                 if not self._left:
-                    raise DamagedError("what is deflated has no end")
+                    raise DamagedError("deflated data has no end")
                 self._waiting = exactly(self._file, min(self._left, _PIECE))
                 self._left -= len(self._waiting)
         return b""
@@ -149,14 +149,14 @@ def small(stream: Stream, order: str, expected: Collection[int], most: int) -> b
     kind, size, inside = tag(stream, order)
     if kind not in expected or size > most:
         raise DamagedError(
-            f"an element of type {kind} and {size:,} bytes stands where one of type "
-            f"{' or '.join(map(str, expected))} and at most {most} should"
+            f"there is an element of type {kind} and {size:,} bytes where one of type "
+            f"{' or '.join(map(str, expected))} and at most {most} bytes should be"
         )
     return stream.take(size + -size % 8)[:size] if inside is None else inside
 
 
 def exactly(file: IO[bytes], size: int) -> bytes:
-    """The next bytes of a file, as many as that (DamagedError)."""
+    """The next `size` bytes of a file (DamagedError)."""
     data = file.read(size)
     if len(data) != size:
         raise DamagedError(f"it ends {size - len(data):,} bytes early")

@@ -1,4 +1,4 @@
-"""Generated channels as CsiNet's files, for other programs and for repeating a run without us."""
+"""Generated channels as CsiNet's files, for other programs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from csipipe.channels.synthetic import SyntheticSource
 
 _STEP = 1024
 _LARGEST = 2**31 - 1
-"""Bytes that a MAT v5 variable can have."""
+"""Most bytes of a MAT v5 variable."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Written:
     path: Path
     rows: int
     seconds: float
-    """CPU time of making the rows, without writing."""
+    """CPU time of generating the rows, without writing."""
 
 
 def write_files(
@@ -41,11 +41,11 @@ def write_files(
 ) -> Iterator[Written]:
     """Write `HT` of the three parts and `HF_all` of the test rows, MAT v5; yields each file.
 
-    Validation rows are those after the training rows in the synthetic source's stream. A part
-    of 0 rows gets no file. A file appears under its name when it is complete.
+    Validation rows follow the training rows in the synthetic source's stream. A part of 0 rows
+    gets no file. A file appears under its name when it is complete.
 
     Raises:
-        FileExistsError: one of the files is there already; then none is written.
+        FileExistsError: one of the files already exists; then none is written.
         ValueError: a negative number of rows, none at all, or more than a MAT v5 file holds.
         OSError: the folder can't be written to, or the disk is full.
     """
@@ -71,7 +71,7 @@ def write_files(
     for path, *_ in plans:
         if path.exists():
             raise FileExistsError(
-                f"{path} exists; generate doesn't overwrite. Remove it or name another folder."
+                f"{path} exists; generate overwrites nothing. Remove it or name another folder."
             )
     folder.mkdir(parents=True, exist_ok=True)
     for path, layout, part, start, stop in plans:
@@ -98,7 +98,7 @@ def _make(
 
 
 def _save(path: Path, key: str, values: NDArray[Any]) -> None:
-    """Write beside `path`, then rename: it is never there half written."""
+    """Write beside `path`, then rename, so that it is never half written."""
     with files.whole(path, path.with_name(f"{path.name}.{os.getpid()}.partial")) as partial:
         with partial.open("wb") as file:  # savemat would add an ending to a name
             io.savemat(file, {key: values})

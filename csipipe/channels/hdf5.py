@@ -1,7 +1,7 @@
 """MAT v7.3 files, which are HDF5: header and rows of one variable.
 
-MATLAB stores a matrix with its axes reversed: n x 2048 is (2048, n) on disk. Files that other
-programs wrote have it as it is; which of the two is told by where a row's values lie.
+MATLAB stores a matrix with its axes reversed: n x 2048 is (2048, n) on disk. Other programs write
+it as it is; which of the two applies is recognised by the size of a row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from csipipe.channels.layout import Layout, check_class, check_key
 _MOST_DEFLATED = 1100
 """A byte of deflated data holds at most 1032."""
 _MOST_ROWS = 1 << 17
-"""Rows read at once at most, 1 GiB of HT: a data set of CsiNet's as one chunk."""
+"""Most rows read at once, 1 GiB of HT: a data set of CsiNet as one chunk."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Stored:
             return least
         chunk = int(self.dataset.chunks[-1 if self.turned else 0])
         whole = -(-least // chunk) * chunk
-        return whole if whole <= _MOST_ROWS else least  # a file's word is no size to allocate
+        return (
+            whole if whole <= _MOST_ROWS else least
+        )  # a size stated in a file must not decide what is allocated
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
 
     with h5py.File(path, "r", locking=False) as file:
         check_key(path, layout, [name for name in file if not name.startswith("#")])
-        # a link into another file would read what the message doesn't name
+        # a link would read another file than the one that messages name
         stored = file[layout.key] if is_own(h5py, file, layout.key) else None
         if not isinstance(stored, h5py.Dataset):
             check_class(path, layout, "group (a struct, a sparse matrix or a link)")
@@ -74,7 +76,7 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
 
 
 def is_own(h5py: Any, file: Any, key: str) -> bool:
-    """Whether a variable lies in the file itself, and isn't a link or made of other files."""
+    """Whether a variable is in the file itself, and isn't a link or made of other files."""
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         return False
     stored = file[key]
@@ -82,14 +84,16 @@ def is_own(h5py: Any, file: Any, key: str) -> bool:
 
 
 def check_storage(stored: Any) -> None:
-    """Refuse a shape that the stored bytes can't hold: the rows it has too many read as zeros."""
+    """Refuse a shape that the stored bytes can't fill: excess rows would be read as zeros."""
     held = stored.id.get_storage_size()
     if stored.nbytes > (held if stored.compression is None else _MOST_DEFLATED * held):
-        raise DamagedError(f"shape {stored.shape} needs more than the {held:,} bytes it holds")
+        raise DamagedError(
+            f"shape {stored.shape} needs more than the {held:,} bytes that are stored"
+        )
 
 
 def _class(stored: Any) -> str:
-    """MATLAB's class of a dataset; of an empty one, which holds its shape, the class it had."""
+    """MATLAB's class of a dataset; an empty one, which stores its shape, keeps its class."""
     said = stored.attrs.get("MATLAB_class", b"")
     said = said.decode() if isinstance(said, bytes) else str(said)
     if "MATLAB_empty" in stored.attrs:

@@ -1,4 +1,4 @@
-"""What CsiNet's variables must look like, and what is said of one that doesn't."""
+"""What CsiNet's variables must look like, and the errors if they don't."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Layout:
 
     key: str
     row: tuple[int, ...]
-    """A row's axes; in the file they may be one axis, in C order."""
+    """A row's axes; in the file they may be flattened, in C order."""
     meaning: str
     kind: str
     """NumPy's letter of the values: f for real, c for complex."""
@@ -88,7 +88,7 @@ def check_shape(path: Path, layout: Layout, shape: tuple[int, ...]) -> None:
 
 
 def check_number(path: Path, layout: Layout, values: NDArray[Any]) -> None:
-    """Refuse (`Unfit`) complex values where reals are expected, and the other way round."""
+    """Refuse (`Unfit`) complex values where reals are expected, and vice versa."""
     if values.dtype.kind != layout.kind:
         wanted = (
             "reals in [0, 1], real and imaginary parts as separate halves of a row"
@@ -100,7 +100,7 @@ def check_number(path: Path, layout: Layout, values: NDArray[Any]) -> None:
 
 def check_finite(path: Path, layout: Layout, values: NDArray[Any], first: int) -> None:
     """Refuse (`Unfit`) NaN and infinite values in `values` (B, …), rows `first` … of a file."""
-    # a sum is finite unless a value isn't (or all are absurdly large): no array of flags
+    # a sum is finite unless a value isn't (or values are absurdly large): saves an array of flags
     with np.errstate(invalid="ignore", over="ignore"):
         total = values.sum(dtype=np.complex128 if layout.kind == "c" else np.float64)
     if np.isfinite(total):
@@ -110,7 +110,7 @@ def check_finite(path: Path, layout: Layout, values: NDArray[Any], first: int) -
     if bad.size:
         raise Unfit(
             f"{path}: {layout.key} holds NaN or infinite values, first in row {first + bad[0]} "
-            f"(counted from 0); expected finite values. Remove such rows or make them again."
+            f"(counted from 0); expected finite values. Remove such rows or generate them again."
         )
 
 
@@ -138,6 +138,6 @@ def check_images(path: Path, values: NDArray[Any], first: int) -> None:
     empty = np.flatnonzero((values == values[:, :1]).all(axis=1))
     if empty.size:
         raise Unfit(
-            f"{path}: row {first + empty[0]} of {HT.key} (counted from 0) holds one value "
+            f"{path}: row {first + empty[0]} of {HT.key} (counted from 0) holds a single value "
             "throughout: a channel without energy, for which no NMSE exists. Remove such rows."
         )

@@ -1,4 +1,4 @@
-"""From a deal to rows in memory: what one UE trains on and holds out, and the test set."""
+"""From assigned rows to rows in memory: what a UE trains on and holds out, and the test set."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
     """Training rows and held-out rows of a UE, each (n, 2, A, D) float32 in [0, 1].
 
     Of n rows, round(holdout n) are held out, at most n - 1: the last ones of each span, in
-    proportion, so that a mixture's held-out rows are a mixture. They may be none.
+    proportion, so that a mixture's held-out rows are a mixture. There may be none.
 
     Args:
         source: where the rows come from.
-        deal: whose they are.
+        deal: which rows each UE gets.
         ue: number of the UE, from 0.
         holdout: share held out, in [0, 1).
 

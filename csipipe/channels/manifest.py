@@ -1,7 +1,7 @@
 """Which rows each UE got, written into a run's directory so that the split can be repeated.
 
-A row is named by its place in the stream of an environment and part; what the stream is taken from
-(files by hash, or the generator's version, and the order) stands beside it.
+A row is identified by its place in the stream of an environment and part. The manifest also records
+where the stream comes from (files by hash, or the generator's version, and the order).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Manifest:
     train: tuple[tuple[Span, ...], ...]
     """Per UE what it trains on."""
     holdout: tuple[tuple[Span, ...], ...]
-    """Per UE what it holds out for choosing."""
+    """Per UE what it holds out for choosing the best weights."""
     test: tuple[Span, ...]
     streams: dict[str, dict[str, Any]]
-    """What each stream, such as `indoor train`, is taken from (`Source.identity`)."""
+    """Where each stream, such as `indoor train`, comes from (`Source.identity`)."""
 
     def check(self, source: Source) -> None:
-        """Refuse a source whose rows aren't those that were dealt.
+        """Refuse a source whose rows aren't those that were assigned.
 
         Raises:
             ValueError: another file, generator, seed or order.
@@ -53,7 +53,7 @@ class Manifest:
         """Write `manifest.json` into a run's directory, whole or not at all (OSError)."""
         content = {
             "version": _VERSION,
-            "numpy": np.__version__,  # whose generators draw order and channels
+            "numpy": np.__version__,  # its generators draw order and channels
             "streams": self.streams,
             "ues": [
                 {
@@ -90,16 +90,16 @@ class Manifest:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} is not a manifest that this version reads: {error!r}. Take the one that "
-                "the run wrote."
+                f"{file} is not a manifest that this version can read: {error!r}. Restore the one "
+                "that the run wrote."
             ) from error
 
 
 def manifest_of(deal: Deal, holdout: float, source: Source) -> Manifest:
-    """The manifest of a deal; a source of files hashes those it hasn't read yet.
+    """The manifest of an assignment of rows; a source hashes files that it hasn't read yet.
 
     Args:
-        deal: whose rows are whose.
+        deal: which rows each UE gets.
         holdout: share of a UE's training rows that it holds out, in [0, 1).
         source: where the rows come from.
     """
@@ -116,7 +116,7 @@ def manifest_of(deal: Deal, holdout: float, source: Source) -> Manifest:
 
 
 def _streams(parts: tuple[tuple[Span, ...], ...]) -> dict[str, Span]:
-    """One span of every stream that rows are taken from, by the stream's name."""
+    """One span of every stream in use, by the stream's name."""
     return {f"{span.environment} {span.part}": span for spans in parts for span in spans}
 
 

@@ -1,11 +1,11 @@
-"""MAT v5 files: which variables they hold, and rows of one, a piece at a time.
+"""MAT v5 files: which variables they hold, and the rows of one, piece by piece.
 
 A reader of our own, since SciPy's ends the interpreter on some damaged files and holds a variable
 in memory whole. It reads full matrices of numbers, deflated or not, of either byte order; a
 length is compared with what is left, and a size with the shape, before either is used.
 
 Source of the format: MathWorks, "MAT-File Format", chapter 1, "Level 5 MAT-File Format". A file is
-a header of 128 bytes, then a variable after the other. A variable is an element of elements (see
+a header of 128 bytes, then one variable after the other. A variable is an element of elements (see
 `elements`): flags, dimensions, name, real parts, imaginary parts; the last two column by column.
 """
 
@@ -28,7 +28,7 @@ from csipipe.channels.elements import DamagedError, Inflated, Plain, Stream, exa
 from csipipe.channels.layout import Unfit
 
 MARKS = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}
-"""Version and byte order, the last four bytes of the header; and what struct calls the order."""
+"""Version and byte order, the last four bytes of the header, with struct's name for the order."""
 _HEADER = 128
 _INT8, _UINT8, _INT32, _UINT32, _MATRIX, _DEFLATED, _UTF8 = 1, 2, 5, 6, 14, 15, 16
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}
@@ -44,12 +44,12 @@ _FULL = {"double": "f8", "single": "f4"} | {name: name for name in _CLASSES[7:15
 """NumPy's names of the classes whose values can be read."""
 _COMPLEX = 0x800
 _AXES, _NAME = 32, 4096
-"""A variable has at most so many axes, and its name so many bytes."""
+"""Most axes of a variable, and most bytes of its name."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a variable's element lies: its first byte behind the tag, and their number."""
+    """Where a variable's element is: its first byte after the tag, and the number of bytes."""
 
     start: int
     size: int
@@ -74,7 +74,7 @@ def variables(path: Path) -> list[Variable]:
     """The named variables of a file, in order.
 
     Raises:
-        DamagedError: the file ends early, or says what can't be.
+        DamagedError: the file ends early, or contradicts itself.
         OSError: it can't be opened.
     """
     found = []
@@ -87,10 +87,10 @@ def variables(path: Path) -> list[Variable]:
             start += 8
             if size > end - start:
                 raise DamagedError(
-                    f"a variable of {size:,} bytes begins where {end - start:,} are left"
+                    f"a variable of {size:,} bytes begins where only {end - start:,} are left"
                 )
             if kind not in (_MATRIX, _DEFLATED):
-                raise DamagedError(f"an element of type {kind} stands where a variable should")
+                raise DamagedError(f"there is an element of type {kind} where a variable should be")
             place = Place(start, size, kind == _DEFLATED, order)
             variable = _described(_stream(file, place), place)
             if variable.name:  # MATLAB's own notes have none
@@ -100,19 +100,19 @@ def variables(path: Path) -> list[Variable]:
 
 
 class NoRoomError(OSError):
-    """A variable can't be inflated where it should be."""
+    """There is no room to inflate a variable."""
 
 
 @contextmanager
 def opened(path: Path, variable: Variable, scratch: Path | None = None) -> Iterator[Rows]:
     """The rows of a variable that `variables` found.
 
-    A deflated one is inflated into a file without a name, in `scratch` or where temporary files
-    are kept: its rows are spread over all of it.
+    A deflated one is inflated into an unnamed file, in `scratch` or in the system's folder for
+    temporary files: its rows are spread over all of it.
 
     Raises:
         Unfit: a class that isn't a full matrix of numbers.
-        DamagedError: the file ends early, or says what can't be.
+        DamagedError: the file ends early, or contradicts itself.
         NoRoomError: `scratch` is full, or can't be written to.
     """
     if variable.kind not in _FULL:
@@ -143,9 +143,9 @@ class Rows:
     """Rows of an open variable.
 
     Args:
-        file: descriptor of the file that holds its values, plain.
-        parts: of the real parts, and of the imaginary ones if there are any: where they begin in
-            the file, and the type of the numbers.
+        file: descriptor of the file that holds its values, inflated.
+        parts: where the real parts, and the imaginary ones if there are any, begin in the file,
+            and the type of the numbers.
     """
 
     def __init__(
@@ -172,14 +172,14 @@ class Rows:
         return values
 
     def _read(self, first: int, dtype: np.dtype[Any], start: int, stop: int) -> NDArray[Any]:
-        """One part of rows: of each column the piece that belongs to them."""
+        """One part of some rows: their piece of each column."""
         rows, *inner = self._shape
         columns = np.empty((math.prod(inner), stop - start), dtype)
         if columns.size:
             for number, column in enumerate(columns):
                 place = first + (number * rows + start) * dtype.itemsize
                 if os.preadv(self._file, [column.view(np.uint8).data], place) != column.nbytes:
-                    raise DamagedError("it became shorter while it was read")
+                    raise DamagedError("it became shorter while it was being read")
         return columns.reshape(*reversed(inner), stop - start).T
 
 
@@ -188,7 +188,7 @@ def _byte_order(header: bytes) -> str:
     for mark, order in MARKS.items():
         if header.endswith(mark):
             return order
-    raise DamagedError("it is no MAT file of version 5")
+    raise DamagedError("it is not a MAT file of version 5")
 
 
 def _stream(file: IO[bytes], place: Place) -> Stream:
@@ -204,14 +204,14 @@ def _stream(file: IO[bytes], place: Place) -> Stream:
 
 
 def _described(stream: Stream, place: Place) -> Variable:
-    """Flags, dimensions and name, which a variable begins with."""
+    """Flags, dimensions and name, with which a variable begins."""
     order = place.order
     flags = struct.unpack(f"{order}I", small(stream, order, [_UINT32], 8)[:4].ljust(4, b"\0"))[0]
     number = flags & 0xFF
     if not 1 <= number <= len(_CLASSES):
-        raise DamagedError(f"a variable is of class {number}, which there isn't")
+        raise DamagedError(f"a variable is of class {number}, which doesn't exist")
     kind = _CLASSES[number - 1]
-    if kind == "opaque":  # it has neither dimensions nor a name where others have them
+    if kind == "opaque":  # has neither dimensions nor a name where others have them
         return Variable("", kind, (), False, place)
     sizes = small(stream, order, [_INT32], 4 * _AXES)
     shape = tuple(np.frombuffer(sizes[: len(sizes) // 4 * 4], f"{order}i4").tolist())
@@ -222,11 +222,11 @@ def _described(stream: Stream, place: Place) -> Variable:
 
 
 def _part(stream: Stream, variable: Variable, held: IO[bytes]) -> tuple[int, np.dtype[Any]]:
-    """Real or imaginary parts: where in `held` they lie, and the type of the numbers."""
+    """Real or imaginary parts: their position in `held`, and the type of the numbers."""
     name, shape, order = variable.name, variable.shape, variable.place.order
     kind, size, inside = tag(stream, order)
     if kind not in _NUMBERS:
-        raise DamagedError(f"an element of type {kind} stands where numbers should")
+        raise DamagedError(f"there is an element of type {kind} where numbers should be")
     dtype = np.dtype(order + _NUMBERS[kind])
     if size != math.prod(shape) * dtype.itemsize:
         raise DamagedError(f"{name} of shape {shape} comes with {size:,} bytes of {dtype.name}")

@@ -46,11 +46,11 @@ def count_rows(path: Path, layout: Layout = HT) -> int:
 def read_rows(
     path: Path, layout: Layout = HT, scratch: Path | None = None
 ) -> Iterator[NDArray[Any]]:
-    """All rows of a file, in pieces, in order; no more than a piece is in memory.
+    """All rows of a file in order, piece by piece; only one piece is in memory.
 
     Args:
-        scratch: folder where a deflated v5 variable takes room, plain, while it is read; None:
-            where temporary files are kept.
+        scratch: folder into which a deflated v5 variable is inflated while it is read; None:
+            the system's folder for temporary files.
 
     Yields:
         (B, width) real or complex, of the file's precision; the values are not checked.
@@ -80,8 +80,8 @@ def _format(path: Path, layout: Layout) -> Literal["v5", "v7.3"]:
         return "v5"
     raise ValueError(
         f"{path} is not a MAT file of version 5 or 7.3: it starts with {head[:16]!r}. Expected "
-        "one written by MATLAB's save or scipy.io.savemat; if it was downloaded, see whether "
-        "the download is what it should be."
+        "one written by MATLAB's save or scipy.io.savemat; if it was downloaded, check the "
+        "download."
     )
 
 
@@ -119,7 +119,7 @@ def _read_v73(path: Path, layout: Layout, count: int) -> Iterator[NDArray[Any]]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say of a damaged file what to do."""
+    """Name the remedy for a damaged file."""
     try:
         yield
     except (Unfit, mat5.NoRoomError):
@@ -133,5 +133,5 @@ def _explained(path: Path) -> Iterator[None]:
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(
         f"{path} can't be read: {what}. It has a MAT header and {path.stat().st_size} bytes; it is "
-        "probably truncated. Copy or download it again; if another program reads it, save it anew."
+        "probably truncated. Copy or download it again, or save it with a program that reads it."
     )

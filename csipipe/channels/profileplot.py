@@ -1,6 +1,6 @@
 """Channels as a picture: a few images, and the mean profiles over delay and angle.
 
-Drawn without pyplot, so that no display is looked for; in grey, so that it prints.
+Drawn without pyplot, so that no display is needed; in grey, so that it prints well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FLOOR_DB = -30.0
 
 
 def draw(sets: Mapping[str, Images], output: Path) -> None:
-    """Write a PNG with one line of panels per set.
+    """Write a PNG with one row of panels per set.
 
     Args:
         sets: images (n, 2, A, D) in [0, 1], n at least 1, by title.
@@ -37,7 +37,7 @@ def draw(sets: Mapping[str, Images], output: Path) -> None:
         OSError: it can't be written.
     """
     if output.suffix.lower() != ".png":
-        raise ValueError(f"output is {output}; expected a name that ends in .png.")
+        raise ValueError(f"output is {output}; expected a file name that ends in .png.")
     columns = SAMPLES + 2
     layout = ConstrainedLayoutEngine(wspace=0.04)
     figure = Figure(figsize=(3.1 * columns, 3.3 * len(sets)), layout=layout)

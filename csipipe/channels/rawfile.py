@@ -1,6 +1,6 @@
-"""A variable of a .mat file just as it lies there, for the doctor: what can be read at all is read.
+"""A variable of a .mat file exactly as it is stored, for the doctor, which reads whatever it can.
 
-Training reads through `matfile`, which refuses what isn't in order.
+Training reads through `matfile`, which refuses anything unexpected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from csipipe.channels.layout import Layout, Unfit
 
 
 def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
-    """The variable of a layout's name, or else the only one there is; and its name.
+    """The variable with the layout's name, or else the only one in the file; and its name.
 
     Raises:
         ValueError: neither MAT v5 nor v7.3 (HDF5), damaged, or none of that name among several.
@@ -61,6 +61,6 @@ def _from_hdf5(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
         values = np.asarray(file[name])
     if values.dtype.names == ("real", "imag"):  # how MATLAB writes complex numbers
         values = values["real"] + 1j * values["imag"]
-    # MATLAB stores the axes reversed, other programs usually don't
+    # MATLAB stores axes in reverse, other programs usually don't
     straight = values.ndim > 1 and math.prod(values.shape[1:]) == layout.width
     return name, values if straight else values.T

@@ -3,7 +3,7 @@
 The laws are the usual ones of cluster models (Saleh and Valenzuela 1987; 3GPP TR 38.901, clause
 7.5): the BTS in the middle of a square, the UE uniform in it, the direct path first, then
 clusters of rays with exponential excess delays, powers that decay with delay and scatter
-lognormally, and Laplacian spreads of angle. The figures in `SCENARIOS` bring the images close to
+lognormally, and Laplacian angular spreads. The figures in `SCENARIOS` bring the images close to
 those of COST 2100 in its two environments; they don't model any particular site.
 """
 
@@ -30,9 +30,9 @@ class Scenario:
     """Geometry and spreads of one environment."""
 
     square_m: float
-    """Side of the square that the UEs stand in, uniformly; the BTS is at its centre."""
+    """Side of the square in which the UEs are placed uniformly; the BTS is at its centre."""
     clusters: int
-    """Clusters per UE, the one around the direct path included."""
+    """Clusters per UE, including the one around the direct path."""
     rays: int
     """Rays per cluster, of equal mean power."""
     direct_db: float
@@ -92,7 +92,7 @@ class Rays:
 
 
 def draw_rays(scenario: Scenario, count: int, rng: np.random.Generator) -> Rays:
-    """Rays of `count` UEs, each at a place of its own."""
+    """Rays of `count` UEs, each at its own place."""
     shape = (count, scenario.clusters, scenario.rays)
     per_cluster, per_ray = (*shape[:2], 1), shape
 

@@ -1,4 +1,4 @@
-"""What every source of channels offers, whatever stands behind it."""
+"""What every source of channels offers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Site = Literal["indoor", "outdoor"]
-"""One propagation environment; the mixture `noniid` is a deal of rows from both."""
+"""One propagation environment; the mixture `noniid` assigns rows from both."""
 Part = Literal["train", "test"]
 Images = NDArray[np.float32]
 """(B, 2, A, D): real and imaginary part, angles, delays; in [0, 1] with 0.5 for zero."""
@@ -38,19 +38,19 @@ class Source(Protocol):
     """
 
     def available(self, environment: Site, part: Part) -> int | None:
-        """Rows there are; None: as many as are asked for."""
+        """How many rows exist; None: as many as are asked for."""
         ...
 
     def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
         """Rows start … stop-1: (stop-start, 2, A, D), C-contiguous.
 
         Raises:
-            ValueError: the range is empty backwards or beyond what is available.
+            ValueError: the range is reversed or exceeds what is available.
         """
         ...
 
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
-        """What a stream is taken from, in JSON's types: equal if and only if its rows are."""
+        """Where a stream comes from, in JSON's types: equal if and only if its rows are."""
         ...
 
     def frequency_rows(
@@ -73,5 +73,5 @@ def check_range(start: int, stop: int, available: int | None) -> None:
     if not 0 <= start <= stop or (available is not None and stop > available):
         end = "any" if available is None else available
         raise ValueError(
-            f"rows {start} to {stop} were asked for; expected 0 <= start <= stop <= {end}."
+            f"rows {start} to {stop} were requested; expected 0 <= start <= stop <= {end}."
         )

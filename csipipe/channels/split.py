@@ -1,7 +1,7 @@
 """Which rows of which environment each UE trains on, and which ones all are tested on.
 
-Arithmetic only. Rows are dealt as contiguous ranges of a source's ordered stream, so no row
-goes to two UEs and a UE asks for nothing but its own.
+Arithmetic only. Rows are assigned as contiguous ranges of a source's ordered stream, so no row
+goes to two UEs and a UE asks only for its own.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ class Deal:
 
 
 def deal(data: DataSettings, ues: int, available: Available) -> Deal:
-    """Deal rows to UEs.
+    """Assign rows to UEs.
 
     Of R rows, each of N UEs gets R // N, the first R % N one more. In the mixture `noniid`,
     half of the rows are indoor and half outdoor, and UE n's indoor share is
     (2(N-n)-1) / (2N): 9.5 of 10 for the first of ten UEs, 0.5 of 10 for the last. The test set
-    is half and half as well.
+    is also half and half.
 
     Args:
         data: environment and sample counts.
         ues: number of UEs N, at least 1.
-        available: rows of an environment and part; None where there is no end.
+        available: rows of an environment and part; None if there is no limit.
 
     Raises:
-        ValueError: more rows asked for than there are, or fewer training rows than UEs.
+        ValueError: more rows requested than available, or fewer training rows than UEs.
     """
     train = _rows_per_site(data, "train", available)
     total = sum(train.values())
     if total < ues:
         raise ValueError(
-            f"{total} training row(s) for {ues} UEs; each needs one at least. Raise "
+            f"{total} training row(s) for {ues} UEs; each needs at least one. Raise "
             "data.train_samples (or add data) or lower topology.ues."
         )
     sizes = [total // ues + (ue < total % ues) for ue in range(ues)]
@@ -76,7 +76,7 @@ def common_test(data: DataSettings, available: Available) -> tuple[Span, ...]:
 
 
 def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict[Site, int]:
-    """Rows to use of each environment; of an odd number in the mixture, indoor gets one more."""
+    """Rows to use per environment; of an odd number in the mixture, indoor gets one more."""
     sites: tuple[Site, ...] = (
         ("indoor", "outdoor") if data.environment == "noniid" else (data.environment,)
     )
@@ -92,7 +92,7 @@ def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict
             raise ValueError(
                 f"data.{part}_samples is {asked}, which takes {rows} {site} rows; the data has "
                 f"{limit}. Set it to {min(r for r in found.values() if r is not None) * len(sites)}"
-                " at most, or leave it null to use what there is."
+                " at most, or leave it null to use all rows."
             )
     return wanted
 

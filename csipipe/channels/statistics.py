@@ -1,7 +1,7 @@
-"""What channels are like, in figures: the same for generated ones and for files, side by side.
+"""Statistics of channels: the same for generated ones and for files, side by side.
 
 Energies are shares of a sample's own energy, averaged over samples, so that a sample's scale
-plays no part. Shapes: B rows, A angles, D delays; everything linear except PCA figures, in dB.
+doesn't matter. Shapes: B rows, A angles, D delays; everything linear except PCA figures, in dB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DELAYS = (1, 2, 4, 8, 16)
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COMPONENTS = (64, 128, 256)
 MOST_ROWS = 6500
-"""Rows that are looked at; of more, as many evenly spaced ones. A PCA of them takes seconds."""
+"""Most rows that are looked at, evenly spaced. A PCA of them takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Statistics:
     angle_profile: Reals
     """(A,) mean share of the energy in each angular bin."""
     first_delays: Mapping[int, float]
-    """Mean share of the energy in the first so many delays."""
+    """Mean share of the energy in the first delays, by their number."""
     best_bins: Mapping[int, float]
-    """Mean share of the energy in so many of the A D bins, each sample's strongest."""
+    """Mean share of the energy in each sample's strongest bins, by their number."""
     near_zero: float
     """Share of the reals within 0.01 of 0.5."""
     floor: float
@@ -63,8 +63,8 @@ def measure(images: Images) -> Statistics:
     some = some[(some != np.float32(ZERO)).any(axis=(1, 2, 3))]
     if not len(some):
         raise ValueError(
-            f"none of {len(images)} rows has energy: all are {ZERO}; expected channels. Look at "
-            "how they were scaled."
+            f"none of {len(images)} rows has energy: all are {ZERO}; expected channels. Check how "
+            "they were scaled."
         )
     power_BAD = np.abs(to_complex(some)) ** 2
     share_BAD = power_BAD / power_BAD.sum(axis=(1, 2), keepdims=True)
@@ -87,8 +87,8 @@ def measure(images: Images) -> Statistics:
 def pca_db(train: Images, test: Images) -> dict[int, float]:
     """Centred NMSE in dB that the first 64, 128, 256 principal components leave.
 
-    The components are those of `train`, about its mean; the error is that of `test`. It is what
-    the best linear code of that many reals reaches: a model worth training gets below.
+    The components are those of `train`, around its mean; the error is that of `test`. It is what
+    the best linear code of that many reals reaches; a model worth training does better.
 
     Returns:
         Components to dB; only numbers below half of `train`'s rows, as more would be fitted to
@@ -119,7 +119,7 @@ def four_fifths(images: Images) -> tuple[Images, Images]:
 
 
 def spaced(rows: NDArray[Any], most: int) -> NDArray[Any]:
-    """At most so many rows, evenly spaced."""
+    """At most `most` rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     some: NDArray[Any] = rows[np.linspace(0, len(rows) - 1, most).astype(int)]
@@ -145,7 +145,9 @@ def table(columns: Mapping[str, tuple[Statistics, Mapping[int, float]] | None]) 
     for n in DELAYS:
         lines.append((f"energy in the first {n}", *_shares(n, [s.first_delays for s, _ in sets])))
     for n in BINS:
-        lines.append((f"energy in the best {n} bins", *_shares(n, [s.best_bins for s, _ in sets])))
+        lines.append(
+            (f"energy in the strongest {n} bins", *_shares(n, [s.best_bins for s, _ in sets]))
+        )
     for n in COMPONENTS:
         found = [f"{pca[n]:.1f} dB" if n in pca else "too few rows" for _, pca in sets]
         lines.append((f"NMSE of PCA-{n}", *found))

@@ -1,7 +1,7 @@
 """Channels made on demand: a stream per seed, environment and part, in blocks of fixed size.
 
 Every block has its own random generator, so row i is the same however many rows are made, and a
-UE makes only the blocks that its rows lie in.
+UE makes only the blocks that contain its rows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from csipipe.channels.transform import to_unit
 from csipipe.settings.config import DataSettings
 
 BLOCK = 128
-"""Rows per block. Part of the stream's definition: another size makes other channels."""
+"""Rows per block. Part of the stream's definition: another size gives other channels."""
 
 VERSION = 1
-"""Named in manifests: raise it with any change by which a seed makes other channels."""
+"""Recorded in manifests: raise it with any change that gives a seed other channels."""
 
 _SITES: tuple[Site, ...] = ("indoor", "outdoor")
 _PARTS: tuple[Part, ...] = ("train", "test")
@@ -39,7 +39,7 @@ class SyntheticSource:
     """Clustered multipath on a half-wavelength array, 1024 subcarriers in 20 MHz.
 
     Args:
-        seed: names the streams; the same seed makes the same rows.
+        seed: of the streams; the same seed makes the same rows.
         angles: antennas and angular bins A.
         delays: delay bins D kept of the 1024.
 

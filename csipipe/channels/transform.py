@@ -33,7 +33,7 @@ def to_unit(c: NDArray[np.complexfloating[Any, Any]]) -> Images:
     image[:, 0] = c.real * scale
     image[:, 1] = c.imag * scale
     image += np.float32(ZERO)
-    # Rounding may put the peak one ulp outside.
+    # rounding may put the peak one ulp outside
     return np.clip(image, 0, 1, out=image)
 
 
@@ -49,8 +49,8 @@ def shrink(h: Images, angles: int, delays: int) -> Images:
     """Cut images to a smaller array and a shorter delay window.
 
     The angles go back to antennas (inverse DFT), the first `angles` antennas are kept and
-    transformed again, so that a smaller array is what it would have measured, not a crop of
-    directions. Of the delays the first are kept. Each sample is scaled anew by its own peak.
+    transformed again, so that the result is what a smaller array would have measured, not a crop
+    of directions. Of the delays, the first are kept. Each sample is rescaled by its own peak.
 
     Args:
         h: (B, 2, A, D) float32 in [0, 1].

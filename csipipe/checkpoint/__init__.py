@@ -1,4 +1,4 @@
-"""What a run keeps on disk: weights for use, and snapshots to go on from.
+"""What a run keeps on disk: weights to use, and snapshots to resume from.
 
 Safetensors and JSON only. Keys are by UE, part and layer, never by rank.
 """

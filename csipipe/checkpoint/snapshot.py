@@ -1,9 +1,9 @@
-"""A run's whole state on disk, `checkpoints/<iteration>/`: there and whole, or not there.
+"""A run's whole state on disk, `checkpoints/<iteration>/`: complete, or not there.
 
 Every rank writes its parts into `<iteration>.partial`; when all have, rank 0 adds the manifest and
 renames the folder. A part (`ue-3.safetensors`, `tail-0.safetensors`) belongs to a UE or to a layer
-of the tail, whoever hosted it. Parts are flushed to the disk before the folder gets its name, so
-that a snapshot that is there survives a node that dies; its hashes tell if it didn't.
+of the tail, whoever hosted it. Parts are flushed to disk before the folder gets its name, so that a
+snapshot survives the death of a node; if it doesn't, its hashes tell.
 
 The ranks of all nodes see one file system.
 """
@@ -26,8 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 FORMAT = 2
-"""Of the manifest and the parts; any other is refused. 1 had no `dropped`, and other
-digests."""
+"""Of the manifest and the parts; any other is refused. 1 had no `dropped` and other digests."""
 MANIFEST = "manifest.json"
 _TYPES = {
     torch.float64: "F64",
@@ -40,7 +39,7 @@ _TYPES = {
     torch.bool: "BOOL",
 }
 """Safetensors' names."""
-_REMEDY = "delete {} to go on from the checkpoint before it, or name another in run.resume"
+_REMEDY = "delete {} to resume from the checkpoint before it, or name another in run.resume"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Record:
 
 
 def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
-    """Write a part, contiguous tensors of the host, into the folder of a snapshot in the making.
+    """Write a part, contiguous tensors on the host, into the folder of an unfinished snapshot.
 
     Like `safetensors.torch.save_file`, which would keep other threads from running meanwhile.
 
@@ -82,7 +81,7 @@ def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> 
     body["sha256"] = _digest(_canonical(body)).hex()
     _write(partial / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
     _flush_folder(partial)
-    if final.exists():  # an earlier attempt's, later than the one that was gone on from
+    if final.exists():  # an earlier attempt's, later than the one that was resumed from
         discard(final)
     os.rename(partial, final)
     _flush_folder(final.parent)
@@ -90,13 +89,13 @@ def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> 
 
 
 def discard(folder: Path) -> None:
-    """Remove a snapshot, whole or in the making; what has no manifest any more is none."""
+    """Remove a snapshot, complete or not; without its manifest it no longer counts as one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(checkpoints: Path) -> None:
-    """Remove what dying processes left half made."""
+    """Remove what dying processes left unfinished."""
     for folder in checkpoints.glob("*.partial"):
         shutil.rmtree(folder, ignore_errors=True)
     for folder in _numbered(checkpoints):
@@ -113,7 +112,7 @@ def prune(checkpoints: Path, keep: int) -> None:
 def rewind(checkpoints: Path, iteration: int) -> list[int]:
     """Remove the snapshots later than `iteration`; returns which.
 
-    A run that goes on from `iteration` would lose its own new ones to `prune` otherwise.
+    Otherwise `prune` would remove the new ones of a run that resumes from `iteration`.
     """
     later = [path for path in _whole(checkpoints) if int(path.name) > iteration]
     for folder in later:
@@ -122,13 +121,13 @@ def rewind(checkpoints: Path, iteration: int) -> list[int]:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """Folder of the newest whole snapshot."""
+    """Folder of the newest complete snapshot."""
     found = _whole(checkpoints)
     return found[-1] if found else None
 
 
 def find(path: Path) -> Path:
-    """The snapshot that a person named: its folder, or a run's directory for its newest one.
+    """The snapshot that the user named: its folder, or a run's directory for its newest one.
 
     Raises:
         ValueError: there is none.
@@ -165,7 +164,7 @@ class Snapshot:
             raise ValueError(f"{file} can't be read ({error!r}); {self._remedy}.") from error
         if version != FORMAT:
             raise ValueError(
-                f"{file} has format {version!r}, this csipipe reads {FORMAT}; go on with the "
+                f"{file} has format {version!r}, this csipipe reads {FORMAT}; resume with the "
                 "version that wrote it."
             )
         if digest != _digest(_canonical(content)).hex():
@@ -173,7 +172,7 @@ class Snapshot:
         self.content: dict[str, Any] = content
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """A part's tensors, after a look at size and digest.
+        """A part's tensors, once size and digest have been checked.
 
         Raises:
             ValueError: a file that is missing, cut short or altered; it is named.
@@ -181,7 +180,9 @@ class Snapshot:
         file = _file(self.folder, name)
         record = self.content["parts"].get(name)
         if record is None:
-            raise ValueError(f"{self.folder} has no part {name}; it is of another model or split.")
+            raise ValueError(
+                f"{self.folder} has no part {name}; it belongs to another model or split."
+            )
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -203,7 +204,7 @@ class Snapshot:
 
 
 def _numbered(checkpoints: Path) -> list[Path]:
-    """Folders that are called like snapshots, the newest last."""
+    """Folders with the name of a snapshot, the newest last."""
     found = [path for path in checkpoints.glob("*") if path.name.isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
 
@@ -236,7 +237,7 @@ def _write(file: Path, *pieces: bytes | memoryview) -> Record:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make names in `folder` last; some file systems can't."""
+    """Flush the names in `folder` to disk; some file systems can't."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

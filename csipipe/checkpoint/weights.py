@@ -1,4 +1,4 @@
-"""Weights for use: safetensors per UE and for the tail, keys by part and layer, never by rank."""
+"""Weights to use: safetensors per UE and for the tail, keys by part and layer, never by rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         try:
             save_file(tensors, partial)
         except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}. Make room on the disk.") from error
+            raise OSError(f"{path} can't be written: {error}. Free some disk space.") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} holds no weights that can be read: {error}") from error
+        raise ValueError(f"{path} holds no readable weights: {error}") from error
 
 
 def fill(into: nn.Module, state: dict[str, Tensor], part: str, path: Path) -> None:
@@ -87,7 +87,7 @@ def unflatten(flat: Tensor, like: nn.Module) -> dict[str, Tensor]:
 
 
 def switch(partial: Path, link: Path) -> None:
-    """Let `link` stand for the files of `partial`, all at once, and remove those of before.
+    """Make `link` point to the files of `partial`, all at once, and remove the previous ones.
 
     The files get a folder of their own, `link` is a symbolic link to it.
 

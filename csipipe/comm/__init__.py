@@ -1,1 +1,1 @@
-"""All that crosses between ranks: who is who, channels, ledger, checks, and who is to blame."""
+"""Everything that crosses between ranks: roles, channels, ledger, checks, and blame for waits."""

@@ -1,8 +1,8 @@
-"""Who is to blame when ranks wait: from what every rank waited for to the one that nobody excuses.
+"""Who is to blame when ranks wait: from what each rank waited for to the rank at fault.
 
-A rank that gives up waiting publishes its `Wait`, and so do, from then on, the ranks that still
-wait; following them from rank to rank ends at the rank that is silent or gone, or goes round in a
-circle. No processes, no store.
+A rank that gives up waiting publishes its `Wait`, and from then on so do the ranks that still wait.
+Following the waits from rank to rank ends at a rank that is silent or gone, or in a circle. No
+processes, no store.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class PeerLost(ConnectionError):
 
     Attributes:
         peer: its rank, or `EVERYONE`.
-        what: the message that didn't come, or couldn't be delivered.
-        gone: whether the connection broke; else time ran out.
+        what: the message that didn't arrive, or couldn't be delivered.
+        gone: whether the connection broke; otherwise the wait timed out.
     """
 
     def __init__(self, text: str, peer: int, what: str, reason: str) -> None:
@@ -34,7 +34,7 @@ class PeerLost(ConnectionError):
 
 
 _now: dict[int, tuple[int, str]] = {}
-"""From whom each thread of this process, which is one rank, waits for what."""
+"""What each thread of this process, which is one rank, waits for, and from whom."""
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def waiting(peer: int, what: str) -> Iterator[None]:
 
 
 def now(doing: str) -> Wait | None:
-    """What this rank waits for at the moment, if it does; `doing`: where it is."""
+    """What this rank is waiting for, if anything; `doing`: where it is."""
     wait = _now.get(threading.main_thread().ident or 0)  # other threads work for the main one
     return Wait(*wait, gone=False, doing=doing, over=False) if wait else None
 
@@ -69,7 +69,7 @@ class Wait:
     """What one rank waits for: from which rank, and where it is itself.
 
     Attributes:
-        over: it gave up; else it still waits, and may be lucky.
+        over: it gave up; otherwise it still waits and may yet be answered.
     """
 
     peer: int
@@ -88,7 +88,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong, and whether another rank's word could still change it."""
+    """What is wrong, and whether a message from another rank could still change it."""
 
     text: str
     gone: bool = False
@@ -101,7 +101,7 @@ def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int],
     Args:
         waits: of the ranks that gave up or still wait; `start` gave up.
         size: ranks of the run.
-        role: a rank's name for people.
+        role: gives a rank's human-readable name.
     """
     path = [start]
     while True:
@@ -114,7 +114,7 @@ def find(waits: Mapping[int, Wait], start: int, size: int, role: Callable[[int],
                 continue
             silent = [role(rank) for rank in range(size) if rank not in waits]
             who = ", ".join(silent) or "no rank"
-            # not every rank sees that one is gone: the others still have to say that they wait
+            # not every rank notices that one is gone: the others still have to publish their waits
             known = len(silent) == 1 if wait.gone else not silent and _all_over(waits.values())
             return Verdict(_missing(wait, who), final=known)
         if wait.peer not in waits:
@@ -136,7 +136,7 @@ def _missing(wait: Wait, who: str) -> str:
 def _circle(waits: Mapping[int, Wait], circle: list[int], role: Callable[[int], str]) -> Verdict:
     """Ranks that wait for each other.
 
-    A connection that broke towards a rank which gave up itself only followed from that; whom the
+    A broken connection to a rank that gave up itself is only a consequence; the rank that the
     others waited for was too slow. Ranks that still wait may be about to find out.
     """
     final = _all_over(waits[rank] for rank in circle)
@@ -148,4 +148,6 @@ def _circle(waits: Mapping[int, Wait], circle: list[int], role: Callable[[int], 
         f"{waits[rank].doing}, waits for {waits[rank].what} from {role(waits[rank].peer)}"
         for rank in circle
     )
-    return Verdict(f"a message was lost, and ranks wait for each other: {each}.", final=final)
+    return Verdict(
+        f"a message was lost, and ranks are waiting for each other: {each}.", final=final
+    )

@@ -45,19 +45,19 @@ class Channel:
 
     Made by `Wire`. Receives are posted ahead into a ring of buffers, sends are not waited for.
     Unless the group is NCCL's, tensors of a GPU are staged through pinned host memory, and a
-    thread of the channel's own hands them over once they have been copied.
+    thread of the channel hands them over once they have been copied.
 
     Args:
         shape: rows of one micro-batch at this end over all peers, then the shape of one row.
         slots: micro-batches per iteration.
         limit: root mean square of a sound message; None: what arrives isn't checked.
-        clock: this rank's; where it records, waits are named by the peer.
+        clock: this rank's; when it records, waits are named after the peer.
 
     Attributes:
-        tolerant: note UEs whose messages aren't sound in `bad` and put zeros for them, instead of
-            an error.
+        tolerant: instead of raising an error, note UEs whose messages aren't sound in `bad` and
+            replace their values by zeros.
         bad: those UEs, with what was wrong.
-        window: sends under way before `send` waits for the oldest; bounds what is kept for them.
+        window: sends in flight before `send` waits for the oldest; bounds the memory for them.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Channel:
         return tensor
 
     def release(self, m: int) -> None:
-        """Nobody needs what `receive` returned for `m` any more: its buffer takes another."""
+        """What `receive` returned for `m` is no longer needed: reuse its buffer."""
         if m + self._ahead < self.slots:
             self._post(m + self._ahead)
 
@@ -169,7 +169,7 @@ class Channel:
         return works
 
     def _settle(self) -> None:
-        """Wait for the oldest send under way."""
+        """Wait for the oldest send in flight."""
         works = self._sends.popleft()
         for work, peer, _ in works.result() if isinstance(works, Future) else works:
             with self._sending(peer):
@@ -213,7 +213,7 @@ class Channel:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def _irecv(self, rows: Tensor, peer: Peer, m: int) -> dist.Work:
-        with self._receiving(m, peer):  # a peer that is gone may show here already
+        with self._receiving(m, peer):  # a peer that is gone may already be noticed here
             work = dist.irecv(rows, peer.rank, self.group, self._tag(m))
         assert work is not None
         return work

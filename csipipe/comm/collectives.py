@@ -1,4 +1,4 @@
-"""What all ranks agree on together: ledgers, batch counts, sums; the stages' first contact."""
+"""What all ranks agree on: ledgers, batch counts, sums; and the stages' first contact."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def merged(ledger: Ledger, is_bts: bool) -> Ledger:
     """The UEs' ledger, summed over all ranks; collective.
 
     Raises:
-        RuntimeError: the BTS's side counted something else.
+        RuntimeError: the BTS counted something else.
     """
     sides = torch.zeros(2, *ledger.counts.shape, dtype=torch.int64)
     sides[int(is_bts)] = ledger.counts
     with watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
         dist.all_reduce(sides)
     if not torch.equal(sides[0], sides[1]):
-        raise RuntimeError("the UEs' and the BTS's ledgers differ: a message was lost.")
+        raise RuntimeError("the ledgers of the UEs and the BTS differ: a message was lost.")
     found = Ledger(ledger.counts.shape[2])
     found.counts = sides[0]
     return found
@@ -32,7 +32,7 @@ def merged(ledger: Ledger, is_bts: bool) -> Ledger:
 def largest(values: Sequence[int]) -> list[int]:
     """Element-wise maximum over all ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.int64)
-    with watch("agreeing with all ranks", EVERYONE, "what they say"):
+    with watch("agreeing with all ranks", EVERYONE, "their values"):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
 
@@ -42,7 +42,7 @@ def total(values: Tensor) -> Tensor:
 
     Exact where each element is a number on one rank and zero on the others.
     """
-    with watch("adding up over all ranks", EVERYONE, "what they found"):
+    with watch("adding up over all ranks", EVERYONE, "their values"):
         dist.all_reduce(values)
     return values
 
@@ -51,7 +51,7 @@ def connect_stages(rank: int, stages: int, device: torch.device, group: dist.Pro
     """Connect neighbouring stages, pair by pair.
 
     NCCL connects two ranks at their first transfer and holds both up until it has; met in another
-    order than the neighbour's, two stages would wait for each other for ever.
+    order than the neighbour's, two stages would wait for each other forever.
     """
     greeting = torch.zeros(1, device=device if dist.get_backend(group) == "nccl" else "cpu")
     for stage in range(stages - 1):

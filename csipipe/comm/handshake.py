@@ -13,7 +13,7 @@ from csipipe.comm.world import World
 def compare_messages(world: World, wire: Wire) -> None:
     """Refuse to train (ValueError) where a UE and the BTS expect different messages.
 
-    Each rank publishes its UEs' messages, the UE ranks compare: number, kind, shape and type.
+    Each rank publishes its UEs' messages; the UE ranks compare number, kind, shape and type.
     """
     world.tell("messages", "\n".join(sorted(wire.terms)))
     topology = wire.topology

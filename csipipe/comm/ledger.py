@@ -39,7 +39,7 @@ PAPER = (
 )
 """Kinds in the paper's count of exchanged parameters."""
 BUFFERS = (Kind.STATISTICS, Kind.MEAN_STATISTICS)
-"""Kinds that the ledger counts apart from the paper's."""
+"""Kinds that the ledger counts separately from the paper's."""
 COUNTED = PAPER + BUFFERS
 UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT, Kind.UPDATE, Kind.STATISTICS)
 """Counted kinds that go from a UE to the BTS; the others go down."""

@@ -1,7 +1,7 @@
 """Which rank does what, and who its peers are: arithmetic, no processes.
 
-Ranks 0 … S-1 are the BTS pipeline stages, the others UE ranks. UEs are dealt to the UE ranks in
-order and contiguously, so that the rows of one UE rank are one slice of every micro-batch.
+Ranks 0 … S-1 are the BTS pipeline stages, the others UE ranks. UEs are assigned to them in
+order and contiguously, so that the rows of a UE rank are one slice of every micro-batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class Topology:
     """Ranks of one world of `world_size` processes with `stages` BTS stages and `ues` UEs.
 
     Raises:
-        ValueError: a world without room for the stages and one UE rank, or with more UE ranks
-            than UEs.
+        ValueError: a world too small for the stages and one UE rank, or with more UE ranks than
+            UEs.
     """
 
     world_size: int
@@ -61,7 +61,7 @@ class Topology:
         return rank < self.stages
 
     def ues_of(self, rank: int) -> range:
-        """UEs that UE rank `rank` hosts, ascending; the first ranks get one more if need be."""
+        """UEs that UE rank `rank` hosts, ascending; the first ranks may get one more."""
         assert not self.is_bts(rank)
         each, extra = divmod(self.ues, len(self.ue_ranks))
         place = rank - self.stages
@@ -73,7 +73,7 @@ class Topology:
         return next(rank for rank in self.ue_ranks if ue in self.ues_of(rank))
 
     def role(self, rank: int) -> str:
-        """Name of a rank for people, such as `BTS stage 0` or `UE rank 3 (UEs 2-3)`."""
+        """Human-readable name of a rank, such as `BTS stage 0` or `UE rank 3 (UEs 2-3)`."""
         if self.is_bts(rank):
             return f"BTS stage {rank}"
         ues = self.ues_of(rank)

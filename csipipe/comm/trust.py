@@ -1,8 +1,8 @@
 """Whether a tensor from another party may be used: finite, and not absurdly large.
 
-Its shape and type are those of the receive that was posted for it; a message that is too short
-leaves the mark that `mark` put at the end of the buffer, which isn't finite. One pass over the
-values: the norm is finite only if all of them are (and, in fp32, none is above 1e19).
+Its shape and type are those of the receive that was posted for it. A message that is too short
+leaves the NaN that `mark` put at the end of the buffer. One pass over the values is enough: the
+norm is finite only if all of them are (and, in fp32, none is above 1e19).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class BadMessage(ConnectionError):
-    """A peer sent something that can't be used, and the run is to stop."""
+    """A peer sent something that can't be used, and the run must stop."""
 
 
 def mark(rows: Tensor) -> None:
@@ -48,7 +48,7 @@ def fault(rows: Tensor, limit: float) -> str:
 
 
 def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Refuse an optimiser step with a gradient that is no number or 1e19; one norm over all.
+    """Refuse an optimiser step with a gradient that isn't finite, or about 1e19; one norm over all.
 
     Raises:
         FloatingPointError: naming the first layer with such a gradient.
@@ -67,20 +67,20 @@ def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
 
 
 def check_loss(whose: str, loss: Tensor, parts: nn.Module) -> None:
-    """Refuse an optimiser step after a loss that is no number.
+    """Refuse an optimiser step after a loss that isn't finite.
 
-    Not every such loss shows in a gradient: a hard sigmoid's is 0 at NaN.
+    Not every such loss shows in the gradients: that of a hard sigmoid is 0 at NaN.
 
     Args:
         parts: what computed the loss, in order.
 
     Raises:
-        FloatingPointError: naming the first layer whose weights are no numbers either.
+        FloatingPointError: naming the first layer whose weights aren't finite either.
     """
     if loss.isfinite().all():
         return
     named = (*parts.named_parameters(), *parts.named_buffers())
-    layer = next((f"{name} is no number" for name, t in named if not t.isfinite().all()), None)
+    layer = next((f"{name} isn't finite" for name, t in named if not t.isfinite().all()), None)
     raise FloatingPointError(
         f"the loss of {whose} is {float(loss.detach().sum())} "
         f"({layer or 'its weights are finite'}); stopped before the optimiser's "

@@ -1,7 +1,7 @@
 """A rank's channels: who talks to whom about what, between UEs and BTS and between stages.
 
 Everything that crosses is a tensor of a shape that both ends computed; nothing is unpickled. What
-crosses between a UE and the BTS is checked by who receives it (`csipipe.comm.trust`).
+crosses between a UE and the BTS is checked by the receiver (`csipipe.comm.trust`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Wire:
     Args:
         rows: rows of one UE in one micro-batch.
         micro_batches: micro-batches per iteration.
-        dtype: type of what crosses (figures are float64 whatever it is).
+        dtype: type of what crosses (figures are always float64).
         limit: root mean square above which what crosses isn't sound.
 
     Attributes:
@@ -94,9 +94,9 @@ class Wire:
         return self._host_channel(kind, [self._peer(rank, numbers) for rank in ranks], (numbers,))
 
     def weights(self, rank: int, scalars: int) -> Channel:
-        """Flattened weights that `rank` has, between that rank and rank 0.
+        """Flattened weights of `rank`, between that rank and rank 0.
 
-        Any number will do as long as it is one: BatchNorm counts its batches among them.
+        Any finite values are accepted: BatchNorm's batch counters are among them.
         """
         other = 0 if self.rank else rank
         channel = self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
@@ -120,7 +120,7 @@ class Wire:
         )
 
     def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:
-        """A vector of (1, scalars) between the BTS and each of `ues`: the same one, going down."""
+        """A vector of (1, scalars) between the BTS and each of `ues`; down, the same for all."""
         at_bts = self.topology.is_bts(self.rank)
         ranks = [self.topology.host(ue) if at_bts else 0 for ue in ues]
         peers = [
@@ -143,7 +143,7 @@ class Wire:
         """At the BTS: what a UE sends, (1, scalars) of each kind; or what is wrong with it.
 
         Args:
-            tolerant: as `Channel.tolerant`; else an error.
+            tolerant: as `Channel.tolerant`; otherwise faults are errors.
         """
         channels = [self.vector(kind, size, range(ue, ue + 1)) for kind, size in sizes.items()]
         for channel in channels:

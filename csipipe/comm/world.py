@@ -1,12 +1,12 @@
 """The processes of one run: how they find each other, start together and end together.
 
 Start: every rank connects to torchrun's key-value store, sets itself up, and waits for the others
-in `World.ready`. End: a rank that fails publishes its error in the store before it exits; the
-first to publish is the one that speaks, the others end silently. Their own errors (a closed
-connection, a timeout) only follow from the first. A rank that gave up waiting publishes for whom,
-and names the one at the end of the chain: its neighbour may be waiting as well, only for less long.
-So a thread of every rank looks now and then whether one gave up, and if so publishes for whom its
-own rank waits; a frozen process can't.
+in `World.ready`. End: a rank that fails publishes its error in the store before it exits. The first
+one to publish shows its error; the others exit silently, since their own errors (a closed
+connection, a timeout) only follow from the first. A rank that gave up waiting publishes whom it
+waited for, and names the rank at the end of the chain: its neighbour may be waiting as well, only
+not for as long yet. So a thread of every rank checks regularly whether one gave up, and if so
+publishes whom its own rank waits for; a frozen process can't.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from torch.distributed.rendezvous import rendezvous
 from csipipe.comm import blame
 
 SETUP_TIMEOUT = 1800.0
-"""Longest wait for a rank that is still reading or making its data, in seconds."""
+"""Longest wait for a rank that is still reading or generating its data, in seconds."""
 POLL = 0.02
-"""Seconds between two looks for another rank's word."""
+"""Seconds between two looks for a message from another rank."""
 _SPEAKING = 3.0
-_LOOK = 1.0  # seconds between two looks whether a rank gave up
-_GRACE = 4.0  # a rank that waits as well says so after `_LOOK`; on a busy machine, later
-_GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up says so at once
+_LOOK = 1.0  # seconds between two checks whether a rank gave up
+_GRACE = 4.0  # a rank that also waits publishes it after `_LOOK`; on a busy machine, later
+_GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up publishes it at once
 
 
 class PeerFailed(Exception):
-    """Another rank failed and said so; nothing to add."""
+    """Another rank failed and reported it; there is nothing to add."""
 
 
 @dataclass
@@ -53,12 +53,12 @@ class World:
         store: key-value store shared by all ranks; strings only, nothing is unpickled.
         rank, size: this process and how many there are.
         local_rank, local_size: the same on this node.
-        lasting: a store that outlives a restart by torchrun; `store` begins anew.
+        lasting: a store that outlives a restart by torchrun; `store` starts empty.
         attempt: how often torchrun has restarted the run.
         doing: what this rank is, for messages; empty before it has a role.
-        role: a rank's name for people.
-        grace: how long a rank that gave up listens whether its peer waits too, in seconds.
-        told: how often this rank told something, by name.
+        role: gives a rank's human-readable name.
+        grace: how long a rank that gave up checks whether its peer waits too, in seconds.
+        told: how often this rank published something, by name.
     """
 
     store: Store
@@ -78,7 +78,9 @@ class World:
     @classmethod
     def from_torchrun(cls) -> World:
         """Connect to the store of the torchrun that started this process."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank: no tracebacks
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Ctrl-C reaches every rank: avoid their tracebacks
         store, rank, size = next(iter(rendezvous("env://")))
         # a restarted run finds the same store, with what the last attempt left in it
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -105,7 +107,7 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
         )
-        # a connection of its own: one that waits for an answer holds others up
+        # a connection of its own: one that waits for an answer blocks others
         self._answering = threading.Thread(
             target=self._answer,
             args=(self.store.clone(),),  # type: ignore[attr-defined]  # missing in its stub
@@ -121,7 +123,7 @@ class World:
         owner = device.type == "cuda" and self.local_rank < torch.cuda.device_count()
         self.store.set(f"owns a GPU/{self.rank}", str(owner and dist.is_nccl_available()))
         owners = [
-            self.read(f"owns a GPU/{rank}", rank, "its word (GPU)") == "True"
+            self.read(f"owns a GPU/{rank}", rank, "whether it owns a GPU") == "True"
             for rank in range(stages)
         ]
         group: dist.ProcessGroup | None = dist.new_group(
@@ -134,40 +136,40 @@ class World:
         return group
 
     def ready(self, step: str, limit: float = SETUP_TIMEOUT) -> None:
-        """Wait until every rank has come to `step` of the set-up.
+        """Wait until every rank has reached `step` of the set-up.
 
         Args:
             limit: longest wait for a rank, in seconds.
 
         Raises:
             PeerFailed: a rank published a failure instead.
-            PeerLost: a rank did not come within `limit`.
+            PeerLost: a rank did not arrive within `limit`.
         """
         self.store.set(f"ready/{step}/{self.rank}", "")
         for rank in range(self.size):
             self.read(f"ready/{step}/{rank}", rank, f"it to be ready ({step})", limit)
 
     def shared(self, name: str, mine: str, limit: float = SETUP_TIMEOUT) -> str:
-        """Rank 0's text of that name, on every rank; raises as `ready`."""
+        """Rank 0's text under that name, on every rank; raises as `ready`."""
         if self.rank == 0:
             self.store.set(name, mine)
-        return self.read(name, 0, f"its word ({name})", limit)
+        return self.read(name, 0, f"its text ({name})", limit)
 
     def remembered(self, name: str, mine: str) -> str:
-        """The text of that name that the first attempt of the run gave, which may be this one."""
+        """The text under that name from the run's first attempt, which may be this one."""
         if self.lasting is None:
             return mine
         return str(self.lasting.compare_set(name, "", mine).decode())
 
     def tell(self, name: str, text: str) -> None:
-        """Publish a text of this rank's; each rank tells as often as the others."""
+        """Publish a text of this rank; all ranks must publish equally often."""
         self.told[name] += 1
         self.store.set(f"{name}/{self.told[name]}/{self.rank}", text)
 
     def hear(self, name: str, rank: int, limit: float = SETUP_TIMEOUT) -> list[str]:
-        """The lines that `rank` told when this rank last did; raises as `ready`."""
+        """The lines that `rank` published when this rank last did; raises as `ready`."""
         key = f"{name}/{self.told[name]}/{rank}"
-        return self.read(key, rank, f"its word ({name})", limit).splitlines()
+        return self.read(key, rank, f"its text ({name})", limit).splitlines()
 
     def read(
         self, key: str, rank: int, what: str, limit: float = SETUP_TIMEOUT, poll: float = POLL
@@ -175,7 +177,7 @@ class World:
         """A text that `rank` writes into the store; raises as `ready`.
 
         Args:
-            what: the text, for people.
+            what: the text, for messages.
             poll: seconds between two looks.
         """
         deadline = time.monotonic() + limit
@@ -190,10 +192,10 @@ class World:
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:
-        """End together: no rank closes its connections before the others are done with them.
+        """End together: no rank closes its connections while others still need them.
 
         Raises:
-            PeerLost: a rank is gone, or didn't come within the group's timeout.
+            PeerLost: a rank is gone, or didn't arrive within the group's timeout.
         """
         with blame.watch("ending with all ranks", blame.EVERYONE, "the others to end"):
             dist.barrier()
@@ -201,7 +203,7 @@ class World:
         dist.destroy_process_group()
 
     def fail(self, error: BaseException, debug: bool) -> NoReturn:
-        """Publish `error` unless a rank did so before, show it if this was the first, and exit 1.
+        """Publish `error`, show it if no other rank did so before, and exit with status 1.
 
         Exits without tearing down the process group: destructors wait for peers that are gone.
         """
@@ -214,7 +216,7 @@ class World:
             with contextlib.suppress(RuntimeError):
                 text = self._blame(error)
         mine = f"rank {self.rank}: {text}"  # several ranks may find the same mistake
-        # the store may have gone with its torchrun: then nobody else can speak
+        # the store may be gone with its torchrun: then no other rank can show an error
         with contextlib.suppress(RuntimeError):
             if self.store.compare_set("failure", "", mine).decode() != mine:
                 self._let_speak()
@@ -226,7 +228,7 @@ class World:
         self._exit()
 
     def _blame(self, lost: blame.PeerLost) -> str:
-        """Name the rank at the end of the chain of waits, once the others had time to say."""
+        """Name the rank at the end of the chain of waits, once the others could publish theirs."""
         doing = self.doing or self.role(self.rank)  # during set-up
         mine = blame.Wait(lost.peer, lost.what, lost.gone, doing)
         self._hush()
@@ -249,7 +251,7 @@ class World:
         return blame.Wait.from_json(text) if text else None
 
     def _answer(self, store: Store) -> None:
-        """Once a rank gave up, publish what this one waits for; on a thread of its own."""
+        """Once a rank gave up, publish what this one waits for; runs on a thread of its own."""
         pause = _LOOK
         with contextlib.suppress(RuntimeError):  # the store may go with its torchrun
             while not self._left.wait(pause):
@@ -259,13 +261,13 @@ class World:
                     pause = POLL
 
     def _hush(self) -> None:
-        """From here on this rank doesn't say what it waits for, or says it itself."""
+        """Stop the thread that publishes what this rank waits for."""
         self._left.set()
         if self._answering is not None:
             self._answering.join()
 
     def _let_speak(self) -> NoReturn:
-        """Exit once the first rank that failed has spoken: torchrun ends all when one is gone."""
+        """Exit once the first failed rank has shown its error: torchrun ends all when one exits."""
         deadline = time.monotonic() + _SPEAKING
         while not self.store.check(["failure shown"]) and time.monotonic() < deadline:
             time.sleep(POLL)

@@ -1,4 +1,4 @@
-"""What launch/evaluate.py does: read runs, measure them on one test set, show and write it."""
+"""What launch/evaluate.py does: read runs, measure them on one test set, show and write results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from csipipe.run import trained
 from csipipe.run.trained import Trained
 
 MANY = 8
-"""Runs that one picture and table hold well."""
+"""Most runs that a picture and a table can show well."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
     """Evaluate; collective where there is a world. Rank 0 shows and writes.
 
     Args:
-        changes: settings that take the place of the runs' (`--data.source csinet …`).
+        changes: settings that replace the runs' (`--data.source csinet …`).
 
     Raises:
         ValueError, OSError: runs, data or settings that can't be used; named before the ranks meet.
@@ -65,7 +65,7 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
         for model in distinct:
             model.cpu()
     if world:
-        world.leave()  # before the report: nobody need wait while it is drawn
+        world.leave()  # before the report: nobody has to wait while it is drawn
     if rank == 0:
         _report(list(zip(_names(runs), found, strict=True)), rows, options)
 
@@ -73,7 +73,7 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
 def _read(options: Namespace, changes: Sequence[str]) -> list[Trained]:
     folders = [Path(folder) for folder in (options.run, *options.compare)]
     if len(folders) > MANY:
-        raise ValueError(f"{len(folders)} runs are to be compared; at most {MANY} fit.")
+        raise ValueError(f"{len(folders)} runs were given; at most {MANY} can be compared.")
     return [trained.read(folder, changes, options.weights) for folder in folders]
 
 
@@ -127,5 +127,5 @@ def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: 
         distribution.draw(runs, rows.name, out / "samples.png")
         write_file(out / "figures.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise OSError(f"{out} can't be written: {error}; name another --out.") from error
+        raise OSError(f"{out} can't be written: {error}; choose another --out.") from error
     print(f"\nwritten:      {out}/figures.json, table.txt, samples.png", flush=True)

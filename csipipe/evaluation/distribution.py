@@ -1,4 +1,4 @@
-"""How samples are distributed, as cumulative curves: readable in grey."""
+"""How figures are distributed over samples, as cumulative curves: readable in grey."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _ues(axis: Axes, evaluated: Evaluated, name: str) -> None:
 
 
 def _curve(axis: Axes, values: Tensor, **look: Any) -> None:
-    """The empirical distribution, thinned out to what a picture shows."""
+    """The empirical distribution, thinned out to what a picture can show."""
     ordered = values[values.isfinite()].sort().values
     picks = torch.linspace(0, len(ordered) - 1, min(_POINTS, len(ordered))).round().long()
     axis.plot(ordered[picks], (picks + 1) / len(ordered), **look)

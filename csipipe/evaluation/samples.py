@@ -1,7 +1,7 @@
-"""Figures of every sample under every UE's model, shared among ranks by rows.
+"""Figures of every sample for every UE's model; ranks share the rows.
 
-Rows are done in blocks that don't depend on the number of ranks, so that with the same number of
-threads the figures don't either, to the bit.
+Rows are processed in blocks that don't depend on the number of ranks, so that with the same number
+of threads the figures don't either, to the bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def measure(
         total: adds a tensor up over the ranks.
 
     Raises:
-        ValueError: a model's output is no number.
+        ValueError: a model's output isn't finite.
     """
     for model in models:
         model.to(device)
@@ -57,7 +57,7 @@ def measure(
 
 
 def ceiling(rows: Rows) -> tuple[float, float] | None:
-    """Mean ρ and SGCS of the images themselves: what the cut to D delays leaves of HF_all."""
+    """Mean ρ and SGCS of the images themselves: what truncation to D delays leaves of HF_all."""
     if rows.hf_BAK is None:
         return None
     parts = []
@@ -86,7 +86,7 @@ def _block(
         with torch.no_grad(), autocast(precision, device):
             h_hat = model(h).float()
         if not h_hat.isfinite().all():
-            raise ValueError(f"model {number} reconstructs values that are no numbers.")
+            raise ValueError(f"model {number} reconstructs values that aren't finite.")
         loss = metrics.paper_loss(h_hat, h).double()
         columns = [loss, floor, loss / floor]
         if hf is not None and v is not None:
@@ -95,7 +95,7 @@ def _block(
             columns.append(metrics.similarity(metrics.directions(hf_hat), v).double())
         for column, values in enumerate(columns):
             if column >= 2:
-                # an empty reconstruction of a channel points nowhere: similar to nothing
+                # an empty reconstruction has no direction: its similarity is 0
                 values = values.nan_to_num(0.0).masked_fill(empty, torch.nan)
             found[number, :, column] = values.cpu()
     return found

@@ -42,7 +42,7 @@ class Evaluated:
         return {name: _percentiles(self.pooled(name)) for name in SHOWN}
 
     def pooled(self, name: str, ue: int | None = None) -> Tensor:
-        """One of `SHOWN`, sample by sample, over all UEs or of one; samples without it left out."""
+        """One of `SHOWN`, sample by sample, over all UEs or of one, where a sample has it."""
         chosen = self.samples if ue is None else self.samples[ue]
         values = chosen[..., COLUMNS.index(name.removesuffix("_db"))].flatten()
         values = values[~values.isnan()]

@@ -13,7 +13,7 @@ _FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}
 
 
 def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
-    """One run: every UE, their mean, what is there without learning, and percentiles.
+    """One run: every UE, their mean, floor and ceiling, and percentiles.
 
     Args:
         best: ρ and SGCS of the images themselves.

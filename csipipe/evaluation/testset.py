@@ -20,8 +20,8 @@ class Rows:
     Attributes:
         h_BAD: (B, 2, A, D) in [0, 1].
         hf_BAK: (B, A, 125) complex, untruncated, of any scale; None: there is none.
-        missing: why there is none; empty where there is.
-        name: in words.
+        missing: why there is none; otherwise empty.
+        name: a description.
     """
 
     h_BAD: Tensor
@@ -31,7 +31,7 @@ class Rows:
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """Which rows they are, in JSON's types: equal if and only if the rows are.
+    """What identifies the rows, in JSON's types: equal if and only if the rows are.
 
     Raises:
         ValueError, OSError: data that can't be used.

@@ -1,1 +1,1 @@
-"""A trained pair for products: encoder for the UE, tail and head for the BTS, as files."""
+"""A trained pair for deployment: encoder for the UE, tail and head for the BTS, as files."""

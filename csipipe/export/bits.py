@@ -1,4 +1,4 @@
-"""NMSE against feedback bits: what each bit per codeword entry buys."""
+"""NMSE against feedback bits: what each bit per codeword entry gains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(
     """A point for each of `SHOWN`, and the NMSE (dB) of the codeword as it is.
 
     Args:
-        learn: a quantiser of so many bits, from training rows.
+        learn: makes a quantiser with that many bits, from training rows.
     """
     whole = Pair.of(model)
     z_BC = run(whole.encoder, h_BAD)

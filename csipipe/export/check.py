@@ -1,4 +1,4 @@
-"""Exported files against the modules that they were made from, on real channels."""
+"""Compares exported files with the modules that they were made from, on real channels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from csipipe.export.formats import Function
 from csipipe.export.parts import Pair, nmse_db, run
 
 BOUND = 1e-5
-"""Largest difference that passes, relative to the largest magnitude of what is compared. fp32
-sums of 2,048 products in another order differ by about 1e-7 of it."""
+"""Largest difference that passes, relative to the largest magnitude compared. fp32 sums of 2,048
+products in another order differ by about 1e-7 of it."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Difference:
     """Exported files beside the original, over some rows.
 
     Attributes:
-        encoder: largest difference of a codeword entry, of the largest; with a quantiser, how
-            far the original entry lies outside of the cell that the exported bits name.
+        encoder: largest difference of a codeword entry, relative to the largest entry; with a
+            quantiser, how far the original entry is outside the cell that the exported bits name.
         decoder: largest difference of a reconstructed value (in [0, 1]), on the same codewords.
-        bits: how many bits of the codewords differ, of how many; without a quantiser, 0 of 0.
+        bits: how many bits of the codewords differ, and out of how many; without a quantiser, 0
+            of 0.
         nmse_db: of the exported pair, one after the other.
     """
 

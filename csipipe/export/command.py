@@ -1,4 +1,4 @@
-"""What launch/export.py does: cut a UE's model where the feedback crosses, write, check, say."""
+"""What launch/export.py does: cut a UE's model where the feedback crosses, write, check, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from csipipe.run import trained
 from csipipe.run.trained import Trained
 
 SAMPLES = 16
-"""Test rows that go along as `samples.f32`."""
+"""Test rows that are included as `samples.f32`."""
 _NAMES = {"encoder": ("H", "codeword"), "decoder": ("codeword", "H_hat")}
 _SCRIPTS = {
     formats.PT2: ("feedback_torch.py", "feedback.py"),
@@ -36,7 +36,9 @@ _SCRIPTS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's own options; settings are what is left."""
-    parser.add_argument("--ue", type=int, required=True, metavar="N", help="whose encoder and head")
+    parser.add_argument(
+        "--ue", type=int, required=True, metavar="N", help="the UE whose encoder and head to export"
+    )
     parser.add_argument(
         "--bits",
         type=int,
@@ -54,11 +56,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def export(options: Namespace, changes: Sequence[str]) -> None:
-    """Write the export and print what is in it.
+    """Write the export and print its content.
 
     Raises:
         ValueError, OSError: a run, UE, data or packages that can't be used.
-        RuntimeError: what was written doesn't do what the original does.
+        RuntimeError: the exported files don't do what the original does.
     """
     formats.require(tuple(options.formats))
     source = trained.read(Path(options.run), changes, options.weights)
@@ -101,7 +103,7 @@ def _test_rows(source: Trained) -> Tensor:
 
 
 def _quantise(source: Trained, ue: int, pair: Pair) -> Callable[[int], Quantiser]:
-    """A quantiser of so many bits, learned from the codewords of the UE's training rows."""
+    """Makes a quantiser with that many bits from the codewords of the UE's training rows."""
     data, model = source.settings.data, source.settings.model
     stream = channels.open_source(data, model.angles, model.delays)
     dealt = Manifest.read(source.folder)
@@ -141,8 +143,8 @@ def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) ->
 def _write(
     pair: Pair, kind: str, place: Path, content: dict[str, Any], h_BAD: Tensor
 ) -> dict[str, Any]:
-    """Both ends in one format with its script, checked; returns the largest differences."""
-    # an example goes along inside of a .pt2: nobody's channels
+    """Write and check both ends in one format, with its script; returns the largest differences."""
+    # the example is stored inside a .pt2, so it must be nobody's channels
     empty = torch.zeros(2, *content["row"])
     examples = {"encoder": empty, "decoder": torch.zeros_like(run(pair.encoder, empty))}
     functions = {}
@@ -166,7 +168,7 @@ def _write(
 
 
 def _script(kind: str, place: Path, content: dict[str, Any]) -> None:
-    """The script that does feedback with the files, this export's numbers in it."""
+    """Write the script that does feedback with the files, with this export's numbers filled in."""
     template, name = _SCRIPTS[kind]
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     digests = {
@@ -196,7 +198,7 @@ def _table(content: dict[str, Any]) -> str:
         f"{'part':>10}  {'parameters':>12}  {'MACs / channel':>15}  files (bytes)",
     ]
     if not content["finished"]:
-        lines[0] += "; its training isn't finished"
+        lines[0] += "; training isn't finished"
     if content["trained_in"] != "fp32":
         lines[0] += f"; trained in {content['trained_in']}, exported and compared in fp32"
     for end, part in content["parts"].items():

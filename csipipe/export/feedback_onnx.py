@@ -6,7 +6,7 @@
 
 H and H_HAT are raw float32, little-endian: channels of shape ROW, one after the other (real and
 imaginary part, angles, delays), in [0, 1] with 0.5 for zero. FEEDBACK holds a codeword per channel:
-ENTRIES float32, or, with BITS per entry, packed bits, each codeword filled up to whole bytes.
+ENTRIES float32, or, with BITS per entry, packed bits, each codeword padded to whole bytes.
 """
 
 import sys

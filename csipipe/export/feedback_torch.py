@@ -6,10 +6,10 @@
 
 H and H_HAT are raw float32, little-endian: channels of shape ROW, one after the other (real and
 imaginary part, angles, delays), in [0, 1] with 0.5 for zero. FEEDBACK holds a codeword per channel:
-ENTRIES float32, or, with BITS per entry, packed bits, each codeword filled up to whole bytes.
+ENTRIES float32, or, with BITS per entry, packed bits, each codeword padded to whole bytes.
 
-torch.export.load can run code that somebody put into a .pt2 file. That is why a file whose SHA-256
-isn't the one below is refused: you trust this script, and no other file.
+torch.export.load can run code that somebody put into a .pt2 file. Therefore a file whose SHA-256
+isn't the one below is refused, and you need to trust only this script.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ WEIGHTS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1])
 
 
 def load(name: str) -> Callable[[Tensor], Tensor]:
-    """The program in a file beside this script: the one that it was written with, or none."""
+    """Load the program from a file beside this script, if it is the one it was written with."""
     data = (HERE / name).read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256[name]:
-        sys.exit(f"{name} isn't the file that this script was written with; not loaded.")
+        sys.exit(f"{name} isn't the file that this script was written with; it is not loaded.")
     program: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(data)).module()
     return program
 

@@ -1,4 +1,4 @@
-"""The folder of an export: written beside its place, then renamed; never there half written."""
+"""The folder of an export: written under another name, then renamed; never half written."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def whole(out: Path) -> Iterator[Path]:
     An earlier export in `out` is replaced.
 
     Raises:
-        ValueError: `out` is there and isn't an export.
+        ValueError: `out` exists and isn't an export.
         OSError: it can't be written.
     """
     if out.exists() and not (out / MANIFEST).is_file():
-        raise ValueError(f"{out} is there and holds no export; name another --out.")
+        raise ValueError(f"{out} exists and isn't an export; choose another --out.")
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise OSError(f"{out} can't be written: {error.strerror}; name another --out.") from error
+        raise OSError(f"{out} can't be written: {error.strerror}; choose another --out.") from error
     try:
         yield partial
         old = out.with_name(f"{out.name}.{os.getpid()}.old.partial")

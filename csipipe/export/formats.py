@@ -1,4 +1,4 @@
-"""Modules as files of other programs, and those files as functions again."""
+"""Modules as files for other programs, and those files as functions again."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def require(formats: tuple[str, ...]) -> None:
             missing.append(package)
     if missing:
         raise ValueError(
-            f"ONNX needs {', '.join(missing)}, not installed here:\n"
+            f"ONNX needs {', '.join(missing)}; install with\n"
             "  pip install -c constraints.txt -e '.[export]'\n"
-            "or leave it out: --formats pt2"
+            "or export without ONNX: --formats pt2"
         )
 
 
@@ -68,7 +68,7 @@ def save(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path)
 
 
 def _torch_function(file: Path) -> Function:
-    """A .pt2 that this process has just written: loading one can run code that is in it."""
+    """Only for a .pt2 that this process has just written: loading one can run code in it."""
     function: Function = torch.export.load(io.BytesIO(file.read_bytes())).module()
     return function
 
@@ -89,7 +89,7 @@ def _onnx_function(file: Path) -> Function:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters' notes about themselves say nothing to the user."""
+    """Silence the exporters' notes about themselves, which don't help the user."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings():

@@ -86,7 +86,7 @@ def nmse_db(h_hat: Tensor, h: Tensor) -> float:
 
 
 def parameters(module: nn.Module) -> int:
-    """Trainable scalars; a quantiser's ranges are none."""
+    """Trainable scalars; a quantiser's ranges aren't counted."""
     return count_parameters([module])
 
 
@@ -94,8 +94,8 @@ def operations(module: nn.Module, row: Tensor) -> int:
     """Multiply-accumulates of the convolutions and linear layers for one row.
 
     The convention of the papers on CSI feedback: one multiplication with its addition counts
-    once (PyTorch's counter counts two); biases, BatchNorm (which joins a convolution in
-    products), activations and the quantiser aren't counted.
+    once (PyTorch's counter counts two); biases, BatchNorm (which is merged into a convolution
+    when deployed), activations and the quantiser aren't counted.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(row[:1])

@@ -10,9 +10,9 @@ BITS = range(1, 17)
 
 
 class Quantiser(nn.Module):
-    """2^bits levels per entry between its ends; a level stands for the middle of its cell.
+    """2^bits levels per entry between its ends; a level represents the middle of its cell.
 
-    What lies outside of the ends gets the first or the last level.
+    Values beyond the ends get the first or the last level.
 
     Args:
         lowest, highest: (C,) ends of each entry's range.
@@ -27,11 +27,11 @@ class Quantiser(nn.Module):
         super().__init__()
         if bits not in BITS:
             raise ValueError(
-                f"{bits} bits per entry were asked for; expected {BITS[0]} … {BITS[-1]}."
+                f"{bits} bits per entry were requested; expected {BITS[0]} … {BITS[-1]}."
             )
         self.bits = bits
         width = (highest - lowest).float()
-        # an entry that never changes has a range all the same
+        # an entry that never changes still needs a range
         step = width.clamp(min=torch.finfo(torch.float32).tiny * 2**bits) / 2**bits
         self.register_buffer("lowest", lowest.float().clone())
         self.register_buffer("step", step)
@@ -48,13 +48,13 @@ class Quantiser(nn.Module):
         return self._middles((bits_BCb.float() * self.places).sum(2))
 
     def rounded(self, z_BC: Tensor) -> Tensor:
-        """(B, C) → (B, C): what comes out of the bits."""
+        """(B, C) → (B, C): the values that the bits decode to."""
         return self._middles(self._levels(z_BC))
 
     def outside(self, z_BC: Tensor, bits: Tensor) -> Tensor:
-        """(B, C): how far a codeword lies outside of the cells that `bits` name; 0: inside.
+        """(B, C): how far a codeword is outside the cells that `bits` name; 0: inside.
 
-        What lies beyond an end counts from that end.
+        Values beyond an end are measured from that end.
         """
         highest = self.lowest + 2**self.bits * self.step
         inside = torch.minimum(torch.maximum(z_BC, self.lowest), highest)

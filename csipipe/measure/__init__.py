@@ -1,1 +1,1 @@
-"""Figures of a model and of a rank: losses and NMSE, their sums, where time goes, a look inside."""
+"""Figures of a model and of a rank: losses and NMSE, their sums, where time goes, probes."""

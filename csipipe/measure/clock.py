@@ -22,14 +22,14 @@ class Recorder(Protocol):
         ...
 
     def within(self, name: str, action: Callable[[], object]) -> None:
-        """Do something that has a name of its own within the span."""
+        """Run `action` under a name of its own within the span."""
         ...
 
 
 class Clock:
     """Seconds that this rank spent on each of `ACTIVITIES` since `reset`.
 
-    On a GPU, computing is handed over and waited for later, so a part of it counts as waiting.
+    On a GPU, work is handed over and waited for later, so part of it counts as waiting.
 
     Attributes:
         recorder: also gets every span; None, except in iterations that are profiled.
@@ -49,7 +49,7 @@ class Clock:
         """From here on, until the next `begin` or `stop`, the time belongs to `activity`.
 
         Args:
-            what: what is done, for people.
+            what: what is done, in words.
             number: the micro-batch or UE that it is done to.
         """
         self._close(activity)
@@ -57,7 +57,7 @@ class Clock:
             self.recorder.begin(activity, what, number)
 
     def stop(self) -> None:
-        """What comes belongs to no activity."""
+        """From here on the time belongs to no activity."""
         self._close(None)
         if self.recorder is not None:
             self.recorder.end()

@@ -83,7 +83,7 @@ class Figures:
         }
 
     def check(self, iteration: int) -> None:
-        """Refuse to go on with a loss that is no number.
+        """Refuse to continue with a loss that isn't finite.
 
         Raises:
             FloatingPointError: naming the UE and the iteration.

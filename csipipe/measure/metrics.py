@@ -1,12 +1,12 @@
 """Figures of merit of a reconstruction, per sample; linear unless the name says dB.
 
 B samples, each an image (2, A, D) of reals in [0, 1] with 0.5 for zero. Results are in the
-input's dtype; a mean over samples is the caller's, who takes it in float64.
+input's dtype; means over samples are left to the caller, who takes them in float64.
 
 rho and SGCS compare channels bin by bin over frequency: (B, A, K) complex, A angles, K bins. Both
-sides must have the same first axis. Angles, which the image has, or antennas make no difference
-to a cosine (the transform between them is unitary up to a scale), but one of each is nonsense.
-`HF_all` of CsiNet's files is in angles; antennas would have to go through `torch.fft.fft(dim=1)`.
+sides must have the same first axis. Whether that is angles, as in the images, or antennas makes no
+difference to a cosine (the transform between them is unitary up to a scale), but they must not be
+mixed. `HF_all` of CsiNet's files is in angles; antennas would need `torch.fft.fft(dim=1)` first.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
 def directions(hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
     """(B, A, subbands): what `sgcs` compares, the principal eigenvectors, of norm 1; raises as it.
 
-    Found by way of the bins, which are fewer than the antennas: of the eigenvector u of
-    H^H H that belongs to the largest eigenvalue, H u has the direction.
+    Computed over the bins, which are fewer than the antennas: where u is the eigenvector of H^H H
+    for the largest eigenvalue, H u has the direction.
     """
     bins = hf.shape[2]
     if not 1 <= subbands <= bins:
@@ -128,11 +128,11 @@ def similarity(v_hat: Tensor, v: Tensor) -> Tensor:
 
 
 def to_db(linear: float) -> float:
-    """10 log10 of a ratio of energies; 0 gives minus infinity.
+    """10·log10 of a ratio of energies; 0 gives minus infinity.
 
     Raises:
         ValueError: a negative ratio, which no energies have.
     """
     if linear < 0:
-        raise ValueError(f"the ratio is {linear}; a ratio of energies is 0 at least.")
+        raise ValueError(f"the ratio is {linear}; a ratio of energies is at least 0.")
     return 10 * math.log10(linear) if linear > 0 else -math.inf if linear == 0 else math.nan

@@ -1,7 +1,7 @@
-"""A look at what a rank computes, where it computes it, and only when asked.
+"""A look at what a rank computes, where it computes it, and only on request.
 
-Nothing is copied, waited for or changed unless a figure is wanted now, so a run computes the same
-with and without being looked at.
+Nothing is copied, waited for or changed unless a figure is requested, so a run computes the same
+with and without probing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Probe:
     """What the methods show of one rank.
 
     Attributes:
-        gradients_wanted: note the gradients of the optimiser's next steps.
+        gradients_wanted: record the gradients of the optimiser's next steps.
         rows_wanted: how many reconstructions to keep from here on; 0: none.
-        seconds: what looking has taken so far.
+        seconds: what probing has taken so far.
     """
 
     UE = 0
@@ -34,7 +34,7 @@ class Probe:
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def gradients(self, parts: Mapping[str, nn.Module]) -> None:
-        """Note gradients by part; called right before a step, once for each UE of the rank."""
+        """Record gradients by part; called right before a step, once for each UE of the rank."""
         if not self.gradients_wanted:
             return
         started = time.perf_counter()
@@ -45,12 +45,12 @@ class Probe:
         self.seconds += time.perf_counter() - started
 
     def norms(self) -> dict[str, float]:
-        """L2 norm of each part's gradient, mean over what was noted since the last call."""
+        """L2 norm of each part's gradient, mean over what was recorded since the last call."""
         noted, self._norms = self._norms, {}
         return {name: float(torch.stack(norms).mean()) for name, norms in noted.items()}
 
     def reconstructed(self, ue: int, h_BAD: Tensor, h_hat_BAD: Tensor) -> None:
-        """Note rows (B, 2, A, D) of an evaluation and what became of them."""
+        """Record rows (B, 2, A, D) of an evaluation and their reconstructions."""
         if ue != self.UE or self.rows_wanted <= 0 or not len(h_BAD):
             return
         started = time.perf_counter()
@@ -60,9 +60,9 @@ class Probe:
         self.seconds += time.perf_counter() - started
 
     def reconstructions(self) -> tuple[Tensor, Tensor] | None:
-        """The rows that were noted and their reconstructions, on the host; None: there are none.
+        """The recorded rows and their reconstructions, on the host; None: there are none.
 
-        Nothing more is kept afterwards.
+        They are forgotten afterwards.
         """
         pairs, self._pairs, self.rows_wanted = self._pairs, [], 0
         if not pairs:

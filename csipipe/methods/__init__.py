@@ -1,7 +1,7 @@
 """The methods that can train the autoencoder; which there are says `csipipe.settings.tables`.
 
-`prepare` does what a rank can do alone (checks, data), so that every mistake of the user shows
-before the ranks meet; what it returns builds the rank's worker once they have.
+`prepare` does what a rank can do alone (checks, data), so that user errors show before the ranks
+meet; it returns a function that builds the rank's worker once they have met.
 """
 
 from __future__ import annotations

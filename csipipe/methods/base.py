@@ -27,19 +27,19 @@ class Worker(Protocol):
     parameters: dict[str, int]
     """Trainable scalars of `encoder`, `tail` and `head`."""
     notes: list[str]
-    """What rank 0 tells the user before training, a line each."""
+    """What rank 0 tells the user before training, line by line."""
     device: torch.device
     """Where it computes."""
     clock: Clock
     """Where this rank's time goes while it trains."""
     probe: Probe
-    """Shows this rank's gradients and reconstructions, when asked."""
+    """Shows this rank's gradients and reconstructions, on request."""
     dropped: list[int]
     """Training iterations that each UE was left out of; rank 0's count."""
 
     @property
     def has_holdout(self) -> bool:
-        """Whether any UE keeps rows for choosing."""
+        """Whether any UE holds out rows for choosing the best weights."""
         ...
 
     def train_iteration(self, iteration: int) -> Figures | None:
@@ -67,7 +67,7 @@ class Worker(Protocol):
         ...
 
     def restore_ledger(self, ledger: Ledger) -> None:
-        """Go on counting from what `exchanged` said on all ranks."""
+        """Continue counting from what `exchanged` returned on all ranks."""
         ...
 
 
@@ -92,7 +92,7 @@ def batches_of(rows: int, batch_size: int) -> int:
 
 
 def padded(h: Tensor, start: int, rows: int) -> Tensor:
-    """Rows start … start+rows of `h` (B, 2, A, D), filled up with zeros past its end."""
+    """Rows start … start+rows of `h` (B, 2, A, D), padded with zeros past its end."""
     part = h[start : start + rows]
     if len(part) == rows:
         return part

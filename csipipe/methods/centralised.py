@@ -1,9 +1,9 @@
-"""The unsplit model in one process, eager: parity's counterpart and the reference of all methods.
+"""The unsplit model in one process, eager: what parity tests and all methods are compared with.
 
 It runs what CSILocal computes, without a wire: every UE's encoder on its whole mini-batch, the
 tail on the same micro-batches (rows of every UE, ordered by UE number), heads and losses. With
 one encoder and head shared by all UEs it is centralised training on all data; with private ones
-it is CSILocal unsplit, which the tests compare with.
+it is CSILocal unsplit, with which the tests compare.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ class Centralised:
     def run(self, h_UBAD: list[Tensor], valid: list[int] | None = None) -> Tensor:
         """Forward and, where gradients are on, backward pass over a mini-batch per UE.
 
-        As at the BTS, micro-batches hold rows of every UE, ordered by UE number, and each is done
-        with before the next: its activations are still in the cache.
+        As at the BTS, micro-batches hold rows of every UE, ordered by UE number. Each is finished
+        before the next one starts, while its activations are still in the cache.
 
         Args:
             h_UBAD: mini-batches of the first len(h_UBAD) UEs.
-            valid: how many rows of each count; None: all.
+            valid: how many rows of each are counted; None: all.
 
         Returns:
             (UEs, WIDTH) sums over the rows that count.

@@ -1,7 +1,7 @@
 """What each method exchanges, from the settings alone: arithmetic, nothing is trained.
 
 The paper's count: scalars that cross between UEs and BTS in training, over all UEs; iteration
-means one exchange. BatchNorm's running statistics are outside of it.
+means one exchange. BatchNorm's running statistics aren't included.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class BtsHalf(Half):
         self.moments: Moments = AdamMoments(optimizer) if plain else ZeroMoments(optimizer)
         if train.micro_batches < topology.stages:
             self.notes.append(
-                f"train.micro_batches {train.micro_batches} are fewer than the {topology.stages} "
-                "stages: some stages always wait; more micro-batches fill the pipeline."
+                f"train.micro_batches {train.micro_batches} is less than the number of stages, "
+                f"{topology.stages}: some stages always wait; more micro-batches fill the pipeline."
             )
         self.agree_on_batches({"holdout": 0, "test": 0})
 
@@ -105,7 +105,7 @@ class BtsHalf(Half):
     def _count_idle(self, figures: Figures) -> None:
         """On rank 0: count UEs that report no rows."""
         idle = [ue for ue, rows in enumerate(figures.sums[:, 0].tolist()) if not rows]
-        self.leave_out(dict.fromkeys(idle, "a gradient was bad; the rank that saw it says how"))
+        self.leave_out(dict.fromkeys(idle, "a gradient was bad; see the rank that received it"))
         self.count(idle)
 
     def _train_without_bad_ues(self, roster: Roster, parts: schedule.Attempts) -> None:
@@ -119,7 +119,7 @@ class BtsHalf(Half):
         self.stage.taking = None
 
     def _call_the_roll(self) -> None:
-        """All smashed data of the iteration are here; not a row has been used."""
+        """All smashed data of the iteration have arrived; none has been used yet."""
         assert self.roster is not None
         self.roster.agree(Kind.ROLL_CALL, self._found(self.ports.forward_in, self.roster.out))
         out, rows = self.roster.out, self.wire.rows
@@ -128,12 +128,12 @@ class BtsHalf(Half):
         self.stage.taking = torch.cat(places).to(self.device) if out else None
 
     def _judge(self) -> None:
-        """All gradients of the iteration are here; no weight has been changed."""
+        """All gradients of the iteration have arrived; no weight has been changed yet."""
         assert self.roster is not None
         self.roster.agree(Kind.VERDICT, self._found(self.ports.backward_in, self.roster.out))
 
     def _found(self, channel: Channel, out: Collection[int]) -> Collection[int]:
-        """UEs that sent something bad here, those apart that are left out already."""
+        """UEs that sent something bad here, except those that are left out already."""
         new = {ue: fault for ue, fault in channel.bad.items() if ue not in out}
         channel.bad.clear()
         self.leave_out(new, out)
@@ -172,7 +172,7 @@ class BtsHalf(Half):
         return layer_units(self.layers, self.parts[self.rank], self.moments)
 
     def _measure(self, tail: list[nn.Module]) -> list[int]:
-        """Cuts by the layers' time on rank 0, whose word holds for all stages."""
+        """Cuts by the layers' time on rank 0, which decides for all stages."""
         cuts = ""
         if self.rank == 0:
             rows = self.wire.rows * self.topology.ues
@@ -190,8 +190,8 @@ class BtsHalf(Half):
     def _ports(self, world: World, timeout: float) -> Ports:
         """Channels to the neighbours, which are UEs at the two ends.
 
-        Forward and backward have a group of their own: NCCL executes what two ranks exchange in
-        one order, and the two directions have none between them.
+        Forward and backward have a group each: NCCL executes the transfers between two ranks in one
+        order, and there is no common order for the two directions.
         """
         model, wire, rank = self.settings.model, self.wire, self.rank
         topology, shapes = self.topology, models.tail_shapes(self.settings.model)

@@ -68,7 +68,7 @@ class UeHalf(UeSide):
         self.clock.stop()
 
     def _train_without_bad_ues(self, roster: Roster) -> None:
-        """A UE that is left out stays as it was, BatchNorm's statistics included."""
+        """A UE that is left out stays as it was, including BatchNorm's statistics."""
         restore = [keep_buffers([ue.encoder, ue.head]) for ue in self.ues]
 
         def undo() -> None:
@@ -83,7 +83,7 @@ class UeHalf(UeSide):
             restore[u]()
 
     def _hear(self, kind: Kind) -> None:
-        """Hear which UEs take part."""
+        """Learn which UEs take part."""
         assert self.roster is not None
         self.roster.agree(kind)
         out = self.roster.out
@@ -92,7 +92,7 @@ class UeHalf(UeSide):
     def evaluate(self, part: EvalRows) -> None:
         """Forward passes only, over whole batches; rows of the padding don't count.
 
-        A batch is encoded and sent before the one ahead of it comes back.
+        A batch is encoded and sent before the previous one comes back.
         """
         size = self.settings.train.batch_size
         rows = [self.test if part == "test" else ue.holdout for ue in self.ues]

@@ -2,7 +2,7 @@
 
 The whole model lives on every UE. In one iteration each UE trains on its own rows and sends one
 vector up, the BTS sends the mean over UEs back, and each UE applies it. BatchNorm's running
-statistics are averaged beside, by their change. Parts start as CSILocal's, and so do the draws.
+statistics are averaged too, by their change. Parts and draws start as in CSILocal.
 
 Shapes: N UEs, P scalars of the shared parts, A angles, D delays.
 """
@@ -91,7 +91,7 @@ class UeHalf(UeSide):
             }
             for ue in ues
         ]
-        # one model for all is tested once: the UEs take its batches in turn
+        # a model common to all is tested once: the UEs take its batches in turn
         self.takers = topology.ues if is_one_model(settings) else 1
         self.agree_on_batches(
             {
@@ -133,9 +133,9 @@ class UeHalf(UeSide):
         self.clock.stop()
 
     def _train(self, replica: Replica) -> tuple[Tensor, Tensor]:
-        """A UE's update and figures; where bad UEs are dropped, one that fails says so by NaN.
+        """A UE's update and figures; where bad UEs are dropped, one that fails sends NaN.
 
-        It keeps its state of before the step that failed, and goes on with the others' mean.
+        It keeps its state from before the failed step, and continues with the others' mean.
         """
         try:
             return replica.train()
@@ -170,7 +170,7 @@ class UeHalf(UeSide):
         super().save_weights(folder)
 
     def units(self) -> dict[str, Unit]:
-        """The whole model of every UE; what is agreed on is in it."""
+        """The whole model of every UE, which includes the agreed values."""
         units = {}
         for replica, statistics in zip(self.replicas, self.statistics, strict=True):
             agreed = [statistics, *([replica.agreed] if replica.agreed else [])]
@@ -187,7 +187,7 @@ class BtsHalf(Half):
     """The aggregator, on the one BTS rank: it adds up what the UEs send and has no model.
 
     It adds in UE order, so that sums don't depend on who is first or where a UE is hosted, and
-    holds one UE's vector at a time.
+    holds the vector of one UE at a time.
     """
 
     def __init__(self, seat: Seat) -> None:
@@ -240,13 +240,13 @@ class BtsHalf(Half):
         checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
 
     def units(self) -> dict[str, Unit]:
-        """It keeps nothing from one iteration to the next."""
+        """It keeps nothing between iterations."""
         return {}
 
     def _means(self) -> tuple[list[Tensor], dict[int, str]]:
         """(1, scalars) means over UEs of updates and statistics, in fp32 whatever crossed.
 
-        With the UEs that are left out, and why.
+        Also returns the UEs that are left out, and why.
         """
         up = {kind: self.sizes[kind] for kind in (Kind.UPDATE, Kind.STATISTICS)}
         totals = [torch.zeros(1, scalars, device=self.device) for scalars in up.values()]

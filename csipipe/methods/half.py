@@ -84,11 +84,11 @@ class Half:
         return autocast(self.settings.train.precision, self.device)
 
     def start(self, iteration: int) -> None:
-        """Say where this rank is, should it have to report an error."""
+        """Note where this rank is, in case it has to report an error."""
         self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
 
     def leave_out(self, faults: Mapping[int, str], out: Collection[int] = ()) -> None:
-        """Say why UEs are left out, when it happens first to each of them.
+        """Report why UEs are left out, the first time it happens to each of them.
 
         Args:
             out: UEs that are left out already.
@@ -102,14 +102,14 @@ class Half:
                 self._named.add(ue)
         if faults and len({*faults, *out}) == self.topology.ues:
             raise trust.BadMessage(
-                f"no UE is left that could be trained with: all {self.topology.ues} are bad, the "
-                f"last: {list(faults.values())[-1]}."
+                f"no sound UE is left to train with: all {self.topology.ues} are bad, the last one "
+                f"because {list(faults.values())[-1]}."
             )
 
     def gather(self, without: Container[int] = ()) -> Figures:
         """On rank 0: what the UEs report. UEs that are left out have no rows.
 
-        Where bad UEs are dropped, so are figures that are no numbers.
+        Where bad UEs are dropped, so are figures that aren't finite.
         """
         sums = self.reports.receive(0).clone()
         for ue, row in enumerate(sums):
@@ -126,7 +126,7 @@ class Half:
         return merged(self.wire.ledger, self.topology.is_bts(self.rank))
 
     def restore_ledger(self, ledger: Ledger) -> None:
-        """Each side gets all counts once: UE ranks those of their UEs, rank 0 everyone's."""
+        """Each side gets all counts once: UE ranks those of their UEs, rank 0 those of all UEs."""
         counts = self.wire.ledger.counts
         if self.rank == 0:
             counts.copy_(ledger.counts)

@@ -1,7 +1,7 @@
 """The whole model at one UE of a federated method: encoder, tail and head, and their Adam.
 
 Shared parts are averaged over UEs, personal ones stay at the UE with their Adam state; which
-parts are shared is all that a method …per changes (Pillutla et al., *Federated Learning with
+parts are shared is the only difference of a method …per (Pillutla et al., *Federated Learning with
 Partial Model Personalization*, ICML 2022). Shapes: B rows, A angles, D delays, P scalars of the
 shared parts.
 """
@@ -27,10 +27,10 @@ class Replica:
     """One UE's model, unsplit, on its own rows; a method says what it does with it.
 
     Attributes:
-        shared, personal: the model's parameters, by who has them.
-        probe: shows gradients and reconstructions, when asked.
+        shared, personal: the model's parameters, by where they live.
+        probe: shows gradients and reconstructions, on request.
         statistics: BatchNorm's running means and variances of the shared parts. How many batches
-            they have seen is the same at every UE and needs no exchange.
+            they have seen is the same at every UE and isn't exchanged.
         agreed: the shared parts as all UEs have them, where a UE's own go their way in between.
     """
 
@@ -107,7 +107,7 @@ class Replica:
         """What a checkpoint holds of this UE.
 
         Args:
-            agreed: what is to be set again when the tensors have been loaded.
+            agreed: what to refresh once the tensors have been loaded.
         """
 
         def loaded() -> None:
@@ -129,8 +129,8 @@ class Agreed:
     """Tensors of a replica as one vector, which all UEs change by the mean of their changes.
 
     What crosses is the change since the last exchange, as many scalars as the tensors have. The
-    mean of the changed tensors is the same; but bf16 keeps 8 bits, and small changes of a
-    weight sent whole would be lost in its rounding.
+    mean of the changed tensors is the same; but bf16 keeps 8 bits, and small changes would be
+    lost in rounding if a weight were sent whole.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -149,7 +149,7 @@ class Agreed:
                 tensor.copy_(value)
 
     def refresh(self) -> None:
-        """Take the tensors, as they are between two iterations, for what is agreed on."""
+        """Take the tensors, as they are between two iterations, as the agreed values."""
         self.value.copy_(flat(self.tensors))
 
     def parts(self) -> list[Tensor]:

@@ -46,10 +46,10 @@ class Roster:
         execute: Callable[[list[Instruction]], None],
         undo: Callable[[], None],
     ) -> None:
-        """One iteration, repeated until the verdict is that nobody else is to be left out.
+        """One iteration, repeated until the verdict leaves nobody else out.
 
         Args:
-            undo: takes back what an attempt changed, and posts its receives again.
+            undo: reverts what an attempt changed, and posts its receives again.
         """
         self.out = set()
         execute(parts.once)
@@ -62,7 +62,7 @@ class Roster:
         execute(parts.end)
 
     def agree(self, kind: Kind, bad: Iterable[int] = ()) -> None:
-        """Leave out the UEs that the rank which decides, and it alone, found `bad`."""
+        """Leave out the UEs that are `bad`, of which only the deciding rank knows."""
         channel = self._channels[kind]
         before = len(self.out)
         if self._rank == self._sources[kind]:
@@ -82,7 +82,7 @@ class Roster:
 
 
 def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """What puts BatchNorm's statistics back to what they are now."""
+    """A function that restores BatchNorm's statistics to their present values."""
     kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
     def restore() -> None:

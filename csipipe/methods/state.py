@@ -49,7 +49,7 @@ class Unit:
     Attributes:
         modules: by the name of the part.
         moments: Adam's state of their parameters.
-        generator: where mini-batches are drawn from.
+        generator: which draws the mini-batches.
         loaded: called after `load`, for what follows from the rest.
     """
 

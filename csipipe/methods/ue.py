@@ -1,4 +1,4 @@
-"""One UE: its private channels, encoder and decoder head, and its draws.
+"""One UE: its private channels, encoder and decoder head, and its random generator.
 
 What a UE computes depends on its number and the seed, never on the rank that hosts it. Shapes:
 B rows, A angles, D delays.
@@ -21,7 +21,7 @@ from csipipe.methods.state import AdamMoments, Unit
 from csipipe.models import build_encoder, build_head
 from csipipe.settings.config import Settings
 
-_DRAWS = 1000  # apart from the seeds of the model's parts
+_DRAWS = 1000  # distinct from the seeds of the model's parts
 
 
 class UserEquipment:
@@ -71,7 +71,7 @@ class UserEquipment:
         checkpoint.save(checkpoint.ue_file(folder, self.number), parts)
 
     def check_loss(self, loss: Tensor) -> None:
-        """Refuse (FloatingPointError) a loss that is no number, before the step."""
+        """Refuse (FloatingPointError) a loss that isn't finite, before the step."""
         trust.check_loss(f"UE {self.number}", loss, self.parts)
 
     @property
@@ -83,7 +83,7 @@ class UserEquipment:
         """Adam on encoder and head (eqs. 6 and 8).
 
         Raises:
-            FloatingPointError: a gradient is no number; nothing was changed.
+            FloatingPointError: a gradient isn't finite; nothing was changed.
         """
         trust.check_gradients(f"UE {self.number}'s", self.parts.named_parameters())
         self.optimizer.step()

@@ -46,10 +46,10 @@ class UeStage:
             goes out to the first.
         micro_batches: micro-batches per iteration.
         tolerant: a UE that can't step is left out; else it is an error.
-        calls: what this rank does at instructions that aren't the stage's own.
+        calls: what this rank does at instructions that don't belong to the stage.
 
     Attributes:
-        taking: places on this rank of the UEs that take part.
+        taking: indices on this rank of the UEs that take part.
         idle: places of those that took no step.
         faults: why UEs could not step in this iteration, by number.
     """
@@ -148,7 +148,7 @@ class UeStage:
         y_URC = torch.split(y, rows)
         with self._autocast():
             h_hats = [self.ues[u].head(y_URC[u]) for u in self.taking]
-        # what has no weights goes for all UEs at once
+        # what has no weights is done for all UEs at once
         everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
         loss = paper_loss(torch.cat(h_hats).float(), batch.h_UBAD[some, part].flatten(0, 1))
@@ -196,7 +196,7 @@ class UeStage:
                 self.idle.add(u)
 
     def _show(self, batch: _Batch, m: int, h_hats: list[Tensor]) -> None:
-        """Let reconstructions of micro-batch `m` be looked at."""
+        """Show reconstructions of micro-batch `m` to the probe."""
         rows = self._rows(batch)
         first = m * rows
         for ue, h, h_hat, n in zip(self.ues, batch.h_UBAD, h_hats, batch.valid, strict=True):

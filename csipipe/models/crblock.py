@@ -19,15 +19,15 @@ SLOPE = 0.3
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
-    """Convolution that keeps the image's size, then BatchNorm (which makes a bias needless)."""
+    """Convolution that keeps the image's size, then BatchNorm (which makes a bias unnecessary)."""
     return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), nn.BatchNorm2d(outputs))
 
 
 class CRBlock(nn.Module):
     """Parallel paths of convolutions, joined by a 1×1 convolution, added to the input.
 
-    Activations overwrite their input, which nobody needs again (BatchNorm keeps its own input):
-    the same numbers, a third less memory for the backward pass.
+    Activations overwrite their input, which isn't needed again (BatchNorm keeps its own input):
+    the same numbers, with a third less memory for the backward pass.
 
     (B, 2, A, D) → (B, 2, A, D), with A angles and D delays. 1,425 parameters with CRNet's
     kernels (3×3, 1×9, 9×1 beside 1×5, 5×1).

@@ -1,9 +1,9 @@
 """Linear and Conv2d whose weight gradients can wait.
 
-The gradient at a layer's input is what others wait for; the weight gradients are only needed at
-the optimiser's step. `put_off` makes a module's layers hand their share of the second to whoever
-holds the list, to be computed by `accumulate` when there is time. At once or later, per
-micro-batch the numbers are the same, to the bit.
+Others wait for the gradient at a layer's input; the weight gradients are only needed at the
+optimiser's step. `put_off` makes a module's layers append the latter to a list, to be computed by
+`accumulate` when there is time. At once or later, the numbers per micro-batch are the same, to the
+bit.
 
 Shapes: B rows, I and O inputs and outputs (of Conv2d: channels), A angles, D delays.
 """
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 @dataclass
 class Pending:
-    """A weight gradient that was put off: the layer, its input and the gradient at its output."""
+    """A postponed weight gradient: the layer, its input and the gradient at its output."""
 
     layer: Linear | Conv2d
     x: Tensor
@@ -111,14 +111,14 @@ def _apply(layer: Linear | Conv2d, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     if layer.pending is not None:
         assert x.requires_grad, "a weight gradient can wait only where the input has one"
-        # out of autograd's sight: it calls a parameter's hooks also for a gradient left out
+        # hidden from autograd, which calls a parameter's hooks even for a gradient left out
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     y: Tensor = _Layer.apply(x, weight, bias, layer)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Layer(torch.autograd.Function):
-    """A layer whose backward pass is cut in two."""
+    """A layer whose backward pass is split in two."""
 
     @staticmethod
     def forward(
@@ -142,7 +142,7 @@ class _Layer(torch.autograd.Function):
 
 
 def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
-    """From here on the layers of `modules` add their weight gradients to the list returned."""
+    """From here on the layers of `modules` append their weight gradients to the returned list."""
     pending: list[Pending] = []
     for module in modules:
         for layer in module.modules():
@@ -152,7 +152,7 @@ def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
 
 
 def accumulate(pending: Iterable[Pending]) -> None:
-    """Add what was put off to the gradients of the weights, hooks of the parameters included."""
+    """Add postponed gradients to those of the weights, calling the parameters' hooks."""
     for entry in pending:
         gradients = entry.layer.weight_gradients(entry.x, entry.gradient)
         for parameter, gradient in zip(
@@ -163,7 +163,7 @@ def accumulate(pending: Iterable[Pending]) -> None:
 
 
 def joined(pending: Iterable[Pending]) -> list[Pending]:
-    """The entries of each layer as one, over all their rows: one large product instead of many."""
+    """The entries of each layer joined over all their rows: one large product instead of many."""
     of_layer: dict[Linear | Conv2d, list[Pending]] = {}
     for entry in pending:
         of_layer.setdefault(entry.layer, []).append(entry)

@@ -1,7 +1,7 @@
 """Cuts of the tail that balance measured time. No DeepSpeed import.
 
 A profile holds the seconds that each layer takes, forward and backward, for one micro-batch of
-the run; it can be kept in a file, and is then only used for the same model, micro-batch and
+the run. It can be kept in a file, which is then used only for the same model, micro-batch and
 machine.
 """
 
@@ -81,9 +81,9 @@ def _timed(
 
 
 def cut(seconds: Sequence[float], layers: Sequence[nn.Module], stages: int) -> list[int]:
-    """First layer of every stage, then the number of layers: the longest stage is shortest.
+    """First layer of every stage, then the number of layers; minimises the longest stage.
 
-    Every stage gets a layer with parameters, which DeepSpeed's optimiser needs.
+    Every stage gets a layer with parameters, since DeepSpeed's optimiser needs one.
 
     Raises:
         ValueError: more stages than layers with parameters.
@@ -106,7 +106,7 @@ def stage_seconds(seconds: Sequence[float], parts: Sequence[int]) -> list[float]
 
 
 def report(seconds: Sequence[float], parts: Sequence[int]) -> str:
-    """What the run says of its partition."""
+    """What the run reports about its partition."""
     stages = stage_seconds(seconds, parts)
     times = ", ".join(f"{1e3 * s:.1f}" for s in stages)
     longer = max(stages) / statistics.mean(stages) - 1
@@ -131,7 +131,7 @@ def _about(
 
 
 def _read(path: Path, about: dict[str, Any], layers: int) -> list[float]:
-    remedy = "delete it to have it measured anew, or name another file in topology.profile."
+    remedy = "delete it to have it measured again, or name another file in topology.profile."
     try:
         found = json.loads(path.read_text())
         seconds = [float(value) for value in found["seconds"]]

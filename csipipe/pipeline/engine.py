@@ -1,8 +1,8 @@
 """The BTS stage: DeepSpeed's pipeline engine, executing csipipe's schedule.
 
 DeepSpeed partitions the tail, holds the stage's parameters, runs its forward and backward pass
-(autocast, ZeRO) and the optimiser step. The order of the instructions and the transfers are ours:
-a stage doesn't know whether its neighbours are stages or UEs.
+(autocast, ZeRO) and the optimiser step. The order of the instructions and the transfers are ours; a
+stage doesn't know whether its neighbours are stages or UEs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from csipipe.pipeline.settings import with_batches
 
 
 class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
-    """The decoder tail, cut into stages; this rank keeps the layers of its own.
+    """The decoder tail, cut into stages; this rank keeps its own layers.
 
     Args:
         cuts: for partition measured: first layer of every stage, then the number of layers.
@@ -55,7 +55,7 @@ class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no type
                 raise
             names = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
-                f"topology.partition {partition!r} matches no layer of the tail; there are: "
+                f"topology.partition {partition!r} matches no layer of the tail; its layers are "
                 f"{', '.join(names)}."
             ) from error
         self._layer_specs: list[nn.Module] = []  # the other stages' layers
@@ -71,7 +71,7 @@ class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no type
 
 
 def check_partition(layers: list[nn.Module], parts: list[int], method: str) -> None:
-    """Refuse cuts that DeepSpeed would die of later.
+    """Refuse cuts at which DeepSpeed would fail later.
 
     Args:
         parts: first layer of every stage, then the number of layers.
@@ -101,11 +101,11 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         micro_batches: micro-batches per iteration.
         ports: where messages come from and go to.
         clock: counts this rank's time while it trains.
-        calls: what this rank does at instructions that aren't the stage's own.
+        calls: what this rank does at instructions that don't belong to the stage.
 
     Attributes:
-        before_step: called when the iteration's gradients are whole.
-        taking: rows of every micro-batch that the stage computes with, where not all take part;
+        before_step: called when the iteration's gradients are complete.
+        taking: rows of every micro-batch that the stage computes with, if not all take part;
             what crosses keeps its shape, with zeros for the others.
     """
 
@@ -164,9 +164,10 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self.ports.forward_out.finish()
 
     def _open(self, plan: list[Instruction], end: Op) -> None:
-        """Post receives: of the micro-batches that are held at a time until `end`, and one more.
+        """Post receives for as many micro-batches as are held at a time until `end`, and one more.
 
-        Sends under way are as few, so that memory follows the schedule and not the mini-batch.
+        The number of sends in flight is limited likewise, so that memory follows the schedule and
+        not the mini-batch.
         """
         most = held(plan, Op.RECEIVE_FORWARD, end)
         if not most:  # nothing crosses
@@ -181,9 +182,9 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self._inputs[m] = self.ports.forward_in.receive(m)
 
     def _forward_micro_batch(self, m: int) -> None:
-        # a leaf, so that its gradient can be taken for whoever sent it
+        # a leaf, so that its gradient can be sent back
         x = self._some(self._inputs.pop(m)).detach().requires_grad_(torch.is_grad_enabled())
-        # not PipelineEngine's, which only answers to its own schedules
+        # not PipelineEngine's, which works only with its own schedules
         self._outputs[m] = DeepSpeedEngine.forward(self, x)
         if torch.is_grad_enabled():
             self._inputs[m] = x
@@ -213,7 +214,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
     def _weight_gradients(self, m: int) -> None:
         with self._allowed():
             accumulate(self._weights.pop(m))
-        # only now: the layers at the two ends kept what was received
+        # only now: the first and the last layer kept what was received
         self.ports.forward_in.release(m)
         self.ports.backward_in.release(m)
 
@@ -228,7 +229,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         return rows if self.taking is None else rows[self.taking]
 
     def _all(self, rows: Tensor) -> Tensor:
-        """A whole micro-batch again."""
+        """The whole micro-batch, with zeros for rows that don't take part."""
         if self.taking is None:
             return rows
         whole = rows.new_zeros(self.rows, *rows.shape[1:])
@@ -269,6 +270,6 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
 
 def open_subworld(group: dist.ProcessGroup, timeout: float) -> None:
-    """Prepare DeepSpeed on this BTS rank: confined to `group`, silent unless something is wrong."""
+    """Prepare DeepSpeed on this BTS rank: confined to `group`, logging only warnings."""
     ds_logger.setLevel(logging.WARNING)
     subworld.install(group, timeout)

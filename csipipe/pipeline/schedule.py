@@ -1,13 +1,13 @@
 """What every rank does in one iteration, as data: no processes, no tensors.
 
-The UEs are the two outermost ends of one pipeline: encoder → tail stages → head, and back. A
+The UEs are the two ends of one pipeline: encoder → tail stages → head, and back. A
 schedule is the list of instructions of one rank; `execute` runs it. Every send has its receive on
 the neighbour, in the same order: `tests/unit/test_schedule.py` pairs them.
 
-A backward pass is cut in two: BACKWARD computes the gradient at a stage's input, for which the
-rank before waits; WEIGHTS computes the gradients of the weights, for which nobody does. Both take
-micro-batches in ascending order in every schedule, so that gradients are summed in one order and
-results don't depend on the schedule.
+A backward pass is split in two: BACKWARD computes the gradient at a stage's input, for which the
+previous rank waits; WEIGHTS computes the gradients of the weights, for which nobody waits. In every
+schedule both take the micro-batches in ascending order, so that gradients are summed in one order
+and results don't depend on the schedule.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Op(Enum):
     ENCODE = "encode"  # UE: encoder's forward pass, whole mini-batch
     HEAD = "head"  # UE: head, loss, and the gradient at the head's input
     ENCODE_BACKWARD = "encode backward"  # UE: encoder's backward pass, whole mini-batch
-    ROLL_CALL = "roll call"  # who takes part: once all smashed data are here
-    VERDICT = "verdict"  # whether it stays so: once all gradients are here
+    ROLL_CALL = "roll call"  # who takes part: once all smashed data have arrived
+    VERDICT = "verdict"  # whether that holds: once all gradients have arrived
     STEP = "step"  # optimiser
 
 
@@ -58,9 +58,9 @@ def gpipe(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
 
 
 def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
-    """1F1B: a stage is as many micro-batches ahead as there are ranks between it and the heads.
+    """1F1B: a stage is as many micro-batches ahead as there are ranks from it to the heads.
 
-    The heads are the last of them, so the last stage works on the next micro-batch while they
+    That includes the heads' ranks, so the last stage works on the next micro-batch while they
     work on this one. Holds `stages - stage + 1` micro-batches.
     """
     return _alternate(micro_batches, ahead=stages - stage, lag=0)
@@ -69,9 +69,9 @@ def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Ite
 def zero_bubble(stage: int, stages: int, micro_batches: int) -> Iterator[Instruction]:
     """1F1B that is two micro-batches ahead per hop, and whose weight gradients wait.
 
-    Of the two, one is worked on and one under way, so that nobody waits for a message. Gradients
-    reach the encoders sooner, and the weight gradients that were put off, the more the later the
-    stage, fill the end, where a stage would wait for the ones before it. Holds
+    Of the two, one is being worked on and one is in flight, so that nobody waits for a message.
+    Gradients reach the encoders sooner, and the postponed weight gradients (the later the stage,
+    the more of them) fill the end, where a stage would wait for the ones before it. Holds
     `2 * stages - stage + 2` micro-batches. After ZB-H1 in Qi et al., "Zero bubble pipeline
     parallelism", ICLR 2024, with the UEs as first and last stage.
     """
@@ -109,12 +109,12 @@ def _alternate(micro_batches: int, ahead: int, lag: int) -> Iterator[Instruction
 
 @dataclass(frozen=True)
 class Attempts:
-    """A rank's training where bad UEs are dropped: `attempt` may be repeated without one of them.
+    """A rank's training where bad UEs are dropped: `attempt` may be repeated without some of them.
 
     Attributes:
-        once: before; a repetition uses it again.
-        attempt: everything that crosses; at its end all ranks know whether it holds.
-        end: after the one that holds; changes weights.
+        once: executed first; a repetition reuses its results.
+        attempt: everything that crosses; at its end all ranks know whether it is valid.
+        end: executed after the valid attempt; changes weights.
     """
 
     once: list[Instruction]
@@ -126,8 +126,8 @@ def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts:
     """A stage's training plan, with agreement on who takes part.
 
     The first stage receives all smashed data before its first forward pass and calls the roll;
-    the last one gives the verdict as soon as it has the last gradient, while the others still
-    work. Everyone hears both before it needs them.
+    the last one gives the verdict as soon as it has the last gradient, while the others are still
+    working. Every rank receives both before it needs them.
     """
     *attempt, end = plan
     if stage == 0:
@@ -141,7 +141,7 @@ def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts:
 
 
 def ue_attempts(micro_batches: int) -> Attempts:
-    """`ue_training`, with agreement on who takes part; smashed data are sent again, as they are."""
+    """`ue_training`, with agreement on who takes part; smashed data are sent again unchanged."""
     plan = list(ue_training(micro_batches))
     sent = 1 + micro_batches
     attempt = [
@@ -164,7 +164,7 @@ def stage_evaluation(micro_batches: int) -> Iterator[Instruction]:
 def ue_training(micro_batches: int) -> Iterator[Instruction]:
     """The UE rank's two ends of the same iteration.
 
-    The encoder's BatchNorm sees the whole mini-batch, so encoding isn't cut; heads work on each
+    The encoder's BatchNorm sees the whole mini-batch, so encoding isn't split; heads work on each
     micro-batch as it comes back. The heads' weight gradients fill the wait for the last stages.
     """
     yield from ue_encoding(micro_batches)
@@ -201,7 +201,7 @@ def bubble(stages: int, micro_batches: int) -> float:
 
 
 def held(plan: Plan, start: Op, end: Op) -> int:
-    """Most micro-batches between `start` and `end` at a time: how many buffers a rank needs."""
+    """Most micro-batches between `start` and `end` at any time: how many buffers a rank needs."""
     now = most = 0
     for instruction in plan:
         now += (instruction.op is start) - (instruction.op is end)
@@ -219,7 +219,7 @@ def execute(
 
     Args:
         whole, per_micro_batch: what the rank does at instructions without and with a micro-batch.
-        clock: counts the time of each; the last one's goes on until the clock is told more.
+        clock: counts the time of each; that of the last one continues until the clock is told more.
     """
     for instruction in plan:
         op, m = instruction.op, instruction.micro_batch

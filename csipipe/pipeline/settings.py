@@ -10,7 +10,7 @@ from typing import Any
 from csipipe.settings.config import Precision, Settings
 
 KNOWN_VERSIONS = ("0.19.8",)
-"""DeepSpeed releases that csipipe was run with; it relies on what they don't promise."""
+"""DeepSpeed releases that csipipe was tested with; it relies on their internals."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -26,12 +26,12 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
     if version("deepspeed") not in KNOWN_VERSIONS:
         raise ValueError(
             f"DeepSpeed {version('deepspeed')} is installed; csipipe knows "
-            f"{', '.join(KNOWN_VERSIONS)}. Install with: pip install -c constraints.txt -e ."
+            f"{', '.join(KNOWN_VERSIONS)}. Install it with: pip install -c constraints.txt -e ."
         )
     file = Path(path) if path else _FOLDER / f"{precision}.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"train.deepspeed: {file} doesn't exist; the shipped files lie in {_FOLDER}."
+            f"train.deepspeed: {file} doesn't exist; the shipped files are in {_FOLDER}."
         )
     try:
         keys = json.loads(file.read_text())

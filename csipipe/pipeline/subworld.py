@@ -2,8 +2,8 @@
 
 `PipelineModule` takes the world's size as the pipeline's; in ours, UE ranks share the world.
 DeepSpeed sends everything through one backend object, so a subclass that answers with the BTS
-group wherever no group is named is enough. The BTS holds ranks 0 … S-1, so ranks inside and
-outside are the same numbers and nothing is translated.
+group wherever no group is named is enough. The BTS has ranks 0 … S-1, so ranks have the same
+numbers inside and outside, and nothing is translated.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
         return source
 
     def _stage(self, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        """Host copy of a GPU tensor where the group is gloo's, which sends none."""
+        """Host copy of a GPU tensor if the group is gloo's, which can't send those."""
         gloo = dist.get_backend(group or self.group) == "gloo"
         return tensor.cpu() if gloo and tensor.is_cuda else tensor
 
@@ -115,5 +115,5 @@ class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
 
 
 def install(group: dist.ProcessGroup, timeout: float) -> None:
-    """Put DeepSpeed's communication on the BTS ranks of `group`."""
+    """Confine DeepSpeed's communication to the BTS ranks of `group`."""
     ds_comm.cdb = SubWorld(group, timeout)

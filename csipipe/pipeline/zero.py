@@ -1,7 +1,7 @@
 """Adam's state of a stage under DeepSpeed's ZeRO-1, parameter by parameter. No DeepSpeed import.
 
-ZeRO keeps one flat fp32 copy of the stage's parameters and gives that to Adam. A stage is one rank,
-so nothing is split; each parameter knows its place in the flat vector.
+ZeRO keeps one flat fp32 copy of the stage's parameters and passes that to Adam. A stage is one
+rank, so nothing is split; each parameter knows its place in the flat vector.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ZeroMoments:
         return {"step": state["step"].clone(), **views}  # one step for all parameters
 
     def write(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """As `Moments.write`; takes the fp32 copy of the parameter along."""
+        """As `Moments.write`; also updates the fp32 copy of the parameter."""
         flat = self._owner(parameter)
         with torch.no_grad():
             self._view(flat, parameter).copy_(parameter)

@@ -12,7 +12,7 @@ _ROUNDS = 16
 
 @dataclass(frozen=True)
 class Offset:
-    """What to add to this rank's `time.time_ns()` for rank 0's, and how wrong that may be, in ns.
+    """What to add to this rank's `time.time_ns()` to get rank 0's, and its uncertainty, in ns.
 
     0 where the clocks can't be told apart, as on one machine.
     """
@@ -22,10 +22,10 @@ class Offset:
 
 
 def best(rounds: list[tuple[int, int, int]]) -> Offset:
-    """From (asked, rank 0's answer, heard): the round that took least time (Cristian, 1989).
+    """From (asked, rank 0's answer, heard): the round that took the least time (Cristian, 1989).
 
-    The answer was given between the other two times, so half of what lies between is the most
-    that the middle can be wrong by.
+    The answer was given between the other two times, so the middle is wrong by at most half the
+    interval.
     """
     asked, answer, heard = min(rounds, key=lambda times: times[2] - times[0])
     within = (heard - asked + 1) // 2
@@ -44,7 +44,7 @@ def offset(world: World, limit: float) -> Offset:
     for rank in range(1, world.size) if world.rank == 0 else [world.rank]:
         for k in range(_ROUNDS):
             ask, answer = (f"time/{rank}/{k}/{what}" for what in ("ask", "answer"))
-            # the first round waits for the rank's turn; in the others each look counts
+            # the first round waits for the rank's turn; in the others every poll counts
             poll = POLL if k == 0 else 0.0
             if world.rank == 0:
                 world.read(ask, rank, "its clock", limit, poll)

@@ -1,4 +1,4 @@
-"""Records one rank: torch.profiler's trace, and the spans that the rank's clock is told of."""
+"""Records one rank: torch.profiler's trace, and the spans reported to the rank's clock."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it announces starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it announces starts and stops
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        # one cycle of one trace: torch would warn that the next one forgets this one's events
+        # otherwise torch warns that the next cycle forgets this one's events; there is only one
         self._profiler = profile(activities=activities, acc_events=True)
         self.spans: list[Span] = []
         self._iteration = 0
@@ -45,7 +45,7 @@ class Recorder:
         self._profiler.start()
 
     def stop(self) -> None:
-        """Record no more; ends what was begun."""
+        """Stop recording; ends what was begun."""
         self.iteration_ends()
         self._profiler.stop()
 
@@ -77,7 +77,7 @@ class Recorder:
             self._range = self._open = None
 
     def within(self, name: str, action: Callable[[], object]) -> None:
-        """Do something that has a name of its own within the span."""
+        """Run `action` under a name of its own within the span."""
         with record_function(name):
             action()
 
@@ -96,8 +96,8 @@ class Recorder:
             OSError: it can't be written.
         """
         self._profiler.export_chrome_trace(str(file))
-        # torch says nothing where it can't write, or not all of it
+        # torch doesn't report that it couldn't write all of it
         with open(file, "rb") as written:
             written.seek(-min(_END, file.stat().st_size), os.SEEK_END)
             if b'"traceName"' not in written.read():
-                raise OSError(errno.EIO, "The trace was not written to its end", str(file))
+                raise OSError(errno.EIO, "The trace was not written completely", str(file))

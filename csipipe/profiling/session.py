@@ -1,8 +1,8 @@
 """The profile of a run, on one rank: when to record, what to write, what to tell the user.
 
-Two iterations before the first that is recorded, one is traced for its size, and rank 0 decides
-whether the disk has room; then the ranks compare clocks. The one in between lets them fall into
-step again. A profile that fails is said and costs nothing but itself: training goes on.
+Two iterations before the first recorded one, an iteration is traced for its size, and rank 0
+decides whether the disk has room; then the ranks compare clocks. The iteration in between lets them
+resynchronise. A profile that fails is reported and costs nothing else: training continues.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from csipipe.tracking import Tracker
 
 FOLDER, PICTURE = "profile", "timeline"
 _EVENT = 650
-"""Bytes on the disk, at most, of one event of a trace while it is written: as JSON, packed, and
-packed once more in the merged trace. 550 were measured on CPUs."""
+"""Most bytes on disk of one event of a trace while it is written: as JSON, compressed, and
+compressed once more in the merged trace. 550 were measured on CPUs."""
 _LEAST = 60.0
-"""Seconds that ranks wait for each other's part of the profile, at least."""
+"""Least number of seconds that ranks wait for each other's part of the profile."""
 _PACE = 5_000
-"""Events that are written per second, at least, by the slowest disk that ranks wait for. 100,000
-were merged on a CPU."""
+"""Least number of events per second that the slowest disk is expected to write. 100,000 were merged
+on a CPU."""
 
 
 class Profile:
@@ -45,7 +45,7 @@ class Profile:
         folder: the run's directory.
         done: iterations that were done before this process.
         tracker: rank 0's.
-        unhurried: what is done within it may take longer than an iteration.
+        unhurried: context for work that may take longer than an iteration.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Profile:
         self._pending = done <= self._first - 2
         if not self._pending:
             self._say(
-                f"{self} would begin before iteration {done + 1}, with which this run goes on: "
-                f"nothing is profiled; --run.profile_after {done + 2} or more would be"
+                f"{self} would begin before iteration {done + 1}, at which this run resumes: "
+                f"nothing is profiled; use --run.profile_after {done + 2} or more"
             )
 
     def __str__(self) -> str:
         return f"the profile of iterations {self._first + 1} to {self._last + 1}"
 
     def train_iteration(self, iteration: int) -> Figures | None:
-        """As the worker's; recorded if it is its turn."""
+        """As the worker's; recorded if the iteration is to be profiled."""
         if not self._pending:
             return self._worker.train_iteration(iteration)
         if iteration == self._first - 2:
@@ -100,7 +100,7 @@ class Profile:
         return figures
 
     def close(self) -> None:
-        """The run ends: say so if the profile's turn has not come, or is not over."""
+        """At the end of the run: report a profile that was not begun or not finished."""
         if self._pending:
             if self._recorder is not None:
                 self._recorder.stop()
@@ -121,7 +121,7 @@ class Profile:
         return figures
 
     def _rehearse(self, iteration: int) -> Figures | None:
-        """Trace an iteration for its size alone; go on only where there is room; collective."""
+        """Trace an iteration only for its size; continue only if there is room; collective."""
         recorder = self._start()
         figures = self._record(recorder, iteration)
         recorder.stop()
@@ -140,7 +140,7 @@ class Profile:
         return figures
 
     def _has_room(self, events: int) -> bool:
-        """Whether the disk has room for as many events; says so."""
+        """Whether the disk has room for that many events; reports it."""
         needed = events * _EVENT
         free = shutil.disk_usage(self._run).free
         if needed <= free:
@@ -148,7 +148,7 @@ class Profile:
             return True
         self._say(
             f"{self} would take {needed:,} bytes, but {free:,} are free in {self._run}: nothing is "
-            "profiled, training goes on; make room, or lower run.profile_iterations"
+            "profiled, training continues; free some disk space, or lower run.profile_iterations"
         )
         return False
 
@@ -166,7 +166,7 @@ class Profile:
         world.tell("written", json.dumps([self._offset.ns, self._offset.within, error]))
         if world.rank == 0:
             self._gather(started)
-        # the others would wait for rank 0 inside the next iteration
+        # otherwise the others would wait for rank 0 inside the next iteration
         world.ready("profile", self._limit)
 
     def _file(self, rank: int) -> Path:
@@ -187,7 +187,7 @@ class Profile:
             if ns:
                 self._say(
                     f"profile: the clock of {role} is {-ns / 1e6:+.3f} ms from rank 0's "
-                    f"(± {within / 1e6:.3f} ms); its times were moved"
+                    f"(± {within / 1e6:.3f} ms); its times were shifted"
                 )
         try:
             self._draw(rows)
@@ -199,7 +199,7 @@ class Profile:
 
     def _report(self, errors: list[str], seconds: float) -> None:
         if errors:
-            self._say(f"{self} can't be written: {errors[0]}; training goes on")
+            self._say(f"{self} can't be written: {errors[0]}; training continues")
             return
         ours = {self._file(rank).name for rank in range(self._world.size)} | {MERGED}
         foreign = sorted({file.name for file in self._folder.iterdir()} - ours)
@@ -215,7 +215,7 @@ class Profile:
         )
 
     def _draw(self, rows: list[Row]) -> None:
-        """The picture of a typical iteration, beside the settings and in TensorBoard."""
+        """The picture of a typical iteration, in the run's directory and in TensorBoard."""
         from csipipe.profiling import timeline  # matplotlib: on rank 0 of a profiled run alone
 
         assert self._tracker is not None
@@ -240,7 +240,7 @@ class Profile:
 
 
 def _title(settings: Settings, iteration: int, ranks: int) -> str:
-    """What the picture shows, and what GPipe would lose."""
+    """What the picture shows, and GPipe's bubble."""
     train, count = settings.train, settings.run.profile_iterations
     where = f"iteration {iteration}, of median length among {count} profiled"
     if not settings.spec.pipelined:

@@ -1,4 +1,4 @@
-"""What a rank did when: spans of time, and figures of them. No tensors, no processes."""
+"""What a rank did when: spans of time, and their figures. No tensors, no processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, replace
 
 @dataclass(frozen=True)
 class Span:
-    """One thing that a rank did, as its clock (`csipipe.measure.clock`) was told.
+    """One thing that a rank did, as reported to its clock (`csipipe.measure.clock`).
 
     Attributes:
         activity: compute, send or wait.
@@ -64,7 +64,7 @@ def from_json(text: str) -> list[Span]:
 
 
 def idle(row: Row) -> float:
-    """Share of a rank's iterations, each from first span to last, in which it doesn't compute."""
+    """Share of a rank's iterations, each from first to last span, in which it doesn't compute."""
     busy = sum(span.end - span.begin for span in row.spans if span.activity == "compute")
     iterations = [row.of(i).spans for i in {span.iteration for span in row.spans}]
     whole = sum(spans[-1].end - spans[0].begin for spans in iterations)

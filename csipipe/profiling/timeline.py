@@ -1,6 +1,6 @@
 """The pipeline's timeline: ranks down, time across. Only rank 0 of a profiled run imports this.
 
-Kinds of work differ in lightness and hatching, so that they are told apart in grey too.
+Kinds of work differ in lightness and hatching, so that they are distinguishable in grey too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DIGIT = 0.62
 
 @dataclass(frozen=True)
 class Kind:
-    """How spans of one kind look: fill, hatching, and the colour of the number on it."""
+    """How spans of one kind look: fill, hatching, and the colour of the number on them."""
 
     label: str
     fill: str
@@ -114,7 +114,7 @@ def draw(timeline: Timeline) -> Figure:
 
 
 def _explain(figure: Figure, rows: Sequence[Row]) -> None:
-    """The legend, of the kinds that there are."""
+    """The legend, with the kinds that occur."""
     used = {kind_of(span).label for row in rows for span in row.spans}
     figure.legend(
         handles=[
@@ -186,7 +186,7 @@ def save(figure: Figure, file: Path) -> None:
     """Write a PNG or SVG, by the file's ending; whole or not at all.
 
     Raises:
-        OSError: it can't be written; nothing is left of it.
+        OSError: it can't be written; no part of it remains.
     """
     with whole(file) as partial:
         figure.savefig(partial, dpi=130, format=file.suffix[1:])

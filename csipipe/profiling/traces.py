@@ -16,7 +16,7 @@ from csipipe.profiling.recorder import Recorder
 
 MERGED = "all-ranks.json.gz"
 _IDS = 1 << 32
-"""Numbers of a rank's arrows (Chrome's flow events), so that two ranks' aren't joined."""
+"""Range of a rank's arrow numbers (Chrome's flow events), so that ranks' arrows aren't joined."""
 _PROCESSES = 100
 """Process numbers of a rank in the merged file: itself, then its GPUs."""
 
@@ -26,9 +26,9 @@ class Trace:
     """One rank's trace.
 
     Attributes:
-        rank, role: whose; a role is a name for people, such as `BTS stage 0`.
+        rank, role: whose it is; a role is a human-readable name, such as `BTS stage 0`.
         file: what `write` wrote.
-        shift: nanoseconds to add to its times for rank 0's.
+        shift: nanoseconds to add to its times to get rank 0's.
     """
 
     rank: int
@@ -46,7 +46,7 @@ def write(recorder: Recorder, file: Path) -> None:
     """Write what a rank recorded, whole or not at all.
 
     Raises:
-        OSError: it can't be written; nothing is left of it.
+        OSError: it can't be written; no part of it remains.
     """
     plain = file.with_name(f"{file.name}.plain")
     unfinished = file.with_name(f"{plain.name}.tmp")  # Kineto's
@@ -89,7 +89,7 @@ def merge(traces: Sequence[Trace], file: Path) -> None:
 def _translated(
     events: list[dict[str, Any]], trace: Trace, later: float
 ) -> Iterator[dict[str, Any]]:
-    """A rank's events as they stand in the merged trace, `later` microseconds.
+    """A rank's events for the merged trace, shifted by `later` microseconds.
 
     Kineto's own bookkeeping, which has no process number, is left out.
     """
@@ -113,7 +113,7 @@ _PROCESS_NAMES = ("process_name", "process_labels", "process_sort_index")
 
 
 def _processes(events: list[dict[str, Any]]) -> list[int]:
-    """Process numbers with something to show: the rank's own first, then its GPUs'."""
+    """Numbers of processes with events: the rank's own first, then its GPUs'."""
     own = {event["pid"] for event in events if event.get("cat") in ("user_annotation", "cpu_op")}
     shown = {event["pid"] for event in events if event["ph"] == "X"}
     numbers = {process for process in own | shown if isinstance(process, int)}

@@ -1,1 +1,1 @@
-"""The paper's tables and figures, measured anew."""
+"""The paper's tables and figures, measured again."""

@@ -1,6 +1,6 @@
 """A report's runs as a SLURM array: slurm/sweep.sbatch starts one per index.
 
-An index is a run's place among the report's runs, which preset and settings alone decide.
+An index is a run's place among the report's runs, which depend only on preset and settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Wanted = Callable[[Report], Mapping[Any, Run]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Options of reports whose runs may be an array's."""
+    """Options of reports whose runs can be started as an array."""
     parser.add_argument(
         "--sbatch", action="store_true", help="print the sbatch line for what is missing"
     )
@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def asked(options: Namespace) -> bool:
-    """Whether a line or a run's settings are wanted instead of the report."""
+    """Whether the line or the settings of a run are wanted instead of the report."""
     return bool(getattr(options, "sbatch", False)) or getattr(options, "pick", None) is not None
 
 
@@ -54,7 +54,7 @@ def answer(options: Namespace, wanted: Wanted) -> None:
 
 
 def given(options: Namespace) -> list[str]:
-    """The words of the command line that decide a report's runs."""
+    """The words of the command line that determine a report's runs."""
     words = [options.report, "--preset", options.preset]
     words += ["--quick"] if options.quick else []
     words += ["--out", options.out] if options.out else []
@@ -75,7 +75,7 @@ def pick(report: Report, wanted: Iterable[Run], index: int) -> Path:
     runs = numbered(wanted)
     if not 0 <= index < len(runs):
         raise ValueError(
-            f"index {index}, but the report has {len(runs)} runs; submit it with "
+            f"the index is {index}, but the report has {len(runs)} runs; submit it with "
             f"sbatch --array=0-{len(runs) - 1}."
         )
     run = runs[index]
@@ -88,13 +88,13 @@ def pick(report: Report, wanted: Iterable[Run], index: int) -> Path:
 
 
 def line(report: Report, wanted: Iterable[Run], words: Sequence[str]) -> str | None:
-    """The sbatch line for the runs that aren't finished nor going; None if there are none.
+    """The sbatch line for runs that are neither finished nor in progress; None if there are none.
 
     Args:
-        words: those that decide the runs, for the script.
+        words: those that determine the runs, for the script.
 
     Raises:
-        ValueError: a folder among them that can't be used.
+        ValueError: one of their folders can't be used.
     """
     runs = numbered(wanted)
     found = states.sort(runs)

@@ -1,4 +1,4 @@
-"""What the reports' commands share: options, and runs from a folder, started where missing."""
+"""What the reports' commands share: options, and runs from a folder, started if missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Report:
     jobs: int
 
     def file(self, name: str) -> Path:
-        """A file of the report; quick ones have a name of their own."""
+        """A file of the report; quick ones have another name."""
         stem, _, ending = name.partition(".")
         return self.out / (f"{stem}-quick.{ending}" if self.quick else name)
 
@@ -38,12 +38,12 @@ class Found:
 
     finished: dict[str, Run]
     absent: dict[str, str]
-    """Why a run isn't there, by its name."""
+    """Why a run is missing, by its name."""
     failed: bool
     """Whether a run was started and didn't finish."""
 
     def notes(self) -> str:
-        """A paragraph for the verdict; empty if every run is there."""
+        """A paragraph for the verdict; empty if no run is missing."""
         if not self.absent:
             return ""
         lines = [f"- {name}: {why}" for name, why in self.absent.items()]
@@ -53,11 +53,11 @@ class Found:
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of every report; what isn't one of them goes to launch/train.py."""
     parser.add_argument(
-        "--preset", default="laptop", help="laptop (default), paper, or a YAML file like those"
+        "--preset", default="laptop", help="laptop (default), paper, or a YAML file of that kind"
     )
     parser.add_argument("--quick", action="store_true", help="fewer panels and points")
     parser.add_argument(
-        "--out", help="folder of the reports and their runs; reports/<preset>-<data> if left out"
+        "--out", help="folder of the reports and their runs; by default reports/<preset>-<data>"
     )
     parser.add_argument(
         "--collect", action="store_true", help="start nothing; draw what is finished"
@@ -84,10 +84,10 @@ def _data_name(data: DataSettings) -> str:
 
 
 def obtain(report: Report, wanted: Iterable[Run]) -> Found:
-    """The runs that a report needs, trained if they aren't there.
+    """The runs that a report needs, trained if they are missing.
 
     Raises:
-        ValueError: a folder among them that can't be used; nothing was started.
+        ValueError: one of their folders can't be used; nothing was started.
     """
     runs = {run.name: run for run in wanted}
     found = states.sort(runs.values())
@@ -106,7 +106,7 @@ def obtain(report: Report, wanted: Iterable[Run]) -> Found:
 
 
 def close(found: Found, files: Iterable[Path]) -> int:
-    """Say what was written and what failed; returns the exit code."""
+    """Report what was written and what failed; returns the exit code."""
     for file in files:
         print(file)
     if found.failed:

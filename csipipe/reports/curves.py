@@ -1,6 +1,6 @@
 """A finished run's learning curve, read from `history.jsonl`, `summary.json`, and checked.
 
-Figures of one run: `exchange_until`, how much crossed until a loss was reached, and `end`.
+Figures of one run: `exchange_until`, how much crossed before a loss was reached, and `end`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal
 from csipipe.tracking import HISTORY
 
 Unit = Literal["scalars", "bytes"]
-REMEDY = "move the folder away and start the report again: the run is then trained anew"
+REMEDY = "move the folder away and start the report again, which then trains the run again"
 LAST = 3
-"""Evaluations that make up the end of a curve: one alone scatters at a constant rate."""
+"""Evaluations that make up the end of a curve: at a constant rate, a single one scatters."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Curve:
     floor: float
 
     def exchange_until(self, loss: float, unit: Unit = "scalars") -> float | None:
-        """Exchanged until the test loss first came down to `loss`, on a straight line between
-        evaluations; at the first evaluation if it was there already; None if it never was."""
+        """Exchanged until the test loss first fell to `loss`, interpolated linearly between
+        evaluations; at the first evaluation if it was already there; None if it never was."""
         exchanged: list[int] = getattr(self, unit)
         for i, value in enumerate(self.loss):
             if value <= loss:
@@ -81,7 +81,7 @@ def read(folder: Path) -> Curve:
     """The curve of the finished run in `folder`.
 
     Raises:
-        ValueError: the folder isn't whole, naming the file, what is wrong and the remedy.
+        ValueError: the folder is damaged; names the file, what is wrong and the remedy.
     """
     summary = _json(folder / "summary.json", (folder / "summary.json").read_text())
     file = folder / HISTORY
@@ -96,7 +96,7 @@ def read(folder: Path) -> Curve:
         finished, loss = int(summary["iterations"]), float(summary["test"]["loss"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{folder}: a figure is missing or of another kind ({error}); {REMEDY}."
+            f"{folder}: a figure is missing or of the wrong type ({error}); {REMEDY}."
         ) from error
     ascending = all(a < b for a, b in pairwise(curve.iterations))
     if not ascending or (curve.iterations[-1], curve.loss[-1]) != (finished, loss):

@@ -103,7 +103,7 @@ def draw(points: Points) -> Figure:
 
 
 def claims(points: Points, compression: tuple[int, ...]) -> list[Claim]:
-    """What section IV-C says of Fig. 5, judged."""
+    """What section IV-C says about Fig. 5, judged."""
     lines = {e: [points.get((e, ratio)) for ratio in compression] for e in ENVIRONMENTS}
     curves = [curve for line in lines.values() for curve in line]
     found = [curve for curve in curves if curve is not None]

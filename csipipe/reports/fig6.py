@@ -1,4 +1,4 @@
-"""Fig. 6: test loss against what was exchanged, seven methods and the centralised model."""
+"""Fig. 6: test loss against exchange, seven methods and the centralised model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What section IV-D says of Fig. 6, judged; each rule was fixed before any run."""
+"""What section IV-D says about Fig. 6, judged; each rule was fixed before any run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from csipipe.reports.preset import METHODS, OURS, PANELS
 
 Panels = Mapping[tuple[str, str], Curve]
 SIMILAR = 1.10
-"""A test loss up to this times another's is similar to it."""
+"""A test loss up to this factor times another's is similar to it."""
 _RIVALS = METHODS[1:]
 
 
@@ -57,7 +57,7 @@ def claims(curves: Panels) -> list[Claim]:
 
 
 def _cheapest(curves: Panels, panels: list[str]) -> Claim:
-    """At what CSILocal exchanged in all, no benchmark was lower."""
+    """At CSILocal's total exchange, no benchmark was lower."""
     judged: list[bool | None] = []
     beaten = []
     for panel in panels:
@@ -70,8 +70,8 @@ def _cheapest(curves: Panels, panels: list[str]) -> Claim:
         judged.append(None if len(rivals) < len(_RIVALS) and not lower else not lower)
     count = f"in {judged.count(True)} of {len(judged)} panels"
     return Claim(
-        "CSILocal always achieves the lowest test loss at the same exchange (judged at what "
-        "CSILocal exchanged in all)",
+        "CSILocal always achieves the lowest test loss at the same exchange (judged at CSILocal's "
+        "total exchange)",
         "in all panels",
         count + (f"; lower: {', '.join(beaten)}" if beaten else ""),
         every(judged),

@@ -33,7 +33,7 @@ PAPER_TOTALS = {"csilocal": 19.6608e9, "fedavg": 47.0664e9, "fedprox": 38.2414e9
 GIVEN = 0.9
 """Share of the way from the floor to the loss that all compared methods reach in all seeds."""
 RANGE = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-"""Shares at which the ratios are shown beside it."""
+"""Shares at which the ratios are also shown."""
 Curves = Mapping[tuple[str, int], Curve]
 """Curves by method and seed."""
 
@@ -70,9 +70,9 @@ def run(options: Namespace) -> int:
 
 
 def common_loss(curves: Curves) -> float | None:
-    """The loss that the worst-placed of the compared methods still reaches, in every seed.
+    """The lowest loss that all compared methods reach, in every seed.
 
-    None where one of them has no run, or one learnt nothing.
+    None if one of them has no run, or one learnt nothing.
     """
     compared = {key: curve for key, curve in curves.items() if key[0] in COMPARED}
     if {method for method, _ in compared} != set(COMPARED):
@@ -84,7 +84,7 @@ def common_loss(curves: Curves) -> float | None:
 def given_loss(curves: Curves, common: float, share: float = GIVEN) -> float:
     """The loss `share` of the way from the floor to `common`.
 
-    Not all the way: near its end a curve is flat, and noise decides when it gets there.
+    Not all the way: near its end a curve is flat, and noise decides when the loss is reached.
     """
     floor = _floor(curves)
     return floor - share * (floor - common)
@@ -95,7 +95,7 @@ def _floor(curves: Curves) -> float:
 
 
 def ratios(curves: Curves, method: str, loss: float) -> list[float]:
-    """A method's exchange until `loss` over CSILocal's, for every seed in which both get there."""
+    """A method's exchange until `loss` over CSILocal's, for every seed in which both reach it."""
     found = []
     for (name, seed), curve in curves.items():
         mine = curves.get((OURS, seed))
@@ -180,7 +180,7 @@ def claims(curves: Curves, given: float | None, seeds: int) -> list[Claim]:
 
     Args:
         given: the test loss.
-        seeds: how many should get there; with fewer, nothing is judged.
+        seeds: how many should reach it; with fewer, nothing is judged.
     """
     judged = []
     for method in COMPARED[1:]:
@@ -222,23 +222,23 @@ def verdict(
     parts = [pages.claims_table(claims(curves, loss, seeds))]
     if common is not None and loss is not None:
         way = (
-            f"the way from the floor ({_floor(curves):.3e}) to the loss that the worst-placed of "
-            f"CSILocal, FedAvg and FedProx still reaches in every seed ({common:.3e})"
+            f"the way from the floor ({_floor(curves):.3e}) to the lowest loss that CSILocal, "
+            f"FedAvg and FedProx all reach in every seed ({common:.3e})"
         )
         rule = f"The rule, fixed before any run: {GIVEN:.0%} of {way}."
         parts += [
             f"The given loss is **{loss:.3e}**. {rule if fixed is None else 'It is the preset’s.'} "
-            "Exchange is interpolated on a straight line between evaluations.",
+            "Exchange is interpolated linearly between evaluations.",
             pages.table(
                 [
                     "method",
                     "10⁶ parameters until then (median; seeds)",
                     "over CSILocal's (median; seeds)",
-                    "seeds that get there",
+                    "seeds that reach it",
                 ],
                 [_row(curves, method, loss) for method in methods_of(curves)],
             ),
-            f"Is the loss picked? The median ratio over a range of losses, by share of {way}:",
+            f"Does the given loss matter? Median ratios over a range of losses, by share of {way}:",
             _range_table(curves, common),
         ]
     return pages.page(

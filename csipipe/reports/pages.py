@@ -1,4 +1,4 @@
-"""What a report writes beside its picture: a CSV, and a Markdown verdict claim by claim."""
+"""What a report writes beside its picture: a CSV file, and a Markdown verdict claim by claim."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the paper, and what came out."""
+    """One claim of the paper, and our result."""
 
     text: str
     paper: str
@@ -37,7 +37,7 @@ def page(title: str, *parts: str) -> str:
 
 
 def every(judged: Iterable[bool | None]) -> bool | None:
-    """Whether all hold; one that doesn't is enough, else one that can't be judged."""
+    """Whether all hold: False if one doesn't; otherwise None if one can't be judged."""
     seen = list(judged)
     if False in seen:
         return False

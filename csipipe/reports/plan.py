@@ -33,16 +33,14 @@ class Row:
     scalars: int
     bytes: int
     seconds: dict[int, float]
-    """For all of it over one link that the UEs share, by its rate in Mbit/s."""
+    """For the whole exchange over one link that the UEs share, by its rate in Mbit/s."""
     break_even: float | None
-    """Samples per UE and exchange (B·E) from which on CSILocal is no cheaper."""
+    """Samples per UE and exchange (B·E) at and above which CSILocal is no longer cheaper."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """`--preset` and `--out`; everything else is a setting of launch/train.py."""
-    parser.add_argument(
-        "--preset", help="laptop, paper, or a file; train.py's defaults if left out"
-    )
+    parser.add_argument("--preset", help="laptop, paper, or a file; by default train.py's defaults")
     parser.add_argument("--out", default="reports/plan", help="folder of the files (reports/plan)")
 
 
@@ -88,7 +86,7 @@ def run(options: Namespace) -> int:
 
 
 def configuration(preset: str | None, arguments: list[str]) -> Settings:
-    """Settings to plan for; no data is looked at, so none is asked for.
+    """Settings to plan for; no data is read, so none is needed.
 
     Raises:
         ValueError: settings that can't be used.
@@ -158,10 +156,10 @@ def page(settings: Settings, rows: list[Row]) -> str:
         f"d = {d:,} parameters (" + ", ".join(f"{part} {n:,}" for part, n in sizes.items()) + ").",
         table,
         "Scalars and bytes are those of training, over all UEs and both directions (the paper's "
-        "count, without BatchNorm's running statistics). Seconds are for all of it over one link "
-        "that the UEs share, one direction after the other, without protocol overhead.",
-        "Where CSILocal stops being the cheaper one: from B·E samples per UE and exchange on that "
-        "are at least (parameters exchanged) / (c1 + c2); E is train.local_steps.",
+        "count, without BatchNorm's running statistics). Seconds are for the whole exchange over "
+        "one link that the UEs share, one direction after the other, without protocol overhead.",
+        "CSILocal is no longer the cheaper one when B·E, the samples per UE and exchange, is at "
+        "least (parameters exchanged) / (c1 + c2); E is train.local_steps.",
         pages.table(
             ["against", "limit of B·E", "B·E here", "cheaper here"],
             [

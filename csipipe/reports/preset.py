@@ -47,7 +47,7 @@ ANY = ("--method", next(name for name, spec in tables.METHODS.items() if spec.lo
 NO_DATA = ("--data.source", DataSettings().source, "--data.path", "null")
 """Where no data is looked at, none is asked for."""
 DECIDED = ("model.c1", "model.c2", "data.environment", "train.lr", "train.seed", "run.dir")
-"""What a report sets itself, run by run, beside the method."""
+"""What a report itself sets for each run, besides the method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +55,15 @@ class Search:
     """The learning-rate search: on one panel, judged on held-out training rows."""
 
     panel: str
-    """Panel of Fig. 6 whose data and codeword are taken."""
+    """Panel of Fig. 6 whose data and codeword are used."""
     grid: tuple[float, ...]
     """Rates tried, the same for every method."""
     seeds: tuple[int, ...]
-    """Seeds of the weights and draws; the median over them counts."""
+    """Seeds of the weights and draws; the median over them is used."""
     iterations: int
     """Iterations of each run."""
     holdout: float
-    """Share of the training rows that is held out and judged on."""
+    """Share of the training rows that is held out to judge by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +106,14 @@ class Preset:
         for panel in self.panels:
             if panel not in PANELS:
                 raise ValueError(
-                    f"preset {self.name}: panel {panel!r}; there are {', '.join(PANELS)}."
+                    f"preset {self.name}: unknown panel {panel!r}; expected {', '.join(PANELS)}."
                 )
 
     def common(self) -> Settings:
         """Settings that all runs of the preset share.
 
         Raises:
-            ValueError: a setting that doesn't exist, can't be used, or is a report's to choose.
+            ValueError: a setting that doesn't exist, can't be used, or that reports set themselves.
         """
         return _parse((*self.arguments, *ANY))
 
@@ -162,7 +162,7 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
         user: settings as train.py takes them; they win over the preset's.
 
     Raises:
-        ValueError: an unknown preset or key, or a user's setting that reports choose themselves.
+        ValueError: an unknown preset or key, or a user's setting that reports set themselves.
     """
     file = PRESETS / f"{name}.yaml" if not name.endswith(".yaml") else Path(name)
     if not file.is_file():
@@ -173,7 +173,7 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
         fewer = read.pop("quick", {})
         preset = _preset(file, read | fewer if quick else read)
     except (AttributeError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is no preset of reports: {error}.") from error
+        raise ValueError(f"{file} is not a preset of reports: {error}.") from error
     _refuse_decided(preset.arguments, tuple(user))
     return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
 
@@ -207,14 +207,14 @@ def _rates(file: Path | None) -> dict[str, float]:
     known = {*METHODS, REFERENCE}
     if not isinstance(read, dict) or not set(read) <= known:
         raise ValueError(
-            f"{file} isn't a table of learning rates by method; write it anew with "
+            f"{file} isn't a table of learning rates by method; write it again with "
             "launch/reproduce.py search."
         )
     return {method: float(rate) for method, rate in read.items()}
 
 
 def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
-    """Refuse (ValueError) a user's value for what a report sets run by run."""
+    """Refuse (ValueError) a user's value for a setting that a report sets for each run."""
     if not user:
         return
     before = plain(_parse((*preset, *NO_DATA, *ANY)))
@@ -223,8 +223,8 @@ def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
     decided += ["method" for word in user if word.split("=")[0] == "--method"]
     if decided:
         raise ValueError(
-            f"{decided[0]} is among the settings passed on, but a report sets it itself, run by "
-            "run; leave it out."
+            f"{decided[0]} is among the settings to pass on, but a report sets it for each run; "
+            "leave it out."
         )
 
 

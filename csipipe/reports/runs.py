@@ -1,7 +1,7 @@
 """The runs that a report needs: which are finished, which are missing, and whether they fit.
 
-A run is known by its settings; its folder's name says the ones in which a report's runs differ,
-so that reports share them. Nothing is started here.
+A run is identified by its settings; its folder's name gives those in which a report's runs differ,
+so that reports can share runs. Nothing is started here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from csipipe.settings import commandline
 from csipipe.settings.config import Environment, Settings
 
 _BEFORE = {lock.NAME, stopping.STOP_FILE, slurm.FILE}
-"""What may be in a run's folder before the run is."""
+"""What may be in a run's folder before the run starts."""
 _SHOWN = 5
-"""Folders that one message names."""
+"""Most folders that one message names."""
 
 
 class State(Enum):
@@ -61,7 +61,7 @@ class Run:
         config = self.folder / "config.yaml"
         if not config.is_file():
             raise ValueError(
-                f"{self.folder} is in the way: it holds something, but no run (no config.yaml); "
+                f"{self.folder} is in the way: it isn't empty, but holds no run (no config.yaml); "
                 "move it away or choose another --out."
             )
         self._check_settings(config)
@@ -84,19 +84,19 @@ class Run:
     def _check_settings(self, config: Path) -> None:
         wanted = plain(self.settings)
         try:
-            # a setting younger than the run had its default's effect
+            # a setting that is newer than the run had the effect of its default
             found = plain(Settings()) | commandline.dotted(yaml.safe_load(config.read_text()))
         except (AttributeError, yaml.YAMLError) as error:
             raise ValueError(
-                f"{config} isn't the settings of a run ({' '.join(str(error).split())}); {REMEDY}."
+                f"{config} holds no settings of a run ({' '.join(str(error).split())}); {REMEDY}."
             ) from error
         if unknown := sorted(set(found) - set(wanted)):
-            raise ValueError(f"{config} has {unknown[0]}, which is no setting; {REMEDY}.")
+            raise ValueError(f"{config} has {unknown[0]}, which is not a setting; {REMEDY}.")
         for key, value in found.items():
             free = key.startswith(FREE) and key != "run.eval_every"  # a curve's points
             if free or value == wanted[key]:
                 continue
-            remedy = f"start the report with --{key} {argument(value)} to go on with such runs"
+            remedy = f"start the report with --{key} {argument(value)} to use such runs"
             if key in ("method", *DECIDED):
                 remedy = "move the folder away"
             raise ValueError(

@@ -23,7 +23,7 @@ from csipipe.reports.runs import Run
 __all__ = ["add_arguments", "run"]
 
 DIVERGED = "a lower train.lr usually helps"
-"""What a run says that ends because its loss is no number."""
+"""What a run prints when it ends because its loss isn't finite."""
 Key = tuple[str, float, int]
 """Method, rate, seed."""
 
@@ -47,7 +47,7 @@ def run(options: Namespace) -> int:
     search, rates = report.preset.search, report.preset.rates_file
     if search is None or rates is None:
         raise ValueError(
-            f"--preset {report.preset.name} has its learning rates from the paper; there is "
+            f"--preset {report.preset.name} takes its learning rates from the paper; there is "
             "nothing to search. Use --preset laptop."
         )
     options.settings += ["--train.iterations", str(search.iterations)]
@@ -69,7 +69,7 @@ def run(options: Namespace) -> int:
     if complete:
         write_rates(rates, best, search, report.preset.common().data.source)
         files.append(rates)
-        print("figures that were made with other rates need another --out")
+        print("to make figures with the new rates, choose another --out")
     for file in files:
         print(file)
     return 0 if complete else 1
@@ -90,7 +90,7 @@ def _end(name: str, curve: Curve) -> float:
     seen = [loss for loss in curve.holdout[-LAST:] if loss is not None]
     if not seen:
         raise ValueError(
-            f"run {name} held out no training rows, so it can't be judged by them; "
+            f"run {name} held out no training rows to judge it by; "
             "set search.holdout in the preset above 0."
         )
     return sum(seen) / len(seen)

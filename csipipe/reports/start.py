@@ -1,7 +1,7 @@
-"""Starts a report's missing runs, each a torchrun of launch/train.py, and follows them.
+"""Starts a report's missing runs, each a torchrun of launch/train.py, and watches them.
 
-A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others go on.
-After an interruption the next start goes on with the runs from their checkpoints.
+A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others continue.
+After an interruption, the next start resumes the runs from their checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from csipipe.settings import commandline
 
 _POLL = 0.2
 _ENDING = 40.0
-"""Seconds that torchrun gets to end its ranks (it takes 30 for one that is frozen)."""
+"""Seconds for torchrun to end its ranks (it takes 30 for a frozen one)."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict
 
     Raises:
         ValueError: another report is starting runs in `out`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; every run that was going has ended.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; every run in progress has ended.
     """
     failed: dict[str, str] = {}
     waiting, going, done = list(runs), list[_Started](), 0
@@ -113,7 +113,7 @@ def _reason(log: Path) -> str:
 
 
 def _end(going: list[_Started]) -> None:
-    """End the runs that are still going."""
+    """End the runs that are in progress."""
     for started in going:
         started.process.terminate()
     for started in going:
@@ -125,13 +125,13 @@ def _end(going: list[_Started]) -> None:
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold `<out>/lock`, so that no run is taken for an interrupted one while it is going."""
+    """Hold `<out>/lock`, so that no run in progress is taken for an interrupted one."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
         if not files.lock(lock.fileno()):
             raise ValueError(
                 f"another report is starting runs in {out}; wait for it, choose another --out, or "
-                "draw what there is with --collect."
+                "draw the finished runs with --collect."
             )
         yield
 

@@ -3,7 +3,7 @@
 A cell holds two figures of the paper's sixteen, for an environment, a codeword dimension c1 = c2
 and a batch size per UE. *With* is the tail on S BTS stages; *without* is the same program with
 the whole tail on one BTS stage, the same micro-batches and UE ranks. Both are resident and take
-turns, so that a noisy machine hits both; ratios are taken round by round. A finished cell stays
+turns, so that a noisy machine affects both; ratios are taken round by round. A finished cell stays
 on disk and isn't measured again.
 """
 
@@ -38,12 +38,12 @@ WITH, WITHOUT = "ours", "ours-unpipelined"
 _LEAST_ROUNDS = 3
 _LEAST_TURN = 1.0  # seconds
 _PATIENCE = 600.0  # seconds that a rank waits for a peer
-_MARGIN = 0.9  # of the time there is: a round can't be cut short
+_MARGIN = 0.9  # of the available time: a round can't be cut short
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one Table I is measured with; cells of another plan aren't mixed with it."""
+    """What a Table I is measured with; cells of different plans aren't mixed."""
 
     ues: int = 10
     micro_batches: int = 2
@@ -93,7 +93,7 @@ _ENVIRONMENTS: tuple[Literal["indoor", "outdoor"], ...] = ("indoor", "outdoor")
 ALL = [Cell(*key) for key in itertools.product(_ENVIRONMENTS, (256, 512), (400, 800))]
 """The paper's eight columns; with and without pipeline, these are its sixteen figures."""
 QUICK = [cell for cell in ALL if cell.environment == "indoor"]
-"""Half of them: channels don't change what an iteration costs."""
+"""Half of them: an iteration costs the same for all channels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,17 +105,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/table1"), help="folder of cells and table"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="most timed rounds of a cell")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="largest number of timed rounds of a cell"
+    )
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"time for all cells; at least {_LEAST_ROUNDS} rounds are run of each (45; quick: 10)",
+        help=f"time for all cells, each with at least {_LEAST_ROUNDS} rounds (45; quick: 10)",
     )
     parser.add_argument(
         "--micro-batches", type=int, default=plan.micro_batches, help="the paper's is 2"
     )
     parser.add_argument("--stages", type=int, default=plan.stages, help="the paper's is 2")
-    parser.add_argument("--ue-ranks", type=int, default=plan.ue_ranks, help="hosts of the UEs")
+    parser.add_argument(
+        "--ue-ranks", type=int, default=plan.ue_ranks, help="processes that host the UEs"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=plan.device)
 
 
@@ -155,7 +159,7 @@ def reproduce(
     if plan.stages < 2:
         raise ValueError(f"--stages is {plan.stages}; a pipeline needs at least 2.")
     for cell in cells:
-        plan.candidates(cell)  # every mistake shows before anything is measured
+        plan.candidates(cell)  # so that mistakes show before anything is measured
     claim(plan, folder)
     missing = [cell for cell in cells if not _file(folder, cell).exists()]
     shares = dict(_shares(cells, seconds * _MARGIN))
@@ -168,7 +172,7 @@ def reproduce(
             table1_output.write(folder, read(folder), plan.stages, plan.micro_batches)
     except KeyboardInterrupt:
         kept = len(read(folder))
-        print(f"\ninterrupted; {kept} finished cell(s) are in {folder}; start it again to go on.")
+        print(f"\ninterrupted; {kept} finished cell(s) are in {folder}; start again to continue.")
         raise SystemExit(130) from None
     print("\n" + table1_output.write(folder, read(folder), plan.stages, plan.micro_batches))
 
@@ -176,7 +180,7 @@ def reproduce(
 def measure(
     plan: Plan, cell: Cell, folder: Path, rounds: int, share: float, conductor: Conductor
 ) -> dict[str, Any]:
-    """Time one cell; its rounds are on disk as they come.
+    """Time one cell; each round is written to disk when it ends.
 
     Raises:
         RuntimeError: one of the two couldn't be measured.
@@ -206,7 +210,7 @@ def measure(
 
 
 def _warm_up(race: Race, room: int | None) -> None:
-    """Warm up; then let a turn last a second at least, where an iteration is short."""
+    """Warm up; then let a turn last at least a second, if an iteration is short."""
     turns = race.warm_up(room)
     if race.crowded:
         print(f"  {CROWDED}", flush=True)
@@ -232,7 +236,7 @@ def describe(
     rounds: int,
     shares: dict[Cell, float],
 ) -> str:
-    """What is going to be done, before it is."""
+    """Describe what will be done."""
     best = table1_output.bound(plan.stages, plan.micro_batches)
     longest = sum(shares[cell] for cell in missing) / _MARGIN / 60
     return (
@@ -252,7 +256,7 @@ def _shares(cells: Sequence[Cell], seconds: float) -> Iterator[tuple[Cell, float
 
 
 def claim(plan: Plan, folder: Path) -> None:
-    """Make the folder this plan's.
+    """Claim the folder for this plan.
 
     Raises:
         ValueError: it holds cells of another plan or machine.
@@ -276,7 +280,7 @@ def claim(plan: Plan, folder: Path) -> None:
     if different:
         raise ValueError(
             f"{folder} holds cells that were measured with {'; '.join(different)}. Choose another "
-            "--out, or the same settings to go on."
+            "--out, or use the same settings to continue."
         )
 
 

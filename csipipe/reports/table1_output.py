@@ -77,7 +77,7 @@ class Row:
 
 
 def bound(stages: int, micro_batches: int) -> float:
-    """Share of the time that S equal stages and M micro-batches save at best: 1-(M+S-1)/(S·M)."""
+    """Largest share of time that S equal stages and M micro-batches can save: 1-(M+S-1)/(S·M)."""
     return 1 - (micro_batches + stages - 1) / (stages * micro_batches)
 
 
@@ -118,8 +118,8 @@ def verdict(rows: Sequence[Row], best: float, stages: int, micro_batches: int) -
         "# Table I: time per iteration with and without the pipeline",
         "",
         f"{rows[0].ues} UEs. With: {stages} BTS stages, {micro_batches} micro-batches; without: "
-        "one BTS stage, the same micro-batches. Medians over rounds in which both took turns; in "
-        "brackets the quartiles. *Saved* is 1 − t_with/t_without; *gain* is t_without/t_with − 1, "
+        "one BTS stage, the same micro-batches. Medians over rounds in which both took turns, with "
+        "quartiles in brackets. *Saved* is 1 − t_with/t_without; *gain* is t_without/t_with − 1, "
         "the percentage in the paper's text.",
         "",
         "| cell | with (s) | without (s) | saved | gain | paper: with / without (s) | "
@@ -128,7 +128,7 @@ def verdict(rows: Sequence[Row], best: float, stages: int, micro_batches: int) -
         *(_line(row) for row in rows),
         "",
         f"Bound for {stages} equal stages and {micro_batches} micro-batches: {best:.1%} saved, "
-        "if the tail were all of an iteration and every stage had a core of its own.",
+        "if an iteration consisted of the tail alone and every stage had its own core.",
         "",
         _judgement(rows, best),
     ]
@@ -162,8 +162,10 @@ def _judgement(rows: Sequence[Row], best: float) -> str:
     if beside:
         published = [p for _, p in beside]
         reached = sum(value >= p for value, p in beside)
-        text[0] += f"; in the paper's same cells {min(published):.1%} to {max(published):.1%}."
-        text.append(f"{reached} of {len(beside)} cells save at least what the paper's do.")
+        text[0] += (
+            f"; in the same cells the paper saves {min(published):.1%} to {max(published):.1%}."
+        )
+        text.append(f"{reached} of {len(beside)} cells save at least as much as the paper's.")
     else:
         text[0] += "."
     slower = [row for row, value in saved if value <= 0]
@@ -226,7 +228,7 @@ def picture(rows: Sequence[Row], best: float) -> Figure:
 
 
 def _whiskers(series: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
-    """Medians, and how far the quartiles lie below and above them."""
+    """Medians, and how far the quartiles are below and above them."""
     found = [spread(values) for values in series]
     below = [s["median"] - s["q1"] for s in found]
     above = [s["q3"] - s["median"] for s in found]

@@ -1,8 +1,8 @@
 """One live run per directory: a lock that a dead process doesn't hold.
 
-The kernel gives an flock back when its process dies. Where the file system keeps flocks to one
-node, the file's time of change helps: a live run renews it, and a run on another node watches it
-for a while. A file system without locks is not guarded.
+The kernel releases an flock when its process dies. Where the file system keeps flocks to one node,
+the file's modification time helps: a live run renews it, and a run on another node watches it for
+a while. On a file system without locks, nothing prevents two runs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Lock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._ended.set()
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
@@ -59,7 +59,7 @@ class Lock:
         while not self._ended.wait(BEAT):
             try:
                 os.utime(self._file)
-            except OSError:  # a full or vanished disk shows elsewhere
+            except OSError:  # a full or missing disk is reported elsewhere
                 continue
 
     def _wait_for_another_node(self) -> None:
@@ -87,7 +87,7 @@ def check(folder: Path) -> None:
 
 
 def live(folders: Iterable[Path]) -> list[Path]:
-    """Those of `folders` in which a run is going; locks of other nodes are watched for a while."""
+    """Those of `folders` with a run in progress; locks of other nodes are watched for a while."""
     held, watched = [], dict[Path, float]()
     for folder in folders:
         try:

@@ -1,9 +1,9 @@
 """Where a run starts: fresh, from a checkpoint, or not at all because it is finished.
 
-`run.resume` auto: an unfinished run in `run.dir` goes on if its settings are this run's; never: a
+`run.resume` auto: an unfinished run in `run.dir` resumes if its settings are this run's; never: a
 directory that holds a run is an error; a path: from that checkpoint, in `run.dir`. After a restart
-by torchrun, the run of the attempt before goes on whatever was asked; so does one that was begun
-with the same path, which a requeued job repeats.
+by torchrun, the run of the previous attempt resumes whatever was asked for; so does one that was
+started from the same path, which a requeued job repeats.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FREE = (
     "train.threads",
     "train.schedule",
 )
-"""Settings, or beginnings of them, that decide where and how fast, not what is computed."""
+"""Settings, or prefixes of them, that decide where and how fast, not what is computed."""
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed"
 """Key of a checkpoint's manifest: what the file of `train.deepspeed` held; null: not used."""
@@ -45,9 +45,9 @@ class Start:
 
     Attributes:
         folder: the run's directory.
-        checkpoint: folder of the snapshot to go on from; None: from the first iteration.
+        checkpoint: folder of the snapshot to resume from; None: from the first iteration.
         exists: `folder` holds this run already.
-        finished: it holds it to the end, and nothing is to be done.
+        finished: that run is complete, and nothing is to be done.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ def decide(settings: Settings, folder: Path, again: bool) -> Start:
     if asked == "never" and held and not again:
         raise ValueError(
             f"run.dir: {folder} already holds a run, and run.resume is never; nothing was "
-            "overwritten. Choose another run.dir, or run.resume auto to go on."
+            "overwritten. Choose another run.dir, or run.resume auto to resume it."
         )
     if held and (again or asked == "auto" or _begun_from(folder) == Path(asked).resolve()):
         return _go_on(settings, folder)
@@ -104,7 +104,9 @@ def written(folder: Path) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(file.read_text()))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} isn't the settings of a run; choose another run.dir.") from error
+        raise ValueError(
+            f"{file} doesn't hold the settings of a run; choose another run.dir."
+        ) from error
 
 
 def source_of(theirs: dict[str, Any]) -> str | None:
@@ -120,11 +122,11 @@ def _begun_from(folder: Path) -> Path | None:
 
 
 def _from(source: Path, settings: Settings, folder: Path, held: bool) -> Start:
-    """From a checkpoint that a person named."""
+    """From a checkpoint that the user named."""
     if held and source.resolve().parents[1] != folder.resolve():
         raise ValueError(
-            f"run.dir: {folder} holds another run than run.resume {source}; choose a new run.dir, "
-            "or leave run.resume out to go on with the run in run.dir."
+            f"run.dir: {folder} holds a run, but run.resume {source} belongs to another; choose a "
+            "new run.dir, or leave run.resume out to resume the run in run.dir."
         )
     if held:
         lock.check(folder)
@@ -138,7 +140,7 @@ def _go_on(settings: Settings, folder: Path) -> Start:
     done = _finished(folder)
     found = written(folder)
     finished = done is not None and done >= settings.train.iterations
-    # of a run that goes on, what the file holds is compared, with its checkpoint
+    # when a run resumes, what the file holds is compared with its checkpoint instead
     _check_settings(found, settings, str(folder), FREE if finished else (*FREE, _FILE))
     if finished:
         return Start(folder, exists=True, finished=True)
@@ -157,9 +159,9 @@ def _find_again(named: str, folder: Path) -> Path:
         return checkpoint.find(Path(named))
     except ValueError as error:
         raise ValueError(
-            f"{folder} has no checkpoint of its own and was begun from run.resume {named}, where "
-            f"{Path.cwd()} sees none any more; bring that back, start in the folder that its path "
-            "is relative to, or choose another run.dir."
+            f"{folder} has no checkpoint of its own and was started from run.resume {named}, which "
+            f"{Path.cwd()} doesn't see any more; restore it, start in the folder that its path is "
+            "relative to, or choose another run.dir."
         ) from error
 
 
@@ -173,7 +175,7 @@ def _finished(folder: Path) -> int | None:
         return int(summary["iterations"]) if summary["status"] == "finished" else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} can't be read ({error!r}); delete it to go on from the newest checkpoint."
+            f"{file} can't be read ({error!r}); delete it to resume from the newest checkpoint."
         ) from error
 
 
@@ -186,13 +188,13 @@ def _check_snapshot(source: Path, settings: Settings) -> None:
         _check_cut(content["settings"]["topology"], settings, stage, source)
     if content["iteration"] > settings.train.iterations:
         raise ValueError(
-            f"{source} is of iteration {content['iteration']}, but train.iterations is "
-            f"{settings.train.iterations}; ask for more, or name an earlier one in run.resume."
+            f"{source} is from iteration {content['iteration']}, but train.iterations is "
+            f"{settings.train.iterations}; train longer, or name an earlier one in run.resume."
         )
 
 
 def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
-    """Refuse to go on with a DeepSpeed file that holds something else, whatever it is called."""
+    """Refuse to resume with a DeepSpeed file that holds something else, whatever its name."""
     for key, before, now in commandline.differences(found, wanted):
         raise ValueError(
             f"{source} was made with {key} {before!r} in the file of {_FILE}, this "
@@ -222,9 +224,9 @@ def _check_cut(theirs: dict[str, Any], settings: Settings, stage: int, source: P
 def _check_settings(
     theirs: dict[str, Any], settings: Settings, where: str, free: tuple[str, ...]
 ) -> None:
-    """Refuse to go on with settings, other than `free` ones, that would change the result."""
+    """Refuse to resume with settings, other than `free` ones, that would change the result."""
     wanted = commandline.dotted(commandline.plain(settings))
-    # a setting younger than the run had its default's effect
+    # a setting that is newer than the run had the effect of its default
     found = commandline.dotted(commandline.plain(Settings())) | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
     for key, before, now in commandline.differences(found, wanted):
@@ -237,6 +239,6 @@ def _check_settings(
         )
         raise ValueError(
             f"{where} was made with {key} {before!r}, this run has {now!r}"
-            f"{reason}: going on would be neither of the two. Give the same {key}, or choose "
+            f"{reason}: the result would be neither of the two. Give the same {key}, or choose "
             "another run.dir."
         )

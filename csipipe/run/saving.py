@@ -1,9 +1,9 @@
 """All ranks save a checkpoint together, and set a worker up from one.
 
 A checkpoint begins with a copy of the state in memory. A thread of each rank writes it while
-training goes on; some iterations later the ranks agree whether all could, and rank 0 gives it its
-name. A save that fails (a full disk) is shown once and leaves the last whole checkpoint; training
-goes on.
+training continues. Some iterations later the ranks agree whether all succeeded, and rank 0 gives
+it its name. A save that fails (a full disk) is reported once and leaves the last complete
+checkpoint; training continues.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
 _LAG = 10
-"""A checkpoint is named when this part of the interval is over: late enough to have been written
+"""A checkpoint is named after 1/_LAG of the interval: late enough for it to have been written
 meanwhile, soon enough that a run that is killed hardly loses more."""
 _WRITTEN = "written parts"
 
@@ -52,7 +52,7 @@ class Saver:
     """Saves the run in `folder` on this rank.
 
     Attributes:
-        seconds: that the checkpoint begun last has kept this rank from training so far.
+        seconds: how long the latest checkpoint has kept this rank from training so far.
     """
 
     def __init__(self, worker: Worker, settings: Settings, folder: Path, world: World) -> None:
@@ -72,7 +72,7 @@ class Saver:
 
         Args:
             ledger: of all ranks.
-            progress: rank 0's: what goes into the manifest beside, JSON values.
+            progress: on rank 0, what else goes into the manifest, as JSON values.
         """
         assert self._pending is None
         started = time.monotonic()
@@ -106,7 +106,7 @@ class Saver:
         """Give the checkpoint that was begun its name, once all ranks have written it; collective.
 
         Returns:
-            Why there is no checkpoint, on one of the ranks; it has been shown.
+            On one of the ranks, why there is no checkpoint; it has been reported.
         """
         assert self._pending is not None
         started = time.monotonic()
@@ -163,12 +163,12 @@ class Saver:
         return failed, {n: Record(size, bytes.fromhex(digest)) for n, (size, digest) in records}
 
     def _shown(self, what: str, error: OSError | None, failed: int | None) -> OSError | None:
-        """Show an error once: the first rank's that failed."""
+        """Report an error once, on the first rank that failed."""
         if error is None or failed not in (None, self._rank):
             return None
         last = checkpoint.newest(self._checkpoints)
-        kept = f"the last whole one is {last}" if last else "there is none yet"
-        line = f"{what} can't be saved: {error}; training goes on, {kept}. Make room on the disk."
+        kept = f"the last complete one is {last}" if last else "there is none yet"
+        line = f"{what} can't be saved: {error}; training continues, {kept}. Free some disk space."
         with contextlib.suppress(OSError):  # the log may lie on the same disk
             tqdm.write(f"csipipe: warning: {line}", file=sys.stderr)
         return error
@@ -187,7 +187,7 @@ def restore(worker: Worker, settings: Settings, source: Snapshot) -> None:
             if str(source.folder) in str(error):
                 raise
             raise ValueError(
-                f"{source.folder / name}.safetensors doesn't fit this run: {error}; go on with "
+                f"{source.folder / name}.safetensors doesn't fit this run: {error}; resume with "
                 "the settings that it was written with."
             ) from error
     worker.dropped = list(source.content["dropped"])

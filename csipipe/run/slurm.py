@@ -1,9 +1,9 @@
 """A run as a SLURM job: which node starts which ranks, from the job's environment.
 
-`slurm/common.sh` calls `plan` on the job's first node, before anything starts: it checks what a
-person may have got wrong, names the run's directory and leaves the plan in it. Then every node
-calls `node`, which reads the plan, so that a directory that isn't shared shows at once, and becomes
-a torchrun. Ranks follow the nodes' places in the job: the BTS is on the first ones.
+`slurm/common.sh` calls `plan` on the job's first node, before anything starts: it checks for user
+errors, names the run's directory and leaves the plan in it. Then every node calls `node`, which
+reads the plan (so that a directory that isn't shared shows at once) and becomes a torchrun. Ranks
+follow the nodes' order in the job: the BTS is on the first ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Environment = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Plan:
-    """What every node of a job has to know.
+    """What every node of a job needs to know.
 
     Attributes:
         job: id and attempt.
@@ -87,7 +87,7 @@ class Plan:
         started = [count for count in self.ranks if count]
         return [
             *("-m", "torch.distributed.run"),
-            # ranks in the order of the nodes: c10d's rendezvous would number them as they come
+            # ranks in the order of the nodes: c10d's rendezvous would number them as they arrive
             f"--nnodes={len(started)}",
             f"--node-rank={place}",
             f"--nproc-per-node={self.ranks[place]}",
@@ -130,7 +130,7 @@ def task_counts(text: str) -> list[int]:
 
 
 def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[int, ...]:
-    """Ranks that each node starts: one per task, as far as the method has use for them.
+    """Ranks that each node starts: one per task, as many as the method can use.
 
     Raises:
         ValueError: too few tasks, or a BTS stage outside the first component.
@@ -142,7 +142,7 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
         raise ValueError(
             f"{sum(counts)} task(s) are too few for topology.stages {stages}: {stages} BTS rank(s) "
             f"and at least one UE rank are needed. Submit with sbatch --ntasks={least} or more, "
-            f"best {stages + ues}, a UE per rank."
+            f"ideally {stages + ues}, with one UE per rank."
         )
     first = sum(count for _, count in groups[0])
     if len(groups) > 1 and first < least - 1:
@@ -184,8 +184,8 @@ def folder_of(settings: Settings, environment: Environment) -> Path:
     first = environment.get("SLURM_RESTART_COUNT", "0") == "0"
     if first and folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} is another job's of the same number; give a --run.dir (that one, to go on "
-            "with its run)."
+            f"{folder} belongs to another job with the same number; give a --run.dir (that one, to "
+            "resume its run)."
         )
     return folder
 
@@ -194,7 +194,7 @@ def meeting_address(nodes: Sequence[str]) -> str:
     """This node's address as the others reach it.
 
     Raises:
-        ValueError: a node's name doesn't resolve, or not to an address that others reach.
+        ValueError: a node's name doesn't resolve, or not to an address that others can reach.
     """
     addresses = [address_of(node) for node in nodes[1:]]
     return address_towards(addresses[0]) if addresses else "127.0.0.1"
@@ -214,7 +214,9 @@ def address_of(node: str) -> str:
             f"the name of node {name} doesn't resolve on node {here()} ({error.strerror}); {remedy}"
         ) from error
     if address.startswith("127.") and address != name:
-        raise ValueError(f"node {name} is {address}, itself, to node {here()}; {remedy}")
+        raise ValueError(
+            f"node {name} resolves to {address}, the local host, on node {here()}; {remedy}"
+        )
     return address
 
 
@@ -255,7 +257,7 @@ def plan(arguments: Sequence[str], environment: Environment) -> Path:
         port = int(probe.getsockname()[1])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stop").unlink(missing_ok=True)  # asked of the attempt before
+        (folder / "stop").unlink(missing_ok=True)  # asked of the previous attempt
         given = (*arguments, "--run.dir", str(folder))
         Plan(job_name(environment), nodes, ranks, address, port, given).write(folder)
     except OSError as error:
@@ -295,7 +297,7 @@ def node(folder: Path, environment: Environment) -> None:
         interface = interface_of(address_towards(mine.address) if place else mine.address)
         # gloo would take the address of the node's own name, which may be 127.0.1.1
         network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    threads = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it, but with five lines of advice
+    threads = {"OMP_NUM_THREADS": "1"}  # as torchrun would set it, with five lines of advice
     argv = [sys.executable, *mine.torchrun(place)]
     os.execve(sys.executable, argv, threads | network | dict(environment))
 

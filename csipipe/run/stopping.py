@@ -1,8 +1,9 @@
 """A run that is asked to stop: all ranks end after the same iteration, with everything saved.
 
-Asked by SIGTERM or SIGUSR1 on any rank, or by a file called `stop` in the run's directory. Rank 0
-then names the iteration after the one that it is at. No rank can be further: each needs messages of
-rank 0's in every iteration. So all read the name in time, one look into the store per iteration.
+A run is stopped by SIGTERM or SIGUSR1 to any rank, or by a file called `stop` in its directory.
+Rank 0 then names the iteration after its current one. No rank can be further, since each needs
+messages from rank 0 in every iteration; so all of them read the name in time, by looking into the
+store once per iteration.
 
 A signal may also mean that torchrun is ending everything because a rank died. A rank that waits
 for the dead one doesn't run Python's handlers; so signals wake a thread, which ends a rank that
@@ -33,7 +34,7 @@ _ASKED, _AFTER = "stop asked", "stop after"
 
 
 class Stopping:
-    """Listens for a wish to stop while it is entered; afterwards signals do what they did before.
+    """Listens for requests to stop while it is entered; afterwards signals do what they did before.
 
     Args:
         folder: the run's directory.
@@ -74,8 +75,8 @@ class Stopping:
 
     @contextlib.contextmanager
     def unhurried(self) -> Iterator[None]:
-        """Work of unknown length, unlike an iteration: an evaluation, a save. What a rank waits
-        for there, it waits for `run.timeout`.
+        """Work of unknown length, unlike an iteration: an evaluation or a save. Waits inside it
+        are limited by `run.timeout`.
         """
         self._unhurried = True
         try:
@@ -102,7 +103,7 @@ class Stopping:
         return self._after is not None and done >= self._after
 
     def answered(self) -> None:
-        """On rank 0, when the run has stopped: the file has been answered."""
+        """On rank 0, when the run has stopped: remove the file."""
         self._file.unlink(missing_ok=True)
 
     def _wanted(self) -> bool:
@@ -136,7 +137,8 @@ class Stopping:
             if idle > GRACE + self._longest and not self._unhurried:
                 name = signal.Signals(self._signal).name
                 print(
-                    f"csipipe: rank {self._world.rank} ends: no progress {idle:.0f} s after {name}",
+                    f"csipipe: rank {self._world.rank} exits: no progress {idle:.0f} s after "
+                    f"{name}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,7 +1,7 @@
-"""What a run has learnt: every UE's encoder, decoder tail and head, out of the run's directory.
+"""What a run has learnt: every UE's encoder, decoder tail and head, from the run's directory.
 
-A run that ended left `weights/`. One that goes on, or was interrupted, has checkpoints; the
-newest whole one speaks for it. Only reads.
+A run that ended left `weights/`. One that is in progress or was interrupted has checkpoints, of
+which the newest complete one is taken. Only reads.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Trained:
 
     Attributes:
         folder: the run's directory.
-        settings: the run's, with what the caller changed.
+        settings: the run's, with the caller's changes.
         source: where the weights are: a folder of weights, or of a checkpoint.
-        iteration: after which the weights are; None: unknown (`checkpoints/best`, or weights
+        iteration: after which they were taken; None: unknown (`checkpoints/best`, or weights
             without a summary).
-        status: finished, stopped, or unfinished: still going, or interrupted.
+        status: finished, stopped, or unfinished: in progress, or interrupted.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Trained:
     def models(self, ues: Sequence[int] | None = None) -> list[Autoencoder]:
         """Models of some UEs (None: all), in evaluation mode on the CPU; the tail is one object.
 
-        UEs whose weights are the first one's share its model.
+        UEs whose weights equal the first one's share its model.
 
         Raises:
             ValueError: weights that are missing, damaged or of another model; the file is named.
@@ -131,10 +131,10 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
         weights: `last`; `best`, those of `checkpoints/best`; or the number of a checkpoint.
 
     Raises:
-        ValueError: no run, or one without such weights; says what there is.
+        ValueError: no run, or one without such weights; lists those that exist.
     """
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no run: it has no {CONFIG}.")
+        raise ValueError(f"{folder} is not a run's directory: it has no {CONFIG}.")
     parser = commandline.parser("")
     given = ["--config", str(folder / CONFIG), *changes]
     settings, _ = commandline.settings(parser, given)
@@ -157,7 +157,7 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
         return Trained(folder, settings, newest, int(newest.name), status)
     if not (folder / "weights").is_dir():
         raise ValueError(
-            f"{folder} has no weights and no whole checkpoint yet; a run writes its first one "
+            f"{folder} has no weights and no complete checkpoint yet; a run writes its first one "
             f"after run.save_every ({settings.save_every}) iterations."
         )
     return Trained(folder, settings, folder / "weights", None, "of unknown state")
@@ -168,14 +168,14 @@ def _numbered(checkpoints: Path, number: str) -> Path:
     if not number.isdigit() or not (chosen / checkpoint.MANIFEST).is_file():
         there = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
         raise ValueError(
-            f"--weights {number}: {checkpoints} has no such checkpoint, but {there or 'none'}; "
-            f"give one of them, {LAST} or {BEST}."
+            f"--weights {number}: {checkpoints} has no such checkpoint; it has {there or 'none'}. "
+            f"Give one of them, {LAST} or {BEST}."
         )
     return chosen
 
 
 def _ended(folder: Path) -> tuple[str, int] | None:
-    """Status and iterations of a run that ended; None: it goes on, or was interrupted."""
+    """Status and iterations of a run that ended; None: in progress, or interrupted."""
     file = folder / "summary.json"
     if not file.is_file():
         return None

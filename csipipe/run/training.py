@@ -1,4 +1,4 @@
-"""The loop that every rank runs: iterate, evaluate, choose, save, stop."""
+"""The loop that every rank runs: iterate, evaluate, keep the best weights, save, stop."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def launch(world: World, settings: Settings) -> None:
     start = _begin(world, settings)
     if start.finished:
         if world.rank == 0:
-            print(f"{start.folder} holds this run, finished: nothing to do.", flush=True)
+            print(f"{start.folder} holds this run, which is finished: nothing to do.", flush=True)
         return
     device = pick_device(settings.train.device, world.local_rank)
     threads = set_threads(settings.train.threads, world.local_size)
     build = prepare(settings, world.rank, world.size, device)
     dealt = manifest(settings, world.rank, world.size)
-    keep_memory()  # from here on: a file that was converted is not held on to
+    keep_memory()  # only now, so that memory used for converting a file is not kept
     world.ready("data")
     world.connect(settings.run.timeout)
     worker = build(world)
@@ -99,17 +99,17 @@ def _introduce(
         f"{world.size} rank(s), {where}; run: {start.folder}"
     )
     if start.checkpoint is not None:
-        tracker.say(f"going on after iteration {start.iteration}, from {start.checkpoint}")
+        tracker.say(f"resuming after iteration {start.iteration}, from {start.checkpoint}")
     elif start.exists:
-        tracker.say("the run in this directory had no checkpoint yet: it begins again")
+        tracker.say("the run in this directory had no checkpoint yet: it starts again")
 
 
 def _same_rows(dealt: Manifest, before: Path) -> None:
-    """Refuse (ValueError) to go on with other rows than the run in `before` trained on."""
+    """Refuse (ValueError) to resume with other rows than the run in `before` trained on."""
     if (before / "manifest.json").is_file() and Manifest.read(before) != dealt:
         raise ValueError(
-            f"the rows that data.* gives now aren't those that {before / 'manifest.json'} lists; "
-            "give the same files, seed and version of csipipe, or choose another run.dir."
+            f"the rows that data.* selects now aren't those that {before / 'manifest.json'} lists; "
+            "use the same files, seed and version of csipipe, or choose another run.dir."
         )
 
 
@@ -138,7 +138,7 @@ def claim(start: Start, settings: Settings, world: World) -> Lock:
             _take_best_along(start)
     except FileExistsError as error:
         raise ValueError(
-            f"run.dir: {folder} already holds a run (or is a file); nothing was overwritten. "
+            f"run.dir: {folder} already holds a run, or is a file; nothing was overwritten. "
             "Choose another run.dir."
         ) from error
     except OSError as error:
@@ -150,17 +150,17 @@ def claim(start: Start, settings: Settings, world: World) -> Lock:
 
 
 def _reopen(start: Start, settings: Settings) -> None:
-    """Bring the directory of a run that goes on to where the checkpoint is."""
+    """Rewind the directory of a resumed run to the checkpoint."""
     folder = start.folder
     checkpoint.sweep(folder / "checkpoints")
-    # before config.yaml says where it goes on: cut short here, the same command does it again
+    # before config.yaml is rewritten: if interrupted here, the same command does it again
     if later := checkpoint.rewind(folder / "checkpoints", start.iteration):
         print(
-            f"removed checkpoint(s) {', '.join(map(str, later))} of {folder}: it goes on after "
+            f"removed checkpoint(s) {', '.join(map(str, later))} of {folder}: it resumes after "
             f"iteration {start.iteration}.",
             flush=True,
         )
-    # a run that hasn't saved yet is still to begin where it was told to at first
+    # a run that hasn't saved yet still has to start from the source that was named first
     named = source_of(written(folder))
     if settings.run.resume in ("auto", "never") and named is not None:
         settings = replace(settings, run=replace(settings.run, resume=named))
@@ -169,7 +169,7 @@ def _reopen(start: Start, settings: Settings) -> None:
 
 
 def _take_best_along(start: Start) -> None:
-    """A run that goes on in another directory keeps the best weights so far."""
+    """Copy the best weights so far into the directory of a run that resumes elsewhere."""
     if start.checkpoint is None:
         return
     best = start.checkpoint.parent / "best"
@@ -250,7 +250,7 @@ def run(
 
 
 def _save(worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float) -> None:
-    """A checkpoint begins."""
+    """Begin a checkpoint."""
     progress: dict[str, Any] = {"best": None if best == float("inf") else best}
     if tracker is not None:
         progress |= tracker.progress()
@@ -258,7 +258,7 @@ def _save(worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best
 
 
 def _settle(saver: Saver, tracker: Tracker | None, done: int) -> OSError | None:
-    """The checkpoint that was begun is whole; returns why it isn't."""
+    """Complete the checkpoint that was begun; returns why that failed, if it did."""
     error = saver.settle()
     if tracker is not None:
         tracker.saved(done, saver.seconds)

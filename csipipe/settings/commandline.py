@@ -50,7 +50,7 @@ def parser(description: str) -> ArgumentParser:
 
 
 class _Help(Action):
-    """Print the first page, or a section, and leave."""
+    """Print the first page, or a section, and exit."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -63,7 +63,8 @@ class _Help(Action):
             print(manual.page(values))
         else:
             raise ArgumentError(
-                self, f"there is no section {values!r}, but {', '.join(manual.SECTIONS)} and all."
+                self,
+                f"there is no section {values!r}; expected {', '.join(manual.SECTIONS)} or all.",
             )
         parser.exit()
 
@@ -75,7 +76,7 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         ValueError: an unknown setting, a wrong type or a value that can't be used.
     """
     try:
-        # the first page of help hasn't room for every setting
+        # the first page of help has no room for every setting
         if not parser.groups and not _asks_for_help(arguments):
             parser.add_class_arguments(Settings)
         values = parser.instantiate(parser.parse_args(list(arguments)))
@@ -85,7 +86,7 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
 
 
 class RunParser(argparse.ArgumentParser):
-    """A parser of `RUN [options] [--section.key value …]`, for commands on a run there is.
+    """A parser of `RUN [options] [--section.key value …]`, for commands on an existing run.
 
     Args:
         prog: the command.
@@ -94,7 +95,7 @@ class RunParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, about: str) -> None:
         more = (
-            "All other arguments are settings of launch/train.py that take the place of the run's, "
+            "All other arguments are settings of launch/train.py that replace the run's, "
             "for example --data.source csinet --data.path DIR."
         )
         super().__init__(prog=prog, description=about, epilog=more, allow_abbrev=False)
@@ -107,7 +108,7 @@ class RunParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
     def parse(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The command's own options, and what is left: settings.
+        """The command's own options, and the remaining arguments, which are settings.
 
         Raises:
             ValueError: an option that is missing or can't be used.
@@ -120,12 +121,12 @@ class RunParser(argparse.ArgumentParser):
         return self.parse_known_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """A mistake is an error like all others."""
+        """Report a mistake like any other error."""
         raise ValueError(f"{message}; see {self.prog} --help.")
 
 
 def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: str) -> None:
-    """Leave, with the torchrun line to use, if this process wasn't started by torchrun.
+    """Exit, with the torchrun line to use, if this process wasn't started by torchrun.
 
     Help and the configuration are printed without torchrun, and by rank 0 only under it.
     """
@@ -135,7 +136,7 @@ def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: s
         sys.exit(0)
     if asked:
         try:
-            settings(parser, arguments)  # prints and leaves
+            settings(parser, arguments)  # prints and exits
         except ValueError as error:
             sys.exit(f"csipipe: error: {error}")
     if rank is None:
@@ -158,7 +159,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 
 def dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `plain`, or of a YAML file, by dotted key."""
+    """Settings from `plain`, or from a YAML file, by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):

@@ -42,9 +42,9 @@ class ModelSettings:
     c2: int = 256
     """Tail-output dimension: reals per sample that the BTS sends to the decoder heads."""
     angles: int = 32
-    """Angular bins of the input. Fewer than the data has: that many antennas are kept."""
+    """Angular bins of the input. If the data has more, only that many antennas are kept."""
     delays: int = 32
-    """Delay bins of the input. Fewer than the data has: the first ones are kept."""
+    """Delay bins of the input. If the data has more, the first ones are kept."""
     kernels: tuple[tuple[Kernel, ...], ...] = CRNET_KERNELS
     """CRBlock: one sequence of odd kernels (angles, delays) per parallel path."""
 
@@ -72,10 +72,11 @@ class TopologySettings:
     """BTS pipeline stages, one rank each. null: 2 for csilocal, 1 (all they can use) for the
     federated methods, none for centralised."""
     ues: int = 4
-    """UEs, numbered from 0, dealt in order to the UE ranks."""
+    """UEs, numbered from 0 and assigned to the UE ranks in order."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
-    measured: by the time that each layer takes here. null: as the model says, type:CRBlock."""
+    measured: by the time that each layer takes on this
+    machine. null: as the model says, type:CRBlock."""
     profile: str | None = None
     """File for the times of partition measured: read if it exists, else written. null: none."""
 
@@ -108,13 +109,13 @@ class DataSettings:
     environment: Environment = "indoor"
     """indoor, outdoor, or noniid: the paper's mixture, UE 0 mostly indoor, the last outdoor."""
     train_samples: int | None = None
-    """Training rows over all UEs. null: every row there is; synthetic: 8000."""
+    """Training rows over all UEs. null: all rows of the source; synthetic: 8000."""
     test_samples: int | None = None
-    """Rows of the common test set. null: every row there is; synthetic: 1000."""
+    """Rows of the common test set. null: all rows of the source; synthetic: 1000."""
     holdout: float = 0.05
     """Share of each UE's training rows kept for choosing the best weights; never trained on."""
     seed: int = 0
-    """Seed of the synthetic channels and of the deal of rows to UEs."""
+    """Seed of the synthetic channels and of the assignment of rows to UEs."""
 
     def __post_init__(self) -> None:
         tables.check("data.source", self.source)
@@ -145,9 +146,9 @@ class TrainSettings:
     """Micro-batches that the tail of csilocal and centralised runs on; must divide
     train.batch_size. A federated UE runs its whole model on its whole mini-batch."""
     schedule: ScheduleName = "zerobubble"
-    """Pipeline schedule. gpipe: all forward passes, then all backward passes; 1f1b: in turn, few
-    micro-batches in memory; zerobubble: 1f1b whose weight gradients fill the gaps. All compute
-    the same, to the bit."""
+    """Pipeline schedule. gpipe: all forward passes, then all backward passes; 1f1b: alternating,
+    with few micro-batches in memory; zerobubble: 1f1b whose weight gradients fill the gaps. All
+    give the same results, to the bit."""
     local_steps: int = 1
     """E: Adam steps of a UE, each on a mini-batch, between two exchanges (FedAvg, FedProx)."""
     mu: float = 0.01
@@ -172,12 +173,12 @@ class TrainSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
-    """When a UE sends values that aren't finite or exceed train.max_rms. stop: the run ends and
-    names it. drop: the iteration is computed as if the UE had not taken part. (centralised: no
-    UE sends anything.)"""
+    """What to do when a UE sends values that aren't finite or exceed train.max_rms. stop: end the
+    run and name the UE. drop: compute the iteration as if the UE had not taken part.
+    (centralised: no UE sends anything.)"""
     max_rms: float = 1e4
     """Root mean square above which a tensor that crosses between a UE and the BTS is bad. Smashed
-    data are of order 1 and gradients smaller: the default only catches what has run away."""
+    data are of order 1 and gradients smaller: the default only catches values that diverged."""
     threads: int | None = None
     """CPU threads per rank. null: OMP_NUM_THREADS if above 1, else cores / ranks of the node."""
 
@@ -191,13 +192,13 @@ class TrainSettings:
                 "UE."
             )
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"train.lr is {self.lr}; it must be a positive number.")
+            raise ValueError(f"train.lr is {self.lr}; it must be positive and finite.")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup is {self.warmup}; it must lie in [0, 1].")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas is {self.betas}; both must lie in [0, 1).")
         if not (math.isfinite(self.mu) and self.mu >= 0):
-            raise ValueError(f"train.mu is {self.mu}; it must be a number and at least 0.")
+            raise ValueError(f"train.mu is {self.mu}; it must be finite and at least 0.")
         if not self.max_rms > 0:
             raise ValueError(f"train.max_rms is {self.max_rms}; it must be a positive number.")
         _at_least("train.seed", self.seed, 0)
@@ -217,30 +218,30 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where a run lies, how often it evaluates, how long it waits for a peer."""
+    """Where a run is stored, how often it evaluates, how long it waits for a peer."""
 
     dir: str | None = None
     """Directory of the run, seen by all nodes. null: runs/<method>-<environment>-<time>."""
     resume: str = "auto"
-    """auto: an unfinished run in run.dir goes on from its newest checkpoint if the settings are the
-    same, a finished one is left alone. never: run.dir must not hold a run. Else a path: a run's
-    directory, or one of its checkpoints/<iteration>, to go on from in run.dir."""
+    """auto: an unfinished run in run.dir resumes from its newest checkpoint if the settings are the
+    same; a finished one is left alone. never: run.dir must not hold a run. Otherwise a path: a
+    run's directory, or one of its checkpoints/<iteration>, to resume from in run.dir."""
     save_every: int | None = None
-    """Iterations between checkpoints; one more at the end. null: a tenth of the run."""
+    """Iterations between checkpoints; the last iteration always saves. null: a tenth of the run."""
     keep: int = 2
-    """Checkpoints that are kept, the newest ones; the best weights are kept apart."""
+    """How many of the newest checkpoints are kept; the best weights are kept separately."""
     eval_every: int | None = None
-    """Iterations between evaluations; one more at the end. null: a tenth of the run."""
+    """Iterations between evaluations; the last one always evaluates. null: a tenth of the run."""
     timeout: float = 60.0
     """Longest wait for a peer inside an iteration, in seconds, on every process group."""
     profile: bool = False
     """Record some iterations on every rank: traces for TensorBoard and Perfetto in profile/, and a
     picture of the pipeline, timeline.png."""
     profile_after: int = 5
-    """Iterations before the first that is profiled, at least 2: one to learn how large traces get,
-    one for the ranks to fall into step."""
+    """Iterations before the first profiled one, at least 2: one to learn how large traces get, one
+    for the ranks to resynchronise."""
     profile_iterations: int = 3
-    """Iterations that are profiled, one after the other."""
+    """Number of consecutive iterations to profile."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
@@ -253,7 +254,7 @@ class RunSettings:
             raise ValueError("run.resume is empty; it must be auto, never or a path.")
         if not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ValueError(
-                f"run.timeout is {self.timeout}; it must be a positive time in seconds."
+                f"run.timeout is {self.timeout}; it must be a positive, finite number of seconds."
             )
 
 

@@ -1,4 +1,4 @@
-"""The pages of `--help`: what there is, and a page for each section of the settings.
+"""The pages of `--help`: an overview, and a page for each section of the settings.
 
 Names, defaults and sentences are those of `csipipe.settings.config`.
 """
@@ -28,11 +28,11 @@ _LEFT, _WIDEST = 34, 110
 
 
 class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the lines of `overview` as they are."""
+    """Keeps the line breaks of `overview`."""
 
 
 def overview() -> str:
-    """What the first page says of the settings."""
+    """What the first page says about the settings."""
     rows = [(name, section.__doc__ or "") for name, section in SECTIONS.items()]
     lines = ["settings:", *_columns(_settings(Settings, "", ["method"])), ""]
     return "\n".join([*lines, "sections with more settings (--help SECTION):", *_columns(rows)])

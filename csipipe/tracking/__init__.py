@@ -1,4 +1,4 @@
-"""What a run shows and writes: the terminal, TensorBoard, learning curve, closing table, summary.
+"""What a run shows and writes: terminal, TensorBoard, learning curve, closing table, summary.
 
 Rank 0 has a `Tracker`, which writes what is known of the whole run into the run's directory. Every
 rank has a `RankTracker` for what it alone knows, under `ranks/`.

@@ -1,4 +1,4 @@
-"""How TensorBoard arranges a run: its settings, its place in a sweep, what comes first."""
+"""How TensorBoard presents a run: its settings, its place in a sweep, which charts come first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
 KILOBYTES, KILOSCALARS = "against_exchanged_kilobytes", "against_exchanged_kiloscalars"
-"""Groups of curves whose step isn't the iteration but what had been exchanged by then."""
+"""Groups of curves whose step isn't the iteration but the amount exchanged by then."""
 METRICS = (
     "test/loss",
     "test/nmse_db",
@@ -22,9 +22,9 @@ METRICS = (
     "exchanged/bytes",
     "speed/samples_per_second",
 )
-"""Curves whose last points stand beside the settings in HPARAMS."""
+"""Curves whose last points are shown beside the settings in HPARAMS."""
 _SWEPT = ("data.environment", "method", "model.c1", "train.lr", "train.seed")
-"""Settings that sweeps vary: HPARAMS shows five at first, these."""
+"""Settings that sweeps vary: HPARAMS first shows five, these."""
 _LAYOUT = {
     "What matters": {
         "test NMSE in dB: mean and band over UEs": [
@@ -59,7 +59,7 @@ def settings_text(settings: Settings) -> Any:
 def hparams(settings: Settings) -> tuple[Any, Any, Any]:
     """For HPARAMS: the columns, a run's settings, and the mark of a finished run.
 
-    Settings of where a run lies and of how it is watched make no difference and are left out.
+    Settings under `run` make no difference to the result and are left out.
     """
     flat = commandline.dotted(commandline.plain(settings))
     chosen = {

@@ -1,6 +1,6 @@
-"""TensorBoard's event files: written as they come, never read.
+"""TensorBoard's event files: written immediately, never read.
 
-Without a queue and a thread, as other writers have: a point costs less than handing it over does,
+Other writers use a queue and a thread. This one doesn't: a point costs less than handing it over,
 its cost is this rank's alone and can be counted, and a full disk is an error here and not in a
 thread.
 """
@@ -29,10 +29,10 @@ _number = count()
 class Events:
     """One event file in a folder, beside any others.
 
-    A file that can't be written is said once and ends the curves, not the run.
+    A file that can't be written is reported once and ends the curves, not the run.
 
     Args:
-        first: the first step to come. Readers forget the steps from there on that an earlier
+        first: the first step to come. Readers discard steps from there on that an earlier
             attempt at the run wrote.
 
     Attributes:
@@ -66,7 +66,7 @@ class Events:
         self._do(lambda: self._write(event))
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the file."""
         self._do(lambda: self._records.close())
         self._over = True
 
@@ -82,7 +82,7 @@ class Events:
 
     def _write(self, event: Any) -> None:
         self._records.write(event.SerializeToString())
-        self._records.flush()  # a live run can be watched, and a failed one is seen to its end
+        self._records.flush()  # so that a live run can be watched, and a failed one is complete
 
     def _do(self, write: Callable[[], None]) -> None:
         """Write unless an earlier attempt failed, and count the time."""
@@ -94,5 +94,5 @@ class Events:
         except OSError as error:
             self._over = True
             line = f"TensorBoard's events can't be written to {self.folder}: {error.strerror}"
-            tqdm.write(f"csipipe: warning: {line}; training goes on without.", file=sys.stderr)
+            tqdm.write(f"csipipe: warning: {line}; training continues without.", file=sys.stderr)
         self.seconds += time.perf_counter() - started

@@ -1,7 +1,7 @@
 """What one rank alone knows: its time, its gradients, its memory, what its UE reconstructs.
 
-Each rank writes it itself, under `ranks/` in the run's directory, where TensorBoard shows it as a
-run of its own: nothing is sent, and nobody waits.
+Each rank writes it under `ranks/` in the run's directory, where TensorBoard shows it as a run of
+its own: nothing is sent, and nobody waits.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _POINTS = 100
 _PICTURES = 10
 """Pictures of a run: as many as TensorBoard keeps."""
 _ROWS = 1000
-"""Test samples, the first ones, among which the worst and the median one are found."""
+"""How many test samples, the first ones, the worst and the median are chosen from."""
 
 
 class Watched(Protocol):
-    """A worker that can be looked at."""
+    """A worker that can be watched."""
 
     clock: Clock
     probe: Probe
@@ -44,9 +44,9 @@ class RankTracker:
 
     Args:
         folder: the run's directory.
-        role: the rank's name for people.
+        role: the rank's human-readable name.
         iterations: of the whole run.
-        done: how many of them a run that goes on has behind it.
+        done: how many of them were done before a run resumed.
         draws: this rank hosts the UE whose reconstructions are shown.
         axes: what stands at an image's axes, see `SourceSpec.axes`.
     """
@@ -114,12 +114,12 @@ class RankTracker:
 
 
 def due(done: int, iterations: int, points: int) -> bool:
-    """Whether the `done`-th iteration is one of about `points` that are noted; the last is."""
+    """Whether the `done`-th iteration is one of about `points` to record; the last one is."""
     return done % max(1, iterations // points) == 0 or done == iterations
 
 
 def slug(role: str) -> str:
-    """A rank's name for people as a folder's name: `ue-rank-3-ues-2-3`."""
+    """A rank's human-readable name as the name of a folder: `ue-rank-3-ues-2-3`."""
     return re.sub(r"[^a-z0-9]+", "-", role.lower()).strip("-")
 
 

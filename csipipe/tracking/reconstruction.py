@@ -1,7 +1,7 @@
 """Originals beside their reconstructions, as a picture: the worst and the median sample.
 
-Drawn with Pillow: a rank that draws holds up the others, and this takes a hundredth of what
-matplotlib takes. In grey, so that it prints. Shapes: B rows, A angles, D delays.
+Drawn with Pillow, in a hundredth of matplotlib's time, since a rank that draws holds up the others.
+In grey, so that it prints well. Shapes: B rows, A angles, D delays.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _BLACK, _WHITE = 0, 255
 
 
 def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str, axes: tuple[str, str]) -> Image.Image:
-    """The worst and the median of some samples by centred NMSE, a line of panels each.
+    """The worst and the median of some samples by centred NMSE, a row of panels each.
 
     Args:
         h_BAD, h_hat_BAD: (B, 2, A, D) originals and reconstructions in [0, 1], B at least 1.
-        title: what stands above, with the number of samples added.
+        title: the heading, to which the number of samples is added.
         axes: labels of angles and delays; {} is replaced by the number of bins.
     """
     nmse_B = centred_nmse(h_hat_BAD, h_BAD)
@@ -58,9 +58,9 @@ def draw(h_BAD: Tensor, h_hat_BAD: Tensor, title: str, axes: tuple[str, str]) ->
 
 
 def pick(nmse_B: Tensor) -> tuple[int, int]:
-    """The worst and the median sample; those without energy, whose NMSE is no number, don't count.
+    """The worst and the median sample; those without energy, which have no NMSE, don't count.
 
-    Of an even number the median is the worse of the two in the middle.
+    With an even number, the median is the worse of the two in the middle.
     """
     order = nmse_B.argsort()
     order = order[nmse_B[order].isfinite()]

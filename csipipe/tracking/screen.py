@@ -1,4 +1,4 @@
-"""What rank 0 shows while it trains: a bar on a terminal, lines in a log file."""
+"""What rank 0 shows while it trains: a progress bar on a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from tqdm import tqdm
 
 _EVERY = 30.0
-"""Seconds between lines in a log file, where nothing else was said in between."""
+"""Seconds between lines in a log file, if nothing else was printed in between."""
 
 
 class Screen:
@@ -17,7 +17,7 @@ class Screen:
 
     Args:
         iterations: of the whole run.
-        done: how many of them a run that goes on has behind it.
+        done: how many of them were done before a run resumed.
     """
 
     def __init__(self, iterations: int, done: int) -> None:
@@ -34,12 +34,12 @@ class Screen:
         """Show that `done` iterations are done, and figures of the last one."""
         self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update()
-        # a log soon shows a sign of life, and then one now and again
+        # a log shows a sign of life early, and then from time to time
         if self._in_log and (time.monotonic() - self._said > _EVERY or done == self._first + 1):
             self.progress(done, figures, "training")
 
     def progress(self, done: int, figures: str, what: str = "iteration") -> None:
-        """A line with what is left."""
+        """A line with the time that is left."""
         left = f", {self._left(done)} left" if done > self._first + 1 else ""
         self.say(f"{what} {done}/{self._iterations}: {figures}{left}")
 
@@ -51,7 +51,7 @@ class Screen:
         self._said = time.monotonic()
 
     def close(self) -> None:
-        """The bar stays as it is."""
+        """Leave the bar as it is."""
         self._bar.close()
 
     def _left(self, done: int) -> str:

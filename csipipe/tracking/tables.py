@@ -1,4 +1,4 @@
-"""What a run prints at its end, and what crossed as `summary.json` has it."""
+"""What a run prints at its end, and the exchange as in `summary.json`."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     apart = summary["exchanged_buffers"]
     if any(apart["scalars"].values()):
         scalars, size = (sum(apart[unit].values()) for unit in ("scalars", "bytes"))
-        lines.append(f"{'apart':>10}  {scalars:>14,}  {size:>14,}   BatchNorm's, both ways")
+        lines.append(f"{'buffers':>10}  {scalars:>14,}  {size:>14,}   BatchNorm's, both ways")
     dropped = [f"UE {ue}: {times}" for ue, times in enumerate(summary["dropped"]) if times]
     if dropped:
-        lines.append(f"{'left out':>10}  {', '.join(dropped)} iteration(s), being bad")
+        lines.append(f"{'left out':>10}  {', '.join(dropped)} iteration(s), for bad values")
     stopped = []
     if summary["status"] == "stopped":
-        stopped = [f"stopped:      the same command with --run.dir {folder} goes on"]
+        stopped = [f"stopped:      resume with the same command and --run.dir {folder}"]
     lines += [
         "",
         f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "

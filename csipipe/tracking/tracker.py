@@ -23,9 +23,9 @@ HISTORY = "history.jsonl"
 """The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
 all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
 BEGINNING: dict[str, Any] = {"history": [], "seconds": [], "seconds_total": 0.0}
-"""`Tracker.progress` of a run that has not begun."""
+"""`Tracker.progress` of a run that has not started."""
 _KEPT = 1000
-"""Iterations, the last ones, whose median time is told."""
+"""How many of the last iterations the median time is taken over."""
 _POINTS = 1000
 """Points of a training curve: as many as TensorBoard keeps."""
 
@@ -35,7 +35,7 @@ class Tracker:
 
     Args:
         folder: the run's directory.
-        done: iterations that a run that goes on has behind it.
+        done: iterations that were done before a run resumed.
     """
 
     def __init__(self, folder: Path, settings: Settings, done: int) -> None:
@@ -53,7 +53,7 @@ class Tracker:
             self.events.add(page)
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Go on with what `progress` said before, in this run's directory."""
+        """Continue from what `progress` returned before, in this run's directory."""
         self.history = list(progress["history"])
         self.seconds.extend(progress["seconds"])
         self._seconds_before = float(progress["seconds_total"])
@@ -87,7 +87,7 @@ class Tracker:
         self.screen.iteration(done, f"loss {figures.loss:.2e}, NMSE {figures.nmse_db:.2f} dB")
 
     def saved(self, done: int, seconds: float) -> None:
-        """Note a checkpoint, whole after `done` iterations, for which rank 0 paused `seconds`."""
+        """Note a complete checkpoint of iteration `done`, for which rank 0 paused `seconds`."""
         self.events.scalars({"time/seconds_per_checkpoint": seconds}, done)
 
     def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
@@ -122,7 +122,7 @@ class Tracker:
             self._write_history()
         except OSError as error:
             self.say(
-                f"csipipe: warning: {error}; training goes on. The next evaluation tries again."
+                f"csipipe: warning: {error}; training continues. The next evaluation tries again."
             )
 
     def _write_history(self) -> None:
@@ -132,8 +132,8 @@ class Tracker:
     def _against_exchange(self, line: dict[str, Any]) -> None:
         """The same evaluation, over what had been exchanged by then.
 
-        A run that goes on writes them all again: its first step, by which readers forget what an
-        earlier attempt wrote, is an iteration.
+        A resumed run writes all of them again, since the first step, from which on readers discard
+        what an earlier attempt wrote, is an iteration.
         """
         groups = {dashboard.KILOBYTES: "bytes", dashboard.KILOSCALARS: "scalars"}
         for group, unit in groups.items():
@@ -161,12 +161,12 @@ class Tracker:
 
     @property
     def seconds_total(self) -> float:
-        """Wall time of the run so far, what it took before it was resumed included."""
+        """Wall time of the run so far, including the time before it was resumed."""
         return self._seconds_before + time.monotonic() - self._started
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Median wall time of the last 1,000 training iterations, evaluation apart."""
+        """Median wall time of the last 1,000 training iterations, without evaluation."""
         return statistics.median(self.seconds) if self.seconds else float("nan")
 
 
@@ -176,5 +176,5 @@ def _replace(file: Path, text: str) -> None:
         write_file(file, text)
     except OSError as error:
         raise OSError(
-            f"{file} can't be written ({error.strerror}): make room on the disk"
+            f"{file} can't be written ({error.strerror}): free some disk space"
         ) from error

@@ -111,8 +111,8 @@ def test_a_dead_and_a_frozen_candidate_are_named_and_end_alone() -> None:
         os.kill(process.pid, signal.SIGSTOP)
         contest.round()
         contest.round()
-    assert "one-process: rank 0 ended with code -9" in contest.failures["one-process"]
-    assert "one-piece: no answer of rank(s) [0] within 1 s" in contest.failures["one-piece"]
+    assert "one-process: rank 0 exited with status -9" in contest.failures["one-process"]
+    assert "one-piece: no answer from rank(s) [0] within 1 s" in contest.failures["one-piece"]
     assert {label: len(times) for label, times in contest.seconds.items()} == {
         "ours": 3,
         "one-process": 1,
@@ -178,7 +178,7 @@ def test_an_interrupted_benchmark_keeps_its_rounds_and_leaves_nothing_behind(
     assert len(started) == 3
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
     assert "interrupted after" in err
-    assert "the others are compared with" in out
+    assert "the reference for the others" in out
     found = json.loads(target.read_text())
     assert len(found["candidates"]["ours"]["seconds"]) >= 3
 

@@ -212,7 +212,7 @@ def test_a_ue_that_cannot_step_stays_as_it_was() -> None:
 def test_a_run_without_a_sound_ue_stops() -> None:
     bad: Bad = {ue: ("smashed" if ue < 2 else "output_gradient", [1]) for ue in range(4)}
     ranks = run_world(4, train, setting(2), [0, 1, 2, 3], bad)
-    assert "no UE is left that could be trained with: all 4 are bad" in ranks[1]["error"]
+    assert "no sound UE is left to train with: all 4 are bad" in ranks[1]["error"]
     assert "output gradient of micro-batch 3 from UE 3" in ranks[1]["error"]
 
 

@@ -178,5 +178,5 @@ def test_a_disk_that_fills_up_stops_no_training(rank: int, tmp_path: Path) -> No
         lines = [line for line in program.text(rank, "err").splitlines() if "be saved" in line]
         assert lines
         assert "File too large" in lines[0]
-        assert "the last whole one is" in lines[0]
+        assert "the last complete one is" in lines[0]
     assert whole(tmp_path / "run").name == "20"

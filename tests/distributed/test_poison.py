@@ -103,13 +103,13 @@ def poisoned(
                 "csilocal",
                 "head.weight",
                 NAN,
-                r"loss of UE 1 is nan \(head\.\S*bias is no number\)",
+                r"loss of UE 1 is nan \(head\.\S*bias isn't finite\)",
             ),
             marks=pytest.mark.long,
         ),
         ("fedavg", "tail.gradient", NAN, r"gradient of UE 1's tail \S+ holds nan in 1 of"),
         pytest.param(
-            *("fedgrad", "head.weight", NAN, r"loss of UE 1 is nan \(head\.\S*bias is no number\)"),
+            *("fedgrad", "head.weight", NAN, r"loss of UE 1 is nan \(head\.\S*bias isn't finite\)"),
             marks=pytest.mark.long,
         ),
         pytest.param(
@@ -121,7 +121,7 @@ def poisoned(
             marks=pytest.mark.long,
         ),
         ("centralised", "head.gradient", 3e19, r"gradient of UE 0's head\.\S+ holds values up to"),
-        ("centralised", "head.weight", NAN, r"loss of UE 0 is nan \(head\.\S*bias is no number\)"),
+        ("centralised", "head.weight", NAN, r"loss of UE 0 is nan \(head\.\S*bias isn't finite\)"),
     ],
 )
 def test_a_poisoned_step_is_not_taken_or_saved(

@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_costs_the_profile_alone(tmp_path: Path) -> None:
     assert [rank.code for rank in ended] == [0] * 4
     (line,) = [line for line in ended[0].err.splitlines() if "can't be written" in line]
     assert f"{ROLES[3]}: " in line
-    assert "training goes on" in line
+    assert "training continues" in line
     names = {file.name for file in (folder / "profile").iterdir()}
     assert names == {
         "bts-stage-0.pt.trace.json.gz",

@@ -103,4 +103,4 @@ def test_an_interrupted_report_goes_on_from_its_runs_checkpoints(tmp_path: Path)
     assert second.returncode == 0, second.stderr
     history = (out / "runs" / name / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in history] == list(range(100, 601, 100))
-    assert "going on after iteration" in (out / "logs" / f"{name}.log").read_text()
+    assert "resuming after iteration" in (out / "logs" / f"{name}.log").read_text()

@@ -248,7 +248,7 @@ def test_a_stopped_run_ends_well_and_goes_on_elsewhere(
     assert not (folder / "stop").exists()
     again = run_program(3, slow(folder, topology__stages="1"))  # 1 stage instead of 2
     assert [rank.code for rank in again] == [0] * 3, errors(again)
-    assert "going on after iteration" in again[0].err
+    assert "resuming after iteration" in again[0].err
     assert results(folder) == uninterrupted
 
 
@@ -299,7 +299,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(
             assert agent.wait(timeout=180) == 0, (tmp_path / "log").read_text()
         finally:
             agent.kill()
-    assert "going on after iteration" in (tmp_path / "log").read_text()
+    assert "resuming after iteration" in (tmp_path / "log").read_text()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
     assert results(folder) == uninterrupted
 
@@ -317,7 +317,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path) -> None:
         lines = [line for line in program.text(3, "err").splitlines() if "can't be saved" in line]
         assert len(lines) > 1
         assert "File too large" in lines[0]
-        assert "the last whole one is" in lines[0]
+        assert "the last complete one is" in lines[0]
         assert "can't be saved" not in program.text(0, "err")
         before = whole(folder)
         assert int(before.name) < 20
@@ -427,5 +427,5 @@ def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
         given = {"train__iterations": iterations, "train__lr_schedule": "constant"}
         ended = run_program(4, arguments(tmp_path / "run", **given))
         assert [rank.code for rank in ended] == [0] * 4, errors(ended)
-    assert "going on after iteration 4" in ended[0].err
+    assert "resuming after iteration 4" in ended[0].err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 6

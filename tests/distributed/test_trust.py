@@ -203,7 +203,7 @@ def test_a_federated_ue_is_taken_back_when_it_is_sound_again() -> None:
 def test_an_exchange_without_a_sound_ue_stops() -> None:
     settings = federated("fedavg", 4, on_bad_ue="drop")
     ranks = run_world(3, federate, settings, {ue: [1] for ue in range(4)}, NAN)
-    assert "no UE is left that could be trained with: all 4 are bad" in ranks[0]["error"]
+    assert "no sound UE is left to train with: all 4 are bad" in ranks[0]["error"]
 
 
 def test_stop_names_the_ue_and_the_value() -> None:

@@ -74,7 +74,7 @@ def lose_a_message(world: World) -> str:
 
 
 def test_ledgers_that_differ_are_an_error() -> None:
-    assert all("ledgers differ" in message for message in run_world(2, lose_a_message))
+    assert all("differ: a message was lost" in message for message in run_world(2, lose_a_message))
 
 
 def mix_up(world: World) -> list[float]:

@@ -90,9 +90,9 @@ def test_a_preempted_job_comes_back_and_ends_as_if_undisturbed(
     job.wait_for("iteration 15/")
     slurm.run("scancel", "--batch", "--signal=USR1", job.number)
     output = job.completed()
-    assert "stopped:      the same command" in output
+    assert "stopped:      resume with the same command" in output
     assert f"job {job.number} (attempt 2): csilocal" in output
-    assert "going on after iteration " in output
+    assert "resuming after iteration " in output
     assert job.facts()["Restarts"] == "1"
     assert results(job.run) == wanted
 
@@ -105,7 +105,7 @@ def test_a_job_survives_the_death_of_a_node(
     assert job.facts()["NodeList"] == "n[5-6]"
     slurm.kill("n6")
     output = job.completed()
-    assert "going on after iteration " in output
+    assert "resuming after iteration " in output
     assert job.facts()["NodeList"] == "n[5,7]"
     assert job.facts()["Restarts"] == "1"
     assert results(job.run) == wanted
@@ -218,7 +218,7 @@ def test_a_sweep_goes_on_where_it_was(slurm: Cluster, tmp_path: Path) -> None:
     line = reproduce("headline", "--sbatch")
     assert line.startswith("sbatch --array=1 ")
     [again] = sweep(line, "1")
-    assert "going on after iteration 2" in again.completed()
+    assert "resuming after iteration 2" in again.completed()
     assert results(run) == before
     reproduce("headline", "--collect")
     assert "not in this report" not in (tmp_path / "out" / "headline.md").read_text()

@@ -198,7 +198,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
         os.utime(source, ns=(0, 0))
 
     monkeypatch.setattr(cache, "_write_rows", meddle)
-    with pytest.raises(ValueError, match=r"DATA_Htestin\.mat changed while it was read"):
+    with pytest.raises(ValueError, match=r"DATA_Htestin\.mat changed while it was being read"):
         converted(source)
     assert names(folder) == ["lock"]
 

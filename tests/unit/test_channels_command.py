@@ -208,7 +208,7 @@ def test_unreadable_files_are_a_verdict(
     assert "DATA_Htestin.mat: UNUSABLE" in said.out
     assert said.err == ""
     assert run("look", tmp_path) == 1
-    assert "has rows that can be shown" in capsys.readouterr().err
+    assert "has rows that can be drawn" in capsys.readouterr().err
 
 
 # look

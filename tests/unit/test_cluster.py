@@ -82,9 +82,9 @@ def test_a_task_becomes_a_rank_where_there_is_use_for_it(
 
 
 def test_too_few_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 task.* sbatch --ntasks=3 or more, best 6"):
+    with pytest.raises(ValueError, match=r"2 task.* sbatch --ntasks=3 or more, ideally 6"):
         slurm.ranks_of(settings(), groups(1, 1))
-    with pytest.raises(ValueError, match=r"1 task.* sbatch --ntasks=2 or more, best 5"):
+    with pytest.raises(ValueError, match=r"1 task.* sbatch --ntasks=2 or more, ideally 5"):
         slurm.ranks_of(settings("fedavg"), groups(1))
 
 
@@ -123,7 +123,7 @@ def test_the_first_attempt_wants_a_new_directory(
     assert slurm.folder_of(settings(), MIXED) == folder
     (folder / "config.yaml").touch()
     assert slurm.folder_of(settings(), MIXED | {"SLURM_RESTART_COUNT": "1"}) == folder
-    with pytest.raises(ValueError, match=r"another job's of the same number; give a --run\.dir"):
+    with pytest.raises(ValueError, match=r"another job with the same number; give a --run\.dir"):
         slurm.folder_of(settings(), MIXED)
 
 
@@ -190,5 +190,5 @@ def test_an_index_is_a_run_of_the_report(tmp_path: Path) -> None:
         asked, _ = commandline.settings(commandline.parser(""), ["--config", str(file)])
         assert asked == wanted[index].settings
     assert [path.suffix for path in file.parent.iterdir()] == [".yaml"] * 2
-    with pytest.raises(ValueError, match=r"index 21, but .* 21 runs; .*--array=0-20"):
+    with pytest.raises(ValueError, match=r"index is 21, but .* 21 runs; .*--array=0-20"):
         array.pick(one, wanted, 21)

@@ -74,7 +74,7 @@ def test_missing_folders_files_rows_and_bins(folder: Path) -> None:
     source = open_source(csinet(folder), 32, 32)
     with pytest.raises(FileNotFoundError, match=r"DATA_Htrainout\.mat .*'DATA_Hvalin\.mat'"):
         source.available("outdoor", "train")
-    with pytest.raises(ValueError, match=r"rows 2 to 5 were asked for; .* <= 4"):
+    with pytest.raises(ValueError, match=r"rows 2 to 5 were requested; .* <= 4"):
         source.rows("indoor", "test", 2, 5)
 
 
@@ -96,7 +96,7 @@ WITH_EMPTY[1], WITH_EMPTY[3] = 0.5, 0.0
         (np.ones((2, 2048), np.int16), "HT", r"class int16; expected real single or double"),
         (np.full((2, 2048), "a", object), "HT", r"class cell; expected real"),
         (WITH_NAN, "HT", r"NaN or infinite values, first in row 3"),
-        (WITH_EMPTY, "HT", r"row 1 of HT .* holds one value .* without energy"),
+        (WITH_EMPTY, "HT", r"row 1 of HT .* holds a single value .* without energy"),
         (images(2).reshape(2, -1) - 0.5, "HT", r"lies in \[-0\.\d+, 0\.\d+\].*add 0\.5"),
         (
             np.linspace(0, 255, 4096).reshape(2, -1),

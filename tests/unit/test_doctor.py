@@ -80,14 +80,14 @@ def interleaved(h: Images) -> NDArray[Any]:
 
 Damage = Callable[[Images], NDArray[Any]]
 DAMAGES: list[tuple[Damage, str, str]] = [
-    (exchanged, "suspicious", r"axes look exchanged.*-> HT\.reshape\(-1, 2, 32, 32\)\.transpose"),
+    (exchanged, "suspicious", r"axes look swapped.*-> HT\.reshape\(-1, 2, 32, 32\)\.transpose"),
     (around_zero, "unusable", r"around 0 instead of 0\.5 -> add 0\.5"),
     (second_dft, "suspicious", r"spread over all angles and delays: a second DFT.*ifft2"),
     (complex_values, "unusable", r"complex values; expected 1024 real parts, then 1024 imaginary"),
     (scaled_as_a_set, "suspicious", r"peak of the whole set.* -> subtract 0\.5, divide each row"),
     (with_nan, "unusable", r"NaN or infinite values in 2 of 192 rows, first in row 3 .*remove"),
-    (repeated, "suspicious", r"5 of 197 rows are copies of others"),
-    (interleaved, "suspicious", r"alternate instead of standing one half after the other"),
+    (repeated, "suspicious", r"5 of 197 rows are duplicates"),
+    (interleaved, "suspicious", r"alternate instead of filling one half of a row each"),
 ]
 
 
@@ -130,7 +130,7 @@ def test_a_dft_over_one_axis_is_told_apart(tmp_path: Path, rows: Images, axis: i
 def test_what_follows_is_judged_on_repaired_rows(tmp_path: Path, rows: Images) -> None:
     values = interleaved(rows.transpose(0, 1, 3, 2) - np.float32(0.5))
     seen = examine(save(tmp_path / "DATA_Htrainin.mat", values))
-    assert re.search("alternate.*around 0.*exchanged", words(seen)), words(seen)
+    assert re.search("alternate.*around 0.*swapped", words(seen)), words(seen)
     assert len(seen.findings) == 3
     assert seen.images is not None
     np.testing.assert_allclose(seen.images, rows.transpose(0, 1, 3, 2), atol=1e-6)
@@ -141,7 +141,7 @@ def test_two_faults_are_both_named(tmp_path: Path, rows: Images) -> None:
     values[0] = np.nan
     seen = examine(save(tmp_path / "DATA_Htrainin.mat", values))
     assert [f.what.split()[0] for f in seen.findings] == ["NaN", "complex", "the"]
-    assert "exchanged" in words(seen)
+    assert "swapped" in words(seen)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_two_faults_are_both_named(tmp_path: Path, rows: Images) -> None:
         (np.full((2, 2048), "a", object), r"a cell array, a struct or text"),
         (np.full((2, 2048), 7, np.int16), r"holds int16"),
         (np.zeros((0, 2048)), r"shape is \(0, 2048\)"),
-        (np.full((2, 2048), 0.5), r"2 rows hold one value throughout"),
+        (np.full((2, 2048), 0.5), r"2 rows hold a single value throughout"),
         (np.full((2, 2048), np.nan), r"in 2 of 2 rows"),
     ],
 )
@@ -167,7 +167,7 @@ def test_range_zero_and_columns(tmp_path: Path, rows: Images) -> None:
     assert "expected [0, 1] with 0.5" in words(examine(save(path, flat(rows) * 255)))
     assert "median" in words(examine(save(path, flat(rows) * 0.6)))
     seen = examine(save(path, flat(rows).T))
-    assert "samples lie along columns -> save HT.' instead" in words(seen)
+    assert "samples are columns -> save HT.' instead" in words(seen)
     assert len(seen.findings) == 1
     seen = examine(save(path, flat(rows), key="H"))
     assert "its variable is H -> rename it to HT" in words(seen)
@@ -203,7 +203,7 @@ def test_version_7_3_that_announces_more_than_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "DATA_Htrainin.mat"
     with h5py.File(path, "w") as file:
         file.create_dataset("HT", (2048, 10**6), "f4", chunks=(2048, 1))
-    assert "needs more than the 0 bytes it holds" in words(examine(path))
+    assert "needs more than the 0 bytes that are stored" in words(examine(path))
 
 
 # Files of one folder together
@@ -214,7 +214,9 @@ def test_rows_of_the_test_set_among_the_training_rows(tmp_path: Path, rows: Imag
     save(tmp_path / "DATA_Htestin.mat", flat(rows[140:]).astype(np.float64))
     found = checkup.check_folder(tmp_path, "indoor").files
     assert found["train"].verdict == "good"
-    assert words(found["test"]).startswith("suspicious: 10 of 52 rows are in DATA_Htrainin.mat too")
+    assert words(found["test"]).startswith(
+        "suspicious: 10 of 52 rows are also in DATA_Htrainin.mat"
+    )
 
 
 @pytest.mark.parametrize("site", SITES)

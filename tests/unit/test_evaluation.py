@@ -109,7 +109,7 @@ def test_rows_without_energy_are_left_out_and_counted() -> None:
 
 
 def test_a_model_that_gives_no_numbers_is_refused() -> None:
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="aren't finite"):
         evaluated([Const(math.nan)], rows(3))
 
 
@@ -236,7 +236,7 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "run")
     for arguments, message in (
         (["--data.seed", "1", tmp_path / "run"], "RUN comes first"),
-        ([tmp_path / "none"], "is no run"),
+        ([tmp_path / "none"], "is not a run's directory"),
         ([tmp_path / "run", "--compare", *[tmp_path / "run"] * 8], "at most 8"),
         ([tmp_path / "run", "--compare"], "expected at least one argument"),
         ([tmp_path / "run", "--data.test_samples", "0"], "test_samples is 0"),

@@ -96,7 +96,7 @@ def test_a_range_needs_rows() -> None:
 
 @pytest.mark.parametrize("bits", [0, 17])
 def test_so_many_bits_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"{bits} bits per entry were asked for; expected 1 … 16"):
+    with pytest.raises(ValueError, match=f"{bits} bits per entry were requested; expected 1 … 16"):
         Quantiser(torch.zeros(1), torch.ones(1), bits)
 
 
@@ -258,7 +258,7 @@ def test_mistakes_are_named_and_leave_nothing(
         ([place, "--ue", 4, *torch_alone], "--ue is 4; the run has UEs 0 … 3"),
         ([place, "--ue", -1, *torch_alone], "--ue is -1"),
         ([place, "--ue", 0, "--bits", 0, *torch_alone], "0 bits per entry"),
-        ([place, "--ue", 0, "--out", tmp_path / "taken", *torch_alone], "holds no export"),
+        ([place, "--ue", 0, "--out", tmp_path / "taken", *torch_alone], "isn't an export"),
         ([place, "--ue", 0, "--formats", "tflite"], "invalid choice: 'tflite'"),
         ([place, "--ue", 0, "--bits", 4, "--data.seed", 1, *torch_alone], "the manifest's"),
     ):

@@ -189,7 +189,7 @@ def test_fewer_iterations_than_there_are_is_refused(tmp_path: Path) -> None:
     run_in(folder, given[0])
     source = snapshot(folder / "checkpoints", 7, given[0])
     assert decide(given[1], folder, again=False).checkpoint == source
-    with pytest.raises(ValueError, match=r"is of iteration 7, but train\.iterations is 5"):
+    with pytest.raises(ValueError, match=r"is from iteration 7, but train\.iterations is 5"):
         decide(given[2], folder, again=False)
 
 
@@ -234,7 +234,7 @@ def test_a_run_begun_elsewhere_goes_on_from_its_own(
     checkpoint.discard(first)  # its own are enough
     assert decide(settings, folder, again=False) == mine
     snapshot(tmp_path / "third" / "checkpoints", 5)
-    with pytest.raises(ValueError, match="holds another run than"):
+    with pytest.raises(ValueError, match="belongs to another; choose a new"):
         decide(Settings(run=RunSettings(resume="third")), folder, again=False)
 
 
@@ -242,7 +242,9 @@ def test_a_source_that_vanished_is_named(tmp_path: Path) -> None:
     settings, folder, first = begun_elsewhere(tmp_path)
     checkpoint.discard(first)
     for again in (True, False):
-        with pytest.raises(ValueError, match=f"begun from run.resume {settings.run.resume}, where"):
+        with pytest.raises(
+            ValueError, match=f"started from run.resume {settings.run.resume}, which"
+        ):
             decide(settings, folder, again=again)
 
 

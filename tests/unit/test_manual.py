@@ -70,5 +70,5 @@ def test_a_parser_parses_more_than_once() -> None:
 
 
 def test_a_section_that_is_none_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no section 'nosuch', but model, topology"):
+    with pytest.raises(ValueError, match="no section 'nosuch'; expected model, topology"):
         commandline.settings(commandline.parser(""), ["--help", "nosuch"])

@@ -94,7 +94,7 @@ def test_a_wrong_checksum(tmp_path: Path) -> None:
 
 def test_a_missing_checksum(tmp_path: Path) -> None:
     path = written(tmp_path / "a.mat", ROWS, deflated=True, damage=lambda data: data[:-4])
-    with pytest.raises(ValueError, match=r"a\.mat can't be read: .*deflated has no end"):
+    with pytest.raises(ValueError, match=r"a\.mat can't be read: .*deflated data has no end"):
         read_all(path)
 
 
@@ -103,7 +103,7 @@ def test_numbers_that_go_on_into_the_next_variable(tmp_path: Path) -> None:
     other = written(tmp_path / "b.mat", ROWS).read_bytes()[128:].replace(b"HT", b"ZZ")
     with path.open("ab") as file:
         file.write(other)
-    with pytest.raises(ValueError, match="40,960 bytes are announced where 40,160 are left"):
+    with pytest.raises(ValueError, match="40,960 bytes are announced where only 40,160 are left"):
         read_all(path)
 
 

@@ -310,7 +310,7 @@ def test_a_disk_without_room_costs_the_profile_alone(
     (line,) = Session(tmp_path, settings()).until(12).end()
     assert "iterations 6 to 7 would take " in line
     assert f"1,000 are free in {tmp_path}" in line
-    assert "training goes on" in line
+    assert "training continues" in line
     assert not (tmp_path / "profile").exists()
     assert not list(tmp_path.glob("timeline*"))
 

@@ -82,7 +82,7 @@ def test_a_method_gets_settings_it_can_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("user", "message"),
     [
-        (["--train.lr", "1"], "train.lr is among the settings passed on"),
+        (["--train.lr", "1"], "train.lr is among the settings to pass on"),
         (["--method=fedavg"], "method is among"),
         (["--data.environment", "noniid"], "data.environment is among"),
         (["--train.bogus", "1"], "train.bogus"),
@@ -104,7 +104,9 @@ def test_files_that_are_no_presets_are_named(text: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     rest = "processes: 3\ncompression: [4]\nseeds: [0]\n" if ": [" in text else ""
     file.write_text(rest + text)
-    with pytest.raises(ValueError, match=r"mine.yaml is no preset|preset mine: panel 'g'"):
+    with pytest.raises(
+        ValueError, match=r"mine.yaml is not a preset|preset mine: unknown panel 'g'"
+    ):
         presets.load(str(file))
 
 
@@ -137,8 +139,8 @@ def test_runs_may_differ_in_where_they_were_computed(tmp_path: Path) -> None:
     [
         ("config.yaml", ("batch_size: 106", "batch_size: 8"), r"train.batch_size 8, .* needs 106"),
         ("config.yaml", ("seed: 0\n  precision", "seed: 3\n  precision"), "train.seed 3"),
-        ("config.yaml", ("method: csilocal", "- 1"), "isn't the settings of a run"),
-        ("config.yaml", ("model:", "modell:"), "modell.angles, which is no setting"),
+        ("config.yaml", ("method: csilocal", "- 1"), "holds no settings of a run"),
+        ("config.yaml", ("model:", "modell:"), "modell.angles, which is not a setting"),
         ("summary.json", ("finished", "finished\n"), "summary.json can't be read"),
         ("summary.json", ('"iterations": 20', '"iterations": 30'), "ends at iteration 20"),
         ("history.jsonl", ('{"iteration": 20', '{"iteration'), "history.jsonl, line 2 isn't JSON"),

@@ -110,8 +110,10 @@ def test_both_percentages_are_medians_of_rounds() -> None:
 
 def test_the_verdict_says_what_the_figures_say() -> None:
     text = table1_output.verdict([row(saved=0.2), row(batch_size=800, saved=0.1)], 0.25, 2, 2)
-    assert "saves 10.0% to 20.0% of the time; in the paper's same cells 3.9% to 17.9%." in text
-    assert "1 of 2 cells save at least what the paper's do." in text
+    assert (
+        "saves 10.0% to 20.0% of the time; in the same cells the paper saves 3.9% to 17.9%." in text
+    )
+    assert "1 of 2 cells save at least as much as the paper's." in text
     assert "At 800 samples per UE it saves no more than at 400 (10.0%, 20.0%)" in text
     assert "The best cell reaches 80% of the bound." in text
     assert "saves nothing" not in text

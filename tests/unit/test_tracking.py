@@ -161,7 +161,7 @@ def test_a_folder_that_cant_be_written_is_said_once(
     events.close()
     error = capsys.readouterr().err
     assert error.count("csipipe: warning: TensorBoard's events can't be written") == 1
-    assert "training goes on without" in error
+    assert "training continues without" in error
 
 
 def test_a_full_disk_ends_the_curves_and_not_the_run(

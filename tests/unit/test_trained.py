@@ -83,7 +83,7 @@ def test_a_person_may_choose_the_weights(tmp_path: Path) -> None:
         [model] = trained.read(folder, weights=name).models([1])
         with torch.no_grad():
             assert torch.equal(model(worker.test), h_hat), name
-    with pytest.raises(ValueError, match=r"no such checkpoint, but \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"no such checkpoint; it has \[3, 4\]"):
         trained.read(folder, weights="5")
     with pytest.raises(ValueError, match="no such checkpoint"):
         trained.read(folder, weights="newest")
@@ -99,10 +99,10 @@ def test_weights_without_a_summary_are_read_and_said(tmp_path: Path) -> None:
 
 def test_what_can_be_wrong_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="is not a run's directory"):
         trained.read(folder)
     worker = trainedruns.begin(folder)
-    with pytest.raises(ValueError, match="no whole checkpoint yet"):
+    with pytest.raises(ValueError, match="no complete checkpoint yet"):
         trained.read(folder)
     with pytest.raises(ValueError, match="has no best weights"):
         trained.read(folder, weights="best")
@@ -114,7 +114,7 @@ def test_what_can_be_wrong_is_named(tmp_path: Path) -> None:
     file = folder / "weights" / "ue-2.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     trained.read(folder).models([0])
-    with pytest.raises(ValueError, match=r"ue-2\.safetensors holds no weights"):
+    with pytest.raises(ValueError, match=r"ue-2\.safetensors holds no readable weights"):
         trained.read(folder).models()
     (folder / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match=r"summary\.json can't be read"):
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_was_altered_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ue-1\.safetensors was altered"):
         trained.read(folder).models()
     shutil.rmtree(newest)
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         trained.read(folder)
 
 
