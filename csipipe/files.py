@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks that end with their process."""
+"""Files that are written completely or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextlib.contextmanager
 def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
-    """A path to write to, which becomes `file` if nothing fails; else nothing is left of it.
+    """A path to write to, which becomes `file` if nothing fails and is removed otherwise.
 
     Args:
         partial: that path, in the same folder; None: `<file>.partial`.
@@ -30,13 +30,13 @@ def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
 
 
 def flush(file: Path) -> None:
-    """Make what was written to a file last, should the machine fail."""
+    """Flush a file to disk, so that it survives a failure of the machine."""
     with file.open("rb+") as written:
         os.fsync(written.fileno())
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a file, whole or not at all, into a folder that is made if need be."""
+    """Write a file, completely or not at all; creates its folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -52,12 +52,12 @@ def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or this process ends; whether nobody else has it.
+    """Lock an open file until it is closed or this process ends; returns whether that succeeded.
 
-    A file system without locks is not guarded.
+    On a file system without locks it always succeeds.
 
     Args:
-        wait: until nobody else has it.
+        wait: wait until nobody else has it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -100,6 +100,6 @@ def _make(
 def _save(path: Path, key: str, values: NDArray[Any]) -> None:
     """Write beside `path`, then rename, so that it is never half written."""
     with files.whole(path, path.with_name(f"{path.name}.{os.getpid()}.partial")) as partial:
-        with partial.open("wb") as file:  # savemat would add an ending to a name
+        with partial.open("wb") as file:  # given a name, savemat would append an ending
             io.savemat(file, {key: values})
         files.flush(partial)

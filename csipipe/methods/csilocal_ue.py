@@ -100,7 +100,7 @@ class UeHalf(UeSide):
         self.wire.ledger.phase = "evaluation"
         for ue in self.ues:
             ue.train(False)
-        self.ports.forward_in.post()  # before anything is sent: the BTS keeps few under way
+        self.ports.forward_in.post()  # before any send: the BTS keeps few messages in flight
         with torch.no_grad():
             for k in range(self.batches[part] + 1):
                 if k < self.batches[part]:

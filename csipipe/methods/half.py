@@ -29,7 +29,7 @@ from csipipe.settings.config import Settings
 
 @dataclass(frozen=True)
 class Seat:
-    """What every half is made from: a run's settings, who is where, this rank and its device."""
+    """What every half is made from: settings, topology, this rank and its device."""
 
     settings: Settings
     topology: Topology
@@ -143,7 +143,7 @@ class Half:
 
 
 class UeSide(Half):
-    """What the UE halves share: the UEs of one rank, and their weights for use.
+    """What the UE halves share: the UEs of one rank, and their weights.
 
     Args:
         ues: this rank's UEs, ascending.

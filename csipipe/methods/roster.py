@@ -19,7 +19,7 @@ from csipipe.comm.wire import Wire
 from csipipe.pipeline.schedule import Attempts, Instruction, Op
 
 AGREED = {Op.ROLL_CALL: Kind.ROLL_CALL, Op.VERDICT: Kind.VERDICT}
-"""What each instruction agrees by."""
+"""The message by which each instruction agrees."""
 
 
 class Roster:

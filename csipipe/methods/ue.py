@@ -66,7 +66,7 @@ class UserEquipment:
         return Unit(parts, AdamMoments(self.optimizer), self.generator)
 
     def save(self, folder: Path) -> None:
-        """Write encoder and head for use (OSError)."""
+        """Write the weights of encoder and head (OSError)."""
         parts = {"encoder": self.encoder.state_dict(), "head": self.head.state_dict()}
         checkpoint.save(checkpoint.ue_file(folder, self.number), parts)
 

@@ -30,7 +30,7 @@ from csipipe.settings.config import Precision
 
 @dataclass(frozen=True)
 class _Batch:
-    """A (U, B, 2, A, D) mini-batch of every UE, rows of each that count, and (U, B) losses."""
+    """A (U, B, 2, A, D) mini-batch of every UE, how many rows of each count, and (U, B) losses."""
 
     h_UBAD: Tensor
     valid: Sequence[int]
@@ -38,19 +38,19 @@ class _Batch:
 
 
 class UeStage:
-    """Encoders and heads of this rank's UEs: the two outermost ends of the pipeline.
+    """Encoders and heads of this rank's UEs: the two ends of the pipeline.
 
     Args:
         ues: this rank's, ascending.
         ports: where messages come from and go to; forward comes in from the last BTS stage, and
             goes out to the first.
         micro_batches: micro-batches per iteration.
-        tolerant: a UE that can't step is left out; else it is an error.
+        tolerant: a UE that can't step is left out; otherwise that is an error.
         calls: what this rank does at instructions that don't belong to the stage.
 
     Attributes:
         taking: indices on this rank of the UEs that take part.
-        idle: places of those that took no step.
+        idle: indices of those that took no step.
         faults: why UEs could not step in this iteration, by number.
     """
 
@@ -77,7 +77,9 @@ class UeStage:
         self.idle: set[int] = set()
         self.faults: dict[int, str] = {}
         self._pending = models.put_off(ue.head for ue in ues)
-        self._batches: deque[_Batch] = deque()  # encoded is the last, reconstructed the first
+        self._batches: deque[_Batch] = (
+            deque()
+        )  # the last one is encoded, the first one reconstructed
         self._z_UBC: list[Tensor] = []
         self._z_MRC: list[Tensor] = []
         self._y: dict[int, Tensor] = {}
@@ -85,10 +87,10 @@ class UeStage:
         self._dz: dict[int, Tensor] = {}
 
     def load(self, h_UBAD: Sequence[Tensor], valid: Sequence[int] | None = None) -> None:
-        """Give a (B, 2, A, D) mini-batch per UE; `sums` takes it away again.
+        """Add a (B, 2, A, D) mini-batch per UE; `sums` removes it.
 
         Args:
-            valid: rows of each UE that count in `sums`, the rest is padding; None: all.
+            valid: rows of each UE that are counted in `sums`, the rest is padding; None: all.
         """
         h = torch.stack(list(h_UBAD))
         counted = [h.shape[1]] * len(h) if valid is None else valid

@@ -198,7 +198,7 @@ def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path
     for key, before, now in commandline.differences(found, wanted):
         raise ValueError(
             f"{source} was made with {key} {before!r} in the file of {_FILE}, this "
-            f"run has {now!r}: going on would be neither of the two. Give a file "
+            f"run has {now!r}: the result would be neither of the two. Give a file "
             f"with the same {key}, or choose another run.dir."
         )
 
