@@ -45,7 +45,7 @@ class PlainCRBlock(nn.Module):
 def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
     """The tail of a model that has a plain one: (B, c1) → (B, c2)."""
     name = MODELS[model.name].plain
-    assert name is not None  # `candidates` sees to that
+    assert name is not None  # checked by `candidates`
     layers: list[nn.Module] = found(name)(model)
     for layer, ours in zip(layers, models.build_tail(model, seed), strict=True):
         layer.load_state_dict(ours.state_dict())

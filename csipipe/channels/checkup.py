@@ -70,7 +70,7 @@ def check_folder(folder: Path, environment: Site) -> Checked:
 
 
 def generated(source: Source, environment: Site) -> Checked:
-    """Channels that are made, for statistics beside those of files."""
+    """Generated channels, for statistics beside those of files."""
     train, test = GENERATED
     sets = source.rows(environment, "train", 0, train), source.rows(environment, "test", 0, test)
     return Checked(environment, {}, sets)

@@ -126,7 +126,7 @@ class CsiNetSource:
         if len(found) != there:
             raise ValueError(
                 f"{self._folder}: HF_all has {len(found)} {environment} rows, the test set "
-                f"{there}; it must be of the same samples. Move the file away to do without ρ."
+                f"{there}; it must hold the same samples. Move the file away to evaluate without ρ."
             )
         return found[start:stop]
 
@@ -166,7 +166,7 @@ class CsiNetSource:
 
 def open_source(data: DataSettings, angles: int, delays: int) -> CsiNetSource:
     """As `csipipe.channels.open_source`."""
-    assert data.path is not None  # DataSettings sees to that
+    assert data.path is not None  # checked by DataSettings
     return CsiNetSource(Path(data.path), data.seed, angles, delays)
 
 

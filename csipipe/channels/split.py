@@ -98,10 +98,10 @@ def _rows_per_site(data: DataSettings, part: Part, available: Available) -> dict
 
 
 def _usual(data: DataSettings, part: Part) -> int:
-    """Rows of a source that has no end, where the settings name no number."""
+    """Default number of rows of an endless source."""
     source = SOURCES[data.source]
     usual = source.train_samples if part == "train" else source.test_samples
-    assert usual is not None, f"{data.source} has no end and no usual number of rows"
+    assert usual is not None, f"{data.source} is endless and has no default number of rows"
     return usual
 
 

@@ -1,4 +1,4 @@
-"""The methods that can train the autoencoder; which there are says `csipipe.settings.tables`.
+"""The methods that can train the autoencoder; `csipipe.settings.tables` lists them.
 
 `prepare` does what a rank can do alone (checks, data), so that user errors show before the ranks
 meet; it returns a function that builds the rank's worker once they have met.

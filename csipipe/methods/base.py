@@ -72,7 +72,7 @@ class Worker(Protocol):
 
 
 Builder = Callable[[World], Worker]
-"""What a method prepares on a rank, for when the ranks have met."""
+"""What a method prepares on a rank before the ranks meet."""
 
 
 def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> torch.optim.Adam:

@@ -29,9 +29,9 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
 
 
 def import_engine(device: torch.device) -> ModuleType:
-    """DeepSpeed, on BTS ranks only, before the ranks meet: on a shared disk it takes a while."""
+    """Import DeepSpeed, on BTS ranks only, before the ranks meet: on a shared disk it is slow."""
     os.environ["DS_ACCELERATOR"] = device.type  # read at import
-    if device.index is not None:  # DeepSpeed takes the local rank for the number of a GPU
+    if device.index is not None:  # DeepSpeed takes the local rank as the index of a GPU
         os.environ["LOCAL_RANK"] = str(device.index)
     from csipipe.pipeline import engine
 

@@ -42,7 +42,7 @@ class FedAvg(Replica):
         return self.agreed.change(), sums
 
     def apply(self, mean: Tensor) -> None:
-        """Go on from the mean of the models."""
+        """Continue from the mean of the models."""
         self.agreed.apply(mean)
 
     def _pull(self) -> None:

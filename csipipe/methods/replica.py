@@ -24,7 +24,7 @@ from csipipe.settings.config import Settings
 
 
 class Replica:
-    """One UE's model, unsplit, on its own rows; a method says what it does with it.
+    """One UE's model, unsplit, on its own rows; a method says how it is trained.
 
     Attributes:
         shared, personal: the model's parameters, by where they live.
@@ -58,7 +58,7 @@ class Replica:
         raise NotImplementedError
 
     def apply(self, mean: Tensor) -> None:
-        """Take in the (P,) mean of what all UEs sent."""
+        """Apply the (P,) mean of what all UEs sent."""
         raise NotImplementedError
 
     @property

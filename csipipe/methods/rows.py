@@ -25,9 +25,9 @@ def load(
 
 
 def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifest | None:
-    """Which rows are whose, on the rank that hosts UE 0; None on the others.
+    """Which rows belong to whom, on the rank that hosts UE 0; None on the others.
 
-    A BTS rank may run where no data is, so rank 0 can't be the one.
+    A BTS rank may run where there is no data, so rank 0 can't tell.
     """
     if settings.stages:
         topology = Topology(world_size, settings.stages, settings.topology.ues)
@@ -38,7 +38,7 @@ def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifes
 
 
 def _dealt(settings: Settings) -> tuple[channels.Source, channels.Deal]:
-    """Where the channels come from, and whose they are; no values are read yet."""
+    """The source of the channels, and the assignment of its rows; no values are read yet."""
     data, model = settings.data, settings.model
     source = channels.open_source(data, model.angles, model.delays)
     return source, channels.deal(data, settings.topology.ues, source.available)

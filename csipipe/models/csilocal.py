@@ -46,7 +46,7 @@ def head(model: ModelSettings) -> nn.Sequential:
 
     The hard-sigmoid is PyTorch's, clamp(x/6 + 1/2, 0, 1). The layer before it starts at a tenth of
     PyTorch's usual range, which the paper leaves open: the first reconstructions are then close to
-    0.5, an empty channel, instead of noise that hundreds of iterations go into unlearning.
+    0.5, an empty channel, instead of noise that takes hundreds of iterations to unlearn.
     """
     image = (2, model.angles, model.delays)
     last = Linear(model.c2, 2 * model.angles * model.delays)

@@ -72,14 +72,14 @@ def check(model: ModelSettings) -> None:
     for part, (before, after) in zip(PARTS, ends, strict=True):
         try:
             gives = tuple(_shapes(_layers(part, model), before)[-1])
-        except Exception as error:  # whatever the user's own code raises
+        except Exception as error:  # the user's own code may raise anything
             raise ValueError(
                 f"{_NAME} is {model.name!r}, whose {part} can't be built or run on a row of shape "
                 f"{before}: {type(error).__name__}: {error}"
             ) from error
         if gives != after:
             raise ValueError(
-                f"{_NAME} is {model.name!r}, whose {part} makes {gives} of a row of shape "
+                f"{_NAME} is {model.name!r}, whose {part} makes {gives} from a row of shape "
                 f"{before}; it must be {after}, from model.c1, model.c2, model.angles and "
                 "model.delays."
             )

@@ -43,7 +43,7 @@ PANELS: dict[str, tuple[Environment, int]] = {
 """Fig. 6: distribution and compression ratio (8 is c = 256 of 2048 reals, 4 is c = 512)."""
 
 ANY = ("--method", next(name for name, spec in tables.METHODS.items() if spec.local_steps))
-"""A method that takes every setting, where none is meant."""
+"""A method that accepts every setting, where no particular one is meant."""
 NO_DATA = ("--data.source", DataSettings().source, "--data.path", "null")
 """Where no data is looked at, none is asked for."""
 DECIDED = ("model.c1", "model.c2", "data.environment", "train.lr", "train.seed", "run.dir")

@@ -75,8 +75,8 @@ class TopologySettings:
     """UEs, numbered from 0 and assigned to the UE ranks in order."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
-    measured: by the time that each layer takes on this
-    machine. null: as the model says, type:CRBlock."""
+    measured: by the time that each layer takes on this machine. null: as the model says,
+    type:CRBlock."""
     profile: str | None = None
     """File for the times of partition measured: read if it exists, else written. null: none."""
 

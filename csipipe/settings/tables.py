@@ -1,9 +1,9 @@
-"""The methods, models and sources there are, by the name that a setting gives them: facts.
+"""The known methods, models and sources, by the name that a setting gives them: facts.
 
 A row says where its code is as `package.module:function`, which is imported when it is needed, so
-that nothing heavy is loaded with the settings and rooms above can be named. Nothing outside of
-this file compares a name: who wants to know something of a method asks its row. Adding one is a
-file, a row here and a test.
+that nothing heavy is loaded with the settings and rooms above can be named. Nothing outside this
+file compares a name: whatever depends on a method is a fact in its row. Adding one takes a file, a
+row here and a test.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class MethodSpec:
     """A method that trains the model."""
 
     about: str
-    """What `--help` says of it."""
+    """What `--help` says about it."""
     prepare: str
     """`prepare(settings, rank, world_size, device)`, as `csipipe.methods.prepare`."""
     cost: str
-    """`cost(settings)`: scalars that a UE sends in one iteration; as many come back."""
+    """`cost(settings)`: scalars that a UE sends in one iteration; it receives the same number."""
     stages: int
-    """BTS stages where topology.stages names none; 0: one process with everything, no BTS."""
+    """BTS stages if topology.stages is null; 0: everything in one process, no BTS."""
     pipelined: bool = False
-    """The tail runs at the BTS, under DeepSpeed, on as many stages as are asked for."""
+    """Whether the tail runs at the BTS, under DeepSpeed, on topology.stages stages."""
     local_steps: bool = False
     """Whether a UE may take several steps of its own between two exchanges."""
     shared: tuple[str, ...] = ()
@@ -42,13 +42,13 @@ class ModelSpec:
     encoder: str
     """A module: (B, 2, A, D) → (B, c1)."""
     tail: str
-    """A list of modules, which stages are cut from: (B, c1) → (B, c2)."""
+    """A list of modules, from which stages are cut: (B, c1) → (B, c2)."""
     head: str
     """A module: (B, c2) → (B, 2, A, D) in [0, 1]."""
     partition: str
-    """How the tail is cut where topology.partition says nothing."""
+    """How the tail is cut by default, see topology.partition."""
     plain: str | None = None
-    """The tail once more, of PyTorch's own layers, for the benchmark; None: there is none."""
+    """The same tail of PyTorch's own layers, for the benchmark; None: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class SourceSpec:
     folder: bool
     """Whether it reads files, from data.path."""
     train_samples: int | None = None
-    """Training rows where the settings name no number; None: all there are."""
+    """Training rows by default; None: all rows."""
     test_samples: int | None = None
-    """Rows of the test set, in the same way."""
+    """Rows of the test set by default; None: all rows."""
     axes: tuple[str, str] = ("angle (1/{} cycles)", "delay (bins of 50 ns)")
-    """What an image's axes are, as pictures label them; {}: the number of bins."""
+    """Labels of an image's axes in pictures; {}: the number of bins."""
 
 
 def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
@@ -101,19 +101,19 @@ METHODS: dict[str, MethodSpec] = {
         shared=_WHOLE,
     ),
     "fedavgper": _federated(
-        "fedavg, with an encoder of its own at every UE",
+        "fedavg, with a personal encoder at every UE",
         "csipipe.methods.fedavg:prepare_fedavg",
         local_steps=True,
         shared=_PERSONAL,
     ),
     "fedprox": _federated(
-        "fedavg, whose UEs are pulled towards the mean (train.mu)",
+        "fedavg with a pull towards the mean (train.mu)",
         "csipipe.methods.fedavg:prepare_fedprox",
         local_steps=True,
         shared=_WHOLE,
     ),
     "fedproxper": _federated(
-        "fedprox, with an encoder of its own at every UE",
+        "fedprox, with a personal encoder at every UE",
         "csipipe.methods.fedavg:prepare_fedprox",
         local_steps=True,
         shared=_PERSONAL,
@@ -124,7 +124,7 @@ METHODS: dict[str, MethodSpec] = {
         shared=_WHOLE,
     ),
     "fedgradper": _federated(
-        "fedgrad, with an encoder of its own at every UE",
+        "fedgrad, with a personal encoder at every UE",
         "csipipe.methods.fedgrad:prepare",
         shared=_PERSONAL,
     ),
@@ -162,7 +162,7 @@ TABLES: dict[str, Mapping[str, MethodSpec | ModelSpec | SourceSpec]] = {
     "data.source": SOURCES,
 }
 """By the setting that names a row."""
-OWN = {"model.name": "package.module:function with build(angles, delays, c1, c2)"}
+OWN = {"model.name": "package.module:function, a function of (angles, delays, c1, c2)"}
 """Settings that may name the user's own code instead of a row, and what it must be."""
 
 OWN_PARTITION = "parameters"

@@ -220,7 +220,7 @@ def _parameters(model: ModelSettings, seed: int) -> list[nn.Parameter]:
         (f"{__name__}:nobody", "can't be imported .*nobody"),
         (":", "can't be imported"),
         (f"{__name__}:broken", "encoder can't be built .*RuntimeError: no such thing"),
-        (f"{__name__}:narrow", r"tail makes \(4,\) of a row of shape \(6,\); it must be \(5,\)"),
+        (f"{__name__}:narrow", r"tail makes \(4,\) from a row of shape \(6,\); it must be \(5,\)"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_named(name: str, message: str) -> None:
