@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "csipipe/__init__.py").read_text())
 assert VERSION
+SHIPPED = {"ds_configs": ["*.json"], "launch/configs": ["*.yaml", "reports/*.yaml"], "slurm": ["*"]}
+"""Folders of files that a wheel brings along; `csipipe.files.shipped` finds them."""
+PACKAGES = {f"csipipe.shipped.{folder.replace('/', '.')}": folder for folder in SHIPPED}
 
 setup(
     name="csipipe",
@@ -17,8 +20,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["csipipe", "csipipe.*"]),
-    package_data={"csipipe": ["py.typed"]},
+    packages=[*find_packages(include=["csipipe", "csipipe.*"]), *PACKAGES],
+    package_dir=PACKAGES,
+    package_data={
+        "csipipe": ["py.typed"],
+        **{package: SHIPPED[folder] for package, folder in PACKAGES.items()},
+    },
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",  # csipipe/pipeline/subworld.py knows this release

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and locks that end with their process."""
+"""Files that are written completely or not at all, locks, and files that come with csipipe."""
 
 from __future__ import annotations
 
@@ -67,3 +67,21 @@ def lock(descriptor: int, wait: bool = False) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
     return True
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with csipipe.
+
+    Args:
+        name: its path in the repository, such as `ds_configs/fp32.json`; a wheel has the same
+            folders inside of the package (see setup.py).
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / "shipped"
+    return (inside if inside.is_dir() else package.parent) / name
+
+
+def given_or_shipped(path: str) -> str:
+    """The path that a user gave or, if nothing is there, that of the shipped file of this name."""
+    ours = shipped(path)
+    return str(ours) if os.path.isfile(ours) and not os.path.exists(path) else path

@@ -1,73 +1,8 @@
 """The paper's table and figures: python launch/reproduce.py REPORT [options]; see --help."""
 
-from __future__ import annotations
-
 import sys
-from argparse import ArgumentParser
-from types import ModuleType
 
-from csipipe.reports import array, fig5, fig6, headline, plan, search, table1
-
-ABOUT = """Makes the paper's figures from runs of launch/train.py. Missing runs are started, one
-torchrun after the other; the same command resumes an interrupted report. Settings of train.py, such
-as --data.source csinet --data.path DIR, are passed on to all runs."""
-
-REPORTS: dict[str, ModuleType] = {
-    "table1": table1,
-    "fig5": fig5,
-    "fig6": fig6,
-    "headline": headline,
-    "plan": plan,
-    "search": search,
-}
-ARRAYS: dict[str, array.Wanted] = {
-    "fig5": fig5.wanted,
-    "fig6": fig6.wanted,
-    "headline": headline.wanted,
-}
-"""Reports whose runs can be started as a SLURM array."""
-
-
-def parser() -> ArgumentParser:
-    """A parser of the reports' own options."""
-    parser = ArgumentParser(description=ABOUT, allow_abbrev=False)
-    reports = parser.add_subparsers(dest="report", required=True, metavar="REPORT")
-    for name, module in REPORTS.items():
-        about = (module.__doc__ or "").strip()
-        report = reports.add_parser(
-            name,
-            help=about.splitlines()[0],
-            description=about,
-            epilog="Reports with a --preset pass all other arguments on to launch/train.py.",
-            allow_abbrev=False,
-        )
-        module.add_arguments(report)
-        if name in ARRAYS:
-            array.add_arguments(report)
-        report.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    return parser
-
-
-def main(arguments: list[str]) -> int:
-    """Make one report; returns the exit code."""
-    options, settings = parser().parse_known_args(arguments)
-    options.settings = settings
-    try:
-        if settings and "preset" not in options:
-            raise ValueError(f"{options.report} has no option {settings[0]}; see --help.")
-        if array.asked(options):
-            array.answer(options, ARRAYS[options.report])
-            return 0
-        return int(REPORTS[options.report].run(options) or 0)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes", file=sys.stderr)
-        return 130
-    except (OSError, RuntimeError, ValueError) as error:
-        if options.debug:
-            raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
-        return 1
-
+from csipipe.reports.reproduce import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ fail() {
 [ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
 python -c "import csipipe.run.slurm" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
     $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, create the environment with
-    python3 -m venv $csipipe/.venv and pip install -c constraints.txt -e . in it; modules go into slurm/common.sh."
+    python3 -m venv $csipipe/.venv and install csipipe in it; modules go into common.sh."
 
 # USR1, by the scheduler before the limit or by `scancel --batch --signal=USR1 JOB`: save and requeue
 asked='' run=''
@@ -31,7 +31,7 @@ on_each_node() (
     exec srun ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
 )
 
-# Train with launch/train.py's arguments on all nodes of the job, and exit with its status.
+# Train with csipipe train's arguments on all nodes of the job, and exit with its status.
 train() {
     local step code
     run=$(python -m csipipe.run.slurm plan "$@") || exit 1

@@ -1,8 +1,10 @@
-"""What launch/evaluate.py does: read runs, measure them on one test set, show and write results."""
+"""What `csipipe evaluate` does: read runs, measure them on one test set, show and write results."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,34 @@ from csipipe.evaluation.summary import Evaluated
 from csipipe.files import write_file
 from csipipe.run import trained
 from csipipe.run.trained import Trained
+from csipipe.settings import commandline
 
+ABOUT = """Evaluates the weights of the run in directory RUN: the paper's loss, centred NMSE, ρ and
+SGCS, per UE, mean and over samples. A run in progress, or an interrupted one, is evaluated from its
+newest checkpoint. One process is enough; under torchrun the ranks share the rows."""
 MANY = 8
 """Most runs that a picture and a table can show well."""
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate, as the only process or as a rank of a torchrun; returns the exit code."""
+    rank = os.environ.get("RANK")
+    if {"-h", "--help"} & set(arguments) and rank not in (None, "0"):
+        return 0
+    parser = commandline.RunParser("python -m csipipe evaluate", ABOUT)
+    add_arguments(parser)
+    world = None if rank is None else World.from_torchrun()
+    try:
+        options, settings = parser.parse(arguments)
+        run(options, settings, world)
+    except Exception as error:
+        if world is not None:
+            world.fail(error, "--debug" in arguments)
+        if "--debug" in arguments or not isinstance(error, ValueError | OSError):
+            raise
+        print(f"csipipe: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def add_arguments(parser: ArgumentParser) -> None:

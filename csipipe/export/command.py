@@ -1,9 +1,10 @@
-"""What launch/export.py does: cut a UE's model where the feedback crosses, write, check, report."""
+"""What `csipipe export` does: cut a UE's model where the feedback crosses, write, check, report."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,11 @@ from csipipe.export.parts import Pair, nmse_db, operations, parameters, run
 from csipipe.export.quantiser import BITS, Quantiser
 from csipipe.run import trained
 from csipipe.run.trained import Trained
+from csipipe.settings import commandline
 
+ABOUT = """Writes the encoder of a UE, and the decoder tail with the UE's head for the BTS, with
+torch.export (.pt2) and as ONNX, checks both against the original on the run's test set, and adds
+scripts that do feedback with them. With --bits the codeword is quantised."""
 SAMPLES = 16
 """Test rows that are included as `samples.f32`."""
 _NAMES = {"encoder": ("H", "codeword"), "decoder": ("codeword", "H_hat")}
@@ -32,6 +37,21 @@ _SCRIPTS = {
     formats.PT2: ("feedback_torch.py", "feedback.py"),
     formats.ONNX: ("feedback_onnx.py", "feedback_onnx.py"),
 }
+
+
+def main(arguments: list[str]) -> int:
+    """Write one export; returns the exit code."""
+    parser = commandline.RunParser("python -m csipipe export", ABOUT)
+    add_arguments(parser)
+    try:
+        options, settings = parser.parse(arguments)
+        export(options, settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"csipipe: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from csipipe.files import given_or_shipped, shipped
 from csipipe.settings.config import Precision, Settings
 
 KNOWN_VERSIONS = ("0.19.8",)
 """DeepSpeed releases that csipipe was tested with; it relies on their internals."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def load(path: str | None, precision: Precision) -> dict[str, Any]:
@@ -26,12 +26,13 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
     if version("deepspeed") not in KNOWN_VERSIONS:
         raise ValueError(
             f"DeepSpeed {version('deepspeed')} is installed; csipipe knows "
-            f"{', '.join(KNOWN_VERSIONS)}. Install it with: pip install -c constraints.txt -e ."
+            f"{', '.join(KNOWN_VERSIONS)}. Run: pip install deepspeed=={KNOWN_VERSIONS[-1]}"
         )
-    file = Path(path) if path else _FOLDER / f"{precision}.json"
+    file = Path(given_or_shipped(path)) if path else shipped(f"ds_configs/{precision}.json")
     if not file.is_file():
         raise FileNotFoundError(
-            f"train.deepspeed: {file} doesn't exist; the shipped files are in {_FOLDER}."
+            f"train.deepspeed: {file} doesn't exist; the shipped files are in "
+            f"{shipped('ds_configs')}."
         )
     try:
         keys = json.loads(file.read_text())

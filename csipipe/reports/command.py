@@ -51,7 +51,7 @@ class Found:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Options of every report; what isn't one of them goes to launch/train.py."""
+    """Options of every report; what isn't one of them is a setting of the runs."""
     parser.add_argument(
         "--preset", default="laptop", help="laptop (default), paper, or a YAML file of that kind"
     )

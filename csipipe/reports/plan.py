@@ -39,8 +39,10 @@ class Row:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """`--preset` and `--out`; everything else is a setting of launch/train.py."""
-    parser.add_argument("--preset", help="laptop, paper, or a file; by default train.py's defaults")
+    """`--preset` and `--out`; everything else is a setting of the runs."""
+    parser.add_argument(
+        "--preset", help="laptop, paper, or a file; by default the settings' defaults"
+    )
     parser.add_argument("--out", default="reports/plan", help="folder of the files (reports/plan)")
 
 

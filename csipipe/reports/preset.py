@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
+from csipipe.files import shipped
 from csipipe.settings import commandline, tables
 from csipipe.settings.config import DataSettings, Environment, Settings
 
-ROOT = Path(__file__).resolve().parents[2]
-PRESETS = ROOT / "launch" / "configs" / "reports"
+PRESETS = shipped("launch/configs/reports")
 
 METHODS: tuple[str, ...] = (
     "csilocal",
@@ -72,7 +72,7 @@ class Preset:
 
     name: str
     arguments: tuple[str, ...]
-    """Settings of all runs, as train.py takes them."""
+    """Settings of all runs, as the command line takes them."""
     processes: int
     """Ranks of a run; fewer where a method can't use as many."""
     compression: tuple[int, ...]
@@ -159,7 +159,7 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
     Args:
         name: of a file in `launch/configs/reports`, or a path of such a file.
         quick: fewer panels and points.
-        user: settings as train.py takes them; they win over the preset's.
+        user: settings as the command line takes them; they win over the preset's.
 
     Raises:
         ValueError: an unknown preset or key, or a user's setting that reports set themselves.
@@ -208,7 +208,7 @@ def _rates(file: Path | None) -> dict[str, float]:
     if not isinstance(read, dict) or not set(read) <= known:
         raise ValueError(
             f"{file} isn't a table of learning rates by method; write it again with "
-            "launch/reproduce.py search."
+            "csipipe reproduce search."
         )
     return {method: float(rate) for method, rate in read.items()}
 
@@ -234,7 +234,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 
 def _flat(settings: dict[str, Any]) -> list[str]:
-    """Nested settings as arguments of train.py."""
+    """Nested settings as arguments of `csipipe train`."""
     return [
         word
         for key, value in commandline.dotted(settings).items()
@@ -243,7 +243,7 @@ def _flat(settings: dict[str, Any]) -> list[str]:
 
 
 def argument(value: Any) -> str:
-    """A setting's value as an argument of train.py."""
+    """A setting's value as an argument of `csipipe train`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -38,7 +38,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of launch/train.py for a report; `settings.run.dir` is its folder."""
+    """One run of `csipipe train` for a report; `settings.run.dir` is its folder."""
 
     name: str
     settings: Settings

@@ -119,7 +119,7 @@ def winners(losses: Mapping[Key, float], search: Search) -> dict[str, float]:
 def write_rates(file: Path, best: Mapping[str, float], search: Search, source: str) -> None:
     """Write the preset's rates."""
     lines = [
-        "# Written by launch/reproduce.py search: "
+        "# Written by csipipe reproduce search: "
         f"{source} channels, panel {search.panel} of Fig. 6.",
         *(f"{method}: {rate!r}" for method, rate in best.items()),
     ]

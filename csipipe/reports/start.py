@@ -1,4 +1,4 @@
-"""Starts a report's missing runs, each a torchrun of launch/train.py, and watches them.
+"""Starts a report's missing runs, each a torchrun of `csipipe train`, and watches them.
 
 A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others continue.
 After an interruption, the next start resumes the runs from their checkpoints.
@@ -19,7 +19,6 @@ from types import FrameType
 from tqdm import tqdm
 
 from csipipe import files
-from csipipe.reports.preset import ROOT
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
 
@@ -75,8 +74,8 @@ def command(run: Run, config: Path, processes: int) -> list[str]:
     ranks = min(processes, settings.stages + settings.topology.ues)
     ranks = max(ranks, settings.stages + 1) if settings.stages else 1
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # a port of its own
-    script = str(ROOT / "launch" / "train.py")
-    return [*launcher, f"--nproc_per_node={ranks}", script, "--config", str(config)]
+    train = ["-m", "csipipe", "train", "--config", str(config)]
+    return [*launcher, f"--nproc_per_node={ranks}", *train]
 
 
 def _launch(run: Run, out: Path, processes: int) -> _Started:

@@ -97,7 +97,7 @@ QUICK = [cell for cell in ALL if cell.environment == "indoor"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `launch/reproduce.py table1`."""
+    """The options of `csipipe reproduce table1`."""
     plan = Plan()
     parser.add_argument(
         "--quick", action="store_true", help="indoor only: half the cells, in 10 minutes"

@@ -31,7 +31,6 @@ from csipipe.settings.config import Settings
 
 FILE = "slurm.json"
 """The plan, in the run's directory."""
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 _PATIENCE = 20.0
 """Seconds after which a shared file system shows a new file on every node."""
 Environment = Mapping[str, str]
@@ -46,7 +45,7 @@ class Plan:
         nodes: names, in the job's order.
         ranks: how many each of them starts.
         address, port: where the first node's torchrun listens.
-        arguments: launch/train.py's.
+        arguments: the settings, as `csipipe train` takes them.
     """
 
     job: str
@@ -93,7 +92,7 @@ class Plan:
             f"--nproc-per-node={self.ranks[place]}",
             f"--master-addr={self.address}",
             f"--master-port={self.port}",
-            str(TRAIN),
+            *("-m", "csipipe", "train"),
             *self.arguments,
         ]
 

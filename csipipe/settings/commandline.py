@@ -14,18 +14,26 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from csipipe.files import given_or_shipped
 from csipipe.settings import manual
 from csipipe.settings.config import Settings
 
+TRAIN = "torchrun --nproc_per_node=4 -m csipipe train"
 
-def parser(description: str) -> ArgumentParser:
+
+def parser(description: str, prog: str = TRAIN) -> ArgumentParser:
     """A parser of `--help`, `--config`, `--print_config` and `--debug`; `settings` adds the rest.
 
     So help is a page of these, and a page for each section of the settings.
+
+    Args:
+        description: what the command does.
+        prog: how it is started.
     """
     # the sentence under each field of the settings is its help
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
+        prog=prog,
         description=description,
         usage="%(prog)s [options] [--section.key value …]",
         formatter_class=manual.Formatter,
@@ -79,23 +87,37 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         # the first page of help has no room for every setting
         if not parser.groups and not _asks_for_help(arguments):
             parser.add_class_arguments(Settings)
-        values = parser.instantiate(parser.parse_args(list(arguments)))
+        values = parser.instantiate(parser.parse_args(list(_with_shipped(arguments))))
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for the settings.") from error
     return Settings(**{name: values[name] for name in Settings.__dataclass_fields__}), values
+
+
+def _with_shipped(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, with presets that come with csipipe found from any folder."""
+    before = ""
+    for word in arguments:
+        option, is_pair, value = word.partition("=")
+        if before == "--config":
+            yield given_or_shipped(word)
+        elif is_pair and option == "--config":
+            yield f"{option}={given_or_shipped(value)}"
+        else:
+            yield word
+        before = word
 
 
 class RunParser(argparse.ArgumentParser):
     """A parser of `RUN [options] [--section.key value …]`, for commands on an existing run.
 
     Args:
-        prog: the command.
+        prog: how the command is started.
         about: what it does.
     """
 
     def __init__(self, prog: str, about: str) -> None:
         more = (
-            "All other arguments are settings of launch/train.py that replace the run's, "
+            "All other arguments are settings of training that replace the run's, "
             "for example --data.source csinet --data.path DIR."
         )
         super().__init__(prog=prog, description=about, epilog=more, allow_abbrev=False)
@@ -125,7 +147,7 @@ class RunParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help.")
 
 
-def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: str) -> None:
+def require_torchrun(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Exit, with the torchrun line to use, if this process wasn't started by torchrun.
 
     Help and the configuration are printed without torchrun, and by rank 0 only under it.
@@ -140,7 +162,7 @@ def require_torchrun(parser: ArgumentParser, arguments: Sequence[str], script: s
         except ValueError as error:
             sys.exit(f"csipipe: error: {error}")
     if rank is None:
-        line = shlex.join(["torchrun", "--nproc_per_node=4", script, *arguments])
+        line = shlex.join([*shlex.split(TRAIN), *arguments])
         sys.exit(f"csipipe: a run has several processes; start it with\n  {line}")
 
 

@@ -357,4 +357,4 @@ def test_plain_python_answers_with_the_torchrun_line() -> None:
         env={k: v for k, v in os.environ.items() if k != "RANK"},
     )
     assert ended.returncode != 0
-    assert "torchrun --nproc_per_node=4 launch/train.py --model.c1 8" in ended.stderr
+    assert "torchrun --nproc_per_node=4 -m csipipe train --model.c1 8" in ended.stderr

@@ -1,41 +1,23 @@
-"""launch/channels.py, run in this process; statistics and pictures on the way."""
+"""csipipe channels, run in this process; statistics and pictures on the way."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from scipy import io
 
-from csipipe.channels import frequency_channels, open_source, statistics
+from csipipe.channels import command, frequency_channels, open_source, statistics
 from csipipe.channels.source import Images
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.settings.config import DataSettings
 
-ROOT = Path(__file__).parents[2]
-Run = Callable[..., int]
 
-
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("channels_command", ROOT / "launch/channels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where jsonargparse looks the types up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(command: ModuleType) -> Run:
-    return lambda *arguments: command.main([str(argument) for argument in arguments])
+def run(*arguments: object) -> int:
+    return command.main([str(argument) for argument in arguments])
 
 
 # Statistics, worked out by hand
@@ -88,7 +70,7 @@ def test_bars_and_spacing() -> None:
 # generate
 
 
-def test_generated_files_hold_the_synthetic_rows(run: Run, tmp_path: Path) -> None:
+def test_generated_files_hold_the_synthetic_rows(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     counts = ("--train", 40, "--val", 10, "--test", 7, "--seed", 3)
     assert run("generate", folder, "--environment", "outdoor", *counts) == 0
@@ -106,9 +88,7 @@ def test_generated_files_hold_the_synthetic_rows(run: Run, tmp_path: Path) -> No
     np.testing.assert_array_equal(channels, made.frequency_rows("outdoor", "test", 0, 7))
 
 
-def test_nothing_is_overwritten(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "DATA_Htestin.mat").write_text("mine")
     assert run("generate", tmp_path, "--train", 4, "--val", 0, "--test", 2) == 1
     error = capsys.readouterr().err
@@ -119,7 +99,6 @@ def test_nothing_is_overwritten(
 
 
 def test_a_failed_write_leaves_nothing(
-    run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -145,7 +124,6 @@ def test_a_failed_write_leaves_nothing(
     ],
 )
 def test_arguments_that_cant_be_used(
-    run: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[object, ...],
@@ -161,7 +139,7 @@ def test_arguments_that_cant_be_used(
 
 
 def test_check_reports_and_judges(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (300, 100))
     run("generate", tmp_path, "--train", 200, "--val", 0, "--test", 100)
@@ -189,9 +167,7 @@ def test_check_reports_and_judges(
     assert "DATA_Htestin.mat: GOOD" in said
 
 
-def test_check_of_what_isnt_there(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_of_what_isnt_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", tmp_path / "nowhere") == 1
     assert "is not a folder" in capsys.readouterr().err
     run("generate", tmp_path, "--train", 2, "--val", 0, "--test", 0)
@@ -199,9 +175,7 @@ def test_check_of_what_isnt_there(
     assert "has no outdoor files, only indoor ones" in capsys.readouterr().err
 
 
-def test_unreadable_files_are_a_verdict(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_files_are_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "DATA_Htestin.mat").write_bytes(b"\0" * 300)
     assert run("check", tmp_path) == 1
     said = capsys.readouterr()
@@ -215,7 +189,7 @@ def test_unreadable_files_are_a_verdict(
 
 
 def test_look_writes_a_png(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (10, 20))
     path = tmp_path / "channels.png"

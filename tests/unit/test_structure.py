@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from csipipe.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
@@ -22,7 +24,7 @@ LEVELS = [
     {"bench", "profiling"},
     {"run"},
     {"reports", "evaluation", "export"},
-    {"launch"},
+    {"launch", "__main__"},
 ]
 
 
@@ -114,6 +116,22 @@ def test_only_comm_moves_tensors_between_ues_and_bts() -> None:
 
 def test_ue_code_loads_no_deepspeed() -> None:
     code = "import sys, csipipe.run.training, csipipe.methods; sys.exit('deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_scripts_are_commands() -> None:
+    for script in (ROOT / "launch").glob("*.py"):
+        module, _ = COMMANDS[script.stem]
+        assert set(imports(script)) == {"sys", f"{module}.main"}
+
+
+def test_a_command_is_chosen_without_importing_another() -> None:
+    code = """
+import sys
+from csipipe.__main__ import main
+assert main(["slurm"]) == 0
+sys.exit(bool({"torch", "numpy", "jsonargparse"} & set(sys.modules)))
+"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

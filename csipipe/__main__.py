@@ -1,0 +1,36 @@
+"""python -m csipipe COMMAND …: what the scripts in launch/ do, without a checkout."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("csipipe.run.command", "one run of one method; start it with torchrun"),
+    "evaluate": ("csipipe.evaluation.command", "figures of a run's weights"),
+    "export": ("csipipe.export.command", "a trained encoder and decoder for deployment"),
+    "reproduce": ("csipipe.reports.reproduce", "the paper's table and figures"),
+    "benchmark": ("csipipe.bench.command", "an iteration timed beside its peers"),
+    "channels": ("csipipe.channels.command", "make, examine and picture CSI data"),
+    "slurm": ("csipipe.run.scripts", "the sbatch scripts, to be copied and adapted"),
+}
+"""Module and purpose of each command; the module's `main` takes arguments, returns an exit code."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command that the first argument names, importing nothing of the others."""
+    name = arguments[0] if arguments else "--help"
+    if name in COMMANDS:
+        code: int = import_module(COMMANDS[name][0]).main(arguments[1:])
+        return code
+    rows = "\n".join(f"  {key:<11}{about}" for key, (_, about) in COMMANDS.items())
+    usage = f"usage: python -m csipipe COMMAND …, each with its --help:\n{rows}"
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    print(f"csipipe: error: there is no command {name!r}.\n{usage}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

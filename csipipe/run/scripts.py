@@ -1,0 +1,34 @@
+"""What `csipipe slurm` does: say where the sbatch scripts are, or copy them to be adapted."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from csipipe.files import shipped
+
+ABOUT = """Shows where the sbatch scripts that came with csipipe are, or copies them: a site changes
+the #SBATCH lines on top of a script (partition, account, time) and the first lines of common.sh."""
+
+
+def main(arguments: list[str]) -> int:
+    """Show or copy; returns the exit code."""
+    parser = ArgumentParser(prog="python -m csipipe slurm", description=ABOUT)
+    parser.add_argument("--copy", metavar="DIR", type=Path, help="a new folder for copies")
+    target: Path | None = parser.parse_args(arguments).copy
+    folder = shipped("slurm")
+    if target is not None:
+        try:
+            shutil.copytree(folder, target)
+        except FileExistsError:
+            print(f"csipipe: error: --copy: {target} exists; name a new folder.", file=sys.stderr)
+            return 1
+        except OSError as error:
+            print(f"csipipe: error: --copy: {target}: {error}", file=sys.stderr)
+            return 1
+        folder = target
+    for script in sorted(folder.glob("*.sbatch")):
+        print(script)
+    return 0
