@@ -37,7 +37,7 @@ setup(
         "pillow>=10.1",
         "psutil>=5.9",
         "pyyaml>=6.0",
-        "safetensors>=0.5",
+        "safetensors>=0.8",  # its writer lets other threads run
         "scipy>=1.13",
         "tensorboard>=2.18",
         "tqdm>=4.66",

@@ -1,8 +1,9 @@
 """MAT v5 files: which variables they hold, and the rows of one, piece by piece.
 
-A reader of our own, since SciPy's ends the interpreter on some damaged files and holds a variable
-in memory whole. It reads full matrices of numbers, deflated or not, of either byte order; a
-length is compared with what is left, and a size with the shape, before either is used.
+A reader of our own, since SciPy 1.17's ends the interpreter where a single byte is wrong (see
+`test_mat5.py`) and holds a variable in memory whole. It reads full matrices of numbers, deflated
+or not, of either byte order; a length is compared with what is left, and a size with the shape,
+before either is used.
 
 Source of the format: MathWorks, "MAT-File Format", chapter 1, "Level 5 MAT-File Format". A file is
 a header of 128 bytes, then one variable after the other. A variable is an element of elements (see

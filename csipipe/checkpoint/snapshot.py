@@ -15,30 +15,20 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from csipipe.checkpoint import weights
+from csipipe.files import flush
 
 FORMAT = 2
 """Of the manifest and the parts; any other is refused. 1 had no `dropped` and other digests."""
 MANIFEST = "manifest.json"
-_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Safetensors' names."""
 _REMEDY = "delete {} to resume from the checkpoint before it, or name another in run.resume"
 
 
@@ -53,21 +43,12 @@ class Record:
 def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
     """Write a part, contiguous tensors on the host, into the folder of an unfinished snapshot.
 
-    Like `safetensors.torch.save_file`, which would keep other threads from running meanwhile.
-
     Raises:
         OSError: it can't be written.
     """
-    partial.mkdir(parents=True, exist_ok=True)
-    header, values, end = {}, [], 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        start, end = end, end + tensor.nbytes
-        place = {"dtype": _TYPES[tensor.dtype], "data_offsets": [start, end]}
-        header[key] = {"shape": list(tensor.shape), **place}
-        values.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return _write(_file(partial, name), struct.pack("<Q", len(text)), text, *values)
+    file = _file(partial, name)
+    weights.write(file, tensors)
+    return _flushed(file)
 
 
 def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> Path:
@@ -79,7 +60,8 @@ def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> 
         "parts": {n: {"size": r.size, "sha256": r.digest.hex()} for n, r in parts.items()},
     }
     body["sha256"] = _digest(_canonical(body)).hex()
-    _write(partial / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
+    (partial / MANIFEST).write_text(json.dumps(body, indent=1) + "\n")
+    flush(partial / MANIFEST)
     _flush_folder(partial)
     if final.exists():  # an earlier attempt's, later than the one that was resumed from
         discard(final)
@@ -225,15 +207,12 @@ def _canonical(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def _write(file: Path, *pieces: bytes | memoryview) -> Record:
-    digest = hashlib.sha256()
-    with open(file, "wb") as output:
-        for piece in pieces:
-            digest.update(piece)
-            output.write(piece)
-        output.flush()
-        os.fsync(output.fileno())
-        return Record(output.tell(), digest.digest())
+def _flushed(file: Path) -> Record:
+    """Make a file last; what a manifest says of it."""
+    flush(file)
+    with file.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256")
+        return Record(written.tell(), digest.digest())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -30,17 +30,26 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
     Raises:
         OSError: the file can't be written, for example on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
         for part, state in parts.items()
         for name, tensor in state.items()
     }
     with whole(path) as partial:
-        try:
-            save_file(tensors, partial)
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}. Free some disk space.") from error
+        write(partial, tensors)
+
+
+def write(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write contiguous tensors on the host; other threads run meanwhile.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(f"{file} can't be written: {error}") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:

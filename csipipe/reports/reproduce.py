@@ -8,8 +8,8 @@ from types import ModuleType
 
 from csipipe.reports import array, fig5, fig6, headline, plan, search, table1
 
-ABOUT = """Makes the paper's figures from training runs. Missing runs are started, one torchrun after
-the other; the same command resumes an interrupted report. Settings of training, such as
+ABOUT = """Makes the paper's figures from training runs. Missing runs are started, one torchrun
+after the other; the same command resumes an interrupted report. Settings of training, such as
 --data.source csinet --data.path DIR, are passed on to all runs."""
 
 REPORTS: dict[str, ModuleType] = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +108,16 @@ def test_numbers_that_go_on_into_the_next_variable(tmp_path: Path) -> None:
         file.write(other)
     with pytest.raises(ValueError, match="40,960 bytes are announced where only 40,160 are left"):
         read_all(path)
+
+
+def test_a_type_that_there_isnt_is_refused_where_scipy_dies(tmp_path: Path) -> None:
+    # why the reader is our own; once this fails, SciPy's can take its place
+    path = written(tmp_path / "a.mat", ROWS, kind=255)
+    with pytest.raises(ValueError, match=r"a\.mat can't be read: .*element of type 255 stands"):
+        read_all(path)
+    scipy = [sys.executable, "-c", f"from scipy import io; io.loadmat({str(path)!r})"]
+    died = subprocess.run(scipy, capture_output=True, timeout=60)
+    assert died.returncode == -signal.SIGSEGV, died.stderr
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
