@@ -7,12 +7,14 @@ ratios, c1 = c2 = 2·A·D / ratio, so that another input size keeps the paper's 
 from __future__ import annotations
 
 import json
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from csipipe.files import shipped
 from csipipe.settings import commandline, tables
@@ -77,15 +79,15 @@ class Preset:
     """Ranks of a run; fewer where a method can't use as many."""
     compression: tuple[int, ...]
     """Fig. 5's points: reals of a sample per real of its codeword, ascending in c."""
-    panels: tuple[str, ...]
-    """Panels of Fig. 6."""
     seeds: tuple[int, ...]
     """Seeds of the weights and draws: the headline takes all, the figures the first."""
     rates: dict[str, float]
     """Learning rate by method; empty: train.lr of the settings."""
     rates_file: Path | None
     """Where `search` writes the rates; None: the preset has its rates from the paper."""
-    search: Search | None
+    search: Search | None = None
+    panels: tuple[str, ...] = tuple(PANELS)
+    """Panels of Fig. 6."""
     headline: tuple[str, ...] = METHODS
     """Methods of the headline."""
     loss: float | None = None
@@ -172,7 +174,7 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
         read: dict[str, Any] = yaml.safe_load(file.read_text())
         fewer = read.pop("quick", {})
         preset = _preset(file, read | fewer if quick else read)
-    except (AttributeError, TypeError, yaml.YAMLError) as error:
+    except (ArgumentError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not a preset of reports: {error}.") from error
     _refuse_decided(preset.arguments, tuple(user))
     return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
@@ -183,20 +185,16 @@ def _preset(file: Path, read: dict[str, Any]) -> Preset:
     arguments = _flat(read.pop("settings", None) or {})
     if (config := read.pop("config", None)) is not None:
         arguments = ["--config", str((file.parent / config).resolve()), *arguments]
-    rates_file, search = read.pop("rates", None), read.pop("search", None)
+    rates_file = read.pop("rates", None)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Preset, skip={"name", "arguments", "rates", "rates_file"})
     return Preset(
         name=file.stem,
         arguments=tuple(arguments),
         rates_file=None if rates_file is None else file.parent / rates_file,
         rates={},
-        search=None if search is None else _search(search),
-        **_tuples({"panels": list(PANELS)} | read),
+        **vars(parser.instantiate(parser.parse_object(read))),
     )
-
-
-def _search(values: dict[str, Any]) -> Search:
-    # YAML takes 1e-3 for a text
-    return Search(**_tuples(values | {"grid": [float(rate) for rate in values.get("grid", [])]}))
 
 
 def _rates(file: Path | None) -> dict[str, float]:
@@ -245,7 +243,3 @@ def _flat(settings: dict[str, Any]) -> list[str]:
 def argument(value: Any) -> str:
     """A setting's value as an argument of `csipipe train`."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
