@@ -24,7 +24,7 @@ from csipipe.channels.layout import (
     check_shape,
 )
 
-_ROWS = 4096
+PIECE = 4096
 """Rows handed out at once: 32 MiB of HT."""
 _V73 = (b"\x00\x02IM", b"\x02\x00MI")
 """Bytes 124 … 127, as `mat5.MARKS`."""
@@ -101,8 +101,8 @@ def _read_v5(
     path: Path, layout: Layout, count: int, scratch: Path | None
 ) -> Iterator[NDArray[Any]]:
     with _explained(path), mat5.opened(path, _variable_v5(path, layout), scratch) as stored:
-        for start in range(0, count, _ROWS):
-            yield stored.rows(start, min(start + _ROWS, count))
+        for start in range(0, count, PIECE):
+            yield stored.rows(start, min(start + PIECE, count))
 
 
 def _shape_v73(path: Path, layout: Layout) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ def _shape_v73(path: Path, layout: Layout) -> tuple[int, ...]:
 
 def _read_v73(path: Path, layout: Layout, count: int) -> Iterator[NDArray[Any]]:
     with _explained(path), hdf5.opened(path, layout) as stored:
-        step = stored.step(_ROWS)
+        step = stored.step(PIECE)
         for start in range(0, count, step):
             yield stored.rows(start, min(start + step, count))
 

@@ -31,7 +31,7 @@ FOLDER, PICTURE = "profile", "timeline"
 _EVENT = 650
 """Most bytes on disk of one event of a trace while it is written: as JSON, compressed, and
 compressed once more in the merged trace. 550 were measured on CPUs."""
-_LEAST = 60.0
+LEAST = 60.0
 """Least number of seconds that ranks wait for each other's part of the profile."""
 _PACE = 5_000
 """Least number of events per second that the slowest disk is expected to write. 100,000 were merged
@@ -69,7 +69,7 @@ class Profile:
         self._last = self._first + settings.run.profile_iterations - 1
         self._recorder: Recorder | None = None
         self._offset = alignment.Offset(0, 0)
-        self._limit = max(_LEAST, settings.run.timeout)
+        self._limit = max(LEAST, settings.run.timeout)
         self._pending = done <= self._first - 2
         if not self._pending:
             self._say(

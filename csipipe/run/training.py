@@ -144,12 +144,12 @@ def claim(start: Start, settings: Settings, world: World) -> Lock:
     except OSError as error:
         raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
     if start.exists:
-        _reopen(start, settings)
+        reopen(start, settings)
     world.remembered(_BEGUN, "yes")
     return lock
 
 
-def _reopen(start: Start, settings: Settings) -> None:
+def reopen(start: Start, settings: Settings) -> None:
     """Rewind the directory of a resumed run to the checkpoint."""
     folder = start.folder
     checkpoint.sweep(folder / "checkpoints")

@@ -13,7 +13,7 @@ from runs import CPU, follow, small
 
 from csipipe import methods
 from csipipe.comm import trust
-from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.channel import SLOTS, Channel, Peer
 from csipipe.comm.handshake import compare_messages
 from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
@@ -33,7 +33,7 @@ def send_bad(world: World, values: list[float], kind: Kind) -> str:
     error = ""
     if world.rank:
         # past `send`, which refuses to send another shape
-        work = torch.distributed.isend(torch.tensor(values), 0, tag=channel._tag(0))
+        work = torch.distributed.isend(torch.tensor(values), 0, tag=kind.value * SLOTS)
         assert work is not None
         work.wait()
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
+import resource
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from csifiles import images, save, save_v73
 
-from csipipe.channels import cache
+from csipipe.channels import cache, matfile
 from csipipe.channels.cache import cache_folder, converted
 
 
@@ -29,15 +31,15 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Sources in the order in which their rows were written to the cache."""
+    """Sources in the order in which their rows were read for the cache."""
     seen: list[Path] = []
-    write = cache._write_rows
+    read = matfile.read_rows
 
-    def spy(partial: Path, copy: cache.Copy) -> None:
-        seen.append(Path(copy.path))
-        write(partial, copy)
+    def spy(source: Path, **options: Any) -> Iterator[Any]:
+        seen.append(source)
+        return read(source, **options)
 
-    monkeypatch.setattr(cache, "_write_rows", spy)
+    monkeypatch.setattr(cache, "read_rows", spy)
     return seen
 
 
@@ -82,7 +84,8 @@ def test_an_unchanged_file_is_neither_read_nor_hashed_again(
     def fail(*_: Any) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(cache, "_convert", fail)
+    monkeypatch.setattr(cache, "count_rows", fail)
+    monkeypatch.setattr(hashlib, "file_digest", fail)
     assert converted(source) == copy
     monkeypatch.chdir(source.parent)
     assert converted(Path(source.name)) == copy
@@ -130,7 +133,7 @@ def test_a_damaged_note_is_made_again(
 def test_values_are_checked_in_every_piece(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("csipipe.channels.matfile._ROWS", 4)
+    monkeypatch.setattr(matfile, "PIECE", 4)
     rows = images(10).reshape(10, -1)
     rows[9, 5] = np.nan
     source = save(tmp_path / "DATA_Htestin.mat", rows)
@@ -157,23 +160,18 @@ def test_a_full_disk_is_noticed_before(
     assert names(folder) == ["lock"]
 
 
-@pytest.mark.parametrize("call", [1, 2, 4])
+@pytest.mark.parametrize("room", [100, 128 + 4 * 8192, 128 + 10 * 8192])
 def test_a_disk_that_fills_up_leaves_nothing(
-    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    monkeypatch.setattr("csipipe.channels.matfile._ROWS", 4)
-    calls: list[int] = []
-    write = cache._write
-
-    def full(file: Any, data: bytes) -> None:
-        calls.append(len(data))
-        if len(calls) == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(file, data)
-
-    monkeypatch.setattr(cache, "_write", full)
-    with pytest.raises(OSError, match=r"No space left on device.*CSIPIPE_CACHE"):
-        converted(source)
+    monkeypatch.setattr(matfile, "PIECE", 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # as if there were no more room
+    try:
+        with pytest.raises(OSError, match=r"File too large.*CSIPIPE_CACHE"):
+            converted(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(folder) == ["lock"]
 
 
@@ -191,13 +189,10 @@ def test_a_cache_that_cannot_be_is_named_with_the_remedy(
 def test_a_source_that_changes_meanwhile_is_refused(
     source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = cache._write_rows
-
-    def meddle(partial: Path, copy: cache.Copy) -> None:
-        write(partial, copy)
+    def meddle(*_: Any) -> None:
         os.utime(source, ns=(0, 0))
 
-    monkeypatch.setattr(cache, "_write_rows", meddle)
+    monkeypatch.setattr(cache, "check_images", meddle)
     with pytest.raises(ValueError, match=r"DATA_Htestin\.mat changed while it was being read"):
         converted(source)
     assert names(folder) == ["lock"]

@@ -171,7 +171,7 @@ def test_v73_rows_are_found_on_either_axis(tmp_path: Path) -> None:
 def test_v73_rows_are_read_a_piece_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("csipipe.channels.matfile._ROWS", 3)
+    monkeypatch.setattr("csipipe.channels.matfile.PIECE", 3)
     rows = images(10).reshape(10, -1)
     path = save_v73(tmp_path / "a.mat", rows, chunks=(512, 2))
     assert [len(piece) for piece in read_rows(path)] == [4, 4, 2]  # whole chunks

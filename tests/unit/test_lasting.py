@@ -20,7 +20,7 @@ from csipipe import checkpoint
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
 from csipipe.run.resuming import DEEPSPEED, Start, decide
-from csipipe.run.training import _reopen
+from csipipe.run.training import reopen
 from csipipe.settings import commandline
 from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
 
@@ -251,7 +251,7 @@ def test_a_source_that_vanished_is_named(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_remembers_where_it_was_begun(tmp_path: Path) -> None:
     settings, folder, first = begun_elsewhere(tmp_path)
     plain = Settings()
-    _reopen(decide(plain, folder, again=False), plain)
+    reopen(decide(plain, folder, again=False), plain)
     assert decide(plain, folder, again=False).checkpoint == first
     assert decide(settings, folder, again=False).checkpoint == first
 
@@ -261,7 +261,7 @@ def test_a_requeued_job_does_not_go_back_again(tmp_path: Path) -> None:
     run_in(folder, Settings())
     first = snapshot(folder / "checkpoints", 5)
     back = Settings(run=RunSettings(resume=str(first)))
-    _reopen(decide(back, folder, again=False), back)
+    reopen(decide(back, folder, again=False), back)
     later = snapshot(folder / "checkpoints", 9)
     checkpoint.discard(first)  # run.keep
     assert decide(back, folder, again=False).checkpoint == later
@@ -274,7 +274,7 @@ def test_what_a_run_that_went_back_saves_is_kept(
     run_in(folder, Settings())
     places = {n: snapshot(folder / "checkpoints", n) for n in (50, 100, 150)}
     back = Settings(run=RunSettings(resume=str(places[50])))
-    _reopen(decide(back, folder, again=False), back)
+    reopen(decide(back, folder, again=False), back)
     assert "removed checkpoint(s) 100, 150" in capsys.readouterr().out
     for iteration in (60, 70):
         snapshot(folder / "checkpoints", iteration)
@@ -289,7 +289,7 @@ def test_going_on_from_the_newest_removes_nothing(
     folder = tmp_path / "run"
     run_in(folder, Settings())
     places = [snapshot(folder / "checkpoints", n) for n in (50, 100)]
-    _reopen(decide(Settings(), folder, again=False), Settings())
+    reopen(decide(Settings(), folder, again=False), Settings())
     assert capsys.readouterr().out == ""
     assert all((place / "manifest.json").is_file() for place in places)
 

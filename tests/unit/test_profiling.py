@@ -354,7 +354,7 @@ def test_more_iterations_than_the_run_has() -> None:
 def test_a_rank_that_is_silent_is_waited_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("csipipe.profiling.session._LEAST", 0.1)
+    monkeypatch.setattr("csipipe.profiling.session.LEAST", 0.1)
     monkeypatch.setattr(alignment, "offset", lambda *_: alignment.Offset(0, 0))
     run = Session(tmp_path / "run", settings(timeout=0.1, profile_after=2), ranks=2)
     run.world.store.set("events/1/1", "3")  # the last word of rank 1

@@ -345,5 +345,7 @@ def test_the_search_has_nothing_to_do_for_the_paper(tmp_path: Path) -> None:
 
 def test_rates_that_are_no_rates_are_named(tmp_path: Path) -> None:
     (tmp_path / "rates.yaml").write_text("fedsomething: 1")
+    file = tmp_path / "mine.yaml"
+    file.write_text("{processes: 3, compression: [4], seeds: [0], rates: rates.yaml}")
     with pytest.raises(ValueError, match=r"rates.yaml isn't a table of learning rates"):
-        presets._rates(tmp_path / "rates.yaml")
+        presets.load(str(file))

@@ -14,6 +14,7 @@ import pytest
 import reportruns
 from reportruns import finish
 
+from csipipe import files
 from csipipe.reports import curves, fig5, fig6, headline, runs, start
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Report
@@ -253,6 +254,8 @@ def test_two_reports_do_not_start_runs_in_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(monkeypatch, "")
-    with start._alone(tmp_path), pytest.raises(ValueError, match="another report is starting"):
-        start.start([a_run(tmp_path)], tmp_path, 3)
+    with (tmp_path / "lock").open("w") as held:
+        assert files.lock(held.fileno())
+        with pytest.raises(ValueError, match="another report is starting"):
+            start.start([a_run(tmp_path)], tmp_path, 3)
     assert start.start([a_run(tmp_path)], tmp_path, 3) == {}
