@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same, difference
 from harness import run_program, run_world
 from runs import CPU, follow, joined, small, splits
 from test_run import arguments
@@ -189,28 +190,15 @@ def test_every_method_does_what_was_worked_out_by_hand(name: str) -> None:
 @pytest.mark.parametrize("ue_ranks", [1, 4])
 def test_ue_ranks_change_no_bit(ue_ranks: int) -> None:
     for name, one in found(ue_ranks, "fedavg", "fedproxper, FedAlt", "fedgradper").items():
-        other = found()[name]
-        assert one["losses"] == other["losses"]
-        for a, b in zip(one["evaluations"], other["evaluations"], strict=True):
-            assert torch.equal(a, b), name
-        assert same(one, other), name
-        for file, tensors in one["files"].items():  # with BatchNorm's statistics
-            for key, tensor in tensors.items():
-                assert torch.equal(tensor, other["files"][file][key]), (name, file, key)
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs trained the same to the bit, on every UE."""
-    parameters = one["parameters"]
-    assert parameters.keys() == other["parameters"].keys()
-    return all(torch.equal(p, other["parameters"][name]) for name, p in parameters.items())
+        # the files have BatchNorm's statistics
+        assert_same(one, found()[name], "losses", "evaluations", "parameters", "files")
 
 
 def test_fedprox_is_fedavg_without_a_proximal_term() -> None:
     runs = found()
-    assert same(runs["fedavg"], runs["fedprox, mu 0"])
-    assert same(runs["fedavg, 1 step"], runs["fedprox, 1 step"])
-    assert not same(runs["fedavg"], runs["fedprox"])
+    assert_same(runs["fedavg"], runs["fedprox, mu 0"], "parameters")
+    assert_same(runs["fedavg, 1 step"], runs["fedprox, 1 step"], "parameters")
+    assert difference(runs["fedavg"]["parameters"], runs["fedprox"]["parameters"])
 
 
 class ByUe(Centralised):
@@ -269,7 +257,8 @@ def test_personal_encoders_stay_and_everything_else_is_one() -> None:
         tails = {key: p for key, p in run["parameters"].items() if ".tail." in key}
         for key, parameter in tails.items():
             assert torch.equal(parameter, tails["ue-0" + key[4:]]), (name, key)
-    assert not same(found()["fedavgper"], found()["fedavgper, FedAlt"])
+    one, other = (found()[name]["parameters"] for name in ("fedavgper", "fedavgper, FedAlt"))
+    assert difference(one, other)
 
 
 def test_only_shared_parts_cross_and_statistics_are_counted_apart() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same
 from harness import run_world
 from runs import CPU, joined, small, split, unsplit
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from csipipe import methods, models
 
 TOLERANCE = 1e-5
+COMPUTED = ("losses", "parameters", "evaluations")
 # before a BatchNorm the bias's true gradient is zero; what is computed is noise
 NOISE = "encoder.0.bias"
 
@@ -76,10 +78,12 @@ def test_split_training_is_unsplit_training(stages: int, micro_batches: int, ue_
         (3, 2, "measured"),
     ],
 )
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_stages_partition_and_placement_change_no_bit(
-    stages: int, ue_ranks: int, partition: str
+    stages: int, ue_ranks: int, partition: str, micro_batches: int
 ) -> None:
-    assert_same_bits(csilocal(1, 1, 4, "uniform"), csilocal(stages, ue_ranks, 4, partition))
+    one = csilocal(1, 1, micro_batches, "uniform")
+    assert_same(one, csilocal(stages, ue_ranks, micro_batches, partition), *COMPUTED)
 
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.long), 8])
@@ -91,16 +95,7 @@ def test_schedules_change_no_bit(stages: int, micro_batches: int) -> None:
         for name in ("gpipe", "1f1b", "zerobubble")
     ]
     for other in plans[1:]:
-        assert_same_bits(plans[0], other)
-
-
-def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one["losses"] == other["losses"]
-    assert one["parameters"].keys() == other["parameters"].keys()
-    for name, parameter in one["parameters"].items():
-        assert torch.equal(parameter, other["parameters"][name]), name
-    for a, b in zip(one["evaluations"], other["evaluations"], strict=True):
-        assert torch.equal(a, b)
+        assert_same(plans[0], other, *COMPUTED)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -147,7 +142,7 @@ def test_evaluation_is_the_mean_over_the_whole_test_set() -> None:
 
 def test_saved_weights_are_the_trained_ones() -> None:
     ranks = run_world(4, split, small())
-    files = {name: content for rank in ranks for name, content in rank["files"].items()}
+    files = joined(ranks)["files"]
     assert sorted(files) == ["tail.safetensors", *(f"ue-{n}.safetensors" for n in range(4))]
     for name, parameter in joined(ranks)["parameters"].items():
         file, key = ("tail", name) if name.startswith("tail") else name.split(".", 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same
 from harness import run_world
 from runs import CPU, follow, joined, small
 from torch import Tensor
@@ -55,19 +56,11 @@ def ranks(name: str) -> list[Any]:
     return run_world(settings.stages + 2, plain_and_watched, settings)
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("name", ["csilocal", ZERO1, "fedavg", FEDGRAD])
 def test_a_run_computes_the_same_to_the_bit(name: str) -> None:
     found = ranks(name)
     plain, watched = (joined([rank[i] for rank in found]) for i in (0, 1))
-    assert plain["losses"] == watched["losses"]
-    assert same(plain["gradients"], watched["gradients"])
-    assert same(plain["parameters"], watched["parameters"])
-    assert all(map(torch.equal, plain["evaluations"], watched["evaluations"]))
-    assert torch.equal(plain["ledger"], watched["ledger"])
+    assert_same(plain, watched, "losses", "gradients", "parameters", "evaluations", "ledger")
 
 
 def norm(gradients: dict[str, Tensor], start: str) -> float:

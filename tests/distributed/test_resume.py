@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from bits import assert_same
 from harness import Program, errors, run_program, run_world
 from runs import CPU, joined, named_parameters, small
 from safetensors.torch import load_file
@@ -91,17 +91,8 @@ def together(results: list[dict[str, dict[str, Any]]], name: str) -> dict[str, A
     return joined(parts) | {"state": {k: v for p in parts for k, v in p["state"].items()}}
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Losses, figures, ledger and all of the state, to the bit."""
-    assert one["parameters"].keys() == other["parameters"].keys()
-    assert one["state"].keys() == other["state"].keys()
-    for key in ("parameters", "state"):
-        for name, tensor in one[key].items():
-            assert torch.equal(tensor, other[key][name]), name
-    for key in ("losses", "evaluations"):
-        assert len(one[key]) == len(other[key]) > 0
-        assert all(torch.equal(a, b) for a, b in zip(one[key], other[key], strict=True)), key
-    assert torch.equal(one["ledger"], other["ledger"])
+ALL = ("parameters", "state", "losses", "evaluations", "ledger")
+"""Of what `together` finds."""
 
 
 METHODS: dict[str, Settings] = {
@@ -127,14 +118,14 @@ def test_every_federated_method_goes_on_to_the_bit(tmp_path: Path) -> None:
     before = run_world(3, straight, METHODS, str(tmp_path))
     after = run_world(5, resumed, METHODS, str(tmp_path))  # 4 UE ranks instead of 2
     for name in METHODS:
-        assert_same(together(before, name), together(after, name))
+        assert_same(together(before, name), together(after, name), *ALL)
 
 
 def test_centralised_goes_on_to_the_bit(tmp_path: Path) -> None:
     runs = {"": small("centralised", train={"iterations": 2 * HALF}, topology={"stages": None})}
     before = run_world(1, straight, runs, str(tmp_path))
     after = run_world(1, resumed, runs, str(tmp_path))
-    assert_same(together(before, ""), together(after, ""))
+    assert_same(together(before, ""), together(after, ""), *ALL)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +158,7 @@ def test_csilocal_goes_on_to_the_bit_on_any_topology(
     }
     after = run_world(size, resumed, runs, folder, timeout=120)
     for name in names:
-        assert_same(together(before, name), together(after, name))
+        assert_same(together(before, name), together(after, name), *ALL)
 
 
 def whole(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same
 from harness import run_world
 from runs import CPU, follow, small
 
@@ -188,7 +189,7 @@ def test_a_federated_ue_that_is_dropped_leaves_no_trace(method: str, value: floa
     ours = {k: v for rank in with_it for k, v in rank["parameters"].items()}
     theirs = {k: v for rank in without for k, v in rank["parameters"].items()}
     assert theirs
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert_same({name: ours[name] for name in theirs}, theirs)
 
 
 def test_a_federated_ue_is_taken_back_when_it_is_sound_again() -> None:

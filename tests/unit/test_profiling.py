@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -295,11 +296,9 @@ def test_a_profile_changes_no_bit(session: tuple[Path, Session]) -> None:
     plain = Centralised(settings(), *methods.load(settings(), range(2), CPU), CPU)
     for iteration in range(12):
         plain.train_iteration(iteration)
-    mine, theirs = worker.tail.state_dict(), plain.tail.state_dict()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_same(worker.tail.state_dict(), plain.tail.state_dict())
     for ue, other in zip(worker.ues, plain.ues, strict=True):
-        for name, value in other.encoder.state_dict().items():
-            assert torch.equal(ue.encoder.state_dict()[name], value)
+        assert_same(ue.encoder.state_dict(), other.encoder.state_dict())
 
 
 def test_a_disk_without_room_costs_the_profile_alone(

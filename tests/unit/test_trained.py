@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import trainedruns
+from bits import assert_same
 from runs import CPU
 
 from csipipe.methods.centralised import Centralised
@@ -23,13 +24,12 @@ def reconstructions(worker: Centralised) -> list[torch.Tensor]:
         return [ue.head(worker.tail(ue.encoder(worker.test))) for ue in worker.ues]
 
 
-def assert_same(run: trained.Trained, worker: Centralised) -> None:
+def assert_is(run: trained.Trained, worker: Centralised) -> None:
     """The models on disk are the worker's, to the bit, and trained ones."""
     wanted = reconstructions(worker)
     with torch.no_grad():
         found = [model(worker.test) for model in run.models()]
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("method", ["csilocal", "centralised", "fedavg", "fedavgper"])
@@ -40,14 +40,14 @@ def test_a_run_is_read_from_weights_and_from_a_checkpoint(method: str, tmp_path:
     run = trained.read(folder)
     assert (run.iteration, run.status) == (7, "unfinished")
     assert run.state == "iteration 7 of 10, run unfinished"
-    assert_same(run, worker)
+    assert_is(run, worker)
     one = method in ("centralised", "fedavg")
     assert len(set(run.models())) == (1 if one else 4)
     worker.train_iteration(8)
     trainedruns.end(folder, worker)
     run = trained.read(folder)
     assert run.state == "iteration 10 of 10, run finished"
-    assert_same(run, worker)
+    assert_is(run, worker)
     assert len(set(run.models())) == (1 if one else 4)
 
 
@@ -63,7 +63,7 @@ def test_a_run_that_went_on_after_a_stop_is_read_from_its_checkpoint(tmp_path: P
     (half / "manifest.json").unlink()
     run = trained.read(folder)
     assert run.iteration == 5
-    assert_same(run, worker)
+    assert_is(run, worker)
 
 
 def test_a_person_may_choose_the_weights(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_weights_without_a_summary_are_read_and_said(tmp_path: Path) -> None:
     (tmp_path / "run" / "summary.json").unlink()
     run = trained.read(tmp_path / "run")
     assert run.state == "weights, run of unknown state"
-    assert_same(run, worker)
+    assert_is(run, worker)
 
 
 def test_what_can_be_wrong_is_named(tmp_path: Path) -> None:
