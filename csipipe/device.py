@@ -35,15 +35,16 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def set_threads(wanted: int | None, ranks_on_node: int) -> int:
     """Set this rank's CPU threads and return their number.
 
-    torchrun exports OMP_NUM_THREADS=1 when the user set nothing, so a 1 means nothing; a larger
+    torchrun exports OMP_NUM_THREADS=1 when the user set nothing, so its 1 means nothing; any other
     number is the user's. More threads than cores would ruin every timing.
     """
     if wanted is None:
-        exported = os.environ.get("OMP_NUM_THREADS", "1")
+        exported = os.environ.get("OMP_NUM_THREADS", "")
+        least = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
         cores = len(os.sched_getaffinity(0))
         wanted = (
             int(exported)
-            if exported.isdigit() and int(exported) > 1
+            if exported.isdigit() and int(exported) >= least
             else max(1, cores // ranks_on_node)
         )
     torch.set_num_threads(wanted)

@@ -19,9 +19,12 @@ from csipipe import models
 from csipipe.bench import plain
 from csipipe.bench.candidates import Layers
 from csipipe.comm.ledger import Kind
+from csipipe.measure.clock import Clock
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import set_rate
-from csipipe.methods.half import Half, Seat
+from csipipe.methods.half import Half
+from csipipe.methods.seat import Seat
+from csipipe.pipeline.schedule import Plan
 from csipipe.settings.config import Settings
 
 
@@ -54,8 +57,8 @@ class PeerStage(Half):
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, seat: Seat, engine: ModuleType, choice: Choice) -> None:
-        super().__init__(seat)
+    def __init__(self, seat: Seat, role: int, engine: ModuleType, choice: Choice) -> None:
+        super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
         timeout, wire, model = settings.run.timeout, self.wire, settings.model
         self.group = world.bts_group(topology.stages, device, timeout)
@@ -63,7 +66,7 @@ class PeerStage(Half):
         self.parts = choice.parts or self._cut(engine)
         self.micro_batches = settings.train.micro_batches
         self.rows = wire.rows * topology.ues
-        self.first, self.last = self.rank == 0, self.rank == topology.last_stage
+        self.first, self.last = role == 0, role == topology.last_stage
         if self.first:
             self.smashed = wire.link(Kind.SMASHED, model.c1)
             self.smashed_gradient = wire.link(Kind.SMASHED_GRADIENT, model.c1)
@@ -75,7 +78,6 @@ class PeerStage(Half):
         if self.first:
             layers[0].register_forward_pre_hook(self._take_input)
         self.build(layers)
-        self.agree_on_batches({"holdout": 0, "test": 0})
 
     def build(self, layers: list[nn.Module]) -> None:
         """Make the peer's pipeline of the tail's layers, and `optimizer`."""
@@ -85,9 +87,7 @@ class PeerStage(Half):
         """Forward and backward passes of all micro-batches, and Adam's step."""
         raise NotImplementedError
 
-    def train_iteration(self, iteration: int) -> Figures | None:
-        """One iteration; on rank 0 the UEs' figures."""
-        self.start(iteration)
+    def begin(self, iteration: int) -> None:
         if self.first:
             self.reports.post()
             self.smashed.post()
@@ -95,7 +95,13 @@ class PeerStage(Half):
             self.output_gradient.post()
         self._received = self._returned = self._scored = 0
         set_rate(self.optimizer, self.settings.train.lr_at(iteration))
+
+    def execute(self, plan: Plan, clock: Clock | None = None) -> None:
+        """The peer has a schedule of its own."""
         self.iterate()
+
+    def end(self) -> Figures | None:
+        """At the first stage the UEs' figures."""
         if self.last:
             self.output.finish()
         if not self.first:

@@ -34,7 +34,8 @@ from csipipe.measure.figures import Figures
 from csipipe.methods.base import adam
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal import import_engine
-from csipipe.methods.half import Seat
+from csipipe.methods.rank import Rank
+from csipipe.pipeline import schedule
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -134,7 +135,8 @@ def serve(world: World, spec: Spec) -> None:
     world.ready("built")
     memory.forget_peak()
     base = memory.resident()
-    parts = getattr(trainer, "parts", None)
+    halves = getattr(trainer, "halves", [])
+    parts = getattr(halves[0], "parts", None) if halves else None
     about = {"parts": parts and [int(part) for part in parts]}  # DeepSpeed's may be numpy's
     world.store.set(f"built/{world.rank}", json.dumps(about))
     turn = done = 0
@@ -188,12 +190,19 @@ def _prepare(
     """Do what a rank can do alone; returns a function that builds its trainer."""
     if spec.ranks == 1:
         return _prepare_unsplit(spec, settings, device)
-    topology = Topology(world.size, settings.stages, settings.topology.ues)
+    topology = Topology.of(settings, world.size)
     if spec.name.startswith("ours") or not topology.is_bts(world.rank):
         return methods.prepare(settings, world.rank, world.size, device)
     engine = import_engine(device)
     stage = _peer(spec.name)
-    return lambda world: stage(Seat(settings, topology, world, device), engine, spec.choice)
+    plans = [schedule.one_attempt([])] * world.size  # the peer has one of its own
+
+    def build(world: World) -> Rank:
+        found = Rank(settings, topology, world, device)
+        found.take([stage(found, world.rank, engine, spec.choice)], plans)
+        return found
+
+    return build
 
 
 def _peer(name: str) -> type[PeerStage]:

@@ -40,7 +40,7 @@ class TorchStage(PeerStage):
                 "torch.distributed.pipelining sends GPU tensors, which gloo can't: it needs a GPU "
                 "per BTS stage; leave out torch-gpipe and torch-1f1b (--only)."
             )
-        stages, start, stop = self.settings.stages, *self.parts[self.rank : self.rank + 2]
+        stages, start, stop = self.settings.stages, *self.parts[self.role : self.role + 2]
         mine: nn.Module = nn.Sequential(*layers[start:stop]).to(self.device).train()
         self.optimizer = adam(mine.parameters(), self.settings.train)
         if self.first:
@@ -48,7 +48,7 @@ class TorchStage(PeerStage):
         shapes = models.tail_shapes(self.settings.model)
         stage = PipelineStage(
             mine,
-            self.rank,
+            self.role,
             stages,
             self.device,
             input_args=self._example(shapes[start], needs_gradient=not self.first),

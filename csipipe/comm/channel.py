@@ -19,6 +19,7 @@ from torch import Tensor
 from csipipe.comm import trust
 from csipipe.comm.blame import watch
 from csipipe.comm.ledger import COUNTED, UP, Kind, Ledger
+from csipipe.comm.loopback import Awaited, Handed, Loopback
 from csipipe.device import download, host_buffer, upload
 from csipipe.measure.clock import Clock
 
@@ -29,15 +30,21 @@ SLOTS = 1 << 20
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of a channel: its rank, its rows of every micro-batch, whose, and its role."""
+    """The other end of a channel: its rank, its rows of every micro-batch, whose, and its role.
+
+    Attributes:
+        loop: how this rank reaches itself, where it is the other end; None: it is another rank.
+    """
 
     rank: int
     rows: slice
     ues: range = range(0)
     role: str = ""
+    loop: Loopback | None = None
 
 
-_Works = list[tuple[dist.Work, Peer, Tensor]]
+_Work = dist.Work | Handed | Awaited
+_Works = list[tuple[_Work, Peer, Tensor]]
 
 
 class Channel:
@@ -85,11 +92,12 @@ class Channel:
         self.clock = Clock() if clock is None else clock
         self.tolerant = False
         self.bad: dict[int, str] = {}
-        staged = device.type != "cpu" and dist.get_backend(group) != "nccl"
+        elsewhere = any(peer.loop is None for peer in peers)
+        staged = device.type != "cpu" and elsewhere and dist.get_backend(group) != "nccl"
         self._thread = ThreadPoolExecutor(1) if staged else None
         self._buffers: list[Tensor] = []
         self._uploaded: dict[int, Callable[[], None]] = {}
-        self._receives: dict[int, list[dist.Work]] = {}
+        self._receives: dict[int, list[_Work]] = {}
         self._sends: deque[_Works | Future[_Works]] = deque()
         self._ahead = slots
 
@@ -160,12 +168,10 @@ class Channel:
         """Hand a host (NCCL: device) tensor over to the group once it is there."""
         if downloaded is not None:
             downloaded()
-        works = []
+        works: _Works = []  # with the tensor, which must live until it is sent
         for peer in self.peers:
             with self._sending(peer):
-                work = dist.isend(tensor[peer.rows], peer.rank, self.group, self._tag(m))
-            assert work is not None
-            works.append((work, peer, tensor))  # the tensor must live until it is sent
+                works.append((self._isend(tensor[peer.rows], peer, m), peer, tensor))
         return works
 
     def _settle(self) -> None:
@@ -212,7 +218,16 @@ class Channel:
             return host_buffer(self.shape, self.dtype).zero_()
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
-    def _irecv(self, rows: Tensor, peer: Peer, m: int) -> dist.Work:
+    def _isend(self, rows: Tensor, peer: Peer, m: int) -> _Work:
+        if peer.loop is not None:
+            return peer.loop.isend(rows, self._tag(m))
+        work = dist.isend(rows, peer.rank, self.group, self._tag(m))
+        assert work is not None
+        return work
+
+    def _irecv(self, rows: Tensor, peer: Peer, m: int) -> _Work:
+        if peer.loop is not None:
+            return peer.loop.irecv(rows, self._tag(m))
         with self._receiving(m, peer):  # a peer that is gone may already be noticed here
             work = dist.irecv(rows, peer.rank, self.group, self._tag(m))
         assert work is not None

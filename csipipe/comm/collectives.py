@@ -12,19 +12,21 @@ from csipipe.comm.blame import EVERYONE, watch
 from csipipe.comm.ledger import Ledger
 
 
-def merged(ledger: Ledger, is_bts: bool) -> Ledger:
+def merged(ues: Ledger, bts: Ledger) -> Ledger:
     """The UEs' ledger, summed over all ranks; collective.
+
+    Args:
+        ues, bts: what this rank counted in each role; zeros in one that it doesn't have.
 
     Raises:
         RuntimeError: the BTS counted something else.
     """
-    sides = torch.zeros(2, *ledger.counts.shape, dtype=torch.int64)
-    sides[int(is_bts)] = ledger.counts
+    sides = torch.stack([ues.counts, bts.counts])
     with watch("comparing ledgers with all ranks", EVERYONE, "their ledgers"):
         dist.all_reduce(sides)
     if not torch.equal(sides[0], sides[1]):
         raise RuntimeError("the ledgers of the UEs and the BTS differ: a message was lost.")
-    found = Ledger(ledger.counts.shape[2])
+    found = Ledger(ues.counts.shape[2])
     found.counts = sides[0]
     return found
 

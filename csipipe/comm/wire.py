@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csipipe.comm.channel import Channel, Peer
 from csipipe.comm.ledger import Kind, Ledger
+from csipipe.comm.loopback import Loopback
 from csipipe.comm.topology import Topology
 from csipipe.measure.clock import Clock
 
@@ -22,40 +23,46 @@ _LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the 
 
 
 class Wire:
-    """Builds this rank's channels; knows who talks to whom about what.
+    """Builds the channels of one role of this rank; knows who talks to whom about what.
 
     Args:
+        role: this role, see `Topology`.
         rows: rows of one UE in one micro-batch.
         micro_batches: micro-batches per iteration.
         dtype: type of what crosses (figures are always float64).
         limit: root mean square above which what crosses isn't sound.
+        clock: counts this rank's time; None: one of the wire's own.
+        loop: reaches this rank's other role, if it has one.
 
     Attributes:
         terms: a line for every kind of message that one of this rank's UEs, or the BTS with a UE,
             exchanges; both ends must have the same ones.
-        clock: counts this rank's time.
+        ledger: what this role sends and receives.
     """
 
     def __init__(
         self,
         topology: Topology,
-        rank: int,
+        role: int,
         rows: int,
         micro_batches: int,
         dtype: torch.dtype,
         device: torch.device,
         limit: float,
+        clock: Clock | None = None,
+        loop: Loopback | None = None,
     ) -> None:
         self.limit = limit
         self.terms: set[str] = set()
         self.topology = topology
-        self.rank = rank
+        self.role = role
         self.rows = rows
         self.micro_batches = micro_batches
         self.dtype = dtype
         self.device = device
         self.ledger = Ledger(topology.ues)
-        self.clock = Clock()
+        self.clock = Clock() if clock is None else clock
+        self._loop = loop
 
     def link(self, kind: Kind, width: int) -> Channel:
         """Messages between UEs and a BTS stage, `width` scalars per row, ordered by UE number."""
@@ -88,17 +95,19 @@ class Wire:
         return self._host_channel(Kind.REPORT, peers, (peers[-1].rows.stop, width))
 
     def announcements(self, kind: Kind, source: int, numbers: int) -> Channel:
-        """Some numbers from rank `source` to every other rank: float64, on the host."""
-        others = [rank for rank in range(self.topology.world_size) if rank != source]
-        ranks = others if self.rank == source else [source]
-        return self._host_channel(kind, [self._peer(rank, numbers) for rank in ranks], (numbers,))
+        """Some numbers from rank `source` to every other rank, once: float64, on the host."""
+        topology = self.topology
+        others = [rank for rank in range(topology.world_size) if rank != source]
+        ranks = others if topology.rank(self.role) == source else [source]
+        roles = [topology.roles_of(rank)[0] for rank in ranks]
+        return self._host_channel(kind, [self._peer(role, numbers) for role in roles], (numbers,))
 
-    def weights(self, rank: int, scalars: int) -> Channel:
-        """Flattened weights of `rank`, between that rank and rank 0.
+    def weights(self, role: int, scalars: int) -> Channel:
+        """Flattened weights of `role`, between it and the first stage.
 
         Any finite values are accepted: BatchNorm's batch counters are among them.
         """
-        other = 0 if self.rank else rank
+        other = 0 if self.role else role
         channel = self._host_channel(Kind.WEIGHTS, [self._peer(other, scalars)], (scalars,))
         channel.limit = sys.float_info.max
         return channel
@@ -121,10 +130,10 @@ class Wire:
 
     def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:
         """A vector of (1, scalars) between the BTS and each of `ues`; down, the same for all."""
-        at_bts = self.topology.is_bts(self.rank)
-        ranks = [self.topology.host(ue) if at_bts else 0 for ue in ues]
+        at_bts = self.topology.is_bts(self.role)
+        roles = [self.topology.host(ue) if at_bts else 0 for ue in ues]
         peers = [
-            self._peer(rank, 1, range(ue, ue + 1)) for rank, ue in zip(ranks, ues, strict=True)
+            self._peer(role, 1, range(ue, ue + 1)) for role, ue in zip(roles, ues, strict=True)
         ]
         self.expect(kind, ues, (1, scalars), 1)
         return Channel(
@@ -156,19 +165,18 @@ class Wire:
     def _across(self, kind: Kind, rows: int) -> list[Peer]:
         """The other side of the UE–BTS boundary, `rows` per UE."""
         topology = self.topology
-        if topology.is_bts(self.rank):
-            return [
-                Peer(rank, slice(ues.start * rows, ues.stop * rows), ues, topology.role(rank))
-                for rank in topology.ue_ranks
-                for ues in [topology.ues_of(rank)]
-            ]
-        ues = topology.ues_of(self.rank)
+        if topology.is_bts(self.role):
+            hosted = [(role, topology.ues_of(role)) for role in topology.ue_roles]
+            return [self._peer(r, slice(u.start * rows, u.stop * rows), u) for r, u in hosted]
+        ues = topology.ues_of(self.role)
         stage = topology.last_stage if kind in _LAST_STAGE else 0
         return [self._peer(stage, len(ues) * rows, ues)]
 
-    def _peer(self, rank: int, rows: int, ues: range = range(0)) -> Peer:
-        """The only peer of a channel."""
-        return Peer(rank, slice(0, rows), ues, self.topology.role(rank))
+    def _peer(self, role: int, rows: int | slice, ues: range = range(0)) -> Peer:
+        """The other end of a channel; as many rows as `rows` says where it is the only one."""
+        rank, place = self.topology.rank(role), rows if isinstance(rows, slice) else slice(0, rows)
+        loop = self._loop if rank == self.topology.rank(self.role) else None
+        return Peer(rank, place, ues, self.topology.name(role), loop)
 
     @staticmethod
     def _host_channel(kind: Kind, peers: list[Peer], shape: tuple[int, ...]) -> Channel:

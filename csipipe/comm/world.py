@@ -26,6 +26,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # missing in its stub
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -94,6 +95,12 @@ class World:
             int(attempt),
         )
 
+    @classmethod
+    def alone(cls) -> World:
+        """A run of one process, which nobody started by torchrun."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return cls(HashStore(), 0, 1, 0, 1)
+
     def connect(self, timeout: float) -> None:
         """Join the process group of all ranks (gloo, which every machine has).
 
@@ -107,6 +114,8 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
         )
+        if self.size == 1:  # nobody waits for it
+            return
         # a connection of its own: one that waits for an answer blocks others
         self._answering = threading.Thread(
             target=self._answer,

@@ -1,38 +1,54 @@
-"""CSILocal (Algorithm 1) on one rank, before the ranks meet: BTS half or UE half."""
+"""CSILocal (Algorithm 1) on one rank, before the ranks meet: a BTS stage, UEs, or both."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import ModuleType
 
 import torch
 
 from csipipe.comm.topology import Topology
+from csipipe.methods import rank as ranks
 from csipipe.methods.base import Builder
 from csipipe.methods.csilocal_bts import BtsHalf
 from csipipe.methods.csilocal_ue import UeHalf
-from csipipe.methods.half import Seat
 from csipipe.methods.rows import load
+from csipipe.pipeline import schedule
 from csipipe.pipeline import settings as deepspeed_settings
+from csipipe.pipeline.schedule import Attempts, Instruction
 from csipipe.settings.config import Settings
 
 
 def prepare(settings: Settings, rank: int, world_size: int, device: torch.device) -> Builder:
     """As `csipipe.methods.prepare`."""
-    topology = Topology(world_size, settings.stages, settings.topology.ues)
-    deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
-    if topology.is_bts(rank):
-        engine = import_engine(device)
-        return lambda world: BtsHalf(Seat(settings, topology, world, device), deepspeed, engine)
-    ues, test = load(settings, topology.ues_of(rank), device)
-    return lambda world: UeHalf(Seat(settings, topology, world, device), ues, test)
+    return ranks.prepare(_role, _plans, settings, rank, world_size, device)
+
+
+def _role(settings: Settings, topology: Topology, role: int, device: torch.device) -> ranks.Role:
+    if topology.is_bts(role):
+        deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
+        return partial(BtsHalf, deepspeed=deepspeed, engine=import_engine(device))
+    ues, test = load(settings, topology.ues_of(role), device)
+    return partial(UeHalf, ues=ues, test=test)
+
+
+def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
+    train = settings.train
+    return schedule.split_training(
+        train.schedule,
+        topology.stages,
+        len(topology.ue_roles),
+        train.micro_batches,
+        train.on_bad_ue == "drop",
+    )
 
 
 def import_engine(device: torch.device) -> ModuleType:
     """Import DeepSpeed, on BTS ranks only, before the ranks meet: on a shared disk it is slow."""
     os.environ["DS_ACCELERATOR"] = device.type  # read at import
-    if device.index is not None:  # DeepSpeed takes the local rank as the index of a GPU
-        os.environ["LOCAL_RANK"] = str(device.index)
+    # DeepSpeed takes the local rank as the index of a GPU, and wants one without torchrun too
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
     from csipipe.pipeline import engine
 
     return engine

@@ -12,7 +12,7 @@ A angles, D delays, C = c1 or c2.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,24 +27,27 @@ from csipipe.comm.ledger import Kind
 from csipipe.comm.world import World
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import EvalRows, adam, set_rate
-from csipipe.methods.half import Half, Seat
-from csipipe.methods.roster import Roster, keep_buffers
+from csipipe.methods.half import Evaluation, Half
+from csipipe.methods.roster import keep_buffers
+from csipipe.methods.seat import Seat
 from csipipe.methods.state import AdamMoments, Moments, Unit, layer_units
 from csipipe.pipeline import balance, schedule
-from csipipe.pipeline.schedule import Op
+from csipipe.pipeline.schedule import Instruction, Op
 from csipipe.pipeline.zero import ZeroMoments
 
 
 class BtsHalf(Half):
-    """One stage of the tail on a BTS rank; rank 0 also gathers the figures.
+    """One stage of the tail; the first also gathers the figures.
 
     Args:
         deepspeed: DeepSpeed's settings, without batch keys.
         engine: `csipipe.pipeline.engine`, which UE ranks never import.
     """
 
-    def __init__(self, seat: Seat, deepspeed: dict[str, object], engine: ModuleType) -> None:
-        super().__init__(seat)
+    def __init__(
+        self, seat: Seat, role: int, deepspeed: dict[str, object], engine: ModuleType
+    ) -> None:
+        super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
         train, timeout = settings.train, settings.run.timeout
         engine.open_subworld(world.bts_group(topology.stages, device, timeout), timeout)
@@ -65,100 +68,104 @@ class BtsHalf(Half):
             clock=self.clock,
             calls={Op.ROLL_CALL: self._call_the_roll, Op.VERDICT: self._judge},
         )
-        layers = {f"tail_layer_{n}": x for n, x in enumerate(self.layers, self.parts[self.rank])}
+        self.whole, self.each = self.stage.whole, self.stage.each
+        layers = {f"tail_layer_{n}": x for n, x in enumerate(self.layers, self.parts[role])}
         self.stage.before_step = partial(self.probe.gradients, {"tail": self.layers, **layers})
-        self.roster = Roster(self.wire) if self.tolerant else None
+        self._restore: Callable[[], None] | None = None
         optimizer = self.stage.optimizer
         plain = isinstance(optimizer, torch.optim.Adam)
         self.moments: Moments = AdamMoments(optimizer) if plain else ZeroMoments(optimizer)
         if train.micro_batches < topology.stages:
-            self.notes.append(
+            seat.notes.append(
                 f"train.micro_batches {train.micro_batches} is less than the number of stages, "
                 f"{topology.stages}: some stages always wait; more micro-batches fill the pipeline."
             )
-        self.agree_on_batches({"holdout": 0, "test": 0})
 
-    def train_iteration(self, iteration: int) -> Figures | None:
-        """Lines 4–7 and 11 of Algorithm 1."""
-        self.start(iteration)
+    def begin(self, iteration: int) -> None:
+        """Lines 4–7 and 11 of Algorithm 1 follow."""
         self.clock.begin("compute", "prepare")
-        if self.rank == 0:
+        if self.role == 0:
             self.reports.post()
         set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
-        stages = self.topology.stages
-        plan = schedule.TRAINING[self.settings.train.schedule](
-            self.rank, stages, self.wire.micro_batches
-        )
-        if self.roster is None:
-            self.stage.train_iteration(plan)
-        else:
-            self._train_without_bad_ues(
-                self.roster, schedule.stage_attempts(plan, self.rank, stages)
-            )
+        self._restore = keep_buffers(self.layers) if self.tolerant else None
+
+    def open(self, plan: list[Instruction]) -> None:
+        self.stage.open(plan)
+
+    def close(self) -> None:
+        self.stage.finish()
+
+    def undo(self) -> None:
+        assert self._restore is not None
+        self.stage.zero_grad()
+        self._restore()
+
+    def end(self) -> Figures | None:
+        self.stage.taking = None
         self.clock.begin("wait", "wait for figures")
         figures = self._figures()
-        if figures is not None and self.roster is not None:
+        if figures is not None and self.tolerant:
             self._count_idle(figures)
-        self.clock.stop()
         return figures
 
     def _count_idle(self, figures: Figures) -> None:
-        """On rank 0: count UEs that report no rows."""
+        """At the first stage: count UEs that report no rows."""
         idle = [ue for ue, rows in enumerate(figures.sums[:, 0].tolist()) if not rows]
-        self.leave_out(dict.fromkeys(idle, "a gradient was bad; see the rank that received it"))
-        self.count(idle)
-
-    def _train_without_bad_ues(self, roster: Roster, parts: schedule.Attempts) -> None:
-        restore = keep_buffers(self.layers)
-
-        def undo() -> None:
-            self.stage.zero_grad()
-            restore()
-
-        roster.train(parts, self.stage.train_iteration, undo)
-        self.stage.taking = None
+        self.seat.leave_out(
+            dict.fromkeys(idle, "a gradient was bad; see the rank that received it")
+        )
+        self.seat.count(idle)
 
     def _call_the_roll(self) -> None:
         """All smashed data of the iteration have arrived; none has been used yet."""
-        assert self.roster is not None
-        self.roster.agree(Kind.ROLL_CALL, self._found(self.ports.forward_in, self.roster.out))
-        out, rows = self.roster.out, self.wire.rows
+        out, rows = self._agree(Kind.ROLL_CALL, self.ports.forward_in), self.wire.rows
         taking = [ue for ue in range(self.topology.ues) if ue not in out]
         places = [torch.arange(ue * rows, (ue + 1) * rows) for ue in taking]
         self.stage.taking = torch.cat(places).to(self.device) if out else None
 
     def _judge(self) -> None:
         """All gradients of the iteration have arrived; no weight has been changed yet."""
-        assert self.roster is not None
-        self.roster.agree(Kind.VERDICT, self._found(self.ports.backward_in, self.roster.out))
+        self._agree(Kind.VERDICT, self.ports.backward_in)
+
+    def _agree(self, kind: Kind, channel: Channel) -> Collection[int]:
+        """UEs that are left out, those among them that sent something bad through `channel`."""
+        roster = self.seat.roster
+        assert roster is not None
+        roster.agree(kind, self._found(channel, roster.out))
+        return roster.out
 
     def _found(self, channel: Channel, out: Collection[int]) -> Collection[int]:
         """UEs that sent something bad here, except those that are left out already."""
         new = {ue: fault for ue, fault in channel.bad.items() if ue not in out}
         channel.bad.clear()
-        self.leave_out(new, out)
+        self.seat.leave_out(new, out)
         return new
 
-    def evaluate(self, part: EvalRows) -> Figures | None:
+    def evaluation(self, part: EvalRows) -> Evaluation:
         """Forward passes only."""
-        if self.rank == 0:
+        if self.role == 0:
             self.reports.post()
         self.wire.ledger.phase = "evaluation"
-        for _ in range(self.batches[part]):
+        for _ in range(self.seat.batches[part]):
             self.stage.evaluate_iteration(schedule.stage_evaluation(self.wire.micro_batches))
+            yield
         self.wire.ledger.phase = "training"
         return self._figures(self._found(self.ports.forward_in, ()))
 
-    def save_weights(self, folder: Path) -> None:
-        """Rank 0 writes the whole tail; the other stages send it their layers."""
-        mine = checkpoint.flatten(self.layers)
-        if self.rank:
-            channel = self.wire.weights(self.rank, len(mine))
+    def hand_over(self) -> None:
+        """The other stages send the first one their layers."""
+        if self.role:
+            mine = checkpoint.flatten(self.layers)
+            channel = self.wire.weights(self.role, len(mine))
             channel.send(0, mine)
             channel.finish()
+
+    def save_weights(self, folder: Path) -> None:
+        """The first stage writes the whole tail."""
+        if self.role:
             return
         tail = nn.ModuleList(models.build_tail(self.settings.model, 0))
-        flat = [mine]
+        flat = [checkpoint.flatten(self.layers)]
         for stage in self.topology.bts_ranks[1:]:
             layers = tail[self.parts[stage] : self.parts[stage + 1]]
             channel = self.wire.weights(stage, len(checkpoint.flatten(layers)))
@@ -169,23 +176,23 @@ class BtsHalf(Half):
 
     def units(self) -> dict[str, Unit]:
         """The layers of this stage."""
-        return layer_units(self.layers, self.parts[self.rank], self.moments)
+        return layer_units(self.layers, self.parts[self.role], self.moments)
 
     def _measure(self, tail: list[nn.Module]) -> list[int]:
         """Cuts by the layers' time on rank 0, which decides for all stages."""
         cuts = ""
-        if self.rank == 0:
+        if self.role == 0:
             rows = self.wire.rows * self.topology.ues
             settings, precision = self.settings, self.settings.train.precision
             file = settings.topology.profile
             seconds = balance.profile(settings.model, rows, precision, self.device, file)
             parts = balance.cut(seconds, tail, self.topology.stages)
-            self.notes.append(balance.report(seconds, parts))
+            self.seat.notes.append(balance.report(seconds, parts))
             cuts = json.dumps(parts)
         return [int(layer) for layer in json.loads(self.world.shared("cuts", cuts))]
 
     def _figures(self, without: Collection[int] = ()) -> Figures | None:
-        return self.gather(without) if self.rank == 0 else None
+        return self.gather(without) if self.role == 0 else None
 
     def _ports(self, world: World, timeout: float) -> Ports:
         """Channels to the neighbours, which are UEs at the two ends.
@@ -193,28 +200,28 @@ class BtsHalf(Half):
         Forward and backward have a group each: NCCL executes the transfers between two ranks in one
         order, and there is no common order for the two directions.
         """
-        model, wire, rank = self.settings.model, self.wire, self.rank
+        model, wire, stage = self.settings.model, self.wire, self.role
         topology, shapes = self.topology, models.tail_shapes(self.settings.model)
         groups = [world.bts_group(topology.stages, self.device, timeout) for _ in range(2)]
         for group in groups:
-            connect_stages(rank, topology.stages, self.device, group)
+            connect_stages(stage, topology.stages, self.device, group)
 
-        def near(kind: Kind, stage: int, layer: int, group: int) -> Channel:
-            return wire.neighbour(kind, stage, shapes[layer], groups[group])
+        def near(kind: Kind, other: int, layer: int, group: int) -> Channel:
+            return wire.neighbour(kind, other, shapes[layer], groups[group])
 
-        start, stop = self.parts[rank], self.parts[rank + 1]
-        first, last = rank == 0, rank == topology.last_stage
+        start, stop = self.parts[stage], self.parts[stage + 1]
+        first, last = stage == 0, stage == topology.last_stage
         return Ports(
             forward_in=wire.link(Kind.SMASHED, model.c1)
             if first
-            else near(Kind.ACTIVATION, rank - 1, start, 0),
+            else near(Kind.ACTIVATION, stage - 1, start, 0),
             backward_out=wire.link(Kind.SMASHED_GRADIENT, model.c1)
             if first
-            else near(Kind.ACTIVATION_GRADIENT, rank - 1, start, 1),
+            else near(Kind.ACTIVATION_GRADIENT, stage - 1, start, 1),
             forward_out=wire.link(Kind.OUTPUT, model.c2)
             if last
-            else near(Kind.ACTIVATION, rank + 1, stop, 0),
+            else near(Kind.ACTIVATION, stage + 1, stop, 0),
             backward_in=wire.link(Kind.OUTPUT_GRADIENT, model.c2)
             if last
-            else near(Kind.ACTIVATION_GRADIENT, rank + 1, stop, 1),
+            else near(Kind.ACTIVATION_GRADIENT, stage + 1, stop, 1),
         )

@@ -10,6 +10,7 @@ Shapes: N UEs, P scalars of the shared parts, A angles, D delays.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,16 @@ from csipipe import checkpoint, models
 from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
 from csipipe.measure.figures import WIDTH, Figures
+from csipipe.methods import rank as ranks
 from csipipe.methods.base import Builder, EvalRows
-from csipipe.methods.half import Half, Seat, UeSide
+from csipipe.methods.half import Evaluation, Half, UeSide
 from csipipe.methods.replica import Agreed, Replica
 from csipipe.methods.rows import load
+from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
+from csipipe.pipeline import schedule
+from csipipe.pipeline.schedule import Attempts, Instruction, Op
 from csipipe.settings.config import Settings
 
 
@@ -38,18 +43,32 @@ def prepare(
     """As `csipipe.methods.prepare`.
 
     Args:
-        replica: what the method does at a UE.
+        replica: what a method does at a UE.
     """
-    if settings.stages != 1:
+    return ranks.prepare(partial(_role, replica), _plans, settings, rank, world_size, device)
+
+
+def _role(
+    replica: type[Replica],
+    settings: Settings,
+    topology: Topology,
+    role: int,
+    device: torch.device,
+) -> ranks.Role:
+    if topology.stages != 1:
         raise ValueError(
             f"method {settings.method} aggregates on one BTS rank, but topology.stages is "
-            f"{settings.topology.stages}; leave topology.stages out, or set it to 1."
+            f"{topology.stages}; leave topology.stages out, or set it to 1."
         )
-    topology = Topology(world_size, settings.stages, settings.topology.ues)
-    if topology.is_bts(rank):
-        return lambda world: BtsHalf(Seat(settings, topology, world, device))
-    ues, test = load(settings, topology.ues_of(rank), device)
-    return lambda world: UeHalf(Seat(settings, topology, world, device), ues, test, replica)
+    if topology.is_bts(role):
+        return BtsHalf
+    ues, test = load(settings, topology.ues_of(role), device)
+    return partial(UeHalf, ues=ues, test=test, replica=replica)
+
+
+def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
+    hosted = [topology.ues_of(role) for role in topology.ue_roles]
+    return schedule.federated_training(hosted)
 
 
 def sizes(settings: Settings) -> dict[Kind, int]:
@@ -67,202 +86,202 @@ def sizes(settings: Settings) -> dict[Kind, int]:
 
 
 class UeHalf(UeSide):
-    """The UEs of one rank.
+    """Some of the UEs; other arguments as `UeSide`.
 
     Args:
-        ues, test: as `UeSide`.
         replica: what the method does at a UE.
     """
 
     def __init__(
-        self, seat: Seat, ues: list[UserEquipment], test: Tensor, replica: type[Replica]
+        self,
+        seat: Seat,
+        role: int,
+        ues: list[UserEquipment],
+        test: Tensor,
+        replica: type[Replica],
     ) -> None:
-        super().__init__(seat, ues, test)
-        settings, topology = self.settings, self.topology
-        self.replicas = [replica(ue, settings, self.device) for ue in ues]
-        for each in self.replicas:
-            each.probe = self.probe
+        super().__init__(seat, role, ues, test)
+        settings = self.settings
         self.sizes = sizes(settings)
-        self.statistics = [Agreed(each.statistics) for each in self.replicas]
-        self.lines = [
-            {
+        self.replicas = {ue.number: replica(ue, settings, self.device) for ue in ues}
+        for each in self.replicas.values():
+            each.probe = self.probe
+        self.statistics = {n: Agreed(r.statistics) for n, r in self.replicas.items()}
+        self.lines = {
+            ue.number: {
                 kind: self.wire.vector(kind, scalars, range(ue.number, ue.number + 1))
                 for kind, scalars in self.sizes.items()
             }
             for ue in ues
-        ]
+        }
         # a model common to all is tested once: the UEs take its batches in turn
-        self.takers = topology.ues if is_one_model(settings) else 1
-        self.agree_on_batches(
-            {
-                "holdout": max(len(ue.holdout) for ue in ues),
-                "test": -(-len(test) // self.takers),
-            }
-        )
+        self.takers = self.topology.ues if is_one_model(settings) else 1
+        self.each = {
+            Op.LOCAL_STEPS: self._train,
+            Op.SEND_UPDATE: self._send,
+            Op.RECEIVE_MEAN: self._receive,
+            Op.APPLY: self._apply,
+        }
+        self._sums: list[Tensor] = []
+        self._iteration = 0
 
-    def train_iteration(self, iteration: int) -> None:
-        """Train and send, UE by UE; then apply what comes back."""
-        self.start(iteration)
-        for line in self.lines:
+    def evaluated(self) -> dict[EvalRows, int]:
+        each = -(-len(self.test) // self.takers)
+        return {"holdout": max(len(ue.holdout) for ue in self.ues), "test": each}
+
+    def begin(self, iteration: int) -> None:
+        self._iteration, self._sums = iteration, []
+        for line in self.lines.values():
             line[Kind.MEAN_UPDATE].post()
             line[Kind.MEAN_STATISTICS].post()
-        sums = []
-        everyone = list(zip(self.replicas, self.statistics, self.lines, strict=True))
-        for replica, statistics, line in everyone:
-            self.clock.begin("compute", "local step of UE", replica.ue.number)
-            replica.start(iteration)
-            update, figures = self._train(replica)
-            sums.append(figures)
-            self.clock.begin("send", "upload of UE", replica.ue.number)
-            line[Kind.UPDATE].send(0, update[None])
-            line[Kind.STATISTICS].send(0, statistics.change()[None])
-        self.clock.begin("send", "send figures")
-        self._report(sums)
-        for replica, statistics, line in everyone:
-            self.clock.begin("wait", "wait for the mean, UE", replica.ue.number)
-            update, change = (
-                line[kind].receive(0)[0].float()
-                for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
-            )
-            self.clock.begin("compute", "apply the mean at UE", replica.ue.number)
-            replica.apply(update)
-            statistics.apply(change)
-            self.clock.begin("send", "finish upload of UE", replica.ue.number)
-            line[Kind.UPDATE].finish()
-            line[Kind.STATISTICS].finish()
-        self.clock.stop()
 
-    def _train(self, replica: Replica) -> tuple[Tensor, Tensor]:
+    def end(self) -> None:
+        self.clock.begin("send", "send figures")
+        self._report(self._sums)
+
+    def _train(self, ue: int) -> None:
         """A UE's update and figures; where bad UEs are dropped, one that fails sends NaN.
 
         It keeps its state from before the failed step, and continues with the others' mean.
         """
+        replica = self.replicas[ue]
+        replica.start(self._iteration)
         try:
-            return replica.train()
+            self._update, figures = replica.train()
         except FloatingPointError:
             if not self.tolerant:
                 raise
             replica.ue.optimizer.zero_grad()
-            nothing = torch.full((self.sizes[Kind.UPDATE],), math.nan, device=self.device)
-            return nothing, torch.zeros(WIDTH, dtype=torch.float64)
+            self._update = torch.full((self.sizes[Kind.UPDATE],), math.nan, device=self.device)
+            figures = torch.zeros(WIDTH, dtype=torch.float64)
+        self._sums.append(figures)
 
-    def evaluate(self, part: EvalRows) -> None:
+    def _send(self, ue: int) -> None:
+        self.lines[ue][Kind.UPDATE].send(0, self._update[None])
+        self.lines[ue][Kind.STATISTICS].send(0, self.statistics[ue].change()[None])
+
+    def _receive(self, ue: int) -> None:
+        line = self.lines[ue]
+        self._mean = line[Kind.MEAN_UPDATE].receive(0)[0].float()
+        self._change = line[Kind.MEAN_STATISTICS].receive(0)[0].float()
+
+    def _apply(self, ue: int) -> None:
+        self.replicas[ue].apply(self._mean)
+        self.statistics[ue].apply(self._change)
+        self.clock.begin("send", "finish upload of UE", ue)
+        self.lines[ue][Kind.UPDATE].finish()
+        self.lines[ue][Kind.STATISTICS].finish()
+
+    def evaluation(self, part: EvalRows) -> Evaluation:
         """Every UE's model on its held-out rows or on the test set, one batch of each at a time."""
         size = self.settings.train.batch_size
         turns = self.takers if part == "test" else 1
-        for k in range(self.batches[part]):
+        for k in range(self.seat.batches[part]):
             sums = []
-            for replica in self.replicas:
-                first = (k * turns + replica.ue.number % turns) * size
+            for ue, replica in self.replicas.items():
+                first = (k * turns + ue % turns) * size
                 h_BAD = (self.test if part == "test" else replica.ue.holdout)[first : first + size]
                 empty = torch.zeros(WIDTH, dtype=torch.float64)
                 sums.append(replica.figures(h_BAD) if len(h_BAD) else empty)
             self._report(sums)
+            yield
+        return None
 
-    def save_weights(self, folder: Path) -> None:
-        """Every UE's encoder and head; the first UE rank sends the tail, which all UEs share."""
-        # sent first: rank 0 waits for it, whether or not this rank's disk is full
-        if self.rank == self.topology.ue_ranks[0]:
-            tail = checkpoint.flatten(self.replicas[0].tail)
-            channel = self.wire.weights(self.rank, len(tail))
+    def hand_over(self) -> None:
+        """The first host sends the tail, which all UEs share."""
+        if self.role == self.topology.ue_roles[0]:
+            tail = checkpoint.flatten(self.replicas[self.ues[0].number].tail)
+            channel = self.wire.weights(self.role, len(tail))
             channel.send(0, tail)
             channel.finish()
-        super().save_weights(folder)
 
     def units(self) -> dict[str, Unit]:
         """The whole model of every UE, which includes the agreed values."""
         units = {}
-        for replica, statistics in zip(self.replicas, self.statistics, strict=True):
-            agreed = [statistics, *([replica.agreed] if replica.agreed else [])]
-            units[ue_name(replica.ue.number)] = replica.unit(agreed)
+        for ue, replica in self.replicas.items():
+            steps = [replica.agreed] if replica.agreed else []
+            units[ue_name(ue)] = replica.unit([self.statistics[ue], *steps])
         return units
 
     def _report(self, sums: list[Tensor]) -> None:
-        """Send this rank's figures to rank 0."""
-        self.reports.send(0, torch.stack([figures.cpu() for figures in sums]))
-        self.reports.finish()
+        self.report(torch.stack([figures.cpu() for figures in sums]))
 
 
 class BtsHalf(Half):
-    """The aggregator, on the one BTS rank: it adds up what the UEs send and has no model.
+    """The aggregator, on the one BTS stage: it adds up what the UEs send and has no model.
 
     It adds in UE order, so that sums don't depend on who is first or where a UE is hosted, and
     holds the vector of one UE at a time.
     """
 
-    def __init__(self, seat: Seat) -> None:
-        super().__init__(seat)
-        topology = self.topology
-        self.sizes = sizes(self.settings)
-        for kind in (Kind.UPDATE, Kind.STATISTICS):  # one vector in memory at a time, later
-            self.wire.expect(kind, range(topology.ues), (1, self.sizes[kind]), 1)
+    def __init__(self, seat: Seat, role: int) -> None:
+        super().__init__(seat, role)
+        ues = range(self.topology.ues)
+        found = sizes(self.settings)
+        self.up = {kind: found[kind] for kind in (Kind.UPDATE, Kind.STATISTICS)}
+        for kind, scalars in self.up.items():  # one vector in memory at a time, later
+            self.wire.expect(kind, ues, (1, scalars), 1)
         self.down = {
-            kind: self.wire.vector(kind, self.sizes[kind], range(topology.ues))
+            kind: self.wire.vector(kind, found[kind], ues)
             for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
         }
-        self.agree_on_batches({"holdout": 0, "test": 0})
+        self.whole = {Op.SEND_MEAN: self._send_mean}
+        self.each = {Op.RECEIVE_UPDATE: self._receive, Op.AGGREGATE: self._add}
+        self._faults: dict[int, str] = {}
+        self._totals: list[Tensor] = []
+        self._vectors: list[Tensor] = []
 
-    def train_iteration(self, iteration: int) -> Figures:
-        """The mean of what the UEs send, back to each of them.
-
-        Where bad UEs are dropped, the mean is over the others, and a dropped UE gets it too.
-        """
-        self.start(iteration)
+    def begin(self, iteration: int) -> None:
         self.reports.post()
-        means, faults = self._means()
-        self.clock.begin("send", "send the mean")
-        for channel, mean in zip(self.down.values(), means, strict=True):
-            channel.send(0, mean)
+        self._faults = {}
+        self._totals = [torch.zeros(1, n, device=self.device) for n in self.up.values()]
+
+    def end(self) -> Figures:
+        """A UE that is dropped gets the mean of the others, too."""
         for channel in self.down.values():
             channel.finish()
-        self.count(faults)
+        self.seat.count(self._faults)
         self.clock.begin("wait", "wait for figures")
-        figures = self.gather(faults)
-        self.clock.stop()
-        return figures
+        return self.gather(self._faults)
 
-    def evaluate(self, part: EvalRows) -> Figures:
+    def _receive(self, ue: int) -> None:
+        vectors = self.wire.vectors(self.up, ue, self.tolerant)
+        if isinstance(vectors, str):
+            self._faults[ue] = vectors
+            self._vectors = []
+        else:
+            self._vectors = vectors
+
+    def _add(self, ue: int) -> None:
+        if ue not in self._faults:
+            for total, vector in zip(self._totals, self._vectors, strict=True):
+                total += vector
+
+    def _send_mean(self) -> None:
+        """Means over the UEs that are left, in fp32 whatever crossed."""
+        self.seat.leave_out(self._faults)
+        sound = self.topology.ues - len(self._faults)
+        for channel, total in zip(self.down.values(), self._totals, strict=True):
+            channel.send(0, total / sound)
+
+    def evaluation(self, part: EvalRows) -> Evaluation:
         """Gathers figures; all UEs have those of one model where it is tested once."""
         sums = torch.zeros(self.topology.ues, WIDTH, dtype=torch.float64)
-        for _ in range(self.batches[part]):
+        for _ in range(self.seat.batches[part]):
             self.reports.post()
             sums += self.gather().sums
+            yield
         if part == "test" and is_one_model(self.settings):
             sums = sums.sum(dim=0).expand(self.topology.ues, -1)
         return Figures(sums)
 
     def save_weights(self, folder: Path) -> None:
-        """Writes the tail that the first UE rank sends."""
+        """Writes the tail that the first host of UEs sends."""
         tail = nn.Sequential(*models.build_tail(self.settings.model, 0))
-        channel = self.wire.weights(self.topology.ue_ranks[0], len(checkpoint.flatten(tail)))
+        channel = self.wire.weights(self.topology.ue_roles[0], len(checkpoint.flatten(tail)))
         channel.post()
         state = checkpoint.unflatten(channel.receive(0), tail)
         checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
-
-    def units(self) -> dict[str, Unit]:
-        """It keeps nothing between iterations."""
-        return {}
-
-    def _means(self) -> tuple[list[Tensor], dict[int, str]]:
-        """(1, scalars) means over UEs of updates and statistics, in fp32 whatever crossed.
-
-        Also returns the UEs that are left out, and why.
-        """
-        up = {kind: self.sizes[kind] for kind in (Kind.UPDATE, Kind.STATISTICS)}
-        totals = [torch.zeros(1, scalars, device=self.device) for scalars in up.values()]
-        faults: dict[int, str] = {}
-        for ue in range(self.topology.ues):
-            self.clock.begin("wait", "wait for UE", ue)
-            vectors = self.wire.vectors(up, ue, self.tolerant)
-            self.clock.begin("compute", "aggregate UE", ue)
-            if isinstance(vectors, str):
-                faults[ue] = vectors
-                continue
-            for total, vector in zip(totals, vectors, strict=True):
-                total += vector
-        self.leave_out(faults)
-        sound = self.topology.ues - len(faults)
-        return [total / sound for total in totals], faults
 
 
 def is_one_model(settings: Settings) -> bool:

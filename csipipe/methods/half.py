@@ -1,113 +1,112 @@
-"""What the UE half and the BTS half of a method share."""
+"""What the UE half and the BTS half of a method share, and what `Rank` asks of them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Generator, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from csipipe.comm import handshake, trust
-from csipipe.comm.collectives import largest, merged
-from csipipe.comm.ledger import Kind, Ledger
-from csipipe.comm.topology import Topology
 from csipipe.comm.wire import Wire
-from csipipe.comm.world import World
 from csipipe.device import autocast, wire_dtype
+from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
-from csipipe.measure.probe import Probe
-from csipipe.methods.base import batches_of
+from csipipe.methods.base import EvalRows
+from csipipe.methods.seat import Seat
+from csipipe.methods.state import Unit
 from csipipe.methods.ue import UserEquipment
-from csipipe.models import count_parts
-from csipipe.settings.config import Settings
+from csipipe.pipeline import schedule
+from csipipe.pipeline.schedule import Instruction, Op, Plan
 
-
-@dataclass(frozen=True)
-class Seat:
-    """What every half is made from: settings, topology, this rank and its device."""
-
-    settings: Settings
-    topology: Topology
-    world: World
-    device: torch.device
+Evaluation = Generator[None, None, Figures | None]
+"""Pauses after each batch, for the rank's other role; returns figures at the BTS's first stage."""
 
 
 class Half:
-    """What both halves share: the wire, and the channels for figures and decisions."""
+    """One role of a rank in a method.
 
-    def __init__(self, seat: Seat) -> None:
-        self.settings, self.topology = settings, topology = seat.settings, seat.topology
-        self.world, self.device = world, device = seat.world, seat.device
-        train = settings.train
-        self.rank = world.rank
-        world.role = topology.role
-        world.doing = topology.role(world.rank)
+    An iteration is `begin`, then, for each section of the plan, `open`, `execute` in one or more
+    pieces, and `close`, and at last `end`.
+
+    Args:
+        seat: the rank that has this role.
+        role: see `Topology`.
+
+    Attributes:
+        whole, each: what is done at instructions without and with a micro-batch, or a UE.
+    """
+
+    def __init__(self, seat: Seat, role: int) -> None:
+        self.seat = seat
+        self.role = role
+        self.settings, self.topology = seat.settings, seat.topology
+        self.world, self.device = seat.world, seat.device
+        self.clock, self.probe, self.tolerant = seat.clock, seat.probe, seat.tolerant
+        train = self.settings.train
         self.wire = Wire(
-            topology,
-            world.rank,
+            self.topology,
+            role,
             train.batch_size // train.micro_batches,
             train.micro_batches,
             wire_dtype(train.precision),
-            device,
+            self.device,
             train.max_rms,
+            self.clock,
+            seat.loop,
         )
-        self.parameters = count_parts(settings.model)
         self.reports = self.wire.reports(WIDTH)
-        self.decisions = self.wire.announcements(Kind.DECISION, 0, 1)
-        self.clock = self.wire.clock
-        self.probe = Probe()
-        self.notes: list[str] = []
-        self.batches: dict[str, int] = {}
-        self.tolerant = train.on_bad_ue == "drop"
-        self.dropped = [0] * topology.ues
-        self._named: set[int] = set()
+        self.whole: dict[Op, Callable[[], None]] = {}
+        self.each: dict[Op, Callable[[int], None]] = {}
 
-    @property
-    def has_holdout(self) -> bool:
-        return self.batches["holdout"] > 0
+    def evaluated(self) -> dict[EvalRows, int]:
+        """Rows that an evaluation needs batches for."""
+        return {"holdout": 0, "test": 0}
 
-    def agree(self, decision: bool) -> bool:
-        if self.rank == 0:
-            self.decisions.send(0, torch.tensor([float(decision)], dtype=torch.float64))
-            self.decisions.finish()
-            return decision
-        self.decisions.post()
-        return bool(self.decisions.receive(0).item())
+    def begin(self, iteration: int) -> None:
+        """An iteration begins: post what may arrive before the plan says so."""
+
+    def open(self, plan: list[Instruction]) -> None:
+        """These instructions will follow."""
+
+    def execute(self, plan: Plan, clock: Clock | None = None) -> None:
+        """Execute some of them.
+
+        Args:
+            clock: counts the time; None: this rank's.
+        """
+        schedule.execute(plan, self.whole, self.each, self.clock if clock is None else clock)
+
+    def close(self) -> None:
+        """All of them were executed: wait until what was sent has been taken."""
+
+    def undo(self) -> None:
+        """Take back what the section changed: it is repeated without some UE."""
+
+    def end(self) -> Figures | None:
+        """The iteration is over; figures of the UEs' batches, at the BTS's first stage."""
+        raise NotImplementedError
+
+    def evaluation(self, part: EvalRows) -> Evaluation:
+        """Figures on `part`, BatchNorm by running statistics; called without gradients."""
+        raise NotImplementedError
+
+    def hand_over(self) -> None:
+        """Send what another rank is to save: before any of them can fail to write."""
+
+    def save_weights(self, folder: Path) -> None:
+        """Write this half's parts into `folder` (OSError)."""
+
+    def units(self) -> dict[str, Unit]:
+        """What a checkpoint holds of this half, by the part's name."""
+        return {}
 
     def autocast(self) -> AbstractContextManager[object]:
         """Arithmetic of the UE parts' forward passes."""
         return autocast(self.settings.train.precision, self.device)
 
-    def start(self, iteration: int) -> None:
-        """Note where this rank is, in case it has to report an error."""
-        self.world.doing = f"{self.topology.role(self.rank)}, iteration {iteration + 1}"
-
-    def leave_out(self, faults: Mapping[int, str], out: Collection[int] = ()) -> None:
-        """Report why UEs are left out, the first time it happens to each of them.
-
-        Args:
-            out: UEs that are left out already.
-
-        Raises:
-            trust.BadMessage: nobody is left.
-        """
-        for ue, fault in faults.items():
-            if ue not in self._named:
-                tqdm.write(f"{self.world.doing}: UE {ue} is left out: {fault}", file=sys.stderr)
-                self._named.add(ue)
-        if faults and len({*faults, *out}) == self.topology.ues:
-            raise trust.BadMessage(
-                f"no sound UE is left to train with: all {self.topology.ues} are bad, the last one "
-                f"because {list(faults.values())[-1]}."
-            )
-
     def gather(self, without: Container[int] = ()) -> Figures:
-        """On rank 0: what the UEs report. UEs that are left out have no rows.
+        """At the BTS's first stage: what the UEs report. UEs that are left out have no rows.
 
         Where bad UEs are dropped, so are figures that aren't finite.
         """
@@ -117,41 +116,22 @@ class Half:
                 row.zero_()
         return Figures(sums)
 
-    def count(self, out: Iterable[int]) -> None:
-        """Count UEs that were left out of a training iteration."""
-        for ue in out:
-            self.dropped[ue] += 1
-
-    def exchanged(self) -> Ledger:
-        return merged(self.wire.ledger, self.topology.is_bts(self.rank))
-
-    def restore_ledger(self, ledger: Ledger) -> None:
-        """Each side gets all counts once: UE ranks those of their UEs, rank 0 those of all UEs."""
-        counts = self.wire.ledger.counts
-        if self.rank == 0:
-            counts.copy_(ledger.counts)
-        elif not self.topology.is_bts(self.rank):
-            ues = self.topology.ues_of(self.rank)
-            counts[:, :, ues.start : ues.stop] = ledger.counts[:, :, ues.start : ues.stop]
-
-    def agree_on_batches(self, rows: dict[str, int]) -> None:
-        """Every rank runs as many evaluation batches as the UE with the most rows needs."""
-        self.world.ready("parts")  # building them may take longer than a wait inside an iteration
-        handshake.compare_messages(self.world, self.wire)
-        batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
-        self.batches = dict(zip(rows, largest(batches), strict=True))
+    def report(self, sums: Tensor) -> None:
+        """At the UEs: send (UEs, WIDTH) figures there."""
+        self.reports.send(0, sums.cpu())
+        self.reports.finish()
 
 
 class UeSide(Half):
     """What the UE halves share: the UEs of one rank, and their weights.
 
     Args:
-        ues: this rank's UEs, ascending.
+        ues: this role's UEs, ascending.
         test: (B, 2, A, D) the common test set.
     """
 
-    def __init__(self, seat: Seat, ues: list[UserEquipment], test: Tensor) -> None:
-        super().__init__(seat)
+    def __init__(self, seat: Seat, role: int, ues: list[UserEquipment], test: Tensor) -> None:
+        super().__init__(seat, role)
         self.ues = ues
         self.test = test
 
@@ -159,3 +139,17 @@ class UeSide(Half):
         """Every UE's encoder and head."""
         for ue in self.ues:
             ue.save(folder)
+
+
+def in_turns(evaluations: Iterable[Evaluation]) -> Figures | None:
+    """Figures of evaluations that advance a batch at a time, in turn."""
+    figures = None
+    going = list(evaluations)
+    while going:
+        for evaluation in list(going):
+            try:
+                next(evaluation)
+            except StopIteration as end:
+                figures = figures or end.value
+                going.remove(evaluation)
+    return figures

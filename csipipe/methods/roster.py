@@ -16,7 +16,7 @@ from torch import nn
 
 from csipipe.comm.ledger import Kind
 from csipipe.comm.wire import Wire
-from csipipe.pipeline.schedule import Attempts, Instruction, Op
+from csipipe.pipeline.schedule import Attempts, Op, Piece
 
 AGREED = {Op.ROLL_CALL: Kind.ROLL_CALL, Op.VERDICT: Kind.VERDICT}
 """The message by which each instruction agrees."""
@@ -31,19 +31,20 @@ class Roster:
 
     def __init__(self, wire: Wire) -> None:
         self._ues = wire.topology.ues
-        self._rank = wire.rank
+        self._rank = wire.topology.rank(wire.role)
         self._sources = {Kind.ROLL_CALL: 0, Kind.VERDICT: wire.topology.last_stage}
         self._channels = {
             kind: wire.announcements(kind, source, self._ues)
             for kind, source in self._sources.items()
         }
+        self._agreed: set[Kind] = set()
         self._holds = True
         self.out: set[int] = set()
 
     def train(
         self,
-        parts: Attempts,
-        execute: Callable[[list[Instruction]], None],
+        parts: Attempts[Piece],
+        execute: Callable[[list[Piece]], None],
         undo: Callable[[], None],
     ) -> None:
         """One iteration, repeated until the verdict leaves nobody else out.
@@ -62,7 +63,13 @@ class Roster:
         execute(parts.end)
 
     def agree(self, kind: Kind, bad: Iterable[int] = ()) -> None:
-        """Leave out the UEs that are `bad`, of which only the deciding rank knows."""
+        """Leave out the UEs that are `bad`, of which only the deciding rank knows.
+
+        Of a rank's two roles, the first to ask agrees for both.
+        """
+        if kind in self._agreed:
+            return
+        self._agreed.add(kind)
         channel = self._channels[kind]
         before = len(self.out)
         if self._rank == self._sources[kind]:
@@ -76,6 +83,7 @@ class Roster:
         self._holds = kind is not Kind.VERDICT or len(self.out) == before
 
     def _post(self) -> None:
+        self._agreed.clear()
         for kind, source in self._sources.items():
             if self._rank != source:
                 self._channels[kind].post()

@@ -30,8 +30,8 @@ def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifes
     A BTS rank may run where there is no data, so rank 0 can't tell.
     """
     if settings.stages:
-        topology = Topology(world_size, settings.stages, settings.topology.ues)
-        if rank != topology.ue_ranks[0]:
+        topology = Topology.of(settings, world_size)
+        if rank != topology.rank(topology.host(0)):
             return None
     source, deal = _dealt(settings)
     return channels.manifest_of(deal, settings.data.holdout, source)

@@ -18,12 +18,10 @@ from torch import Tensor
 from csipipe import models
 from csipipe.comm.channel import Ports
 from csipipe.device import autocast
-from csipipe.measure.clock import Clock
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss, paper_loss
 from csipipe.measure.probe import Probe
 from csipipe.methods.ue import UserEquipment
-from csipipe.pipeline import schedule
 from csipipe.pipeline.schedule import Op
 from csipipe.settings.config import Precision
 
@@ -60,7 +58,6 @@ class UeStage:
         ports: Ports,
         micro_batches: int,
         precision: Precision,
-        clock: Clock,
         probe: Probe,
         tolerant: bool,
         calls: Mapping[Op, Callable[[], None]],
@@ -69,7 +66,6 @@ class UeStage:
         self.ports = ports
         self.micro_batches = micro_batches
         self.precision = precision
-        self.clock = clock
         self.probe = probe
         self.tolerant = tolerant
         self.calls = calls
@@ -97,15 +93,6 @@ class UeStage:
         self._batches.append(_Batch(h, counted, h.new_zeros(h.shape[:2])))
         self.taking = list(range(len(self.ues)))
         self.idle, self.faults = set(), {}
-
-    def execute(self, plan: schedule.Plan, clock: Clock | None = None) -> None:
-        """Execute instructions.
-
-        Args:
-            clock: counts the time; None: this rank's.
-        """
-        clock = self.clock if clock is None else clock
-        schedule.execute(plan, self._whole, self._per_micro_batch, clock)
 
     def post(self) -> None:
         """Post the receives of an iteration."""
@@ -213,7 +200,8 @@ class UeStage:
         return autocast(self.precision, self._batches[0].h_UBAD.device)
 
     @property
-    def _whole(self) -> dict[Op, Callable[[], None]]:
+    def whole(self) -> dict[Op, Callable[[], None]]:
+        """What the UEs do at instructions on the whole mini-batch."""
         return {
             Op.ENCODE: self._encode,
             Op.WEIGHTS: self._weight_gradients,
@@ -223,7 +211,8 @@ class UeStage:
         }
 
     @property
-    def _per_micro_batch(self) -> dict[Op, Callable[[int], None]]:
+    def each(self) -> dict[Op, Callable[[int], None]]:
+        """What they do at instructions on one micro-batch."""
         return {
             Op.SEND_FORWARD: self._send_forward,
             Op.RECEIVE_FORWARD: self._receive_forward,

@@ -144,12 +144,13 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self._pending = put_off([module])
         self._weights: dict[int, list[Pending]] = {}
 
-    def train_iteration(self, plan: Plan) -> None:
-        """Execute one iteration's instructions."""
-        plan = list(plan)
+    def open(self, plan: Plan) -> None:
+        """These instructions of a training iteration follow."""
         self.module.train()
-        self._open(plan, Op.WEIGHTS)
-        execute(plan, self._whole, self._per_micro_batch, self.clock)
+        self._open(list(plan), Op.WEIGHTS)
+
+    def finish(self) -> None:
+        """Wait until what was sent has been taken."""
         self.clock.begin("send", "finish sending")
         self.ports.forward_out.finish()
         self.ports.backward_out.finish()
@@ -160,7 +161,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self.module.eval()
         self._open(plan, Op.FORWARD)
         with torch.no_grad():
-            execute(plan, self._whole, self._per_micro_batch, Clock())
+            execute(plan, self.whole, self.each, Clock())
         self.ports.forward_out.finish()
 
     def _open(self, plan: list[Instruction], end: Op) -> None:
@@ -253,11 +254,13 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         return grad
 
     @property
-    def _whole(self) -> dict[Op, Callable[[], None]]:
+    def whole(self) -> dict[Op, Callable[[], None]]:
+        """What the stage does at instructions on the whole mini-batch."""
         return {Op.STEP: self._step, **self.calls}
 
     @property
-    def _per_micro_batch(self) -> dict[Op, Callable[[int], None]]:
+    def each(self) -> dict[Op, Callable[[int], None]]:
+        """What it does at instructions on one micro-batch."""
         return {
             Op.RECEIVE_FORWARD: self._receive_forward,
             Op.FORWARD: self._forward_micro_batch,

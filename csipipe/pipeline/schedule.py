@@ -12,9 +12,10 @@ and results don't depend on the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Generic, TypeVar
 
 from csipipe.measure.clock import Clock
 from csipipe.settings.config import ScheduleName
@@ -36,11 +37,22 @@ class Op(Enum):
     ROLL_CALL = "roll call"  # who takes part: once all smashed data have arrived
     VERDICT = "verdict"  # whether that holds: once all gradients have arrived
     STEP = "step"  # optimiser
+    # federated methods, on one UE each
+    LOCAL_STEPS = "local step of UE"  # UE: its own training
+    SEND_UPDATE = "upload of UE"  # RECEIVE_UPDATE of the aggregator
+    RECEIVE_UPDATE = "wait for UE"
+    AGGREGATE = "aggregate UE"
+    SEND_MEAN = "send the mean"  # to all UEs; RECEIVE_MEAN of each
+    RECEIVE_MEAN = "wait for the mean, UE"
+    APPLY = "apply the mean at UE"
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """An operation on one micro-batch, or on the whole mini-batch where that is None."""
+    """An operation on one micro-batch, or on the whole mini-batch where that is None.
+
+    Federated methods cut an iteration by UE instead: `micro_batch` is the UE's number.
+    """
 
     op: Op
     micro_batch: int | None = None
@@ -107,9 +119,14 @@ def _alternate(micro_batches: int, ahead: int, lag: int) -> Iterator[Instruction
     yield Instruction(Op.STEP)
 
 
+Piece = TypeVar("Piece")
+
+
 @dataclass(frozen=True)
-class Attempts:
-    """A rank's training where bad UEs are dropped: `attempt` may be repeated without some of them.
+class Attempts(Generic[Piece]):
+    """A training iteration in sections: `attempt` may be repeated without UEs that turn out bad.
+
+    Where UEs aren't dropped, all of it is one attempt.
 
     Attributes:
         once: executed first; a repetition reuses its results.
@@ -117,12 +134,32 @@ class Attempts:
         end: executed after the valid attempt; changes weights.
     """
 
-    once: list[Instruction]
-    attempt: list[Instruction]
-    end: list[Instruction]
+    once: list[Piece]
+    attempt: list[Piece]
+    end: list[Piece]
 
 
-def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts:
+def one_attempt(plan: Plan) -> Attempts[Instruction]:
+    """An iteration that is never repeated."""
+    return Attempts([], list(plan), [])
+
+
+def split_training(
+    name: ScheduleName, stages: int, hosts: int, micro_batches: int, drop: bool
+) -> list[Attempts[Instruction]]:
+    """CSILocal's iteration for every role: BTS stages, then hosts of UEs.
+
+    Args:
+        drop: leave out UEs that turn out bad.
+    """
+    plans = [list(TRAINING[name](stage, stages, micro_batches)) for stage in range(stages)]
+    if drop:
+        first = [stage_attempts(plan, stage, stages) for stage, plan in enumerate(plans)]
+        return first + [ue_attempts(micro_batches)] * hosts
+    return [one_attempt(plan) for plan in plans] + [one_attempt(ue_training(micro_batches))] * hosts
+
+
+def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts[Instruction]:
     """A stage's training plan, with agreement on who takes part.
 
     The first stage receives all smashed data before its first forward pass and calls the roll;
@@ -140,7 +177,7 @@ def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts:
     return Attempts([], attempt, [end])
 
 
-def ue_attempts(micro_batches: int) -> Attempts:
+def ue_attempts(micro_batches: int) -> Attempts[Instruction]:
     """`ue_training`, with agreement on who takes part; smashed data are sent again unchanged."""
     plan = list(ue_training(micro_batches))
     sent = 1 + micro_batches
@@ -195,6 +232,30 @@ def ue_decoding(micro_batches: int, send_back: bool = False) -> Iterator[Instruc
             yield Instruction(Op.SEND_BACKWARD, m)
 
 
+def ue_round(ues: Iterable[int]) -> Iterator[Instruction]:
+    """A federated iteration at the UEs of one rank."""
+    for ue in ues:
+        yield Instruction(Op.LOCAL_STEPS, ue)
+        yield Instruction(Op.SEND_UPDATE, ue)
+    for ue in ues:
+        yield Instruction(Op.RECEIVE_MEAN, ue)
+        yield Instruction(Op.APPLY, ue)
+
+
+def aggregation(ues: Iterable[int]) -> Iterator[Instruction]:
+    """A federated iteration at the BTS; one UE's update is held at a time."""
+    for ue in ues:
+        yield Instruction(Op.RECEIVE_UPDATE, ue)
+        yield Instruction(Op.AGGREGATE, ue)
+    yield Instruction(Op.SEND_MEAN)
+
+
+def federated_training(hosted: Sequence[range]) -> list[Attempts[Instruction]]:
+    """A federated iteration for every role: the aggregator, then hosts of the UEs `hosted`."""
+    everyone = range(sum(map(len, hosted)))
+    return [one_attempt(plan) for plan in (aggregation(everyone), *map(ue_round, hosted))]
+
+
 def bubble(stages: int, micro_batches: int) -> float:
     """Share of time that a stage idles under `gpipe` at best, with equal stages: (S-1)/(M+S-1)."""
     return (stages - 1) / (micro_batches + stages - 1)
@@ -223,18 +284,23 @@ def execute(
     """
     for instruction in plan:
         op, m = instruction.op, instruction.micro_batch
-        clock.begin(_ACTIVITY.get(op, "compute"), op.value, m)
+        clock.begin(ACTIVITY.get(op, "compute"), op.value, m)
         if m is None:
             whole[op]()
         else:
             per_micro_batch[op](m)
 
 
-_ACTIVITY = {
+ACTIVITY = {
     Op.RECEIVE_FORWARD: "wait",
     Op.RECEIVE_BACKWARD: "wait",
     Op.SEND_FORWARD: "send",
     Op.SEND_BACKWARD: "send",
+    Op.SEND_UPDATE: "send",
+    Op.RECEIVE_UPDATE: "wait",
+    Op.SEND_MEAN: "send",
+    Op.RECEIVE_MEAN: "wait",
     Op.ROLL_CALL: "wait",
     Op.VERDICT: "wait",
 }
+"""What a clock counts the time of an instruction as, where that isn't computing."""

@@ -246,9 +246,11 @@ def _title(settings: Settings, iteration: int, ranks: int) -> str:
     if not settings.spec.pipelined:
         return f"{settings.method} on {ranks} rank(s): {where}"
     bound = bubble(settings.stages, train.micro_batches)
+    apart = f"and {ranks - settings.stages} UE rank(s)"
+    together = f"and the UEs on the same {ranks} rank(s)"
     return (
-        f"{settings.method}, {train.schedule}, {settings.stages} BTS stage(s) and "
-        f"{ranks - settings.stages} UE rank(s): {where}\n"
+        f"{settings.method}, {train.schedule}, {settings.stages} BTS stage(s) "
+        f"{together if settings.topology.placement == 'together' else apart}: {where}\n"
         f"bubble of GPipe on {settings.stages} equal stages, {train.micro_batches} micro-batches: "
         f"(S−1)/(M+S−1) = {bound:.0%}"
     )

@@ -169,7 +169,8 @@ def _name_rows(axes: Any, timeline: Timeline) -> None:
     """Roles left of the rows, bubble shares right of them."""
     rows = timeline.rows
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [row.role for row in rows], fontsize=8)
+    names = [row.role.replace(" and ", "\n") for row in rows]  # a line for each role of a rank
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
     for side in ("top", "right", "left"):

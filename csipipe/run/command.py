@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 from csipipe.settings import commandline
 
-ABOUT = """Trains a CSI-feedback autoencoder. Start it with torchrun: the first ranks are the BTS's
-pipeline stages, the others host the UEs."""
+ABOUT = """Trains a CSI-feedback autoencoder. Started by torchrun, the first ranks are the BTS's
+pipeline stages, the others host the UEs; in one process, without torchrun, it is all of them."""
 
 
 def main(arguments: list[str]) -> int:
-    """Train, as one rank of a torchrun; returns the exit code."""
+    """Train, as one rank of a torchrun or alone; returns the exit code."""
     parser = commandline.parser(ABOUT)
-    commandline.require_torchrun(parser, arguments)
+    commandline.print_if_asked(parser, arguments)
 
     from csipipe.comm.world import World
     from csipipe.run import training
 
-    world = World.from_torchrun()
+    world = World.from_torchrun() if "RANK" in os.environ else World.alone()
     try:
         settings, _ = commandline.settings(parser, arguments)
         training.launch(world, settings)

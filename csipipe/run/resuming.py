@@ -23,6 +23,7 @@ from csipipe.settings.config import Settings, TopologySettings
 
 FREE = (
     "run.",
+    "topology.placement",
     "topology.stages",
     "topology.partition",
     "topology.profile",

@@ -135,21 +135,26 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
         ValueError: too few tasks, or a BTS stage outside the first component.
     """
     counts = [count for group in groups for _, count in group]
+    settings = settings.on(sum(counts))
     stages, ues = settings.stages, settings.topology.ues
-    least = stages + 1 if settings.spec.stages else 1
+    together = settings.topology.placement == "together"
+    least, most = (stages, max(stages, ues)) if together else (stages + 1, stages + ues)
+    if not stages:
+        least = most = 1
     if sum(counts) < least:
+        needed = f"{stages} BTS rank(s)" + ("" if together else " and at least one UE rank")
         raise ValueError(
-            f"{sum(counts)} task(s) are too few for topology.stages {stages}: {stages} BTS rank(s) "
-            f"and at least one UE rank are needed. Submit with sbatch --ntasks={least} or more, "
-            f"ideally {stages + ues}, with one UE per rank."
+            f"{sum(counts)} task(s) are too few for topology.stages {stages}: {needed} are "
+            f"needed. Submit with sbatch --ntasks={least} or more, ideally {most}, with one UE per "
+            "rank."
         )
     first = sum(count for _, count in groups[0])
-    if len(groups) > 1 and first < least - 1:
+    if len(groups) > 1 and first < stages:
         raise ValueError(
             f"the job's first component, for the BTS, has {first} task(s), but topology.stages is "
             f"{stages}; give it --ntasks-per-node={stages} in the script."
         )
-    left = stages + ues if settings.spec.stages else 1
+    left = most
     used = []
     for count in counts:
         used.append(min(count, left))
@@ -162,7 +167,7 @@ def placement(settings: Settings, nodes: Sequence[str], ranks: Sequence[int]) ->
     size = sum(ranks)
     if not settings.spec.stages:
         return f"  {nodes[0]}: the unsplit model"
-    topology = Topology(size, settings.stages, settings.topology.ues)
+    topology = Topology.of(settings, size)
     ends = itertools.accumulate(ranks)
     return "\n".join(
         f"  {node}: " + (", ".join(topology.role(r) for r in range(end - n, end)) or "nothing")

@@ -37,6 +37,7 @@ def launch(world: World, settings: Settings) -> None:
     Raises:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
     """
+    settings = settings.on(world.size)
     handshake.compare_settings(world, settings)
     start = _begin(world, settings)
     if start.finished:
@@ -98,6 +99,8 @@ def _introduce(
         f"{settings.method}: {settings.stages} BTS stage(s) and {settings.topology.ues} UEs on "
         f"{world.size} rank(s), {where}; run: {start.folder}"
     )
+    if settings.topology.placement == "together" and settings.stages:
+        tracker.say("together: " + "; ".join(map(world.role, range(world.size))))
     if start.checkpoint is not None:
         tracker.say(f"resuming after iteration {start.iteration}, from {start.checkpoint}")
     elif start.exists:

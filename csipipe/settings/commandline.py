@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
@@ -147,11 +146,8 @@ class RunParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help.")
 
 
-def require_torchrun(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Exit, with the torchrun line to use, if this process wasn't started by torchrun.
-
-    Help and the configuration are printed without torchrun, and by rank 0 only under it.
-    """
+def print_if_asked(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Print help or the configuration and leave, if asked; of torchrun's ranks, 0 alone does."""
     asked = _asks_for_help(arguments) or any(a.startswith("--print_config") for a in arguments)
     rank = os.environ.get("RANK")
     if asked and rank not in (None, "0"):
@@ -161,9 +157,6 @@ def require_torchrun(parser: ArgumentParser, arguments: Sequence[str]) -> None:
             settings(parser, arguments)  # prints and exits
         except ValueError as error:
             sys.exit(f"csipipe: error: {error}")
-    if rank is None:
-        line = shlex.join([*shlex.split(TRAIN), *arguments])
-        sys.exit(f"csipipe: a run has several processes; start it with\n  {line}")
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ its own section of the settings, never all of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from csipipe.settings import tables
@@ -22,6 +22,7 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 )
 
 Environment = Literal["indoor", "outdoor", "noniid"]
+Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
 ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
 
@@ -66,13 +67,16 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TopologySettings:
-    """Who takes part: BTS pipeline stages (ranks 0 … stages-1), UEs (on the other ranks)."""
+    """Who takes part, and where: BTS pipeline stages (on ranks 0 … stages-1), and UEs."""
 
+    placement: Placement | None = None
+    """apart: the ranks that aren't stages host the UEs. together: all ranks do, those of stages
+    too. null: together where there is one rank, else apart. The results are the same."""
     stages: int | None = None
-    """BTS pipeline stages, one rank each. null: 2 for csilocal, 1 (all they can use) for the
-    federated methods, none for centralised."""
+    """BTS pipeline stages, one rank each. null: 2 for csilocal (together: no more than ranks), 1
+    (all they can use) for the federated methods, none for centralised."""
     ues: int = 4
-    """UEs, numbered from 0 and assigned to the UE ranks in order."""
+    """UEs, numbered from 0 and assigned in order to the ranks that host them."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
     measured: by the time that each layer takes on this machine. null: as the model says,
@@ -180,7 +184,8 @@ class TrainSettings:
     """Root mean square above which a tensor that crosses between a UE and the BTS is bad. Smashed
     data are of order 1 and gradients smaller: the default only catches values that diverged."""
     threads: int | None = None
-    """CPU threads per rank. null: OMP_NUM_THREADS if above 1, else cores / ranks of the node."""
+    """CPU threads per rank. null: OMP_NUM_THREADS, unless it is torchrun's 1, else cores / ranks of
+    the node."""
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "micro_batches", "local_steps"):
@@ -286,6 +291,16 @@ class Settings:
                 f"{self.run.profile_after}, but train.iterations {self.train.iterations}: the last "
                 f"profiled iteration would be {last}; profile fewer, or train more."
             )
+
+    def on(self, ranks: int) -> Settings:
+        """The same run on `ranks` processes: who is where is decided, unless it was."""
+        place = self.topology
+        placement = place.placement or ("together" if ranks == 1 else "apart")
+        stages = self.stages
+        if place.stages is None and placement == "together":
+            stages = min(stages, ranks)
+        decided = replace(place, placement=placement, stages=stages or None)
+        return replace(self, topology=decided)
 
     @property
     def spec(self) -> MethodSpec:

@@ -73,8 +73,7 @@ def _act(what: str) -> None:
 
 
 def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:
-    from csipipe.methods.csilocal_bts import BtsHalf
-    from csipipe.methods.csilocal_ue import UeHalf
+    from csipipe.methods.rank import Rank
     from csipipe.pipeline import engine
 
     run = schedule.execute
@@ -103,8 +102,7 @@ def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:
         _act(fault.what)
         run(steps[at:], *rest)
 
-    for half in (BtsHalf, UeHalf):
-        half.train_iteration = counted(half.train_iteration)  # type: ignore[assignment,method-assign]
+    Rank.train_iteration = counted(Rank.train_iteration)  # type: ignore[assignment,method-assign]
     schedule.execute = execute  # type: ignore[assignment]
     engine.execute = execute  # type: ignore[attr-defined,assignment]
 

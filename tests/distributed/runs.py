@@ -47,18 +47,19 @@ def small(method: str = "csilocal", **sections: Any) -> Settings:
 def named_parameters(worker: Any) -> dict[str, torch.nn.Parameter]:
     """Parameters of a rank's worker by part, UE and layer, whatever the rank."""
     found: dict[str, torch.nn.Parameter] = {}
-    for ue in getattr(worker, "ues", []):
+    halves = getattr(worker, "halves", [worker])
+    for ue in (ue for half in halves for ue in getattr(half, "ues", [])):
         for part in ("encoder", "head"):
             for name, parameter in getattr(ue, part).named_parameters():
                 found[f"ue-{ue.number}.{part}.{name}"] = parameter
-    for replica in getattr(worker, "replicas", []):  # federated: a tail on every UE
+    replicas = [replica for half in halves for replica in getattr(half, "replicas", {}).values()]
+    for replica in replicas:  # federated: a tail on every UE
         for name, parameter in replica.tail.named_parameters():
             found[f"ue-{replica.ue.number}.tail.{name}"] = parameter
-    if isinstance(worker, BtsHalf):
-        first = worker.parts[worker.rank]
-        for i, layer in enumerate(worker.layers):
+    for half in (half for half in halves if isinstance(half, BtsHalf)):
+        for i, layer in enumerate(half.layers, half.parts[half.role]):
             for name, parameter in layer.named_parameters():
-                found[f"tail.{first + i}.{name}"] = parameter
+                found[f"tail.{i}.{name}"] = parameter
     if isinstance(worker, Centralised):
         for name, parameter in worker.tail.named_parameters():
             found[f"tail.{name}"] = parameter

@@ -15,11 +15,12 @@ from runs import CPU, small
 from csipipe import methods
 from csipipe.checkpoint import Snapshot
 from csipipe.comm import trust
-from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
+from csipipe.measure.figures import Figures
+from csipipe.methods import csilocal
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal_ue import UeHalf
-from csipipe.methods.half import Seat
+from csipipe.methods.rank import Rank
 from csipipe.run.saving import Saver, restore
 from csipipe.settings.config import Settings
 
@@ -29,18 +30,21 @@ Bad = dict[int, tuple[str, list[int]]]
 """By UE: what it spoils (smashed, output_gradient, own gradient), in which iterations from 0."""
 
 
-def spoil(worker: UeHalf, bad: Bad, value: float) -> None:
+def spoil(worker: Rank, bad: Bad, value: float) -> None:
     """Put `value` into one scalar of the last micro-batch, or of the head's weight gradient."""
     now = -1
     train = worker.train_iteration
 
-    def counted(iteration: int) -> None:
+    def counted(iteration: int) -> Figures | None:
         nonlocal now
         now = iteration
-        train(iteration)
+        return train(iteration)
 
     worker.train_iteration = counted  # type: ignore[method-assign]
-    for place, ue in enumerate(worker.ues):
+    half = worker.halves[-1]
+    if not isinstance(half, UeHalf):
+        return
+    for place, ue in enumerate(half.ues):
         what, iterations = bad.get(ue.number, ("", []))
         if what == "own":
             step = ue.step
@@ -53,8 +57,8 @@ def spoil(worker: UeHalf, bad: Bad, value: float) -> None:
             ue.step = poisoned  # type: ignore[method-assign]
         elif what:
             channel = {
-                "smashed": worker.ports.forward_out,
-                "output_gradient": worker.ports.backward_out,
+                "smashed": half.ports.forward_out,
+                "output_gradient": half.ports.backward_out,
             }[what]
 
             def send(
@@ -62,9 +66,9 @@ def spoil(worker: UeHalf, bad: Bad, value: float) -> None:
                 tensor: torch.Tensor,
                 send: Any = channel.send,
                 when: Any = iterations,
-                row: int = place * worker.wire.rows,
+                row: int = place * half.wire.rows,
             ) -> None:
-                if now in when and m == worker.wire.micro_batches - 1:
+                if now in when and m == half.wire.micro_batches - 1:
                     tensor = tensor.clone()
                     tensor[row, 1] = value
                 send(m, tensor)
@@ -78,16 +82,14 @@ def build(world: World, settings: Settings, keep: list[int]) -> Any:
         topology={**vars(settings.topology), "ues": len(keep)},
         train={**vars(settings.train), "on_bad_ue": settings.train.on_bad_ue},
     )
-    topology = Topology(world.size, settings.stages, len(keep))
-    if topology.is_bts(world.rank):
+    everyone, test = methods.load(settings, range(4), CPU)
+
+    def load(_: Settings, numbers: range, device: torch.device) -> Any:
+        return [everyone[keep[place]] for place in numbers], test
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csilocal, "load", load)
         builder = methods.prepare(fewer, world.rank, world.size, CPU)
-    else:
-        everyone, test = methods.load(settings, range(4), CPU)
-        mine = [everyone[keep[place]] for place in topology.ues_of(world.rank)]
-
-        def builder(world: World) -> UeHalf:
-            return UeHalf(Seat(fewer, topology, world, CPU), mine, test)
-
     world.ready("data")
     world.connect(20.0)
     return builder(world)
@@ -98,8 +100,7 @@ def train(
 ) -> dict[str, Any]:
     """One rank: losses per iteration, the state of all parts, and how often UEs were dropped."""
     worker = build(world, settings, keep)
-    if isinstance(worker, UeHalf):
-        spoil(worker, bad, value)
+    spoil(worker, bad, value)
     losses = []
     try:
         for k in range(settings.train.iterations):
@@ -123,9 +124,11 @@ def train(
     }
 
 
-def setting(stages: int, schedule: str = "zerobubble", **train: Any) -> Settings:
+def setting(
+    stages: int, schedule: str = "zerobubble", placement: str = "apart", **train: Any
+) -> Settings:
     return small(
-        topology={"stages": stages},
+        topology={"stages": stages, "placement": placement},
         train={"iterations": 4, "on_bad_ue": "drop", "schedule": schedule, **train},
     )
 
@@ -143,6 +146,8 @@ def slow(*values: Any) -> Any:
     [
         ("smashed", NAN, setting(2)),
         ("output_gradient", math.inf, setting(1, deepspeed=str(ROOT / "ds_configs/zero1.json"))),
+        ("output_gradient", NAN, setting(2, placement="together")),
+        slow("smashed", NAN, setting(1, "1f1b", "together")),
         slow("output_gradient", NAN, setting(2)),
         slow("smashed", 1e30, setting(1, "gpipe")),
         slow("smashed", NAN, setting(4, "1f1b", precision="bf16")),
@@ -152,7 +157,8 @@ def slow(*values: Any) -> Any:
     ],
 )
 def test_a_ue_that_is_dropped_leaves_no_trace(what: str, value: float, settings: Settings) -> None:
-    ranks, keep = settings.stages + 2, [0, 2, 3]
+    together = settings.topology.placement == "together"
+    ranks, keep = settings.stages + (0 if together else 2), [0, 2, 3]
     always = {1: (what, list(range(4)))}
     found = run_world(ranks, train, settings, [0, 1, 2, 3], always, value)
     wanted = run_world(ranks, train, settings, keep, {})
@@ -218,8 +224,7 @@ def test_a_run_without_a_sound_ue_stops() -> None:
 def go_on(world: World, settings: Settings, folder: str, bad: Bad) -> list[list[int]]:
     """Train with a bad UE and save; then set another worker up from what was saved."""
     worker = build(world, settings, [0, 1, 2, 3])
-    if isinstance(worker, UeHalf):
-        spoil(worker, bad, NAN)
+    spoil(worker, bad, NAN)
     for k in range(2):
         worker.train_iteration(k)
     saver = Saver(worker, settings, Path(folder), world)

@@ -88,7 +88,10 @@ def run(fault: Fault, folder: Path, method: str, **changed: str) -> tuple[Fault,
         **changed,
     )
     frozen = fault.rank if fault.what == "freeze" else None
-    with Program(4 if method == "csilocal" else 3, settings, fault) as program:
+    ranks = 4 if method == "csilocal" else 3
+    if changed.get("topology__placement") == "together":
+        ranks = 2
+    with Program(ranks, settings, fault) as program:
         started = program.wait_for_fault()
         first = program.first_end(without=frozen) - started
         ended = program.join(timeout=120, without=frozen)
@@ -138,6 +141,18 @@ def test_faults_are_named(tmp_path: Path) -> None:
         Fault(2, "lengthen", Kind.SMASHED, micro_batch=1),
     ]
     check(faults, tmp_path)
+
+
+def test_a_rank_with_two_roles_is_named_by_both(tmp_path: Path) -> None:
+    faults = [Fault(1, "kill", Op.HEAD), Fault(0, "freeze", Op.BACKWARD)]
+    for i, fault in enumerate(faults):
+        folder = tmp_path / str(i)
+        message = run(fault, folder, "csilocal", topology__placement="together")[3]
+        role = re.escape(Topology(2, 2, 4, together=True).role(fault.rank))
+        state = "gone" if fault.what == "kill" else "silent"
+        wanted = rf"{role} is {state}: .*iteration {fault.iteration}, waited for"
+        assert re.search(wanted, message), message
+        assert whole(folder).name == "1"
 
 
 @pytest.mark.long

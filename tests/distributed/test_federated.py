@@ -31,7 +31,7 @@ from csipipe.methods.cost import exchanged_per_iteration
 from csipipe.methods.federated import sizes
 from csipipe.run import trained
 from csipipe.settings import commandline
-from csipipe.settings.config import Settings
+from csipipe.settings.config import Placement, Settings
 
 FEDERATED: tuple[str, ...] = (
     "fedavg",
@@ -62,10 +62,14 @@ RUNS = {method: federated(method) for method in FEDERATED} | {
 
 
 @cache
-def found(ue_ranks: int = 2, *names: str) -> dict[str, dict[str, Any]]:
+def found(
+    ue_ranks: int = 2, *names: str, placement: Placement = "apart"
+) -> dict[str, dict[str, Any]]:
     """Every run, or some, in one world."""
     runs = {name: RUNS[name] for name in names or RUNS}
-    ranks = run_world(1 + ue_ranks, splits, runs)
+    for name, run in runs.items():
+        runs[name] = replace(run, topology=replace(run.topology, placement=placement))
+    ranks = run_world(ue_ranks + (placement == "apart"), splits, runs)
     return {name: joined([rank[name] for rank in ranks]) for name in runs}
 
 
@@ -187,11 +191,14 @@ def test_every_method_does_what_was_worked_out_by_hand(name: str) -> None:
             assert difference <= 1e-3 * moved, part
 
 
-@pytest.mark.parametrize("ue_ranks", [1, 4])
-def test_ue_ranks_change_no_bit(ue_ranks: int) -> None:
-    for name, one in found(ue_ranks, "fedavg", "fedproxper, FedAlt", "fedgradper").items():
+@pytest.mark.parametrize(
+    ("ue_ranks", "placement"), [(1, "apart"), (4, "apart"), (1, "together"), (3, "together")]
+)
+def test_placement_changes_no_bit(ue_ranks: int, placement: Placement) -> None:
+    names = "fedavg", "fedproxper, FedAlt", "fedgradper"
+    for name, one in found(ue_ranks, *names, placement=placement).items():
         # the files have BatchNorm's statistics
-        assert_same(one, found()[name], "losses", "evaluations", "parameters", "files")
+        assert_same(one, found()[name], "losses", "evaluations", "parameters", "files", "ledger")
 
 
 def test_fedprox_is_fedavg_without_a_proximal_term() -> None:

@@ -22,13 +22,19 @@ NOISE = "encoder.0.bias"
 
 @cache
 def csilocal(
-    stages: int, ue_ranks: int, micro_batches: int, partition: str, schedule: str = "zerobubble"
+    stages: int,
+    ue_ranks: int,
+    micro_batches: int,
+    partition: str,
+    schedule: str = "zerobubble",
+    placement: str = "apart",
 ) -> dict[str, Any]:
     settings = small(
-        topology={"stages": stages, "partition": partition},
+        topology={"stages": stages, "partition": partition, "placement": placement},
         train={"micro_batches": micro_batches, "schedule": schedule},
     )
-    return joined(run_world(stages + ue_ranks, split, settings))
+    ranks = ue_ranks + (stages if placement == "apart" else 0)
+    return joined(run_world(ranks, split, settings))
 
 
 @cache
@@ -56,9 +62,15 @@ def worst_loss(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 @pytest.mark.parametrize("stages", [1, 2, 4])
-@pytest.mark.parametrize("ue_ranks", [1, 2])
-def test_split_training_is_unsplit_training(stages: int, micro_batches: int, ue_ranks: int) -> None:
-    found = csilocal(stages, ue_ranks, micro_batches, "uniform")
+@pytest.mark.parametrize("ue_ranks", [1, 2, None])
+def test_split_training_is_unsplit_training(
+    stages: int, micro_batches: int, ue_ranks: int | None
+) -> None:
+    """Without UE ranks, those of the stages host the UEs."""
+    if ue_ranks is None:
+        found = csilocal(stages, stages, micro_batches, "uniform", placement="together")
+    else:
+        found = csilocal(stages, ue_ranks, micro_batches, "uniform")
     wanted = reference(micro_batches)
     gradient, loss = worst_gradient(found, wanted), worst_loss(found, wanted)
     print(f"S={stages} M={micro_batches} UE ranks={ue_ranks}: {gradient:.1e} {loss:.1e}")
@@ -69,21 +81,26 @@ def test_split_training_is_unsplit_training(stages: int, micro_batches: int, ue_
 
 
 @pytest.mark.parametrize(
-    ("stages", "ue_ranks", "partition"),
+    ("stages", "ue_ranks", "partition", "placement"),
     [
-        (2, 1, "uniform"),
-        (4, 1, "uniform"),
-        (2, 2, "type:CRBlock"),
-        (2, 4, "parameters"),
-        (3, 2, "measured"),
+        (2, 1, "uniform", "apart"),
+        (4, 1, "uniform", "apart"),
+        (2, 2, "type:CRBlock", "apart"),
+        (2, 4, "parameters", "apart"),
+        (3, 2, "measured", "apart"),
+        (1, 1, "uniform", "together"),
+        (1, 3, "uniform", "together"),
+        (2, 2, "measured", "together"),
+        (4, 4, "uniform", "together"),
     ],
 )
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_stages_partition_and_placement_change_no_bit(
-    stages: int, ue_ranks: int, partition: str, micro_batches: int
+    stages: int, ue_ranks: int, partition: str, placement: str, micro_batches: int
 ) -> None:
     one = csilocal(1, 1, micro_batches, "uniform")
-    assert_same(one, csilocal(stages, ue_ranks, micro_batches, partition), *COMPUTED)
+    other = csilocal(stages, ue_ranks, micro_batches, partition, placement=placement)
+    assert_same(one, other, *COMPUTED, "ledger")
 
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.long), 8])
@@ -91,7 +108,8 @@ def test_stages_partition_and_placement_change_no_bit(
 def test_schedules_change_no_bit(stages: int, micro_batches: int) -> None:
     """With fewer micro-batches than stages too; 8 go around the ring of buffers more than once."""
     plans = [
-        csilocal(stages, 1, micro_batches, "uniform", name)
+        csilocal(stages, ue_ranks, micro_batches, "uniform", name, placement)
+        for placement, ue_ranks in (("apart", 1), ("together", stages))
         for name in ("gpipe", "1f1b", "zerobubble")
     ]
     for other in plans[1:]:

@@ -19,6 +19,7 @@ from harness import run_world
 from runs import CPU, follow, small
 
 from csipipe import methods
+from csipipe.comm.loopback import Loopback
 from csipipe.comm.world import World
 from csipipe.settings.config import Settings
 
@@ -95,6 +96,19 @@ def listen_to(name: str, sent: dict[tuple[int, int], list[bytes]]) -> None:
     setattr(dist, name, listen)
 
 
+def listen_to_oneself(rank: int, sent: dict[tuple[int, int], list[bytes]]) -> None:
+    """Note what a rank's roles send to each other."""
+    send = Loopback.isend
+
+    def listen(loop: Loopback, rows: torch.Tensor, tag: int) -> Any:
+        data = rows.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        sent.setdefault((rank, rows.element_size()), []).append(data)
+        assert not rows.requires_grad
+        return send(loop, rows, tag)
+
+    Loopback.isend = listen  # type: ignore[assignment,method-assign]
+
+
 def eavesdrop(world: World, runs: list[Settings], plant: str = "") -> list[dict[str, Any]]:
     """One rank of some runs: what it sent, its rows, and the whole key-value store.
 
@@ -105,6 +119,7 @@ def eavesdrop(world: World, runs: list[Settings], plant: str = "") -> list[dict[
     sent: dict[tuple[int, int], list[bytes]] = {}
     for name in ("isend", "send", "all_reduce", "broadcast", "all_gather", "reduce"):
         listen_to(name, sent)
+    listen_to_oneself(world.rank, sent)
     builders = [methods.prepare(settings, world.rank, world.size, CPU) for settings in runs]
     world.ready("data")
     world.connect(20.0)
@@ -112,12 +127,13 @@ def eavesdrop(world: World, runs: list[Settings], plant: str = "") -> list[dict[
     for settings, build in zip(runs, builders, strict=True):
         sent.clear()
         worker: Any = build(world)
-        ues = getattr(worker, "ues", [])
+        half = worker.halves[-1]
+        ues = getattr(half, "ues", [])
         if plant:
-            leak(world, worker, plant)
+            leak(world, half, plant)
         follow(worker, settings.train.iterations)
         world.ready(f"store of {settings.method}")
-        rows = [rows.numpy() for ue in ues for rows in (ue.rows, ue.holdout, worker.test)]
+        rows = [rows.numpy() for ue in ues for rows in (ue.rows, ue.holdout, half.test)]
         results.append(
             {
                 "sent": {key: b"".join(parts) for key, parts in sent.items()},
@@ -129,23 +145,23 @@ def eavesdrop(world: World, runs: list[Settings], plant: str = "") -> list[dict[
     return results
 
 
-def leak(world: World, worker: Any, where: str) -> None:
+def leak(world: World, half: Any, where: str) -> None:
     """Do what must be found."""
-    ues = getattr(worker, "ues", [])
+    ues = getattr(half, "ues", [])
     if where == "store" and ues:
         # not at a multiple of four
         world.store.set(f"x{world.rank}", b"..." + ues[0].rows[3].numpy().tobytes()[256:512])
     if where == "message" and ues:
-        send, piece = worker.smashed.send, ues[1].rows[3].flatten()[64:76]
+        send, piece = half.ports.forward_out.send, ues[1].rows[3].flatten()[64:76]
 
         def spoiled(m: int, tensor: torch.Tensor) -> None:
             tensor = tensor.clone()
             tensor[2, 5:17] = piece
             send(m, tensor)
 
-        worker.smashed.send = spoiled
+        half.ports.forward_out.send = spoiled
     if where == "neighbour" and not ues:
-        take, give = worker.ports["forward_in"], worker.ports["backward_out"]
+        take, give = half.ports.forward_in, half.ports.backward_out
         send = give.send
 
         def mixed(m: int, tensor: torch.Tensor) -> None:
@@ -210,3 +226,18 @@ def test_what_is_planted_is_found(where: str, what: str) -> None:
     heard = run_world(3, eavesdrop, [settings], where)
     with pytest.raises(AssertionError, match=what):
         check([rank[0] for rank in heard], stages=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "plant"), [("csilocal", ""), ("csilocal", "message"), ("fedgradper", "")]
+)
+def test_roles_of_one_rank_send_each_other_nothing_that_is_a_ues_own(
+    method: str, plant: str
+) -> None:
+    topology = {"stages": 1, "placement": "together"}
+    settings = small(method, topology=topology, train={"iterations": 2})
+    [[rank]] = run_world(1, eavesdrop, [settings], plant)
+    wanted = [(words.itemsize, telling(words)) for words in encodings(rank["rows"])]
+    messages = rank["sent"][0, 4]
+    assert len(messages) > 10_000
+    assert holds(messages, wanted) == bool(plant)

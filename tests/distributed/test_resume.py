@@ -25,7 +25,7 @@ from test_run import ROOT, arguments
 from csipipe import checkpoint, methods
 from csipipe.comm.world import World
 from csipipe.run.saving import Saver, restore
-from csipipe.settings.config import Settings
+from csipipe.settings.config import Placement, Settings
 
 HALF = 3
 
@@ -136,29 +136,46 @@ def saved_csilocal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
 
 
 @pytest.mark.parametrize(
-    ("stages", "size", "names"),
+    ("placement", "stages", "size", "names"),
     [
-        (2, 4, ["zero1"]),
-        (1, 5, ["fp32", "bf16"]),
-        (3, 4, ["fp32"]),
-        pytest.param(2, 4, ["fp32", "bf16", "zero1"], marks=pytest.mark.long),
-        pytest.param(1, 2, ["fp32", "bf16"], marks=pytest.mark.long),
-        pytest.param(3, 7, ["fp32", "bf16"], marks=pytest.mark.long),
-        pytest.param(4, 5, ["fp32", "bf16"], marks=pytest.mark.long),
-        pytest.param(4, 8, ["fp32", "bf16"], marks=pytest.mark.long),
+        ("apart", 2, 4, ["zero1"]),
+        ("apart", 1, 5, ["fp32", "bf16"]),
+        ("apart", 3, 4, ["fp32"]),
+        ("together", 1, 1, ["fp32"]),
+        ("together", 2, 2, ["zero1"]),
+        pytest.param("apart", 2, 4, ["fp32", "bf16", "zero1"], marks=pytest.mark.long),
+        pytest.param("apart", 1, 2, ["fp32", "bf16"], marks=pytest.mark.long),
+        pytest.param("apart", 3, 7, ["fp32", "bf16"], marks=pytest.mark.long),
+        pytest.param("apart", 4, 5, ["fp32", "bf16"], marks=pytest.mark.long),
+        pytest.param("apart", 4, 8, ["fp32", "bf16"], marks=pytest.mark.long),
+        pytest.param("together", 2, 3, ["fp32", "bf16"], marks=pytest.mark.long),
     ],
 )
 def test_csilocal_goes_on_to_the_bit_on_any_topology(
-    stages: int, size: int, names: list[str], saved_csilocal: tuple[str, list[Any]]
+    placement: Placement,
+    stages: int,
+    size: int,
+    names: list[str],
+    saved_csilocal: tuple[str, list[Any]],
 ) -> None:
     folder, before = saved_csilocal
-    runs = {
-        name: replace(CSILOCAL[name], topology=replace(CSILOCAL[name].topology, stages=stages))
-        for name in names
-    }
+    runs = {name: placed(CSILOCAL[name], placement, stages) for name in names}
     after = run_world(size, resumed, runs, folder, timeout=120)
     for name in names:
         assert_same(together(before, name), together(after, name), *ALL)
+
+
+def placed(settings: Settings, placement: Placement, stages: int) -> Settings:
+    topology = replace(settings.topology, placement=placement, stages=stages)
+    return replace(settings, topology=topology)
+
+
+@pytest.mark.parametrize("name", ["csilocal", "fedavg"])
+def test_what_ran_in_one_process_goes_on_apart(name: str, tmp_path: Path) -> None:
+    settings = CSILOCAL["fp32"] if name == "csilocal" else METHODS[name]
+    before = run_world(1, straight, {"": placed(settings, "together", 1)}, str(tmp_path))
+    after = run_world(3, resumed, {"": placed(settings, "apart", 1)}, str(tmp_path))
+    assert_same(together(before, ""), together(after, ""))
 
 
 def whole(folder: Path) -> Path:

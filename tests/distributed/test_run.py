@@ -253,6 +253,7 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
     ("ranks", "settings", "message"),
     [
         (2, {}, "start with --nproc_per_node=3 or more"),
+        (1, {"topology__stages": "2"}, "together, every stage has a rank"),
         (4, {"topology__ues": "1"}, "start at most 3 processes"),
         (2, {"method": "centralised"}, "--nproc_per_node=1"),
         (3, {"method": "fedavg", "topology__stages": "2"}, "aggregates on one BTS rank"),
@@ -347,14 +348,22 @@ def test_a_failure_while_saving_is_one_message(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_plain_python_answers_with_the_torchrun_line() -> None:
+def test_plain_python_runs_all_roles_in_one_process(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
     ended = subprocess.run(
-        [sys.executable, "launch/train.py", "--model.c1", "8"],
+        [sys.executable, "launch/train.py", *arguments(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={k: v for k, v in os.environ.items() if k != "RANK"},
     )
-    assert ended.returncode != 0
-    assert "torchrun --nproc_per_node=4 -m csipipe train --model.c1 8" in ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert "together: BTS stage 0 and UE rank 0 (UEs 0-3)\n" in ended.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["topology"]["placement"] == "together"
+    assert summary["exchanged"]["scalars"] == {"up": 6 * 4 * 8 * 40, "down": 6 * 4 * 8 * 40}
+    assert [file.name for file in (folder / "ranks").iterdir()] == [
+        "bts-stage-0-and-ue-rank-0-ues-0-3"
+    ]

@@ -112,7 +112,7 @@ def disagree(world: World, on: str) -> str:
         wire = Wire(topology, world.rank, 8, 2, torch.float32, CPU, 1e4)
         wire.link(Kind.SMASHED, 24 + (world.rank and on == "messages"))
         wire.expect(Kind.OUTPUT, range(4), (8, 16), 2)
-        compare_messages(world, wire)
+        compare_messages(world, [wire])
     except ValueError as error:
         return str(error)
     return ""
@@ -136,7 +136,7 @@ def test_the_handshake_names_the_first_difference(on: str, message: str) -> None
 
 def spoil(worker: Any, bad: dict[int, list[int]], value: float) -> None:
     """Let UEs send updates full of `value` in some iterations."""
-    for replica in getattr(worker, "replicas", []):
+    for replica in getattr(worker.halves[-1], "replicas", {}).values():
         train, seen = replica.train, iter(range(10**6))
 
         def spoiled(train: Any = train, seen: Any = seen, ue: int = replica.ue.number) -> Any:

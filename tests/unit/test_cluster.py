@@ -17,7 +17,7 @@ from csipipe.run import slurm
 from csipipe.run.lock import Lock
 from csipipe.run.slurm import Plan
 from csipipe.settings import commandline
-from csipipe.settings.config import Settings
+from csipipe.settings.config import Placement, Settings
 
 GOLDEN = Path(__file__).parent / "golden"
 MIXED = {
@@ -39,9 +39,14 @@ def golden(name: str, text: str) -> None:
     assert file.read_text() == text + "\n"
 
 
-def settings(method: str = "csilocal", ues: int = 4, stages: int | None = None) -> Settings:
+def settings(
+    method: str = "csilocal",
+    ues: int = 4,
+    stages: int | None = None,
+    placement: Placement | None = None,
+) -> Settings:
     defaults = Settings()
-    topology = replace(defaults.topology, ues=ues, stages=stages)
+    topology = replace(defaults.topology, ues=ues, stages=stages, placement=placement)
     return replace(defaults, method=method, topology=topology)
 
 
@@ -84,8 +89,25 @@ def test_a_task_becomes_a_rank_where_there_is_use_for_it(
 def test_too_few_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 task.* sbatch --ntasks=3 or more, ideally 6"):
         slurm.ranks_of(settings(), groups(1, 1))
-    with pytest.raises(ValueError, match=r"1 task.* sbatch --ntasks=2 or more, ideally 5"):
-        slurm.ranks_of(settings("fedavg"), groups(1))
+    with pytest.raises(ValueError, match=r"1 task.*: 2 BTS rank.s. are needed.* --ntasks=2 "):
+        slurm.ranks_of(settings(stages=2), groups(1))
+
+
+@pytest.mark.parametrize(
+    ("method", "placement", "counts", "ranks"),
+    [
+        ("csilocal", "together", (1, 1), (1, 1)),
+        ("csilocal", "together", (4, 4), (4, 0)),  # 4 UEs have use for 4
+        ("csilocal", None, (1,), (1,)),
+        ("fedavg", None, (1,), (1,)),
+    ],
+)
+def test_a_rank_may_be_a_stage_and_host_ues(
+    method: str, placement: Placement | None, counts: tuple[int, ...], ranks: tuple[int, ...]
+) -> None:
+    asked = settings(method, placement=placement)
+    assert slurm.ranks_of(asked, groups(*counts)) == ranks
+    Topology.of(asked, sum(ranks))
 
 
 def test_a_stage_that_would_leave_the_gpu_nodes_is_refused() -> None:

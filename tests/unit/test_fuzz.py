@@ -189,9 +189,9 @@ def test_topologies_host_every_ue_once_or_are_refused(cases: int) -> None:
         except ValueError as refusal:
             said(refusal)
             return
-        hosted = [ue for rank in topology.ue_ranks for ue in topology.ues_of(rank)]
+        hosted = [ue for rank in topology.ue_roles for ue in topology.ues_of(rank)]
         assert hosted == list(range(ues))
-        sizes = [len(topology.ues_of(rank)) for rank in topology.ue_ranks]
+        sizes = [len(topology.ues_of(rank)) for rank in topology.ue_roles]
         assert 0 < min(sizes) <= max(sizes) <= min(sizes) + 1
         hosts = [topology.host(ue) for ue in hosted]
         assert hosts == sorted(hosts)

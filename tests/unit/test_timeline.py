@@ -9,12 +9,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from csipipe.pipeline.schedule import TRAINING, Op
+from csipipe.comm.topology import Topology
+from csipipe.pipeline.schedule import ACTIVITY, TRAINING, Op
 from csipipe.profiling import timeline
 from csipipe.profiling.spans import Row, Span
 
 MS = 1_000_000
-ACTIVITY = {"send": "send", "receive": "wait", "roll": "wait", "verdict": "wait"}
 
 
 def row(role: str, micro_batches: int, start: int) -> Row:
@@ -22,15 +22,15 @@ def row(role: str, micro_batches: int, start: int) -> Row:
     spans = []
     for place, instruction in enumerate(TRAINING["zerobubble"](0, 2, micro_batches)):
         what = instruction.op.value
-        activity = ACTIVITY.get(what.split()[0], "compute")
+        activity = ACTIVITY.get(instruction.op, "compute")
         begin = (start + 10 * place) * MS
         spans.append(Span(activity, what, instruction.micro_batch, 1, begin, begin + 10 * MS))
     return Row(role, spans)
 
 
-def example(ranks: int, micro_batches: int) -> timeline.Timeline:
-    roles = [f"BTS stage {r}" for r in range(ranks // 2)]
-    roles += [f"UE rank {r} (UEs {2 * r}-{2 * r + 1})" for r in range(ranks // 2, ranks)]
+def example(ranks: int, micro_batches: int, together: bool = False) -> timeline.Timeline:
+    topology = Topology(ranks, ranks if together else ranks // 2, 2 * ranks, together)
+    roles = [topology.role(rank) for rank in range(ranks)]
     rows = [row(role, micro_batches, 3 * place) for place, role in enumerate(roles)]
     return timeline.Timeline.of(rows, 1, "a title\nof two lines", "micro-batch")
 
@@ -40,9 +40,11 @@ def texts(figure: Figure) -> list[Text]:
     return [text for text in found if isinstance(text, Text) and text.get_visible()]
 
 
-@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 32), (16, 8)])
-def test_texts_lie_inside_and_apart(ranks: int, micro_batches: int) -> None:
-    figure = timeline.draw(example(ranks, micro_batches))
+@pytest.mark.parametrize(
+    ("ranks", "micro_batches", "together"), [(2, 32, False), (16, 8, False), (4, 8, True)]
+)
+def test_texts_lie_inside_and_apart(ranks: int, micro_batches: int, together: bool) -> None:
+    figure = timeline.draw(example(ranks, micro_batches, together))
     figure.draw_without_rendering()
     boxes = {text: text.get_window_extent() for text in texts(figure)}
     whole = figure.bbox
@@ -66,7 +68,7 @@ def test_shares_and_roles_stand_beside_the_rows() -> None:
     plan = list(TRAINING["zerobubble"](0, 2, 2))
     busy = sum(not i.op.value.startswith(("send", "receive")) for i in plan)
     assert seen.count(f"{1 - busy / len(plan):.0%}") == 2
-    assert {"BTS stage 0", "UE rank 1 (UEs 2-3)", "bubble", "a title\nof two lines"} <= set(seen)
+    assert {"BTS stage 0", "UE rank 1 (UEs 0-3)", "bubble", "a title\nof two lines"} <= set(seen)
     assert {"forward", "backward", "weight gradients", "send", "wait"} <= set(seen)
 
 
@@ -85,6 +87,6 @@ def test_kinds_differ_in_grey() -> None:
 
 def test_every_instruction_has_a_kind() -> None:
     for op in Op:
-        activity = ACTIVITY.get(op.value.split()[0], "compute")
+        activity = ACTIVITY.get(op, "compute")
         kind = timeline.kind_of(Span(activity, op.value, 0, 1, 0, 1))
         assert (kind is timeline.OTHER) == (op is Op.STEP), op

@@ -1,0 +1,167 @@
+"""One rank's share of a split method: a BTS stage, a host of UEs, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from csipipe.comm import handshake
+from csipipe.comm.collectives import largest, merged
+from csipipe.comm.ledger import Kind, Ledger
+from csipipe.comm.topology import Topology
+from csipipe.comm.world import World
+from csipipe.measure.figures import Figures
+from csipipe.methods.base import Builder, EvalRows, batches_of
+from csipipe.methods.half import Half, in_turns
+from csipipe.methods.roster import Roster
+from csipipe.methods.seat import Seat
+from csipipe.methods.state import Unit
+from csipipe.models import count_parts
+from csipipe.pipeline import order
+from csipipe.pipeline.schedule import Attempts, Instruction, Op
+from csipipe.settings.config import Settings
+
+Role = Callable[[Seat, int], Half]
+"""What makes a half, once the ranks have met; `PrepareRole` what a rank can do for it before."""
+PrepareRole = Callable[[Settings, Topology, int, torch.device], Role]
+Plans = Callable[[Settings, Topology], list[Attempts[Instruction]]]
+"""An iteration, for every role of the run."""
+
+
+def prepare(
+    prepare_role: PrepareRole,
+    plans: Plans,
+    settings: Settings,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> Builder:
+    """As `csipipe.methods.prepare`, for a method with a BTS."""
+    settings = settings.on(world_size)
+    topology = Topology.of(settings, world_size)
+    roles = {r: prepare_role(settings, topology, r, device) for r in topology.roles_of(rank)}
+    ordered = plans(settings, topology)
+
+    def build(world: World) -> Rank:
+        found = Rank(settings, topology, world, device)
+        found.take([make(found, role) for role, make in roles.items()], ordered)
+        return found
+
+    return build
+
+
+class Rank(Seat):
+    """Its roles, and the order in which they work: a `csipipe.methods.base.Worker`.
+
+    Attributes:
+        halves: its roles, once it has taken them; the stage first.
+    """
+
+    def __init__(
+        self, settings: Settings, topology: Topology, world: World, device: torch.device
+    ) -> None:
+        super().__init__(settings, topology, world, device)
+        self.parameters = count_parts(settings.model)
+        self.halves: list[Half] = []
+
+    def take(self, halves: Sequence[Half], plans: Sequence[Attempts[Instruction]]) -> None:
+        """Take on its roles, and agree with the other ranks; collective.
+
+        Args:
+            plans: of every role of the run.
+        """
+        self.halves = list(halves)
+        wires = [half.wire for half in halves]
+        self._decisions = wires[0].announcements(Kind.DECISION, 0, 1)
+        sections = zip(*((plan.once, plan.attempt, plan.end) for plan in plans), strict=True)
+        once, attempt, end = (self._mine(section) for section in sections)
+        self._order = Attempts(once, attempt, end)
+        if Instruction(Op.ROLL_CALL) in plans[0].attempt:
+            self.roster = Roster(wires[0])
+        self.world.ready("parts")  # building them may take longer than a wait in an iteration
+        handshake.compare_messages(self.world, wires)
+        found = [half.evaluated() for half in halves]
+        rows = {part: max(one[part] for one in found) for part in found[0]}
+        batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
+        self.batches = dict(zip(rows, largest(batches), strict=True))
+
+    def _mine(self, plans: Sequence[Sequence[Instruction]]) -> list[order.Part]:
+        roles = self.topology.roles_of(self.world.rank)
+        if len(roles) == 1:
+            return [(roles[0], list(plans[roles[0]]))]
+        hosts = [self.topology.rank(role) for role in range(len(plans))]
+        return order.of_rank(order.merge(plans, self.topology.stages, hosts), roles)
+
+    @property
+    def has_holdout(self) -> bool:
+        return self.batches["holdout"] > 0
+
+    def train_iteration(self, iteration: int) -> Figures | None:
+        """One iteration; figures of the UEs' batches on rank 0."""
+        self.world.doing = f"{self.topology.role(self.world.rank)}, iteration {iteration + 1}"
+        for half in self.halves:
+            half.begin(iteration)
+        if self.roster is None:
+            self._run(self._order.attempt)
+        else:
+            self.roster.train(self._order, self._run, self._undo)
+        figures = None
+        for half in reversed(self.halves):  # UEs report before the first stage gathers
+            figures = half.end()
+        self.clock.stop()
+        return figures
+
+    def _run(self, parts: Sequence[order.Part]) -> None:
+        """Execute a section of the iteration."""
+        of_role = {half.role: half for half in self.halves}
+        for role, half in of_role.items():
+            half.open([i for other, part in parts if other == role for i in part])
+        for role, part in parts:
+            of_role[role].execute(part)
+        for half in self.halves:
+            half.close()
+
+    def _undo(self) -> None:
+        for half in self.halves:
+            half.undo()
+
+    def evaluate(self, part: EvalRows) -> Figures | None:
+        """Figures on `part`, on rank 0."""
+        with torch.no_grad():
+            return in_turns(half.evaluation(part) for half in reversed(self.halves))
+
+    def agree(self, decision: bool) -> bool:
+        """Rank 0's decision, on every rank."""
+        if self.world.rank == 0:
+            self._decisions.send(0, torch.tensor([float(decision)], dtype=torch.float64))
+            self._decisions.finish()
+            return decision
+        self._decisions.post()
+        return bool(self._decisions.receive(0).item())
+
+    def save_weights(self, folder: Path) -> None:
+        for half in self.halves:
+            half.hand_over()
+        for half in self.halves:
+            half.save_weights(folder)
+
+    def units(self) -> dict[str, Unit]:
+        return {name: unit for half in self.halves for name, unit in half.units().items()}
+
+    def exchanged(self) -> Ledger:
+        counted = [Ledger(self.topology.ues), Ledger(self.topology.ues)]
+        for half in self.halves:
+            counted[self.topology.is_bts(half.role)] = half.wire.ledger
+        return merged(*counted)
+
+    def restore_ledger(self, ledger: Ledger) -> None:
+        """Each side gets all counts once: hosts their UEs', the first stage those of all UEs."""
+        for half in self.halves:
+            counts = half.wire.ledger.counts
+            if half.role == 0:
+                counts.copy_(ledger.counts)
+            elif not self.topology.is_bts(half.role):
+                ues = self.topology.ues_of(half.role)
+                counts[:, :, ues.start : ues.stop] = ledger.counts[:, :, ues.start : ues.stop]
