@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from csipipe.pipeline import schedule
-from csipipe.settings.config import Settings
+from csipipe.settings.config import Placement, Settings
 from csipipe.settings.tables import METHODS, MODELS, SOURCES
 
 Layers = Literal["ours", "plain"]
@@ -24,6 +24,8 @@ ABOUT = {
     "ours": "csipipe",
     "ours-unpipelined": "csipipe with one BTS stage",
     **{label: f"csipipe with train.schedule {name}" for label, name in SCHEDULES.items()},
+    "ours-together": "csipipe with the UEs on the ranks of the stages",
+    "ours-one-rank": "csipipe in one process: one BTS stage and all UEs",
     "deepspeed": "DeepSpeed's PipelineEngine and its 1F1B schedule, UE exchange in its loss_fn",
     "torch-gpipe": "torch.distributed.pipelining, ScheduleGPipe",
     "torch-1f1b": "torch.distributed.pipelining, Schedule1F1B",
@@ -31,7 +33,9 @@ ABOUT = {
     "one-piece": "the unsplit model in one process, the whole mini-batch at once",
 }
 """Candidates by name, in the order in which they are started and shown."""
-USUAL = tuple(name for name in ABOUT if name not in SCHEDULES)
+TOGETHER = ("ours-together", "ours-one-rank")
+"""Candidates whose ranks have two roles."""
+USUAL = tuple(name for name in ABOUT if name not in (*SCHEDULES, *TOGETHER))
 """Candidates by default: ours has the schedule that train.schedule names."""
 PEERS = tuple(name for name in ABOUT if not name.startswith("ours"))
 """Candidates that can be given plain layers."""
@@ -62,8 +66,10 @@ class Candidate:
     @property
     def roles(self) -> list[str]:
         """What each of its ranks is."""
-        if self.ranks == 1:
+        if self.name.startswith("one-"):
             return ["process"]
+        if self.name in TOGETHER:
+            return [f"stage {r}, UEs" for r in range(self.ranks)]
         stages = self.settings.stages
         return [f"stage {r}" if r < stages else f"UE rank {r}" for r in range(self.ranks)]
 
@@ -118,11 +124,14 @@ def line_up(
 
 def csilocal(settings: Settings, ue_ranks: int, name: str, label: str) -> Candidate:
     """Split training with `settings`, except for what the name says."""
-    if name == "ours-unpipelined":
-        settings = replace(settings, topology=replace(settings.topology, stages=1))
-    elif name in SCHEDULES:
+    together = name in TOGETHER
+    stages = 1 if name in ("ours-unpipelined", "ours-one-rank") else settings.topology.stages
+    placement: Placement = "together" if together else "apart"
+    place = replace(settings.topology, placement=placement, stages=stages)
+    settings = replace(settings, topology=place)
+    if name in SCHEDULES:
         settings = replace(settings, train=replace(settings.train, schedule=SCHEDULES[name]))
-    ranks = settings.stages + ue_ranks
+    ranks = settings.stages + (0 if together else ue_ranks)
     threads = settings.train.threads or max(1, cores() // ranks)
     return Candidate(name=name, settings=settings, ranks=ranks, threads=threads, label=label)
 

@@ -188,7 +188,7 @@ def _prepare(
     spec: Spec, settings: Settings, world: World, device: torch.device
 ) -> Callable[[World], Trainer]:
     """Do what a rank can do alone; returns a function that builds its trainer."""
-    if spec.ranks == 1:
+    if spec.name.startswith("one-"):
         return _prepare_unsplit(spec, settings, device)
     topology = Topology.of(settings, world.size)
     if spec.name.startswith("ours") or not topology.is_bts(world.rank):

@@ -43,6 +43,14 @@ def forked() -> Conductor:
     return Conductor(limit=120.0, launch=ForkedRank)
 
 
+def test_ranks_with_two_roles_do_the_same_arithmetic(tmp_path: Path) -> None:
+    contest = line_up("ours", *candidates.TOGETHER)
+    race.run(contest, 1, tmp_path / "rounds", conductor=forked(), say=quiet)
+    assert not contest.failures
+    assert [candidate.ranks for candidate in contest.candidates] == [3, 2, 1]
+    assert [contest.beside[name] for name in candidates.TOGETHER] == [0.0, 0.0]  # to the bit
+
+
 @pytest.mark.long
 def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
     contest = line_up(*candidates.USUAL, "ours-gpipe")
