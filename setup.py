@@ -32,6 +32,7 @@ setup(
         "docstring-parser>=0.16",
         "h5py>=3.11",
         "jsonargparse[signatures]>=4.49",
+        "llvmlite>=0.50",
         "matplotlib>=3.9",
         "numpy>=2.0",
         "pillow>=10.1",

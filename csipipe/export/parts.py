@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from csipipe.export.quantiser import Quantiser
 from csipipe.measure.metrics import centred_nmse, to_db
-from csipipe.models import count_parameters
+from csipipe.models import count_parameters, plain_layers
 from csipipe.run.trained import Autoencoder
 
 BLOCK = 128
@@ -97,6 +97,6 @@ def operations(module: nn.Module, row: Tensor) -> int:
     once (PyTorch's counter counts two); biases, BatchNorm (which is merged into a convolution
     when deployed), activations and the quantiser aren't counted.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), plain_layers(), FlopCounterMode(display=False) as counter:
         module(row[:1])
     return int(counter.get_total_flops()) // 2

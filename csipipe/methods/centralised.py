@@ -72,7 +72,7 @@ class Centralised:
         self.tail.to(device)
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = models.count_parts(settings.model)
-        self.notes: list[str] = []
+        self.notes = models.kernels_notes(settings.model, device)
         self.clock = Clock()
         self.probe = Probe()
         self.dropped = [0] * len(ues)

@@ -1,6 +1,7 @@
 """The autoencoder's three parts: encoder, decoder tail (a list of layers), decoder head."""
 
 from csipipe.models.crblock import CRBlock
+from csipipe.models.kernels import plain_layers
 from csipipe.models.layers import Pending, accumulate, joined, put_off
 from csipipe.models.parts import (
     build_encoder,
@@ -10,6 +11,7 @@ from csipipe.models.parts import (
     count_parameters,
     count_parts,
     count_statistics,
+    kernels_notes,
     tail_shapes,
 )
 
@@ -25,6 +27,8 @@ __all__ = [
     "count_parts",
     "count_statistics",
     "joined",
+    "kernels_notes",
+    "plain_layers",
     "put_off",
     "tail_shapes",
 ]

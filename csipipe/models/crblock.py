@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from csipipe.models.layers import Conv2d
-from csipipe.settings.config import Kernel
+from csipipe.models import kernels
+from csipipe.models.layers import Conv2d, Deferring, fused
+from csipipe.settings.config import Kernel, KernelsBy
 
 CHANNELS = 7
 """Channels inside a CRBlock's paths, as in CRNet."""
@@ -23,21 +24,30 @@ def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
     return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), nn.BatchNorm2d(outputs))
 
 
-class CRBlock(nn.Module):
+class CRBlock(Deferring):
     """Parallel paths of convolutions, joined by a 1×1 convolution, added to the input.
 
-    Activations overwrite their input, which isn't needed again (BatchNorm keeps its own input):
-    the same numbers, with a third less memory for the backward pass.
+    Computed by fused kernels where there are some (`csipipe.models.kernels`), else by PyTorch's
+    layers. There activations overwrite their input, which isn't needed again (BatchNorm keeps its
+    own input): the same numbers, with a third less memory for the backward pass.
 
     (B, 2, A, D) → (B, 2, A, D), with A angles and D delays. 1,425 parameters with CRNet's
     kernels (3×3, 1×9, 9×1 beside 1×5, 5×1).
     """
 
-    def __init__(self, kernels: tuple[tuple[Kernel, ...], ...]) -> None:
+    def __init__(
+        self, paths: tuple[tuple[Kernel, ...], ...], kernels_by: KernelsBy = "auto"
+    ) -> None:
         super().__init__()
-        self.paths = nn.ModuleList(self._path(path) for path in kernels)
+        self.kernels_by = kernels_by
+        self.shape = tuple(tuple((high, wide) for high, wide in path) for path in paths)
+        self.paths = nn.ModuleList(self._path(path) for path in paths)
         self.act = nn.LeakyReLU(SLOPE, inplace=True)
-        self.join = _conv_bn(CHANNELS * len(kernels), 2, (1, 1))
+        self.join = _conv_bn(CHANNELS * len(paths), 2, (1, 1))
+
+    def fresh(self) -> CRBlock:
+        """A new block of this shape."""
+        return CRBlock(self.shape, self.kernels_by)
 
     @staticmethod
     def _path(kernels: tuple[Kernel, ...]) -> nn.Sequential:
@@ -50,6 +60,9 @@ class CRBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 2, A, D) → (B, 2, A, D)."""
+        backend = kernels.choose(self, x).backend
+        if backend is not None:
+            return fused(self, backend, x)
         joined = self.join(self.act(torch.cat([path(x) for path in self.paths], dim=1)))
         out: Tensor = self.act(joined.add_(x))
         return out

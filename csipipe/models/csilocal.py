@@ -17,7 +17,7 @@ def encoder(model: ModelSettings) -> nn.Sequential:
     """CsiNet's encoder F1: (B, 2, A, D) → (B, c1). 524,586 parameters at c1 = 256."""
     reals = 2 * model.angles * model.delays
     return nn.Sequential(
-        Conv2d(2, 2, (3, 3), bias=True),
+        Conv2d(2, 2, (3, 3), bias=True, kernels_by=model.kernels_by),
         nn.BatchNorm2d(2),
         nn.LeakyReLU(SLOPE, inplace=True),
         nn.Flatten(),
@@ -32,10 +32,10 @@ def tail(model: ModelSettings) -> list[nn.Module]:
     return [
         Linear(model.c1, reals),
         nn.Unflatten(1, image),
-        Conv2d(2, 2, (3, 3), bias=True),
+        Conv2d(2, 2, (3, 3), bias=True, kernels_by=model.kernels_by),
         nn.LeakyReLU(SLOPE),
-        CRBlock(model.kernels),
-        CRBlock(model.kernels),
+        CRBlock(model.kernels, model.kernels_by),
+        CRBlock(model.kernels, model.kernels_by),
         nn.Flatten(),
         Linear(reals, model.c2),
     ]

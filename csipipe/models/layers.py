@@ -10,7 +10,8 @@ Shapes: B rows, I and O inputs and outputs (of Conv2d: channels), A angles, D de
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from csipipe.models import kernels
+from csipipe.models.kernels import Backend
+from csipipe.settings.config import KernelsBy
+
+
+class Pending(ABC):
+    """Weight gradients that were put off."""
+
+    @abstractmethod
+    def gradients(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Parameters and their gradients, computed now."""
+
+
+class Deferring(nn.Module):
+    """A module whose weight gradients can wait."""
+
+    pending: list[Pending] | None = None
+    """Where they go; None: computed at once."""
+
 
 @dataclass
-class Pending:
-    """A postponed weight gradient: the layer, its input and the gradient at its output."""
+class LayerGradients(Pending):
+    """A layer's, from its input and the gradient at its output."""
 
     layer: Linear | Conv2d
     x: Tensor
     gradient: Tensor
 
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        found = self.layer.weight_gradients(self.x, self.gradient)
+        for parameter, gradient in zip((self.layer.weight, self.layer.bias), found, strict=True):
+            if parameter is not None and gradient is not None:
+                yield parameter, gradient
 
-class Linear(nn.Linear):
+
+class Linear(Deferring, nn.Linear):
     """(B, I) → (B, O)."""
-
-    pending: list[Pending] | None = None
-    """Where weight gradients go; None: computed at once."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I) → (B, O)."""
@@ -51,19 +74,34 @@ class Linear(nn.Linear):
         return gradient.t() @ x, None if self.bias is None else gradient.sum(0)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Deferring, nn.Conv2d):
     """Convolution with stride 1 that keeps the image's size: (B, I, A, D) → (B, O, A, D)."""
 
-    pending: list[Pending] | None = None
-    """As `Linear.pending`."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], bias: bool) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        bias: bool,
+        kernels_by: KernelsBy = "torch",
+    ) -> None:
         padding = (kernel[0] // 2, kernel[1] // 2)
         super().__init__(inputs, outputs, kernel, padding=padding, bias=bias)
+        self.size, self.kernels_by = kernel, kernels_by
+
+    @property
+    def shape(self) -> Hashable:
+        return self.in_channels, self.out_channels, self.size, self.bias is None
+
+    def fresh(self) -> Conv2d:
+        """A new layer of this shape."""
+        biased = self.bias is not None
+        return Conv2d(self.in_channels, self.out_channels, self.size, biased, self.kernels_by)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, A, D) → (B, O, A, D)."""
-        return _apply(self, x)
+        backend = kernels.choose(self, x).backend
+        return _apply(self, x) if backend is None else fused(self, backend, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.conv2d(x, weight, bias, padding=self.padding)
@@ -136,9 +174,59 @@ class _Layer(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             weight, bias = layer.weight_gradients(x, gradient)
         if layer.pending is not None:
-            layer.pending.append(Pending(layer, x, gradient))
+            layer.pending.append(LayerGradients(layer, x, gradient))
         first = layer.input_gradient(x, gradient) if ctx.needs_input_grad[0] else None
         return first, weight, bias, None
+
+
+@dataclass
+class FusedGradients(Pending):
+    """A module's, by the backend that computes it."""
+
+    module: Deferring
+    backend: Backend
+    saved: Any
+    rest: Any
+
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        found = self.backend.weight_gradients(self.module, self.saved, self.rest)
+        yield from zip(self.module.parameters(), found, strict=True)
+
+
+def fused(module: Deferring, backend: Backend, x: Tensor) -> Tensor:
+    """A module's output, computed by a backend."""
+    if not torch.is_grad_enabled():
+        return backend.forward(module, x, module.training)[0]
+    # as in `_apply`: out of autograd's sight where they wait
+    seen = () if module.pending is not None else tuple(module.parameters())
+    y: Tensor = _Fused.apply(x, module, backend, *seen)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Fused(torch.autograd.Function):
+    """A module by a backend, its backward pass cut in two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, module: Deferring, backend: Backend, *parameters: Tensor
+    ) -> Tensor:
+        y, ctx.saved = backend.forward(module, x, module.training)
+        ctx.module, ctx.backend = module, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        module, backend, saved = ctx.module, ctx.backend, ctx.saved
+        del ctx.saved  # as large as the activations
+        dx, rest = backend.input_gradient(module, saved, gradients[0])
+        wanted = ctx.needs_input_grad[3:]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if module.pending is not None:
+            module.pending.append(FusedGradients(module, backend, saved, rest))
+        elif any(wanted):
+            of_all = backend.weight_gradients(module, saved, rest)
+            found = [g if wants else None for g, wants in zip(of_all, wanted, strict=True)]
+        return (dx, None, None, *found)
 
 
 def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
@@ -146,7 +234,7 @@ def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
     pending: list[Pending] = []
     for module in modules:
         for layer in module.modules():
-            if isinstance(layer, Linear | Conv2d):
+            if isinstance(layer, Deferring):
                 layer.pending = pending
     return pending
 
@@ -154,20 +242,23 @@ def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
 def accumulate(pending: Iterable[Pending]) -> None:
     """Add postponed gradients to those of the weights, calling the parameters' hooks."""
     for entry in pending:
-        gradients = entry.layer.weight_gradients(entry.x, entry.gradient)
-        for parameter, gradient in zip(
-            (entry.layer.weight, entry.layer.bias), gradients, strict=True
-        ):
-            if parameter is not None and gradient is not None:
-                torch.autograd.backward(parameter, gradient.to(parameter.dtype))
+        for parameter, gradient in entry.gradients():
+            torch.autograd.backward(parameter, gradient.to(parameter.dtype))
 
 
 def joined(pending: Iterable[Pending]) -> list[Pending]:
-    """The entries of each layer joined over all their rows: one large product instead of many."""
-    of_layer: dict[Linear | Conv2d, list[Pending]] = {}
+    """The entries of each layer as one, over all their rows: one large product instead of many.
+
+    What isn't a single layer's stays as it is.
+    """
+    whole: list[Pending] = []
+    of_layer: dict[Linear | Conv2d, list[LayerGradients]] = {}
     for entry in pending:
-        of_layer.setdefault(entry.layer, []).append(entry)
-    return [
-        Pending(layer, torch.cat([e.x for e in entries]), torch.cat([e.gradient for e in entries]))
-        for layer, entries in of_layer.items()
-    ]
+        if isinstance(entry, LayerGradients):
+            of_layer.setdefault(entry.layer, []).append(entry)
+        else:
+            whole.append(entry)
+    for layer, entries in of_layer.items():
+        x = torch.cat([entry.x for entry in entries])
+        whole.append(LayerGradients(layer, x, torch.cat([entry.gradient for entry in entries])))
+    return whole

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from csipipe.models.crblock import CRBlock
+from csipipe.models.kernels import describe
 from csipipe.settings.config import ModelSettings
 from csipipe.settings.tables import MODELS, found
 
@@ -83,6 +85,16 @@ def check(model: ModelSettings) -> None:
                 f"{before}; it must be {after}, from model.c1, model.c2, model.angles and "
                 "model.delays."
             )
+
+
+def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
+    """Who computes a model's CRBlocks on a device, in words, if it has any; and make them ready."""
+    blocks = (b for layer in _layers("tail", model) for b in layer.modules())
+    block = next((b for b in blocks if isinstance(b, CRBlock)), None)
+    if block is None:
+        return []
+    x = torch.zeros(2, 2, model.angles, model.delays, device=device)
+    return [describe(block.fresh().to(device), x)]
 
 
 def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:

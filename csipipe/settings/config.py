@@ -24,6 +24,7 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 Environment = Literal["indoor", "outdoor", "noniid"]
 Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
+KernelsBy = Literal["auto", "llvm", "triton", "torch"]
 ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
 
 
@@ -48,6 +49,9 @@ class ModelSettings:
     """Delay bins of the input. If the data has more, the first ones are kept."""
     kernels: tuple[tuple[Kernel, ...], ...] = CRNET_KERNELS
     """CRBlock: one sequence of odd kernels (angles, delays) per parallel path."""
+    kernels_by: KernelsBy = "auto"
+    """Who computes CRBlocks: llvm (fused kernels for CPUs), triton (for GPUs), torch (PyTorch's
+    layers). auto: fused kernels where they run; what can't run gives way to torch and says why."""
 
     def __post_init__(self) -> None:
         tables.check("model.name", self.name)

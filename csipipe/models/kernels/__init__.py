@@ -1,0 +1,173 @@
+"""Who computes a CRBlock or a small convolution: fused kernels, or PyTorch's layers.
+
+The one place that decides. A backend is a module with four functions, see `Backend`; it computes
+what it can once it has shown, on a few rows, that the numbers are the layers'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from csipipe.settings.config import KernelsBy
+
+_BACKENDS = {
+    ("llvm", "CRBlock"): "csipipe.models.kernels.llvm.crblock",
+    ("llvm", "Conv2d"): "csipipe.models.kernels.llvm.convolution",
+    ("triton", "CRBlock"): "csipipe.models.kernels.triton_crblock",
+}
+_ROWS = 2
+"""Rows that a backend is tried with."""
+_OUTPUT, _GRADIENT, _COARSE = 1e-4, 2e-2, 0.1
+"""Largest differences by norm that pass, of output, gradients, and with types shorter than
+float32. One input of a LeakyReLU that rounding takes to the other side of zero changes a gradient
+by some thousandths; a wrong kernel does by more than a tenth."""
+
+
+class Fusable(Protocol):
+    """A module that backends may compute."""
+
+    kernels_by: KernelsBy
+    training: bool
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    @property
+    def shape(self) -> Hashable:
+        """What its code depends on."""
+
+    def fresh(self) -> Self:
+        """A new module of this shape."""
+
+
+class Backend(Protocol):
+    """What a backend offers. `saved` and `rest` are its own."""
+
+    def reason(self, module: Any, x: Tensor) -> str | None:
+        """Why it can't compute this module on this input; None if it can."""
+
+    def forward(self, module: Any, x: Tensor, training: bool) -> tuple[Tensor, Any]:
+        """Output and `saved`. In training mode running statistics follow as in BatchNorm2d."""
+
+    def input_gradient(self, module: Any, saved: Any, dy: Tensor) -> tuple[Tensor, Any]:
+        """Gradient at the input, and `rest`."""
+
+    def weight_gradients(self, module: Any, saved: Any, rest: Any) -> list[Tensor]:
+        """Gradients of all parameters, in the order of `module.parameters()`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, or None for PyTorch's layers; which, or why none, in words."""
+
+    backend: Backend | None
+    why: str
+
+
+_plain = ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_layers() -> Iterator[None]:
+    """In here PyTorch's layers compute: others can look into them."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def choose(module: Fusable, x: Tensor) -> Choice:
+    """Who computes `module` on `x`."""
+    if module.kernels_by == "torch":
+        return Choice(None, "model.kernels_by is torch")
+    if _plain.get() or type(x) is not Tensor or torch.compiler.is_compiling():
+        return Choice(None, "something looks into the layers")
+    name = module.kernels_by
+    if name == "auto":
+        name = "triton" if x.device.type == "cuda" else "llvm"
+    backend = _load(name, type(module).__name__)
+    if isinstance(backend, str):
+        return Choice(None, backend)
+    reason = backend.reason(module, x)
+    if reason is None:
+        reason = _fault(name, backend, module, x)
+    return Choice(backend, name) if reason is None else Choice(None, f"{name}: {reason}")
+
+
+def describe(module: Fusable, x: Tensor) -> str:
+    """What a run says of its kernels."""
+    choice = choose(module, x)
+    by = "PyTorch's layers" if choice.backend is None else "fused kernels"
+    return f"CRBlocks are computed by {by} ({choice.why})"
+
+
+@functools.cache
+def _load(name: str, module: str) -> Backend | str:
+    """A backend, or why there is none."""
+    try:
+        return cast(Backend, importlib.import_module(_BACKENDS[name, module]))
+    except KeyError:
+        return f"{name} has no kernels for {module}"
+    except Exception as error:  # of a package that is missing or broken
+        return f"{name} can't be loaded: {type(error).__name__}: {error}"
+
+
+_faults: dict[Hashable, str | None] = {}
+
+
+def _fault(name: str, backend: Backend, module: Fusable, x: Tensor) -> str | None:
+    """What is wrong with a backend on this machine; None: nothing. Tried once per process."""
+    about = (name, type(module), module.shape, x.shape[1:], x.dtype, x.device)
+    if about not in _faults:
+        try:
+            _faults[about] = _try(backend, module, x)
+        except Exception as error:  # of a compiler or a driver
+            _faults[about] = f"{type(error).__name__}: {error}"
+        if _faults[about] is not None:
+            what = f"PyTorch's layers instead of {name}'s kernels for {type(module).__name__}"
+            print(f"csipipe: {what}: {_faults[about]}", file=sys.stderr, flush=True)
+    return _faults[about]
+
+
+def _try(backend: Backend, like: Fusable, x: Tensor) -> str | None:
+    """Compare a backend with the layers, on a new module and random rows like x's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        one, two = (cast(nn.Module, like.fresh()) for _ in range(2))
+        for parameter in one.parameters():
+            if parameter.dim() == 1:
+                nn.init.uniform_(parameter, 0.2, 0.4)
+        two.load_state_dict(one.state_dict())
+        rows = torch.randn(_ROWS, *x.shape[1:]).to(x.device, x.dtype)
+        one.to(x.device)
+        two.to(x.device)
+        with torch.no_grad():
+            y, saved = backend.forward(one, rows, True)
+            dy = torch.randn(y.shape).to(y.device, y.dtype)
+            dx, rest = backend.input_gradient(one, saved, dy)
+            found = [y, dx, *backend.weight_gradients(one, saved, rest), *one.buffers()]
+    with plain_layers(), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        leaf = rows.float().requires_grad_()
+        y = two(leaf)
+        wanted = [y, *torch.autograd.grad(y, [leaf, *two.parameters()], dy.float())]
+    names = ["the output", "the input's gradient", *(name for name, _ in two.named_parameters())]
+    names += [name for name, _ in two.named_buffers()]
+    for name, a, b in zip(names, found, [*wanted, *two.buffers()], strict=True):
+        bound = _OUTPUT if name == "the output" else _GRADIENT
+        if x.dtype != torch.float32:
+            bound = _COARSE
+        a, b = a.detach().double(), b.detach().double()
+        away = float((a - b).norm() / b.norm().clamp_min(1e-12))
+        if not away <= bound:
+            return f"{name} differs from theirs by {away:.1e} of its norm"
+    return None

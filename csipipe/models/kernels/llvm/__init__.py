@@ -1,0 +1,1 @@
+"""CRBlock and the small convolutions on a CPU: code that LLVM generates for the machine."""

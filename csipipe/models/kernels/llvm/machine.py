@@ -1,0 +1,125 @@
+"""This machine's vectors, and LLVM as the compiler of kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import binding, ir
+from torch import Tensor
+
+from csipipe.models.kernels.llvm.language import Function
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What kernels are generated for.
+
+    Attributes:
+        triple, cpu, features: LLVM's names of the machine.
+        lanes: floats in a vector.
+        registers: how many vectors it holds.
+    """
+
+    triple: str
+    cpu: str
+    features: str
+    lanes: int
+    registers: int
+
+
+AARCH64 = Machine("aarch64-unknown-linux-gnu", "generic", "+neon", lanes=4, registers=32)
+
+
+def this_machine() -> Machine | None:
+    """The machine that this runs on; None if it has none of the vectors that are known."""
+    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
+    features = binding.get_host_cpu_features()
+    if triple.startswith(("aarch64", "arm64")):
+        return Machine(triple, cpu, features.flatten(), lanes=4, registers=32)
+    if not triple.startswith("x86_64"):
+        return None
+    if features.get("avx512f"):  # LLVM prefers half the register unless told
+        flags = features.flatten() + ",-prefer-256-bit"
+        return Machine(triple, cpu, flags, lanes=16, registers=32)
+    if features.get("avx2") and features.get("fma"):
+        return Machine(triple, cpu, features.flatten(), lanes=8, registers=16)
+    return None
+
+
+Describe = Callable[..., None]
+"""What emits a kernel's code: takes a `Function`, then the kernel's constants."""
+_NAME = "kernel"
+
+
+def described(machine: Machine, describe: Describe, *constants: object) -> tuple[str, list[str]]:
+    """A kernel in LLVM's language, and the names of its arrays in order."""
+    module = ir.Module()
+    f = Function(module, _NAME, machine.lanes, machine.registers)
+    describe(f, *constants)
+    f.close()
+    return str(module), f.arrays
+
+
+def target(machine: Machine) -> Any:
+    """LLVM's compiler for a machine."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    found = binding.Target.from_triple(machine.triple)
+    return found.create_target_machine(
+        cpu=machine.cpu, features=machine.features, opt=3, reloc="pic", jit=True
+    )
+
+
+def optimised(text: str, compiler: Any) -> Any:
+    """LLVM's module, checked and optimised for a target."""
+    module = binding.parse_assembly(text)
+    module.triple = compiler.triple
+    module.data_layout = str(compiler.target_data)
+    module.verify()
+    # what LLVM would unroll or make vectors of is so already: these give the same speed as all
+    # its passes in a third of the time
+    passes = binding.create_new_module_pass_manager()
+    passes.add_sroa_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_instruction_combine_pass()
+    options = binding.create_pipeline_tuning_options()
+    passes.run(module, binding.create_pass_builder(compiler, options))
+    return module
+
+
+class Kernel:
+    """A compiled kernel. While it runs, so can other threads."""
+
+    def __init__(self, machine: Machine, describe: Describe, *constants: object) -> None:
+        text, self.arrays = described(machine, describe, *constants)
+        self._engine = binding.create_mcjit_compiler(
+            optimised(text, target(machine)), target(machine)
+        )
+        self._engine.finalize_object()
+        self._table = ctypes.c_void_p * len(self.arrays)
+        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._call = signature(self._engine.get_function_address(_NAME))
+
+    def table(self, arrays: dict[str, Tensor]) -> Any:
+        """Addresses of the arrays, in order."""
+        return self._table(*[arrays[name].data_ptr() for name in self.arrays])
+
+    def __call__(self, first: int, end: int, table: Any) -> None:
+        self._call(ctypes.addressof(table), first, end)
+
+
+class Library:
+    """Kernels for a machine, each compiled when it is first asked for."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._kernels: dict[tuple[object, ...], Kernel] = {}
+
+    def kernel(self, describe: Describe, *constants: object) -> Kernel:
+        key = (describe, *constants)
+        if key not in self._kernels:
+            self._kernels[key] = Kernel(self.machine, describe, *constants)
+        return self._kernels[key]

@@ -1,0 +1,342 @@
+"""The stages of CRBlock and of convolutions with BatchNorm, as kernels.
+
+Each goes once through the images that it is given. Activations are never stored: a stage computes
+them on load from what came out of the convolution before it. What BatchNorm needs of the whole
+mini-batch is left per image, channel and lane, to be summed in float64 (`norm`).
+
+Shapes: B images, C channels, A angles, D delays, L lanes. `z` is what comes out of a convolution,
+`q` the gradient at the output of its BatchNorm, `dz` that at its input; a `norm` is (6, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from csipipe.models.kernels.llvm import image as images
+from csipipe.models.kernels.llvm.image import Ahead, Frame, Image, Load, Place, Size, Total
+from csipipe.models.kernels.llvm.language import Array, Function, Index, Sum, Vector
+
+SLOPE = 0.3
+"""Negative slope of every LeakyReLU."""
+SCALE, SHIFT, MEAN, OF_Q, OF_Z, CONSTANT = range(6)
+"""Rows of a norm: y = z·scale + shift, and backward dz = q·of_q + z·of_z + constant."""
+
+Source = Literal["stored", "active", "normed", "joined"]
+"""Where a convolution's input or gradient comes from: it is stored; it is the LeakyReLU of
+BatchNorm of a stored z; it is BatchNorm's backward pass of a stored q; the same with the q of a
+path's end, which follows from the gradient at the join's output."""
+
+
+_READ = {"stored": ("x",), "active": ("z",), "normed": ("q", "z"), "joined": ("z",)}
+
+
+def leaky(x: Vector) -> Vector:
+    return x.largest(x * SLOPE)
+
+
+def leaky_backward(y: Vector, gradient: Vector) -> Vector:
+    return y.where_positive(gradient, gradient * SLOPE)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's rows for one channel."""
+
+    array: Array
+    channel: Place
+    channels: int
+
+    def __getitem__(self, row: int) -> Vector:
+        return self.array.everywhere(self.channel + row * self.channels)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one kernel's arrays.
+
+    Args:
+        prefix: of the arrays' names.
+    """
+
+    f: Function
+    image: Image
+    channels: int
+    prefix: str
+    b: Index
+
+    def load(self, name: str, c: Place) -> Load:
+        return self.array(name, c).load
+
+    def array(self, name: str, c: Place) -> Array:
+        """Channel `c` of this image."""
+        place = (self.b * self.channels + c) * self.image.size
+        return self.f.array(self.prefix + name).at(place)
+
+    def norm(self, c: Place) -> Norm:
+        return Norm(self.f.array(self.prefix + "norm"), c, self.channels)
+
+    def values(self, source: Source, c: Place) -> Load:
+        """Channel `c` as a convolution takes it."""
+        of_channel = getattr(self, source)
+        found: Load = of_channel(c)
+        return found
+
+    def ahead(self, *names: str, written: bool = False) -> list[Ahead]:
+        """Arrays of the image after this."""
+        then = replace(self, b=self.b + 1)
+        return [Ahead(then.array(name, 0), self.channels, written) for name in names]
+
+    def source_ahead(self, source: Source) -> list[Ahead]:
+        """What `values` reads, for the image after this."""
+        return self.ahead(*_READ[source])
+
+    def stored(self, c: Place) -> Load:
+        return self.load("x", c)
+
+    def active(self, c: Place) -> Load:
+        z, norm = self.load("z", c), self.norm(c)
+        scale, shift = norm[SCALE], norm[SHIFT]
+        return lambda i, lanes: leaky(z(i, lanes) * scale + shift)
+
+    def normed(self, c: Place) -> Load:
+        q, z, norm = self.load("q", c), self.load("z", c), self.norm(c)
+        of_q, of_z, constant = norm[OF_Q], norm[OF_Z], norm[CONSTANT]
+        return lambda i, lanes: q(i, lanes) * of_q + (z(i, lanes) * of_z + constant)
+
+    def joined(self, c: Place) -> Load:
+        end, norm = self.path_end(c), self.norm(c)
+        of_q, of_z, constant = norm[OF_Q], norm[OF_Z], norm[CONSTANT]
+
+        def load(i: Place, lanes: int) -> Vector:
+            z, _, q = end(i, lanes)
+            return q * of_q + (z * of_z + constant)
+
+        return load
+
+    def factors(self, c: Place) -> list[Vector]:
+        """The join's weights for channel `c` of a path."""
+        w = self.f.array(self.prefix + "w")
+        return [w.everywhere(c + o * self.channels) for o in range(2)]
+
+    def path_end(self, c: Place) -> Callable[[Place, int], tuple[Vector, Vector, Vector]]:
+        """z, y and q at the end of a path, from the gradient dz at the join's output."""
+        z, norm = self.load("z", c), self.norm(c)
+        scale, shift = norm[SCALE], norm[SHIFT]
+        dz = [self.f.array("dz").at((self.b * 2 + o) * self.image.size) for o in range(2)]
+        w = self.factors(c)
+
+        def load(i: Place, lanes: int) -> tuple[Vector, Vector, Vector]:
+            value = z(i, lanes)
+            y = value * scale + shift
+            gradient = dz[0].load(i, lanes) * w[0] + dz[1].load(i, lanes) * w[1]
+            return value, y, leaky_backward(y, gradient)
+
+        return load
+
+
+def convolution(
+    f: Function, image: Image, source: Source, channels: int, size: Size, outputs: int, normed: bool
+) -> None:
+    """z = convolution(source): with its moments (B, 2, C, L) for a BatchNorm, or with a bias."""
+    frame = Frame(image, channels, size, f.lanes)
+    with f.loop(f.first, f.end) as b:
+        here = Images(f, image, channels, "", b)
+        there = Images(f, image, outputs, "out ", b)
+        z = there.array("z", 0)
+        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+        images.convolve(
+            f,
+            frame,
+            outputs,
+            channels * size[0] * size[1],
+            lambda o, i, value, lanes: z.store(o * image.size + i, value, lanes),
+            [*here.source_ahead(source), *there.ahead("z", written=True)],
+            not normed,
+        )
+        if normed:
+            sums = f.array("sums").at(b * (2 * outputs * f.lanes))
+            images.moments(f, image, outputs, z, sums)
+
+
+def join(f: Function, image: Image, paths: int, channels: int) -> None:
+    """The 1×1 convolution of all paths' activations to z (B, 2, A, D), and its moments."""
+    with f.loop(f.first, f.end) as b:
+        z = Images(f, image, 2, "", b).array("z", 0)
+        for part in image.parts(f):
+            cells = [[Sum(f, 0.0) for _ in part] for _ in range(2)]
+            for path in range(paths):
+                here = Images(f, image, channels, f"{path} ", b)
+                with f.loop(0, channels) as c:
+                    load, factors = here.active(c), here.factors(c)
+                    for n, (i, lanes) in enumerate(part):
+                        active = load(i, lanes)
+                        for o in range(2):
+                            cells[o][n].add(active * factors[o])
+            for o in range(2):
+                for n, (i, lanes) in enumerate(part):
+                    z.store(o * image.size + i, cells[o][n].value, lanes)
+        images.moments(f, image, 2, z, f.array("sums").at(b * (2 * 2 * f.lanes)))
+
+
+def residual(f: Function, image: Image) -> None:
+    """A block's output: LeakyReLU of BatchNorm of the join's z, plus the block's input."""
+    with f.loop(f.first, f.end) as b, f.loop(0, 2) as c:
+        here = Images(f, image, 2, "", b)
+        z, x, out, norm = here.load("z", c), here.load("x", c), here.array("out", c), here.norm(c)
+        scale, shift = norm[SCALE], norm[SHIFT]
+        for part in image.parts(f):
+            for i, lanes in part:
+                out.store(i, leaky(z(i, lanes) * scale + shift + x(i, lanes)), lanes)
+
+
+def activation(f: Function, image: Image, channels: int) -> None:
+    """`out`: the LeakyReLU of BatchNorm of z."""
+    with f.loop(f.first, f.end) as b, f.loop(0, channels) as c:
+        here = Images(f, image, channels, "", b)
+        load, out = here.active(c), here.array("out", c)
+        for part in image.parts(f):
+            for i, lanes in part:
+                out.store(i, load(i, lanes), lanes)
+
+
+def output_backward(f: Function, image: Image, channels: int) -> None:
+    """q from the gradient dy at `out`, a LeakyReLU's output; q's sums with 1 and z − mean."""
+    with f.loop(f.first, f.end) as b, f.loop(0, channels) as c:
+        here = Images(f, image, channels, "", b)
+        out, dy, z, q = (here.array(name, c) for name in ("out", "dy", "z", "q"))
+        mean = here.norm(c)[MEAN]
+        totals = Total(f), Total(f)
+        for part in image.parts(f):
+            for n, (i, lanes) in enumerate(part):
+                value = leaky_backward(out.load(i, lanes), dy.load(i, lanes))
+                q.store(i, value, lanes)
+                totals[0].add(n, value)
+                totals[1].add(n, value * (z.load(i, lanes) - mean))
+        _keep(f, totals, channels, b, c, "sums")
+
+
+def join_backward(f: Function, image: Image, paths: int, channels: int) -> None:
+    """dz at the join's output, and per path: q's sums with 1 and z − mean, dz's with the
+    activations (the join's weight gradient)."""
+    with f.loop(f.first, f.end) as b:
+        here = Images(f, image, 2, "", b)
+        dz = here.array("dz", 0)
+        with f.loop(0, 2) as c:
+            load, channel = here.normed(c), here.array("dz", c)
+            for part in image.parts(f):
+                for i, lanes in part:
+                    channel.store(i, load(i, lanes), lanes)
+        for path in range(paths):
+            path_here = Images(f, image, channels, f"{path} ", b)
+            with f.loop(0, channels) as c:
+                end, mean = path_here.path_end(c), path_here.norm(c)[MEAN]
+                totals = [Total(f) for _ in range(4)]
+                for part in image.parts(f):
+                    for n, (i, lanes) in enumerate(part):
+                        z, y, q = end(i, lanes)
+                        totals[0].add(n, q)
+                        totals[1].add(n, q * (z - mean))
+                        active = leaky(y)
+                        for o in range(2):
+                            totals[2 + o].add(n, dz.load(o * image.size + i, lanes) * active)
+                _keep(f, totals, channels, b, c, f"{path} sums")
+
+
+def convolution_backward(
+    f: Function, image: Image, source: Source, channels: int, size: Size, outputs: int
+) -> None:
+    """The gradient at a convolution's input, an activation of z: its q, and q's sums with 1 and
+    z − mean, (B, 2, C, L).
+
+    Args:
+        source, channels: of the gradient at the convolution's output.
+        outputs: channels of its input.
+    """
+    frame = Frame(image, channels, size, f.lanes)
+    with f.loop(f.first, f.end) as b:
+        here, there = Images(f, image, channels, "", b), Images(f, image, outputs, "in ", b)
+        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+        q = there.array("q", 0)
+        images.convolve(
+            f,
+            frame,
+            outputs,
+            size[0] * size[1],
+            lambda o, i, value, lanes: q.store(o * image.size + i, value, lanes),
+            [*here.source_ahead(source), *there.ahead("z"), *there.ahead("q", written=True)],
+        )
+        with f.loop(0, outputs) as c:
+            z, q, norm = there.load("z", c), there.array("q", c), there.norm(c)
+            scale, shift, mean = norm[SCALE], norm[SHIFT], norm[MEAN]
+            totals = Total(f), Total(f)
+            for part in image.parts(f):
+                for n, (i, lanes) in enumerate(part):
+                    value = z(i, lanes)
+                    gradient = leaky_backward(value * scale + shift, q.load(i, lanes))
+                    q.store(i, gradient, lanes)
+                    totals[0].add(n, gradient)
+                    totals[1].add(n, gradient * (value - mean))
+            _keep(f, totals, outputs, b, c, "sums")
+
+
+def input_backward(
+    f: Function, image: Image, source: Source, channels: int, size: Size, outputs: int
+) -> None:
+    """Add the gradient at a convolution's input, an image that is stored as it is, to dx.
+
+    Args:
+        source, channels: of the gradient at the convolution's output.
+        outputs: channels of its input.
+    """
+    frame = Frame(image, channels, size, f.lanes)
+    with f.loop(f.first, f.end) as b:
+        here = Images(f, image, channels, "", b)
+        there = Images(f, image, outputs, "", b)
+        dx = there.array("dx", 0)
+        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+
+        def add(o: int, i: Place, value: Vector, lanes: int) -> None:
+            place = i + o * image.size
+            dx.store(place, dx.load(place, lanes) + value, lanes)
+
+        next_image = [*here.source_ahead(source), *there.ahead("dx", written=True)]
+        images.convolve(f, frame, outputs, size[0] * size[1], add, next_image)
+
+
+def weight_gradient(
+    f: Function,
+    image: Image,
+    source: Source,
+    channels: int,
+    size: Size,
+    gradient: Source,
+    outputs: int,
+) -> None:
+    """A convolution's weight gradient over some images: `sums` (taps, outputs, L).
+
+    Args:
+        source, channels: of the convolution's input.
+        gradient, outputs: of the gradient at its output.
+    """
+    frame = Frame(image, channels, size, f.lanes)
+    plain = Frame(image, outputs, (1, 1), f.lanes)
+    sums = f.array("sums")
+    with f.loop(0, images.padded(len(frame.taps)) * outputs) as cell:
+        sums.store(cell * f.lanes, f.constants([0.0] * f.lanes))
+    with f.loop(f.first, f.end) as b:
+        here, there = Images(f, image, channels, "in ", b), Images(f, image, outputs, "", b)
+        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+        images.fill(f, plain, f.array("plain"), lambda c: there.values(gradient, c))
+        next_image = [*here.source_ahead(source), *there.source_ahead(gradient)]
+        images.correlate(f, frame, plain, next_image)
+
+
+def _keep(
+    f: Function, totals: Sequence[Total], channels: int, b: Index, c: Index, name: str
+) -> None:
+    """Totals of channel `c` to (B, totals, C, L)."""
+    for number, total in enumerate(totals):
+        place = ((b * len(totals) + number) * channels + c) * f.lanes
+        f.array(name).store(place, total.value)

@@ -1,0 +1,120 @@
+"""Kernels for other machines: they compile, and an emulated ARM computes the same numbers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from csipipe.models.kernels.llvm import machine as machines
+from csipipe.models.kernels.llvm import stages
+from csipipe.models.kernels.llvm.image import Frame, Image
+from csipipe.models.kernels.llvm.machine import AARCH64, Machine
+from csipipe.models.kernels.llvm.runner import forward_taps
+
+AVX512 = Machine("x86_64-unknown-linux-gnu", "skylake-avx512", "-prefer-256-bit", 16, 32)
+IMAGE = Image(5, 21)
+FORWARD = (IMAGE, "active", 7, (3, 5), 7, True)
+WEIGHTS = (IMAGE, "active", 7, (3, 5), "normed", 7)
+"""Constants of a kernel each."""
+
+
+def compiled(machine: Machine, describe: machines.Describe, constants: Any) -> tuple[Any, Any]:
+    """LLVM's module and the target that it is for."""
+    text, _ = machines.described(machine, describe, *constants)
+    compiler = machines.target(machine)
+    return machines.optimised(text, compiler), compiler
+
+
+@pytest.mark.parametrize(
+    ("machine", "product"), [(AARCH64, "fmla\tv"), (AVX512, "vfmadd231ps"), (AVX512, "%zmm31")]
+)
+def test_other_machines_get_their_vectors(machine: Machine, product: str) -> None:
+    for describe, constants in ((stages.convolution, FORWARD), (stages.weight_gradient, WEIGHTS)):
+        module, compiler = compiled(machine, describe, constants)
+        assert product in compiler.emit_assembly(module) or product == "%zmm31"
+        assert len(compiler.emit_object(module)) > 1000
+
+
+MAIN = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <stdint.h>
+void kernel(void **arrays, int64_t first, int64_t end);
+int main(int argc, char **argv) {
+  void *arrays[32]; int64_t size[32], number, images;
+  FILE *in = fopen(argv[1], "rb"), *out = fopen(argv[2], "wb");
+  if (!fread(&number, 8, 1, in) || !fread(&images, 8, 1, in)) return 1;
+  for (int n = 0; n < number; n++) {
+    if (!fread(&size[n], 8, 1, in)) return 1;
+    arrays[n] = malloc(size[n]);
+    if (!fread(arrays[n], size[n], 1, in)) return 1;
+  }
+  kernel(arrays, 0, images);
+  for (int n = 0; n < number; n++) fwrite(arrays[n], size[n], 1, out);
+  return fclose(out);
+}
+"""
+TOOLS = ("aarch64-linux-gnu-gcc", "qemu-aarch64-static")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs {' and '.join(TOOLS)}")
+@pytest.mark.parametrize("kernel", ["convolution", "weight_gradient"])
+def test_an_arm_computes_the_same(kernel: str, tmp_path: Path) -> None:
+    images, outputs = 3, 7
+    frame = Frame(IMAGE, 7, (3, 5), AARCH64.lanes)
+    plain = Frame(IMAGE, 7, (1, 1), AARCH64.lanes)
+    z, q = (torch.randn(images, 7, IMAGE.angles, IMAGE.delays) for _ in range(2))
+    norm, weights = torch.rand(6, 7), torch.randn(outputs, 7, 3, 5)
+    arrays = {"frame": torch.zeros(frame.size), "taps": forward_taps(frame)}
+    active = torch.nn.functional.leaky_relu(z * at(norm, 0) + at(norm, 1), stages.SLOPE)
+    if kernel == "convolution":
+        arrays |= {"z": z, "norm": norm, "weights": weights, "out z": torch.zeros_like(z)}
+        arrays["sums"] = torch.zeros(images, 2, outputs, AARCH64.lanes)
+        found = on_arm(stages.convolution, FORWARD, arrays, images, tmp_path)["out z"]
+        wanted = torch.nn.functional.conv2d(active, weights, padding=(1, 2))
+    else:
+        arrays |= {"in z": z, "in norm": norm, "z": z, "q": q, "norm": norm}
+        arrays |= {"plain": torch.zeros(plain.size), "sums": torch.empty(105, 7, AARCH64.lanes)}
+        sums = on_arm(stages.weight_gradient, WEIGHTS, arrays, images, tmp_path)["sums"]
+        found = sums.sum(2).t().reshape(weights.shape)
+        dz = q * at(norm, 3) + z * at(norm, 4) + at(norm, 5)
+        wanted = torch.nn.grad.conv2d_weight(active, weights.shape, dz, padding=(1, 2))
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def at(norm: Tensor, row: int) -> Tensor:
+    return norm[row].view(1, -1, 1, 1)
+
+
+def on_arm(
+    describe: machines.Describe,
+    constants: Any,
+    arrays: dict[str, Tensor],
+    images: int,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """What a kernel leaves in its arrays on an emulated ARM."""
+    _, names = machines.described(AARCH64, describe, *constants)
+    module, compiler = compiled(AARCH64, describe, constants)
+    (folder / "kernel.o").write_bytes(compiler.emit_object(module))
+    (folder / "main.c").write_text(MAIN)
+    compile_ = [TOOLS[0], "-static", "-o", "program", "main.c", "kernel.o"]
+    subprocess.run(compile_, cwd=folder, check=True, timeout=60)
+    values = [arrays[name].contiguous().numpy() for name in names]
+    with (folder / "in").open("wb") as file:
+        file.write(np.array([len(values), images]).tobytes())
+        for value in values:
+            file.write(np.array([value.nbytes]).tobytes() + value.tobytes())
+    subprocess.run([TOOLS[1], "./program", "in", "out"], cwd=folder, check=True, timeout=60)
+    data, found = (folder / "out").read_bytes(), {}
+    for name, value in zip(names, values, strict=True):
+        part, data = data[: value.nbytes], data[value.nbytes :]
+        found[name] = torch.from_numpy(np.frombuffer(part, value.dtype).reshape(value.shape).copy())
+    return found

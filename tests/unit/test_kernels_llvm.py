@@ -1,0 +1,227 @@
+"""CRBlock by generated code: the layers' numbers, whatever the size, at once or later."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from csipipe import models
+from csipipe.models import kernels
+from csipipe.models.crblock import CRBlock
+from csipipe.models.kernels.llvm import convolution
+from csipipe.models.kernels.llvm import crblock as llvm
+from csipipe.models.layers import Conv2d
+from csipipe.settings.config import ModelSettings
+
+CRNET = ModelSettings().kernels
+OUTPUT, WEIGHTS = 1e-6, 2e-5
+"""Largest differences from float64, by norm: of output and input gradient, and of weights'."""
+
+
+@dataclass
+class Pass:
+    """A forward and backward pass: everything that a block computes."""
+
+    y: Tensor
+    dx: Tensor
+    weights: Tensor
+    statistics: Tensor
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def by_layers(block: CRBlock, x: Tensor, dy: Tensor, dtype: torch.dtype) -> Pass:
+    block = copy.deepcopy(block).to(dtype)
+    leaf = x.to(dtype).requires_grad_()
+    with models.plain_layers():
+        y = block(leaf)
+    dx, *weights = torch.autograd.grad(y, [leaf, *block.parameters()], dy.to(dtype))
+    return Pass(y.detach(), dx, flat(weights), flat(block.buffers()))
+
+
+def by_kernels(block: CRBlock, x: Tensor, dy: Tensor) -> Pass:
+    block = copy.deepcopy(block)
+    with torch.no_grad():
+        y, saved = llvm.forward(block, x, True)
+        dx, rest = llvm.input_gradient(block, saved, dy)
+        weights = llvm.weight_gradients(block, saved, rest)
+    assert [w.shape for w in weights] == [p.shape for p in block.parameters()]
+    return Pass(y, dx, flat(weights), flat(block.buffers()))
+
+
+def away(found: Tensor, wanted: Tensor) -> float:
+    """‖difference‖ / ‖wanted‖."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def random_block(paths: Any, seed: int) -> CRBlock:
+    torch.manual_seed(seed)
+    block = CRBlock(paths)
+    for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    return block
+
+
+def compare(block: CRBlock, x: Tensor, seed: int) -> None:
+    """Kernels beside float64, never worse than twice what PyTorch's own float32 is."""
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    exact = by_layers(block, x, dy, torch.float64)
+    torchs, ours = by_layers(block, x, dy, torch.float32), by_kernels(block, x, dy)
+    for name in ("y", "dx", "weights", "statistics"):
+        wanted = getattr(exact, name)
+        mine, theirs = (away(getattr(p, name), wanted) for p in (ours, torchs))
+        bound = WEIGHTS if name == "weights" else OUTPUT
+        assert mine <= max(bound, 2 * theirs), f"{name}: {mine:.1e} beside {theirs:.1e}"
+
+
+def test_crnets_block_is_the_layers_block() -> None:
+    compare(random_block(CRNET, 0), torch.randn(40, 2, 32, 32), seed=1)
+
+
+SIZES = st.sampled_from([(1, 1), (1, 3), (3, 1), (3, 3), (1, 9), (5, 3), (7, 1)])
+PATHS = st.lists(st.lists(SIZES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=2)
+
+
+def any_size(paths: Any, rows: int, angles: int, delays: int, scale: float, seed: int) -> None:
+    x = scale * torch.randn(rows, 2, angles, delays, generator=torch.Generator().manual_seed(seed))
+    compare(random_block(tuple(paths), seed), x + scale, seed)
+
+
+# an input of a LeakyReLU within rounding of 0 makes any two float32 programs differ, so seeds are
+# few and known
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(PATHS, st.integers(2, 5), st.integers(1, 9), st.integers(1, 40), st.integers(0, 3))
+@example([((1, 1),), ((3, 3), (1, 1))], 2, 1, 1, 0)
+@example([((9, 1), (1, 9))], 3, 4, 33, 0)
+def test_any_size_and_any_odd_kernels(
+    paths: Any, rows: int, angles: int, delays: int, seed: int
+) -> None:
+    any_size(paths, rows, angles, delays, 1.0, seed)
+
+
+@pytest.mark.long
+@settings(max_examples=150, deadline=None)
+@given(
+    PATHS,
+    st.integers(2, 40),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.sampled_from([1e-30, 1e-4, 1.0, 1e4]),
+    st.integers(0, 3),
+)
+def test_many_sizes_and_scales(
+    paths: Any, rows: int, angles: int, delays: int, scale: float, seed: int
+) -> None:
+    any_size(paths, rows, angles, delays, scale, seed)
+
+
+def test_no_number_in_no_number_out() -> None:
+    block, x = random_block(CRNET, 0), torch.randn(4, 2, 32, 32)
+    x[1, 0, 5, 7] = torch.nan
+    found = by_kernels(block, x, torch.ones_like(x))
+    assert found.y.isnan().all()  # by BatchNorm
+    for part in (found.dx, found.weights[:100]):
+        assert part.isnan().any()
+    dy = torch.ones_like(x)
+    dy[0, 1, 31, 31] = torch.nan
+    found = by_kernels(block, torch.randn(4, 2, 32, 32), dy)
+    assert found.y.isfinite().all()
+    assert found.dx.isnan().any()
+    assert found.weights.isnan().any()
+
+
+def step(tail: nn.Module, x: Tensor, later: bool) -> dict[str, Tensor]:
+    """Gradients after two micro-batches."""
+    pending = models.put_off([tail]) if later else None
+    leaf = x.clone().requires_grad_()
+    for rows in leaf.split(3):
+        torch.autograd.backward(tail(rows).square().sum())
+    if pending is not None:
+        assert all(p.grad is None for p in tail.parameters())
+        models.accumulate(pending)
+    assert leaf.grad is not None
+    return {"x": leaf.grad} | {name: p.grad for name, p in tail.named_parameters()}
+
+
+def test_later_is_the_same_to_the_bit() -> None:
+    model = ModelSettings(c1=12, c2=9, angles=6, delays=10)
+    tails = [nn.Sequential(*models.build_tail(model, 3)) for _ in range(2)]
+    x = torch.randn(6, 12)
+    at_once, later = step(tails[0], x, later=False), step(tails[1], x, later=True)
+    assert all(torch.equal(at_once[name], later[name]) for name in at_once)
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    block, x, dy = random_block(CRNET, 1), torch.randn(70, 2, 32, 32), torch.randn(70, 2, 32, 32)
+    threads = torch.get_num_threads()
+    passes = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            passes.append(by_kernels(block, x, dy))
+    finally:
+        torch.set_num_threads(threads)
+    for found in passes[1:]:
+        for name in ("y", "dx", "weights", "statistics"):
+            assert torch.equal(getattr(found, name), getattr(passes[0], name)), name
+
+
+def test_a_run_of_adam_is_the_layers_run() -> None:
+    """A tail's training by kernels beside PyTorch's layers, both with weight gradients put off."""
+    losses = []
+    for by in ("llvm", "torch"):
+        model = ModelSettings(c1=24, c2=16, angles=8, delays=8, kernels_by=by)  # type: ignore[arg-type]
+        tail = nn.Sequential(*models.build_tail(model, 0))
+        adam, pending = torch.optim.Adam(tail.parameters(), 1e-3), models.put_off([tail])
+        draws = torch.Generator().manual_seed(0)
+        losses.append([])
+        for _ in range(10):
+            x, wanted = (torch.randn(16, n, generator=draws) for n in (24, 16))
+            loss = (tail(x.requires_grad_()) - wanted).square().mean()
+            torch.autograd.backward(loss)
+            models.accumulate(pending)
+            pending.clear()
+            adam.step()
+            adam.zero_grad()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+
+
+def test_evaluation_uses_running_statistics() -> None:
+    block, x = random_block(CRNET, 2), torch.randn(5, 2, 32, 32)
+    by_kernels(block, x, x)
+    block.eval()
+    before = flat(block.buffers())
+    with torch.no_grad():
+        assert kernels.choose(block, x).backend is not None
+        found = block(x)
+        with models.plain_layers():
+            wanted = block(x)
+    assert away(found, wanted) < OUTPUT
+    assert torch.equal(flat(block.buffers()), before)
+
+
+def test_small_convolutions_are_torchs() -> None:
+    for angles, delays in ((32, 32), (5, 19)):
+        layer = Conv2d(2, 2, (3, 3), bias=True, kernels_by="llvm")
+        x, dy = torch.randn(7, 2, angles, delays), torch.randn(7, 2, angles, delays)
+        with torch.no_grad():
+            y, saved = convolution.forward(layer, x, True)
+            dx, rest = convolution.input_gradient(layer, saved, dy)
+            found = [y, dx, *convolution.weight_gradients(layer, saved, rest)]
+        exact = copy.deepcopy(layer).double()
+        leaf = x.double().requires_grad_()
+        with models.plain_layers():
+            y = exact(leaf)
+        wanted = [y, *torch.autograd.grad(y, [leaf, *exact.parameters()], dy.double())]
+        assert max(map(away, found, [w.detach() for w in wanted])) < OUTPUT
