@@ -18,7 +18,7 @@ from csipipe.models.kernels.llvm.host import image_of, reason_against, runner
 from csipipe.models.kernels.llvm.image import Image
 from csipipe.models.kernels.llvm.norm import Doubles, Norm, totals
 from csipipe.models.kernels.llvm.runner import backward_taps, forward_taps
-from csipipe.models.kernels.llvm.stages import Source
+from csipipe.models.kernels.llvm.sources import Source
 
 
 @dataclass

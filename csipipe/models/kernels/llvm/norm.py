@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from csipipe.models.kernels.llvm.stages import CONSTANT, MEAN, OF_Q, OF_Z, SCALE, SHIFT
+from csipipe.models.kernels.llvm.sources import CONSTANT, MEAN, OF_Q, OF_Z, SCALE, SHIFT
 
 Doubles = npt.NDArray[np.float64]
 
@@ -20,7 +20,7 @@ class Norm:
     """One BatchNorm over one mini-batch.
 
     Attributes:
-        table: (6, C) float32, what kernels read (`csipipe.models.kernels.llvm.stages`).
+        table: (6, C) float32, what kernels read (`sources`).
         of_weight, of_bias: (C,) gradients, once `backward` has been called.
     """
 

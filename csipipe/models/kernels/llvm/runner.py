@@ -19,7 +19,7 @@ from csipipe.models.kernels.llvm import stages
 from csipipe.models.kernels.llvm.image import Frame, Image, Size, lane_counts, padded
 from csipipe.models.kernels.llvm.machine import Describe, Library, Machine
 from csipipe.models.kernels.llvm.norm import Doubles, totals
-from csipipe.models.kernels.llvm.stages import Source
+from csipipe.models.kernels.llvm.sources import Source
 
 PIECE = 32
 """Images whose weight gradients are summed in float32; pieces are in float64."""

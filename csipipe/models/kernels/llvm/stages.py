@@ -1,139 +1,28 @@
-"""The stages of CRBlock and of convolutions with BatchNorm, as kernels.
+"""The stages of CRBlock and of convolutions, as kernels.
 
 Each goes once through the images that it is given. Activations are never stored: a stage computes
-them on load from what came out of the convolution before it. What BatchNorm needs of the whole
-mini-batch is left per image, channel and lane, to be summed in float64 (`norm`).
+them on load from what came out of the convolution before it (`sources`). What BatchNorm needs of
+the whole mini-batch is left per image, channel and lane, to be summed in float64 (`norm`).
 
-Shapes: B images, C channels, A angles, D delays, L lanes. `z` is what comes out of a convolution,
-`q` the gradient at the output of its BatchNorm, `dz` that at its input; a `norm` is (6, C).
+Shapes and names as in `sources`; L lanes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
 
 from csipipe.models.kernels.llvm import image as images
-from csipipe.models.kernels.llvm.image import Ahead, Frame, Image, Load, Place, Size, Total
-from csipipe.models.kernels.llvm.language import Array, Function, Index, Sum, Vector
-
-SLOPE = 0.3
-"""Negative slope of every LeakyReLU."""
-SCALE, SHIFT, MEAN, OF_Q, OF_Z, CONSTANT = range(6)
-"""Rows of a norm: y = z·scale + shift, and backward dz = q·of_q + z·of_z + constant."""
-
-Source = Literal["stored", "active", "normed", "joined"]
-"""Where a convolution's input or gradient comes from: it is stored; it is the LeakyReLU of
-BatchNorm of a stored z; it is BatchNorm's backward pass of a stored q; the same with the q of a
-path's end, which follows from the gradient at the join's output."""
-
-
-_READ = {"stored": ("x",), "active": ("z",), "normed": ("q", "z"), "joined": ("z",)}
-
-
-def leaky(x: Vector) -> Vector:
-    return x.largest(x * SLOPE)
-
-
-def leaky_backward(y: Vector, gradient: Vector) -> Vector:
-    return y.where_positive(gradient, gradient * SLOPE)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm's rows for one channel."""
-
-    array: Array
-    channel: Place
-    channels: int
-
-    def __getitem__(self, row: int) -> Vector:
-        return self.array.everywhere(self.channel + row * self.channels)
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images of one kernel's arrays.
-
-    Args:
-        prefix: of the arrays' names.
-    """
-
-    f: Function
-    image: Image
-    channels: int
-    prefix: str
-    b: Index
-
-    def load(self, name: str, c: Place) -> Load:
-        return self.array(name, c).load
-
-    def array(self, name: str, c: Place) -> Array:
-        """Channel `c` of this image."""
-        place = (self.b * self.channels + c) * self.image.size
-        return self.f.array(self.prefix + name).at(place)
-
-    def norm(self, c: Place) -> Norm:
-        return Norm(self.f.array(self.prefix + "norm"), c, self.channels)
-
-    def values(self, source: Source, c: Place) -> Load:
-        """Channel `c` as a convolution takes it."""
-        of_channel = getattr(self, source)
-        found: Load = of_channel(c)
-        return found
-
-    def ahead(self, *names: str, written: bool = False) -> list[Ahead]:
-        """Arrays of the image after this."""
-        then = replace(self, b=self.b + 1)
-        return [Ahead(then.array(name, 0), self.channels, written) for name in names]
-
-    def source_ahead(self, source: Source) -> list[Ahead]:
-        """What `values` reads, for the image after this."""
-        return self.ahead(*_READ[source])
-
-    def stored(self, c: Place) -> Load:
-        return self.load("x", c)
-
-    def active(self, c: Place) -> Load:
-        z, norm = self.load("z", c), self.norm(c)
-        scale, shift = norm[SCALE], norm[SHIFT]
-        return lambda i, lanes: leaky(z(i, lanes) * scale + shift)
-
-    def normed(self, c: Place) -> Load:
-        q, z, norm = self.load("q", c), self.load("z", c), self.norm(c)
-        of_q, of_z, constant = norm[OF_Q], norm[OF_Z], norm[CONSTANT]
-        return lambda i, lanes: q(i, lanes) * of_q + (z(i, lanes) * of_z + constant)
-
-    def joined(self, c: Place) -> Load:
-        end, norm = self.path_end(c), self.norm(c)
-        of_q, of_z, constant = norm[OF_Q], norm[OF_Z], norm[CONSTANT]
-
-        def load(i: Place, lanes: int) -> Vector:
-            z, _, q = end(i, lanes)
-            return q * of_q + (z * of_z + constant)
-
-        return load
-
-    def factors(self, c: Place) -> list[Vector]:
-        """The join's weights for channel `c` of a path."""
-        w = self.f.array(self.prefix + "w")
-        return [w.everywhere(c + o * self.channels) for o in range(2)]
-
-    def path_end(self, c: Place) -> Callable[[Place, int], tuple[Vector, Vector, Vector]]:
-        """z, y and q at the end of a path, from the gradient dz at the join's output."""
-        z, norm = self.load("z", c), self.norm(c)
-        scale, shift = norm[SCALE], norm[SHIFT]
-        dz = [self.f.array("dz").at((self.b * 2 + o) * self.image.size) for o in range(2)]
-        w = self.factors(c)
-
-        def load(i: Place, lanes: int) -> tuple[Vector, Vector, Vector]:
-            value = z(i, lanes)
-            y = value * scale + shift
-            gradient = dz[0].load(i, lanes) * w[0] + dz[1].load(i, lanes) * w[1]
-            return value, y, leaky_backward(y, gradient)
-
-        return load
+from csipipe.models.kernels.llvm.image import Frame, Image, Place, Size, Total
+from csipipe.models.kernels.llvm.language import Function, Index, Sum, Vector
+from csipipe.models.kernels.llvm.sources import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    Images,
+    Source,
+    leaky,
+    leaky_backward,
+)
 
 
 def convolution(
