@@ -71,9 +71,30 @@ def wire_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def computes_in(precision: Precision, device: torch.device) -> Precision:
+    """Arithmetic of a precision on a device: fp32 on a CPU, where bf16 is slower."""
+    return "fp32" if device.type == "cpu" else precision
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Arithmetic of the UE parts and the unsplit model; DeepSpeed does the same for the tail."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    coarse = computes_in(precision, device) == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=coarse)
+
+
+def computable(x: Tensor) -> Tensor:
+    """What was received in `wire_dtype`, in a type that its device computes in."""
+    return x.float() if x.device.type == "cpu" else x
+
+
+def precision_notes(precision: Precision, device: torch.device) -> list[str]:
+    """What a run says of its precision, if it isn't what one would think."""
+    if computes_in(precision, device) == precision:
+        return []
+    return [
+        f"train.precision is {precision}: on a CPU that is what is sent; arithmetic is float32, "
+        "which is faster there"
+    ]
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

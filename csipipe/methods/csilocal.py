@@ -28,6 +28,7 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
 def _role(settings: Settings, topology: Topology, role: int, device: torch.device) -> ranks.Role:
     if topology.is_bts(role):
         deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
+        deepspeed = deepspeed_settings.on(deepspeed, device)
         return partial(BtsHalf, deepspeed=deepspeed, engine=import_engine(device))
     ues, test = load(settings, topology.ues_of(role), device)
     return partial(UeHalf, ues=ues, test=test)

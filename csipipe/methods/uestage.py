@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csipipe import models
 from csipipe.comm.channel import Ports
-from csipipe.device import autocast
+from csipipe.device import autocast, computable
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss, paper_loss
 from csipipe.measure.probe import Probe
@@ -130,7 +130,7 @@ class UeStage:
         rows = self._rows(batch)
         part = slice(m * rows, (m + 1) * rows)
         training = torch.is_grad_enabled()
-        y = self._y.pop(m).detach().requires_grad_(training)
+        y = computable(self._y.pop(m)).detach().requires_grad_(training)
         if not self.taking:
             self._dy[m] = torch.zeros_like(y)
             return

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from csipipe.comm import trust
 from csipipe.comm.channel import Ports
+from csipipe.device import computable
 from csipipe.measure.clock import Clock
 from csipipe.models import Pending, accumulate, put_off
 from csipipe.pipeline import subworld
@@ -184,7 +185,8 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     def _forward_micro_batch(self, m: int) -> None:
         # a leaf, so that its gradient can be sent back
-        x = self._some(self._inputs.pop(m)).detach().requires_grad_(torch.is_grad_enabled())
+        x = computable(self._some(self._inputs.pop(m))).detach()
+        x.requires_grad_(torch.is_grad_enabled())
         # not PipelineEngine's, which works only with its own schedules
         self._outputs[m] = DeepSpeedEngine.forward(self, x)
         if torch.is_grad_enabled():

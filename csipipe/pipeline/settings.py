@@ -7,6 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from csipipe.device import computes_in
 from csipipe.files import given_or_shipped, shipped
 from csipipe.settings.config import Precision, Settings
 
@@ -42,6 +45,13 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
         raise ValueError(f"train.deepspeed: {file} holds no JSON object.")
     _check(file, keys, precision)
     return keys
+
+
+def on(keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same for a device: without autocast on a CPU, see `device.computes_in`."""
+    if computes_in("bf16", device) == "bf16":
+        return keys
+    return {name: value for name, value in keys.items() if name != "torch_autocast"}
 
 
 def of(settings: Settings) -> dict[str, Any] | None:

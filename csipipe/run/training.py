@@ -13,7 +13,7 @@ from csipipe import checkpoint
 from csipipe.channels import Manifest
 from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
-from csipipe.device import keep_memory, pick_device, set_threads
+from csipipe.device import keep_memory, pick_device, precision_notes, set_threads
 from csipipe.files import write_file
 from csipipe.measure.probe import Probe
 from csipipe.methods import Worker, manifest, prepare
@@ -63,7 +63,7 @@ def launch(world: World, settings: Settings) -> None:
         held = claim(start, settings, world)
         tracker = Tracker(start.folder, settings, start.iteration)
         _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
-        for note in worker.notes:
+        for note in [*worker.notes, *precision_notes(settings.train.precision, device)]:
             tracker.say(note)
     world.ready("training")
     if dealt is not None:

@@ -175,7 +175,8 @@ class TrainSettings:
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
     precision: Precision = "fp32"
-    """Arithmetic of UEs, tail and wire. bf16: autocast, fp32 weights, half the bytes exchanged."""
+    """Arithmetic of UEs, tail and wire. bf16: autocast, fp32 weights, half the bytes exchanged; on
+    a CPU only what is exchanged."""
     deepspeed: str | None = None
     """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
