@@ -128,8 +128,10 @@ def test_one_ue_trains_the_centralised_model(stages: int) -> None:
 def test_bf16_is_the_same_model_in_coarser_steps() -> None:
     settings = small(train={"precision": "bf16", "iterations": 3})
     found, wanted = joined(run_world(4, split, settings)), unsplit(settings)
-    assert worst_gradient(found, wanted) <= 3e-2  # bf16 keeps 8 bits
-    assert worst_loss(found, wanted) <= 3e-2
+    # arithmetic is float32 on a CPU, but what crosses keeps 8 bits, and of gradients through three
+    # BatchNorms the small differences
+    assert worst_gradient(found, wanted) <= 0.25
+    assert worst_loss(found, wanted) <= 2e-3
     assert found["losses"] != reference(4)["losses"][:3]
 
 
