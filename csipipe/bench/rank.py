@@ -29,7 +29,7 @@ from csipipe.bench.candidates import Candidate
 from csipipe.bench.peerstage import Choice, PeerStage, tail_of
 from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
-from csipipe.device import keep_memory, pick_device, synchronize
+from csipipe.device import keep_memory, pick_device, set_arithmetic, synchronize
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import adam
 from csipipe.methods.centralised import Centralised
@@ -125,6 +125,7 @@ def serve(world: World, spec: Spec) -> None:
     """Set up, then take turns until told to end."""
     settings = spec.settings()
     device = pick_device(settings.train.device, world.local_rank)
+    set_arithmetic(settings.train.tf32)
     torch.set_num_threads(spec.threads)
     build = _prepare(spec, settings, world, device)
     if spec.choice.layers == "ours":  # a plain program doesn't

@@ -94,7 +94,12 @@ class Channel:
         self.bad: dict[int, str] = {}
         elsewhere = any(peer.loop is None for peer in peers)
         staged = device.type != "cpu" and elsewhere and dist.get_backend(group) != "nccl"
-        self._thread = ThreadPoolExecutor(1) if staged else None
+        # a thread begins on GPU 0, and what it does there costs memory for a second context
+        self._thread = (
+            ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+            if staged
+            else None
+        )
         self._buffers: list[Tensor] = []
         self._uploaded: dict[int, Callable[[], None]] = {}
         self._receives: dict[int, list[_Work]] = {}
@@ -215,7 +220,7 @@ class Channel:
 
     def _buffer(self) -> Tensor:
         if self._thread is not None or self.device.type == "cpu":
-            return host_buffer(self.shape, self.dtype).zero_()
+            return host_buffer(self.shape, self.dtype, self.device).zero_()
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def _isend(self, rows: Tensor, peer: Peer, m: int) -> _Work:

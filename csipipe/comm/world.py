@@ -127,9 +127,9 @@ class World:
     def bts_group(self, stages: int, device: torch.device, timeout: float) -> dist.ProcessGroup:
         """Process group of the BTS ranks: NCCL where each of them owns a GPU, else gloo.
 
-        Called on BTS ranks only.
+        Called on BTS ranks only. One stage alone has nobody to talk to: gloo, which needs nothing.
         """
-        owner = device.type == "cuda" and self.local_rank < torch.cuda.device_count()
+        owner = stages > 1 and device.type == "cuda" and self.local_rank < torch.cuda.device_count()
         self.store.set(f"owns a GPU/{self.rank}", str(owner and dist.is_nccl_available()))
         owners = [
             self.read(f"owns a GPU/{rank}", rank, "whether it owns a GPU") == "True"

@@ -204,8 +204,8 @@ class BtsHalf(Half):
         model, wire, stage = self.settings.model, self.wire, self.role
         topology, shapes = self.topology, models.tail_shapes(self.settings.model)
         groups = [world.bts_group(topology.stages, self.device, timeout) for _ in range(2)]
-        for group in groups:
-            connect_stages(stage, topology.stages, self.device, group)
+        for group, backward in zip(groups, (False, True), strict=True):
+            connect_stages(stage, topology.stages, self.device, group, backward)
 
         def near(kind: Kind, other: int, layer: int, group: int) -> Channel:
             return wire.neighbour(kind, other, shapes[layer], groups[group])

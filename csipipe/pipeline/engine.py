@@ -224,7 +224,9 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
     def _step(self) -> None:
         trust.check_gradients("the tail's", self.module.named_parameters())
         self.before_step()
-        self._exec_reduce_grads()
+        # a stage is one rank: only ZeRO does more here than to send itself its own gradients
+        if self.zero_optimization():
+            self._exec_reduce_grads()
         self._exec_optimizer_step()
 
     def _some(self, rows: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from csipipe import checkpoint
 from csipipe.channels import Manifest
 from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
-from csipipe.device import keep_memory, pick_device, precision_notes, set_threads
+from csipipe.device import (
+    keep_memory,
+    pick_device,
+    precision_notes,
+    set_arithmetic,
+    set_threads,
+)
 from csipipe.files import write_file
 from csipipe.measure.probe import Probe
 from csipipe.methods import Worker, manifest, prepare
@@ -45,6 +51,7 @@ def launch(world: World, settings: Settings) -> None:
             print(f"{start.folder} holds this run, which is finished: nothing to do.", flush=True)
         return
     device = pick_device(settings.train.device, world.local_rank)
+    set_arithmetic(settings.train.tf32)
     threads = set_threads(settings.train.threads, world.local_size)
     build = prepare(settings, world.rank, world.size, device)
     dealt = manifest(settings, world.rank, world.size)

@@ -177,6 +177,9 @@ class TrainSettings:
     precision: Precision = "fp32"
     """Arithmetic of UEs, tail and wire. bf16: autocast, fp32 weights, half the bytes exchanged; on
     a CPU only what is exchanged."""
+    tf32: bool = False
+    """Let GPUs compute fp32 convolutions and products in TF32: faster, and right to three digits
+    instead of seven."""
     deepspeed: str | None = None
     """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
