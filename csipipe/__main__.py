@@ -6,13 +6,14 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "train": ("csipipe.run.command", "one run of one method; start it with torchrun"),
+    "train": ("csipipe.run.command", "one run of one method, under torchrun or alone"),
     "evaluate": ("csipipe.evaluation.command", "figures of a run's weights"),
     "export": ("csipipe.export.command", "a trained encoder and decoder for deployment"),
     "reproduce": ("csipipe.reports.reproduce", "the paper's table and figures"),
     "benchmark": ("csipipe.bench.command", "an iteration timed beside its peers"),
     "channels": ("csipipe.channels.command", "make, examine and picture CSI data"),
     "slurm": ("csipipe.run.scripts", "the sbatch scripts, to be copied and adapted"),
+    "gpucheck": ("csipipe.gpucheck.command", "what a GPU does with csipipe, on one page"),
 }
 """Module and purpose of each command; the module's `main` takes arguments, returns an exit code."""
 

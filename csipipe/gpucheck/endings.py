@@ -1,0 +1,115 @@
+"""Runs that are resumed, spoiled or killed."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import torch
+
+from csipipe.gpucheck.findings import Step
+from csipipe.gpucheck.parity import small
+from csipipe.gpucheck.runs import Run, relative, same_bits
+
+_HALF = 6
+
+
+def resume(step: Step) -> None:
+    """Twelve iterations in one go, and the last six of them again from the checkpoint between."""
+    arguments = small(step) | {
+        "topology.stages": 1,
+        "train.iterations": 2 * _HALF,
+        "run.save_every": _HALF,
+        "run.eval_every": 2,
+    }
+    whole = Run(step.folder / "whole", 2, arguments).succeed(step.left - 2)
+    again = arguments | {"run.resume": whole.folder / "checkpoints" / str(_HALF)}
+    device = step.device.type
+    same = Run(step.folder / "again", 2, again)
+    cpu = Run(step.folder / "cpu", 2, again | {"train.device": "cpu"})
+    same.succeed(step.left - 2)
+    differ = same_bits(whole.weights, same.weights)
+    step.add(f"{device} → {device}", differ or "the same bits", "the same bits", not differ)
+    cpu.succeed(step.left - 2)
+    found = relative(cpu.losses[-3:], whole.losses[-3:])
+    step.add(f"{device} → cpu, losses", f"{found:.1e}", "≤ 1e-03", found <= 1e-3)
+
+
+def faults(step: Step) -> None:
+    """A NaN from a UE, which stops the run or is dropped, and a rank that is killed."""
+    before = _used(step)
+    spoil = ("-m", "csipipe.gpucheck.spoil")
+    arguments = small(step) | {"topology.stages": 1, "run.timeout": 20}
+    stop = Run(step.folder / "nan-stop", 3, arguments, spoil)
+    drop = Run(step.folder / "nan-drop", 3, arguments | {"train.on_bad_ue": "drop"}, spoil)
+    long = {"train.iterations": 1_000_000, "run.eval_every": 100_000, "run.save_every": 100_000}
+    killed = Run(step.folder / "killed", 3, arguments | long)
+    try:
+        _kill_one(step, killed)
+    finally:
+        _end(killed)
+    for run, wanted in ((stop, "an error that names UE 0"), (drop, "UE 0 left out once")):
+        code = run.wait(step.left - 2)
+        said = " / ".join(dict.fromkeys(run.errors())) or "no error"
+        if run is stop:
+            step.add("NaN, stop", f"exit {code}: {said}", wanted, code != 0 and "UE 0" in said)
+        else:
+            out = run.summary["dropped"] if code == 0 else said
+            step.add("NaN, drop", f"exit {code}, left out: {out}", wanted, out == [1, 0, 0, 0])
+    if step.device.type == "cuda":
+        time.sleep(1)
+        after = _used(step)
+        # the other steps beside this one come and go: only the card alone would say it exactly
+        step.add(
+            "memory of the card in use before and after (other steps run)",
+            f"{before / 2**20:.0f} and {after / 2**20:.0f} MiB",
+        )
+
+
+def _kill_one(step: Step, run: Run) -> None:
+    """Kill UE rank 2 once training goes on, and see who is named how soon."""
+    deadline = time.monotonic() + min(60.0, step.left - 25)
+    while not (ranks := _training(run)):
+        if time.monotonic() > deadline or run.process.poll() is not None:
+            raise RuntimeError(f"no training to spoil:\n{run.tail()}")
+        time.sleep(0.2)
+    time.sleep(3)
+    ranks["2"].kill()
+    at = time.monotonic()
+    code = run.wait(step.left - 2)
+    seconds = time.monotonic() - at
+    said = " / ".join(dict.fromkeys(run.errors())) or "no error"
+    good = code != 0 and "UE rank 2" in said
+    step.add("a killed rank", f"after {seconds:.1f} s: {said}", "names UE rank 2", good)
+    alive = [rank for rank in ranks.values() if rank.is_running()]
+    step.add("its fellows", f"{len(alive)} of {len(ranks)} still there", "none", not alive)
+
+
+def _training(run: Run) -> dict[str, psutil.Process]:
+    """The ranks' processes by rank, once the run has its directory."""
+    if not (run.folder / "config.yaml").exists():
+        return {}
+    found = {}
+    for process in psutil.Process(run.process.pid).children(recursive=True):
+        try:
+            rank = process.environ().get("RANK")
+        except psutil.Error:
+            continue
+        if rank is not None:
+            found.setdefault(rank, process)
+    return found if len(found) == run.ranks else {}
+
+
+def _end(run: Run) -> None:
+    """Whatever happened, nothing of a run that would go on for ever stays."""
+    if run.process.poll() is None:
+        for process in psutil.Process(run.process.pid).children(recursive=True):
+            process.kill()
+        run.process.kill()
+
+
+def _used(step: Step) -> int:
+    if step.device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(step.device)
+    return total - free

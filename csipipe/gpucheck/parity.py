@@ -1,0 +1,121 @@
+"""Small runs on the device beside the same on the CPU, themselves, and the unsplit model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csipipe import methods
+from csipipe.gpucheck.findings import Step
+from csipipe.gpucheck.runs import ROOT, Run, relative, same_bits, settings
+from csipipe.methods.centralised import Centralised
+
+ITERATIONS = 20
+TOLERANCE = 1e-5
+
+
+def small(step: Step, **changes: Any) -> dict[str, Any]:
+    """Arguments of a run that takes seconds, with the real layers: 4 UEs × 32 rows of 32 × 32."""
+    arguments = {
+        "train.device": step.device.type,
+        "train.iterations": 4 if step.tiny else ITERATIONS,
+        "train.batch_size": 8 if step.tiny else 32,
+        "train.micro_batches": 4,
+        "model.c1": 64,
+        "model.c2": 32,
+        "data.train_samples": 320,
+        "data.test_samples": 32,
+        "data.holdout": 0,
+        "run.eval_every": 1,
+        "run.save_every": 1000,
+        "run.timeout": 30,
+    }
+    return arguments | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def centralised(step: Step) -> None:
+    """The unsplit model through the program: on the CPU, and twice on the device."""
+    arguments = small(step, method="centralised")
+    runs = {
+        name: Run(step.folder / name, 1, arguments | {"train.device": device})
+        for name, device in (
+            ("cpu", "cpu"),
+            ("first", step.device.type),
+            ("second", step.device.type),
+        )
+    }
+    for run in runs.values():
+        run.succeed(step.left - 2)
+    cpu, first, second = runs.values()
+    _compare(step, "the device beside the CPU", first.losses, cpu.losses, 1e-3)
+    differ = same_bits(first.weights, second.weights)
+    step.add("twice on the device", differ or "the same bits", "the same bits", not differ)
+
+
+def split(step: Step) -> None:
+    """One stage and two, in fp32, bf16 and with ZeRO-1, all ranks on one device."""
+    zero = ROOT / "ds_configs" / "zero1.json"
+    cases: dict[str, tuple[int, dict[str, Any]]] = {
+        "one-stage": (3, {"topology.stages": 1}),
+        "two-stages": (4, {"topology.stages": 2}),
+        "gpipe": (4, {"topology.stages": 2, "train.schedule": "gpipe"}),
+        "zero1": (4, {"topology.stages": 2, "train.deepspeed": zero}),
+        "bf16": (4, {"topology.stages": 2, "train.precision": "bf16"}),
+    }
+    runs = {
+        name: Run(step.folder / name, ranks, small(step) | changes)
+        for name, (ranks, changes) in cases.items()
+    }
+    wanted = unsplit(step, small(step) | {"topology.stages": 1})
+    for name, run in runs.items():
+        try:
+            run.succeed(step.left - 2)
+        except (RuntimeError, TimeoutError) as error:
+            step.add(name, "failed", "ends well", False)
+            step.findings.show(str(error))
+    done = {name: run for name, run in runs.items() if run.process.poll() == 0}
+    for name, run in done.items():
+        limit = TOLERANCE if name != "bf16" else 3e-2
+        _compare(step, f"{name} beside the unsplit model", run.losses, wanted, limit)
+    for name in ("two-stages", "gpipe", "zero1"):
+        if name in done and "one-stage" in done:
+            differ = same_bits(done["one-stage"].weights, done[name].weights)
+            what = f"{name} and one stage, {ITERATIONS} iterations"
+            step.add(what, differ or "the same bits", "the same bits", not differ)
+    if "two-stages" in done:
+        _ledger(step, done["two-stages"])
+
+
+def _ledger(step: Step, run: Run) -> None:
+    """What crossed, by both ends' count, beside the paper's formula."""
+    made = settings(run.folder, run.arguments)
+    rows = made.train.iterations * made.train.batch_size * made.topology.ues
+    scalars = rows * (made.model.c1 + made.model.c2)
+    exchanged = run.summary["exchanged"]
+    want = {
+        "scalars": {"up": scalars, "down": scalars},
+        "bytes": {"up": 4 * scalars, "down": 4 * scalars},
+    }
+    step.add("ledger", f"{exchanged['scalars']} scalars", f"{scalars} each way", exchanged == want)
+
+
+def unsplit(step: Step, arguments: dict[str, Any]) -> Tensor:
+    """(evaluations, UEs) test losses of the unsplit model with private ends, on the device."""
+    made = settings(step.folder / "unsplit", arguments)
+    ues, test = methods.load(made, range(made.topology.ues), step.device)
+    worker = Centralised(made, ues, test, step.device, shared=False)
+    losses = []
+    for iteration in range(made.train.iterations):
+        worker.train_iteration(iteration)
+        losses.append(worker.evaluate("test").loss_per_ue)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _compare(step: Step, what: str, found: Tensor, wanted: Tensor, limit: float) -> None:
+    """Losses of all iterations, and of the first few, before differences have grown."""
+    early = relative(found[:5], wanted[:5])
+    late = relative(found, wanted)
+    step.add(f"{what}, 5 iterations", f"{early:.1e}", f"≤ {limit:.0e}", early <= limit)
+    step.add(f"{what}, all {len(wanted)}", f"{late:.1e}", f"≤ {limit:.0e}", late <= limit)

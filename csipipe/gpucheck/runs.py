@@ -1,0 +1,137 @@
+"""Runs of launch/train.py under torchrun, as a user starts them, and what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csipipe import checkpoint, commandline
+from csipipe.config import Settings
+
+ROOT = Path(__file__).parents[2]
+_TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def settings(folder: Path, arguments: dict[str, Any]) -> Settings:
+    """What a run with those arguments has."""
+    return commandline.settings(commandline.parser(""), line(folder, arguments))[0]
+
+
+def line(folder: Path, arguments: dict[str, Any]) -> list[str]:
+    """Arguments of launch/train.py."""
+    pairs = {"run.dir": folder, **arguments}
+    return [part for name, value in pairs.items() for part in (f"--{name}", str(value))]
+
+
+@dataclass
+class Run:
+    """One run under way; starts at once.
+
+    Args:
+        folder: the run's directory.
+        ranks: processes.
+        script: what each rank runs: launch/train.py, or `-m` and a module.
+    """
+
+    folder: Path
+    ranks: int
+    arguments: dict[str, Any]
+    script: tuple[str, ...] = (str(ROOT / "launch" / "train.py"),)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder.with_suffix(".log")
+        start = [*_TORCHRUN, "--standalone", f"--nproc_per_node={self.ranks}", *self.script]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        self.began = time.monotonic()
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [*start, *line(self.folder, self.arguments)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path, **self.environment},
+            )
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code.
+
+        Raises:
+            TimeoutError: it isn't over in that time.
+        """
+        try:
+            return self.process.wait(max(1.0, seconds))
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{self.folder.name} isn't over:\n{self.tail()}") from error
+
+    def succeed(self, seconds: float) -> Run:
+        """Wait, and be sure (RuntimeError) that it finished."""
+        code = self.wait(seconds)
+        if code:
+            raise RuntimeError(f"{self.folder.name} ended with {code}:\n{self.tail()}")
+        return self
+
+    def tail(self, characters: int = 2500) -> str:
+        """The end of what it printed."""
+        return self.log.read_text(errors="replace")[-characters:]
+
+    def errors(self) -> list[str]:
+        """What csipipe itself said was wrong."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [text for text in lines if text.startswith("csipipe: error:")]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return found
+
+    @property
+    def losses(self) -> Tensor:
+        """(evaluations, UEs) losses on the test set."""
+        lines = (self.folder / "history.jsonl").read_text().splitlines()
+        tests = [json.loads(text)["test"] for text in lines]
+        return torch.tensor(
+            [[ue["loss"] for ue in test["per_ue"]] for test in tests], dtype=torch.float64
+        )
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All weights at the end, by file and name."""
+        return weights(self.folder / "weights")
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All weights in a folder, by file and name."""
+    return {
+        f"{file.stem} {name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in checkpoint.read(file).items()
+    }
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+    """Empty if all tensors are the same; else how many aren't, and the largest difference."""
+    if one.keys() != other.keys():
+        return f"other tensors: {sorted(one.keys() ^ other.keys())[:3]}"
+    differ = [name for name in one if not torch.equal(one[name], other[name])]
+    if not differ:
+        return ""
+    worst = max(float((one[name].double() - other[name].double()).abs().max()) for name in differ)
+    return f"{len(differ)} of {len(one)} tensors differ, by {worst:.1e} at most"
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest relative difference; infinite where shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    return float(((found - wanted).abs() / wanted.abs()).max())

@@ -1,0 +1,35 @@
+"""launch/train.py in which UE rank 1's first smashed data of iteration 3 hold a NaN."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from typing import Any
+
+import torch
+
+from csipipe.gpucheck.runs import ROOT
+from csipipe.ledger import Kind
+from csipipe.wire import Channel
+
+
+def main() -> None:
+    """Run the program on this rank; the sending end of its channel is what goes wrong."""
+    send, sent = Channel.send, 0
+
+    def spoiled(channel: Channel, m: int, tensor: torch.Tensor) -> Any:
+        nonlocal sent
+        if channel.kind is Kind.SMASHED and m == 0:
+            sent += 1
+            if sent == 3:
+                tensor = tensor.detach().clone()
+                tensor.view(-1)[1] = float("nan")
+        return send(channel, m, tensor)
+
+    if os.environ["RANK"] == "1":
+        Channel.send = spoiled  # type: ignore[method-assign]
+    runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

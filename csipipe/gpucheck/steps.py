@@ -1,0 +1,85 @@
+"""The steps in order; python -m csipipe.gpucheck.steps NAME DEVICE FOLDER SECONDS does one."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import traceback
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from csipipe.device import set_arithmetic
+from csipipe.gpucheck.findings import Findings, Step
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step: what it is about, the function that does it, its limit in seconds.
+
+    Attributes:
+        after: steps that must have ended before; None: all before it (it needs the GPU alone).
+    """
+
+    name: str
+    about: str
+    function: str
+    limit: float
+    alone: bool = True
+
+
+STEPS = (
+    Planned("versions", "Versions and settings", "versions:run", 40),
+    Planned("kernels", "Kernels at (4000, 7, 32, 32)", "kernels:run", 70),
+    Planned(
+        "centralised", "Centralised: cuda beside cpu, and twice", "parity:centralised", 90, False
+    ),
+    Planned("split", "Split training beside the unsplit model", "parity:split", 120, False),
+    Planned("resume", "Resuming", "endings:resume", 120, False),
+    Planned("faults", "Faults", "endings:faults", 120, False),
+    Planned("compile", "Compiling the unsplit model, for later", "peer:warm", 120, False),
+    Planned("triton", "Triton kernels", "csipipe.models.kernels.gpucheck:run", 60),
+    Planned("unsplit", "The paper's size, one process", "size:unsplit", 90),
+    Planned("peer", "The paper's size, stock layers and torch.compile", "peer:run", 90),
+    Planned("apart", "The paper's size, roles on ranks of their own", "size:apart", 100),
+    Planned("overhead", "torch.compile, mode reduce-overhead", "peer:reduce_overhead", 90),
+    Planned("curve", "The paper preset on generated channels", "curve:run", 1800),
+)
+"""In order. Steps that don't need the device alone run side by side."""
+
+
+def there(step: Planned) -> bool:
+    """Whether this version has the step's module."""
+    module = _module(step)
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _module(step: Planned) -> str:
+    name = step.function.split(":")[0]
+    return name if "." in name else f"csipipe.gpucheck.{name}"
+
+
+def main(name: str, device: str, folder: str, seconds: str) -> int:
+    """Do one step; what it found lies in FOLDER/found.json, its error on stderr."""
+    planned = next(step for step in STEPS if step.name == name)
+    step = Step(
+        torch.device(device), Path(folder), float(seconds), Findings(Path(folder, "found.json"))
+    )
+    set_arithmetic(tf32=False)
+    faulthandler.dump_traceback_later(max(1.0, step.seconds - 1))  # says where it was
+    try:
+        getattr(import_module(_module(planned)), planned.function.split(":")[1])(step)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
