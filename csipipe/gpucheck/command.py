@@ -17,10 +17,10 @@ import torch
 from csipipe.gpucheck import findings, page
 from csipipe.gpucheck.steps import STEPS, Planned, there
 
-ABOUT = """Runs csipipe on this machine's GPU, checks what must hold (the same numbers as the unsplit
-model and as the CPU, the same bits twice, faults that are named), measures the paper's size, and
-writes one Markdown page. Every step has a limit; a step that fails doesn't stop the others, and the
-page is written anew after each."""
+ABOUT = """Runs csipipe on this machine's GPU, checks what must hold (the same numbers as the
+unsplit model and as the CPU, the same bits twice, faults that are named), measures the paper's
+size, and writes one Markdown page. Every step has a limit; a step that fails doesn't stop the
+others, and the page is written anew after each."""
 _TAIL = 3000  # characters of a failing step's output that go onto the page
 _PATIENCE = 8  # times a step's limit that its rehearsal gets
 
@@ -76,7 +76,7 @@ class Running:
             "name": self.step.name,
             "about": self.step.about,
             "state": self.state,
-            "seconds": self.seconds,
+            "seconds": self.seconds or time.monotonic() - self.began,
             "error": error,
             **findings.read(self.folder / "found.json"),
         }
@@ -141,7 +141,8 @@ class Check:
 
     def start(self, step: Planned) -> None:
         """Start a step; one that needs the device alone once all others are over."""
-        if step.alone or (self.running and self.running[-1].step.alone):
+        others = self.running and self.running[-1].step.alone
+        if step.alone or others or self.device == "cpu":
             self.wait()
         left = self.deadline - time.monotonic()
         if left < 10:

@@ -9,7 +9,7 @@ import torch
 
 from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.parity import small
-from csipipe.gpucheck.runs import Run, relative, same_bits
+from csipipe.gpucheck.runs import Run, relative, same_bits, start
 
 _HALF = 6
 
@@ -25,8 +25,8 @@ def resume(step: Step) -> None:
     whole = Run(step.folder / "whole", 2, arguments).succeed(step.left - 2)
     again = arguments | {"run.resume": whole.folder / "checkpoints" / str(_HALF)}
     device = step.device.type
-    same = Run(step.folder / "again", 2, again)
-    cpu = Run(step.folder / "cpu", 2, again | {"train.device": "cpu"})
+    same = start(step, "again", 2, again)
+    cpu = start(step, "cpu", 2, again | {"train.device": "cpu"})
     same.succeed(step.left - 2)
     differ = same_bits(whole.weights, same.weights)
     step.add(f"{device} → {device}", differ or "the same bits", "the same bits", not differ)
@@ -40,8 +40,8 @@ def faults(step: Step) -> None:
     before = _used(step)
     spoil = ("-m", "csipipe.gpucheck.spoil")
     arguments = small(step) | {"topology.stages": 1, "run.timeout": 20}
-    stop = Run(step.folder / "nan-stop", 3, arguments, spoil)
-    drop = Run(step.folder / "nan-drop", 3, arguments | {"train.on_bad_ue": "drop"}, spoil)
+    stop = start(step, "nan-stop", 3, arguments, *spoil)
+    drop = start(step, "nan-drop", 3, arguments | {"train.on_bad_ue": "drop"}, *spoil)
     long = {"train.iterations": 1_000_000, "run.eval_every": 100_000, "run.save_every": 100_000}
     killed = Run(step.folder / "killed", 3, arguments | long)
     try:

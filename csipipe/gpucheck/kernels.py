@@ -124,13 +124,13 @@ def batch_norm(step: Step) -> None:
 
             lines.append(f"{name:<22} {forward:>9.3f} {milliseconds(both, step.device):>20.3f}")
     x = torch.randn(rows, 7, 32, 32, device=step.device)
+    scale, bias = (torch.ones(1, 7, 1, 1, device=step.device) for _ in range(2))
     for name, way in (
         ("var_mean over (0, 2, 3)", lambda: torch.var_mean(x, (0, 2, 3), correction=0)),
         ("var_mean in two stages", lambda: two_stages(x)),
         ("sums in two stages", lambda: (x.sum((2, 3)).sum(0), (x * x).sum((2, 3)).sum(0))),
         ("only scaling and adding", lambda: torch.addcmul(bias, x, scale)),
     ):
-        scale, bias = (torch.ones(1, 7, 1, 1, device=step.device) for _ in range(2))
         lines.append(f"{name:<24} {milliseconds(way, step.device):>7.3f}")
     one = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     for found, wanted in zip(two_stages(x), one, strict=True):

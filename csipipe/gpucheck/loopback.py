@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.ledger import Kind
+from csipipe.comm.world import World
 from csipipe.device import download, upload
 from csipipe.gpucheck.timing import milliseconds
-from csipipe.ledger import Kind
-from csipipe.wire import Channel, Peer
-from csipipe.world import World
 
 _LIMIT = 40.0
 

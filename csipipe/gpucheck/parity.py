@@ -9,7 +9,7 @@ from torch import Tensor
 
 from csipipe import methods
 from csipipe.gpucheck.findings import Step
-from csipipe.gpucheck.runs import ROOT, Run, relative, same_bits, settings
+from csipipe.gpucheck.runs import ROOT, Run, relative, same_bits, settings, start
 from csipipe.methods.centralised import Centralised
 
 ITERATIONS = 20
@@ -39,7 +39,7 @@ def centralised(step: Step) -> None:
     """The unsplit model through the program: on the CPU, and twice on the device."""
     arguments = small(step, method="centralised")
     runs = {
-        name: Run(step.folder / name, 1, arguments | {"train.device": device})
+        name: start(step, name, 1, arguments | {"train.device": device})
         for name, device in (
             ("cpu", "cpu"),
             ("first", step.device.type),
@@ -60,12 +60,11 @@ def split(step: Step) -> None:
     cases: dict[str, tuple[int, dict[str, Any]]] = {
         "one-stage": (3, {"topology.stages": 1}),
         "two-stages": (4, {"topology.stages": 2}),
-        "gpipe": (4, {"topology.stages": 2, "train.schedule": "gpipe"}),
         "zero1": (4, {"topology.stages": 2, "train.deepspeed": zero}),
         "bf16": (4, {"topology.stages": 2, "train.precision": "bf16"}),
     }
     runs = {
-        name: Run(step.folder / name, ranks, small(step) | changes)
+        name: start(step, name, ranks, small(step) | changes)
         for name, (ranks, changes) in cases.items()
     }
     wanted = unsplit(step, small(step) | {"topology.stages": 1})
@@ -79,7 +78,7 @@ def split(step: Step) -> None:
     for name, run in done.items():
         limit = TOLERANCE if name != "bf16" else 3e-2
         _compare(step, f"{name} beside the unsplit model", run.losses, wanted, limit)
-    for name in ("two-stages", "gpipe", "zero1"):
+    for name in ("two-stages", "zero1"):
         if name in done and "one-stage" in done:
             differ = same_bits(done["one-stage"].weights, done[name].weights)
             what = f"{name} and one stage, {ITERATIONS} iterations"

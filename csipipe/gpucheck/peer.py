@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.bench import plain
-from csipipe.config import ModelSettings, Settings
 from csipipe.device import autocast, set_arithmetic
 from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.runs import settings
 from csipipe.gpucheck.size import captured, paper
 from csipipe.gpucheck.timing import milliseconds
-from csipipe.metrics import paper_loss
+from csipipe.measure.metrics import paper_loss
 from csipipe.models.crblock import SLOPE
+from csipipe.settings.config import ModelSettings, Settings
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 

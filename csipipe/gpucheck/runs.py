@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csipipe import checkpoint, commandline
-from csipipe.config import Settings
+from csipipe import checkpoint
+from csipipe.gpucheck.findings import Step
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "launch" / "train.py")
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -30,6 +33,14 @@ def line(folder: Path, arguments: dict[str, Any]) -> list[str]:
     """Arguments of launch/train.py."""
     pairs = {"run.dir": folder, **arguments}
     return [part for name, value in pairs.items() for part in (f"--{name}", str(value))]
+
+
+def start(step: Step, name: str, ranks: int, arguments: dict[str, Any], *script: str) -> Run:
+    """A run in the step's folder; a rehearsal has no cores for several at once and waits for it."""
+    run = Run(step.folder / name, ranks, arguments, script or (TRAIN,))
+    if step.tiny:
+        run.wait(step.left - 2)
+    return run
 
 
 @dataclass
@@ -45,8 +56,7 @@ class Run:
     folder: Path
     ranks: int
     arguments: dict[str, Any]
-    script: tuple[str, ...] = (str(ROOT / "launch" / "train.py"),)
-    environment: dict[str, str] = field(default_factory=dict)
+    script: tuple[str, ...] = (TRAIN,)
 
     def __post_init__(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +70,7 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path, **self.environment},
+                env={**os.environ, "PYTHONPATH": path},
             )
 
     def wait(self, seconds: float) -> int:

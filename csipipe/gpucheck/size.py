@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from csipipe import methods, models
-from csipipe.config import Settings
 from csipipe.device import autocast, set_arithmetic, synchronize
 from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.runs import Run, settings
 from csipipe.gpucheck.timing import milliseconds
+from csipipe.measure.metrics import paper_loss
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.ue import UserEquipment
-from csipipe.metrics import paper_loss
+from csipipe.settings.config import Settings
 
 _PROFILED = 20
 

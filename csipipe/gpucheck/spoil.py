@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from csipipe.comm.channel import Channel
+from csipipe.comm.ledger import Kind
 from csipipe.gpucheck.runs import ROOT
-from csipipe.ledger import Kind
-from csipipe.wire import Channel
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ STEPS = (
     Planned("resume", "Resuming", "endings:resume", 120, False),
     Planned("faults", "Faults", "endings:faults", 120, False),
     Planned("compile", "Compiling the unsplit model, for later", "peer:warm", 120, False),
-    Planned("triton", "Triton kernels", "csipipe.models.kernels.gpucheck:run", 60),
+    Planned("crblock", "The Triton CRBlock", "crblock:run", 75),
     Planned("unsplit", "The paper's size, one process", "size:unsplit", 90),
     Planned("peer", "The paper's size, stock layers and torch.compile", "peer:run", 90),
     Planned("apart", "The paper's size, roles on ranks of their own", "size:apart", 100),
@@ -52,17 +52,13 @@ STEPS = (
 
 
 def there(step: Planned) -> bool:
-    """Whether this version has the step's module."""
-    module = _module(step)
+    """Whether this version has what the step checks."""
+    if step.name != "crblock":
+        return True
     try:
-        return find_spec(module) is not None
+        return find_spec("csipipe.models.kernels.triton_crblock") is not None
     except ModuleNotFoundError:
         return False
-
-
-def _module(step: Planned) -> str:
-    name = step.function.split(":")[0]
-    return name if "." in name else f"csipipe.gpucheck.{name}"
 
 
 def main(name: str, device: str, folder: str, seconds: str) -> int:
@@ -74,7 +70,8 @@ def main(name: str, device: str, folder: str, seconds: str) -> int:
     set_arithmetic(tf32=False)
     faulthandler.dump_traceback_later(max(1.0, step.seconds - 1))  # says where it was
     try:
-        getattr(import_module(_module(planned)), planned.function.split(":")[1])(step)
+        module, _, function = planned.function.partition(":")
+        getattr(import_module(f"csipipe.gpucheck.{module}"), function)(step)
     except Exception:
         traceback.print_exc()
         return 1

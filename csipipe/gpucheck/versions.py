@@ -45,7 +45,7 @@ def run(step: Step) -> None:
         and torch.backends.cudnn.deterministic,
     )
     step.add("compilers", f"cc {_first_line('cc')}; nvcc {_first_line('nvcc')}")
-    code = "import csipipe.training, csipipe.pipeline.engine, csipipe.trained"
+    code = "import csipipe.run.training, csipipe.pipeline.engine, csipipe.run.trained"
     environment = {**os.environ, "DS_ACCELERATOR": step.device.type}
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", code],

@@ -23,7 +23,7 @@ LEVELS = [
     {"methods"},
     {"bench", "profiling"},
     {"run"},
-    {"reports", "evaluation", "export"},
+    {"reports", "evaluation", "export", "gpucheck"},
     {"launch", "__main__"},
 ]
 
