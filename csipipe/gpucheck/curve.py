@@ -26,7 +26,7 @@ def run(step: Step) -> None:
         "run.save_every": 100000,
     }
     if step.tiny:
-        arguments |= {"train.batch_size": 8, "train.iterations": 6}
+        arguments |= {"train.batch_size": 8, "train.iterations": 6, "train.threads": 1}
     run = Run(step.folder / "paper", 2, arguments)
     stop = step.folder / "paper" / "stop"
     while run.process.poll() is None:

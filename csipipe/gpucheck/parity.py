@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 def small(step: Step, **changes: Any) -> dict[str, Any]:
     """Arguments of a run that takes seconds, with the real layers: 4 UEs × 32 rows of 32 × 32."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "train.device": step.device.type,
         "train.iterations": 4 if step.tiny else ITERATIONS,
         "train.batch_size": 8 if step.tiny else 32,
@@ -32,6 +32,8 @@ def small(step: Step, **changes: Any) -> dict[str, Any]:
         "run.save_every": 1000,
         "run.timeout": 30,
     }
+    if step.tiny:
+        arguments["train.threads"] = 1
     return arguments | {name.replace("__", "."): value for name, value in changes.items()}
 
 

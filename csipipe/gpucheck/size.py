@@ -25,7 +25,7 @@ _PROFILED = 20
 def paper(step: Step, **changes: Any) -> dict[str, Any]:
     """Arguments of the paper's size on generated channels; few rows, few iterations."""
     ues, rows = (3, 8) if step.tiny else (10, 800)
-    arguments = {
+    arguments: dict[str, Any] = {
         "train.device": step.device.type,
         "topology.ues": ues,
         "train.batch_size": rows,
@@ -41,6 +41,8 @@ def paper(step: Step, **changes: Any) -> dict[str, Any]:
         "run.eval_every": 12,
         "run.save_every": 1000,
     }
+    if step.tiny:
+        arguments["train.threads"] = 1
     return arguments | {name.replace("__", "."): value for name, value in changes.items()}
 
 

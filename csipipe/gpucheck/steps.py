@@ -7,12 +7,12 @@ import sys
 import traceback
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from csipipe.device import set_arithmetic
+from csipipe.gpucheck.crblock import SCRIPT
 from csipipe.gpucheck.findings import Findings, Step
 
 
@@ -35,16 +35,16 @@ STEPS = (
     Planned("versions", "Versions and settings", "versions:run", 40),
     Planned("kernels", "Kernels at (4000, 7, 32, 32)", "kernels:run", 70),
     Planned(
-        "centralised", "Centralised: cuda beside cpu, and twice", "parity:centralised", 90, False
+        "centralised", "Centralised, beside the CPU and twice", "parity:centralised", 90, False
     ),
-    Planned("split", "Split training beside the unsplit model", "parity:split", 120, False),
-    Planned("resume", "Resuming", "endings:resume", 120, False),
-    Planned("faults", "Faults", "endings:faults", 120, False),
-    Planned("compile", "Compiling the unsplit model, for later", "peer:warm", 120, False),
-    Planned("crblock", "The Triton CRBlock", "crblock:run", 75),
-    Planned("unsplit", "The paper's size, one process", "size:unsplit", 90),
+    Planned("split", "Split training beside the unsplit model", "parity:split", 110, False),
+    Planned("resume", "Resuming", "endings:resume", 110, False),
+    Planned("faults", "Faults", "endings:faults", 110, False),
+    Planned("compile", "Compiling the unsplit model, for later", "peer:warm", 100, False),
+    Planned("unsplit", "The paper's size, one process", "size:unsplit", 70),
+    Planned("apart", "The paper's size, roles on ranks of their own", "size:apart", 80),
+    Planned("crblock", "The Triton CRBlock", "crblock:run", 70),
     Planned("peer", "The paper's size, stock layers and torch.compile", "peer:run", 90),
-    Planned("apart", "The paper's size, roles on ranks of their own", "size:apart", 100),
     Planned("overhead", "torch.compile, mode reduce-overhead", "peer:reduce_overhead", 90),
     Planned("curve", "The paper preset on generated channels", "curve:run", 1800),
 )
@@ -53,12 +53,7 @@ STEPS = (
 
 def there(step: Planned) -> bool:
     """Whether this version has what the step checks."""
-    if step.name != "crblock":
-        return True
-    try:
-        return find_spec("csipipe.models.kernels.triton_crblock") is not None
-    except ModuleNotFoundError:
-        return False
+    return step.name != "crblock" or SCRIPT.is_file()
 
 
 def main(name: str, device: str, folder: str, seconds: str) -> int:
