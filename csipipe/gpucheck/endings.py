@@ -39,10 +39,12 @@ def faults(step: Step) -> None:
     """A NaN from a UE, which stops the run or is dropped, and a rank that is killed."""
     before = _used(step)
     spoil = ("-m", "csipipe.gpucheck.spoil")
-    arguments = small(step) | {"topology.stages": 1, "run.timeout": 20}
+    # evaluated at the end only: the third message of a kind is then the third iteration's
+    arguments = small(step) | {"topology.stages": 1, "run.timeout": 20, "run.eval_every": 1000}
     stop = start(step, "nan-stop", 3, arguments, *spoil)
     drop = start(step, "nan-drop", 3, arguments | {"train.on_bad_ue": "drop"}, *spoil)
-    long = {"train.iterations": 1_000_000, "run.eval_every": 100_000, "run.save_every": 100_000}
+    long = {"train.iterations": 1_000_000, "run.eval_every": 1_000_000}
+    long["run.save_every"] = 1_000_000
     killed = Run(step.folder / "killed", 3, arguments | long)
     try:
         _kill_one(step, killed)
