@@ -23,6 +23,7 @@ def small(step: Step, **changes: Any) -> dict[str, Any]:
         "train.iterations": 4 if step.tiny else ITERATIONS,
         "train.batch_size": 8 if step.tiny else 32,
         "train.micro_batches": 4,
+        "train.threads": 1 if step.tiny else 2,  # other steps want cores too
         "model.c1": 64,
         "model.c2": 32,
         "data.train_samples": 320,
@@ -32,8 +33,6 @@ def small(step: Step, **changes: Any) -> dict[str, Any]:
         "run.save_every": 1000,
         "run.timeout": 30,
     }
-    if step.tiny:
-        arguments["train.threads"] = 1
     return arguments | {name.replace("__", "."): value for name, value in changes.items()}
 
 
