@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -181,5 +182,7 @@ class Check:
         (self.out / "found.json").write_text(json.dumps(steps, indent=1))
         empty = {"state": "not run", "seconds": 0.0, "rows": [], "texts": [], "error": ""}
         steps += [{"about": f"{about}: no time was left", **empty} for about in self.left_out]
+        for kept in self.work.glob(f"*/{findings.KEPT}/*"):
+            shutil.copy(kept, self.out)
         title = "csipipe on a GPU" if self.device == "cuda" else "Rehearsal on a CPU: no figures"
         (self.out / "page.md").write_text(page.page(title, steps))

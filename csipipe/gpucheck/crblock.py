@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,5 +27,5 @@ def run(step: Step) -> None:
             code = process.wait()
     step.findings.show((step.folder / "triton.txt").read_text()[-_SHOWN:])
     if found.is_file():
-        shutil.copy(found, step.folder.parent / "triton.json")
+        step.keep(found)
     step.add("the check's exit code", code, "0", code == 0)

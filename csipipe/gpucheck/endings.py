@@ -91,7 +91,7 @@ def _training(run: Run) -> dict[str, psutil.Process]:
     """The ranks' processes by rank, once the run has its directory."""
     if not (run.folder / "config.yaml").exists():
         return {}
-    found = {}
+    found: dict[str, psutil.Process] = {}
     for process in psutil.Process(run.process.pid).children(recursive=True):
         try:
             rank = process.environ().get("RANK")

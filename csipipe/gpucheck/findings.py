@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+KEPT = "kept"
+"""Folder in a step's own with files that belong beside the page."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class Step:
     def left(self) -> float:
         """Seconds that are left."""
         return self.started + self.seconds - time.monotonic()
+
+    def keep(self, file: Path) -> None:
+        """Have a copy of `file` beside the page."""
+        kept = self.folder / KEPT
+        kept.mkdir(exist_ok=True)
+        shutil.copy(file, kept)
 
     def add(self, what: str, found: object, wanted: str = "", ok: bool | None = None) -> None:
         """As `Findings.add`."""

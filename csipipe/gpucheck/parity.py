@@ -1,11 +1,17 @@
-"""Small runs on the device beside the same on the CPU, themselves, and the unsplit model."""
+"""Small runs on the device beside the same on the CPU, themselves, and the unsplit model.
+
+Adam divides by the size of a gradient, so that a rounding error of one of these small runs grows
+tenfold in some five iterations. How much of a difference that explains is measured, not guessed:
+the unsplit model is trained a second time from weights that are off by half a unit in the last
+place.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csipipe import methods
 from csipipe.gpucheck.findings import Step
@@ -50,7 +56,7 @@ def centralised(step: Step) -> None:
     for run in runs.values():
         run.succeed(step.left - 2)
     cpu, first, second = runs.values()
-    _compare(step, "the device beside the CPU", first.losses, cpu.losses, 1e-3)
+    _compare(step, "the device beside the CPU", first.losses, cpu.losses, 1e-3, 1e-3)
     differ = same_bits(first.weights, second.weights)
     step.add("twice on the device", differ or "the same bits", "the same bits", not differ)
 
@@ -68,7 +74,9 @@ def split(step: Step) -> None:
         name: start(step, name, ranks, small(step) | changes)
         for name, (ranks, changes) in cases.items()
     }
-    wanted = unsplit(step, small(step) | {"topology.stages": 1})
+    wanted, nudged = (unsplit(step, small(step) | {"topology.stages": 1}, n) for n in (False, True))
+    grown = relative(nudged, wanted)
+    step.add("the unsplit model, its weights off by half a unit in the last place", f"{grown:.1e}")
     for name, run in runs.items():
         try:
             run.succeed(step.left - 2)
@@ -77,8 +85,8 @@ def split(step: Step) -> None:
             step.findings.show(str(error))
     done = {name: run for name, run in runs.items() if run.process.poll() == 0}
     for name, run in done.items():
-        limit = TOLERANCE if name != "bf16" else 3e-2
-        _compare(step, f"{name} beside the unsplit model", run.losses, wanted, limit)
+        early, late = (TOLERANCE, max(TOLERANCE, grown)) if name != "bf16" else (3e-2, 3e-2)
+        _compare(step, f"{name} beside the unsplit model", run.losses, wanted, early, late)
     if done.keys() >= {"one-stage", "two-stages"}:
         differ = same_bits(done["one-stage"].weights, done["two-stages"].weights)
         step.add("two stages and one", differ or "the same bits", "the same bits", not differ)
@@ -99,11 +107,18 @@ def _ledger(step: Step, run: Run) -> None:
     step.add("ledger", f"{exchanged['scalars']} scalars", f"{scalars} each way", exchanged == want)
 
 
-def unsplit(step: Step, arguments: dict[str, Any]) -> Tensor:
-    """(evaluations, UEs) test losses of the unsplit model with private ends, on the device."""
+def unsplit(step: Step, arguments: dict[str, Any], nudge: bool = False) -> Tensor:
+    """(evaluations, UEs) test losses of the unsplit model with private ends, on the device.
+
+    Args:
+        nudge: begin with weights that are off by up to half a unit in the last place.
+    """
     made = settings(step.folder / "unsplit", arguments)
     ues, test = methods.load(made, range(made.topology.ues), step.device)
     worker = Centralised(made, ues, test, step.device, shared=False)
+    if nudge:
+        for part in (worker.tail, *(part for ue in ues for part in (ue.encoder, ue.head))):
+            _nudge(part)
     losses = []
     for iteration in range(made.train.iterations):
         worker.train_iteration(iteration)
@@ -111,9 +126,18 @@ def unsplit(step: Step, arguments: dict[str, Any]) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _compare(step: Step, what: str, found: Tensor, wanted: Tensor, limit: float) -> None:
-    """Losses of all iterations, and of the first few, before differences have grown."""
-    early = relative(found[:5], wanted[:5])
-    late = relative(found, wanted)
-    step.add(f"{what}, 5 iterations", f"{early:.1e}", f"≤ {limit:.0e}", early <= limit)
-    step.add(f"{what}, all {len(wanted)}", f"{late:.1e}", f"≤ {limit:.0e}", late <= limit)
+def _nudge(part: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in part.parameters():
+            half = torch.rand(weight.shape, generator=generator) - 0.5
+            weight.mul_(1 + torch.finfo(weight.dtype).eps * half.to(weight.device))
+
+
+def _compare(
+    step: Step, what: str, found: Tensor, wanted: Tensor, early: float, late: float
+) -> None:
+    """Losses of the first few iterations, and of all, within `early` and `late`."""
+    for name, count, limit in (("5 iterations", 5, early), (f"all {len(wanted)}", None, late)):
+        distance = relative(found[:count], wanted[:count])
+        step.add(f"{what}, {name}", f"{distance:.1e}", f"≤ {limit:.1e}", distance <= limit)

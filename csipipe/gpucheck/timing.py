@@ -17,17 +17,18 @@ def milliseconds(
         function()
     if device.type == "cpu":
         return statistics.median(_on_host(function) for _ in range(repeats))
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(repeats)
-    ]
+    events = [(_event(), _event()) for _ in range(repeats)]
     torch.cuda.synchronize(device)
     for start, end in events:
         start.record()
         function()
         end.record()
     torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return float(statistics.median(start.elapsed_time(end) for start, end in events))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _on_host(function: Callable[[], object]) -> float:

@@ -21,7 +21,8 @@ _PACKAGES = ("numpy", "triton", "deepspeed", "jsonargparse", "pydantic", "llvmli
 def run(step: Step) -> None:
     """Note them; fails where the package's own program can't be imported."""
     step.add("Python, torch", f"{platform.python_version()}, {torch.__version__}")
-    step.add("torch's CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    step.add("torch's CUDA, cuDNN", f"{torch.version.cuda}, {cudnn}")
     step.add("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     step.add("CPU", f"{processor()}, {len(os.sched_getaffinity(0))} cores, {_memory()}")
     if step.device.type == "cuda":
@@ -33,7 +34,8 @@ def run(step: Step) -> None:
             f"L2 {card.L2_cache_size / 2**20:.0f} MiB, {torch.cuda.device_count()} of them",
         )
         step.add("nvidia-smi", _smi())
-        step.add("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        step.add("NCCL", ".".join(map(str, nccl)))
     step.add("gloo, NCCL in torch", f"{dist.is_gloo_available()}, {dist.is_nccl_available()}")
     step.add(
         "TF32 in cuDNN, in products; deterministic",
