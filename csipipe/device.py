@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from csipipe.settings.config import Precision
+from csipipe.settings.config import Precision, Settings
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -21,15 +22,73 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     """Device of this rank: `auto`, `cpu` or `cuda`; ranks of one node share its GPUs in turn.
 
     Raises:
-        ValueError: `cuda` where there is none.
+        ValueError: `cuda` where there is none, or the GPU refuses this process.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but this machine has no CUDA device; use auto.")
+        raise ValueError(f"train.device is cuda, but {_without_cuda()}; auto takes the CPU.")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device)  # the GPU's context begins here, not at the first layer
+    except RuntimeError as error:
+        raise ValueError(_refused(device, local_rank, str(error).splitlines()[0])) from error
+    # autograd's threads begin without one, and torch says so in every run
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
     return device
+
+
+def _without_cuda() -> str:
+    """Why torch finds no CUDA device, and what to do about it."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA: install its CUDA build, from pytorch.org"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs: unset it"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        if "driver" in reason and "too old" in reason:
+            return (
+                f"the driver is older than CUDA {torch.version.cuda}, which this torch is built "
+                f"for ({reason}): update the driver, or install a torch built for an older CUDA"
+            )
+        return f"torch can't use one ({reason}): see nvidia-smi"
+    return "this machine has no CUDA device: see nvidia-smi"
+
+
+def _refused(device: torch.device, local_rank: int, reason: str) -> str:
+    """Why a GPU doesn't take this process; ranks beyond the number of GPUs share one."""
+    if "busy or unavailable" in reason:
+        return (
+            f"{device} takes no further process ({reason}): with compute mode EXCLUSIVE_PROCESS, "
+            f"which `nvidia-smi -q -d COMPUTE` shows, a GPU takes one. This node has "
+            f"{torch.cuda.device_count()} GPU(s), and this is its rank {local_rank}, counted from "
+            f"0: start as many ranks as GPUs, or `nvidia-smi -i {device.index} -c DEFAULT`."
+        )
+    if "out of memory" in reason:
+        return (
+            f"{device} has no memory left for another process ({reason}): see nvidia-smi for who "
+            "has it; start fewer ranks on this GPU, or use train.device cpu."
+        )
+    return f"{device} can't be used: {reason}; see nvidia-smi, or use train.device cpu."
+
+
+@contextlib.contextmanager
+def memory_explained(settings: Settings, ranks_on_node: int) -> Iterator[None]:
+    """Say what needs a GPU's memory, and what to lower, when there isn't enough (OSError)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        train, ues = settings.train, settings.topology.ues
+        reason = str(error).split(". GPU", 1)[0]
+        raise OSError(
+            f"{reason}. An iteration takes {ues} UEs × {train.batch_size} rows in "
+            f"{train.micro_batches} micro-batch(es), with {ranks_on_node} rank(s) on this node's "
+            f"{torch.cuda.device_count()} GPU(s). Raise train.micro_batches, lower "
+            "train.batch_size or the number of ranks, or use train.precision bf16."
+        ) from error
 
 
 def set_threads(wanted: int | None, ranks_on_node: int) -> int:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from csipipe.comm import trust
+from csipipe.comm import patience, trust
 from csipipe.comm.blame import watch
 from csipipe.comm.ledger import COUNTED, UP, Kind, Ledger
 from csipipe.comm.loopback import Awaited, Handed, Loopback
@@ -59,6 +60,7 @@ class Channel:
         slots: micro-batches per iteration.
         limit: root mean square of a sound message; None: what arrives isn't checked.
         clock: this rank's; when it records, waits are named after the peer.
+        timeout: longest wait for a message where the group is NCCL's, which doesn't end it itself.
 
     Attributes:
         tolerant: instead of raising an error, note UEs whose messages aren't sound in `bad` and
@@ -79,6 +81,7 @@ class Channel:
         group: dist.ProcessGroup | None = None,
         limit: float | None = None,
         clock: Clock | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.kind = kind
         self.peers = peers
@@ -93,7 +96,9 @@ class Channel:
         self.tolerant = False
         self.bad: dict[int, str] = {}
         elsewhere = any(peer.loop is None for peer in peers)
-        staged = device.type != "cpu" and elsewhere and dist.get_backend(group) != "nccl"
+        nccl = elsewhere and dist.get_backend(group) == "nccl"
+        self._timeout = timeout if nccl else None
+        staged = device.type != "cpu" and elsewhere and not nccl
         # a thread begins on GPU 0, and what it does there costs memory for a second context
         self._thread = (
             ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
@@ -129,9 +134,10 @@ class Channel:
         for peer, work in zip(self.peers, self._receives.pop(m), strict=True):
             with self._receiving(m, peer):
                 if self.clock.recorder is None:
-                    work.wait()
+                    patience.wait(work, self._timeout)
                 else:
-                    self.clock.recorder.within(f"wait for {peer.role}", work.wait)
+                    wait = partial(patience.wait, work, self._timeout)
+                    self.clock.recorder.within(f"wait for {peer.role}", wait)
             self._count(peer, buffer)
             if self.limit is not None and not trust.sound(buffer[peer.rows], self.limit):
                 self._judge(m, peer, buffer[peer.rows], self.limit)
@@ -184,7 +190,7 @@ class Channel:
         works = self._sends.popleft()
         for work, peer, _ in works.result() if isinstance(works, Future) else works:
             with self._sending(peer):
-                work.wait()
+                patience.wait(work, self._timeout)
 
     def _post(self, m: int) -> None:
         place = m % self._ahead

@@ -113,7 +113,12 @@ class Wire:
         return channel
 
     def neighbour(
-        self, kind: Kind, stage: int, shape: tuple[int, ...], group: dist.ProcessGroup
+        self,
+        kind: Kind,
+        stage: int,
+        shape: tuple[int, ...],
+        group: dist.ProcessGroup,
+        timeout: float,
     ) -> Channel:
         """Activations or their gradients, `shape` per row, between this stage and `stage`."""
         rows = self.rows * self.topology.ues
@@ -126,6 +131,7 @@ class Wire:
             self.device,
             group=group,
             clock=self.clock,
+            timeout=timeout,
         )
 
     def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:

@@ -31,6 +31,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from csipipe.comm import blame
+from csipipe.comm.patience import group_timeout
 
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or generating its data, in seconds."""
@@ -135,14 +136,28 @@ class World:
             self.read(f"owns a GPU/{rank}", rank, "whether it owns a GPU") == "True"
             for rank in range(stages)
         ]
+        backend = "nccl" if all(owners) else "gloo"
         group: dist.ProcessGroup | None = dist.new_group(
             range(stages),
-            timeout=timedelta(seconds=timeout),
-            backend="nccl" if all(owners) else "gloo",
+            timeout=group_timeout(backend, timeout),
+            backend=backend,
             use_local_synchronization=True,
         )
         assert group is not None
         return group
+
+    @staticmethod
+    def detours(stages: int, device: torch.device, group: dist.ProcessGroup) -> list[str]:
+        """A line for people where stages on GPUs talk to each other by way of the host."""
+        if device.type == "cpu" or stages == 1 or dist.get_backend(group) == "nccl":
+            return []
+        reason = "NCCL takes no two ranks on one GPU"
+        if not dist.is_nccl_available():
+            reason = "this torch has no NCCL"
+        return [
+            f"the {stages} stages send activations through the host (gloo): {reason}. On one GPU "
+            "topology.stages 1 is faster; on several, start stages on a GPU each."
+        ]
 
     def ready(self, step: str, limit: float = SETUP_TIMEOUT) -> None:
         """Wait until every rank has reached `step` of the set-up.

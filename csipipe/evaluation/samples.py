@@ -19,8 +19,8 @@ from csipipe.settings.config import Precision
 COLUMNS = ("loss", "floor", "nmse", "rho", "sgcs")
 """Per sample, linear: the paper's loss, that of a constant 0.5, centred NMSE, ρ, SGCS. A row
 without energy has no NMSE, ρ and SGCS; without HF_all no row has the last two: NaN."""
-BLOCK = 128
-"""Rows that a model takes at once."""
+BLOCKS = {"cpu": 128, "cuda": 4096}
+"""Rows that a model takes at once; a GPU's small eigenvalue problems cost a launch each."""
 
 Total = Callable[[Tensor], Tensor]
 
@@ -47,12 +47,13 @@ def measure(
         model.to(device)
     count = len(rows.h_BAD)
     found = torch.zeros(len(models), count, len(COLUMNS), dtype=torch.float64)
-    for start in range(0, count, BLOCK * ranks):  # a round: a block for each rank
-        mine = slice(start + rank * BLOCK, min(count, start + (rank + 1) * BLOCK))
+    block = BLOCKS[device.type]
+    for start in range(0, count, block * ranks):  # a round: a block for each rank
+        mine = slice(start + rank * block, min(count, start + (rank + 1) * block))
         if mine.start < count:
             found[:, mine] = _block(models, rows, mine, precision, device)
-        part = found[:, start : start + BLOCK * ranks].contiguous()
-        found[:, start : start + BLOCK * ranks] = total(part)
+        part = found[:, start : start + block * ranks].contiguous()
+        found[:, start : start + block * ranks] = total(part)
     return found
 
 
@@ -61,7 +62,8 @@ def ceiling(rows: Rows) -> tuple[float, float] | None:
     if rows.hf_BAK is None:
         return None
     parts = []
-    for h, hf in zip(torch.split(rows.h_BAD, BLOCK), torch.split(rows.hf_BAK, BLOCK), strict=True):
+    blocks = (torch.split(x, BLOCKS["cpu"]) for x in (rows.h_BAD, rows.hf_BAK))
+    for h, hf in zip(*blocks, strict=True):
         own = metrics.to_frequency(h)
         parts.append(torch.stack([metrics.rho(own, hf), metrics.sgcs(own, hf)], 1).double())
     rho, sgcs = torch.cat(parts).nanmean(0).tolist()

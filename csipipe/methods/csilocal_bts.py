@@ -50,7 +50,8 @@ class BtsHalf(Half):
         super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
         train, timeout = settings.train, settings.run.timeout
-        engine.open_subworld(world.bts_group(topology.stages, device, timeout), timeout)
+        group = world.bts_group(topology.stages, device, timeout)
+        engine.open_subworld(group, timeout)
         tail = models.build_tail(settings.model, train.seed)
         cuts = self._measure(tail) if settings.partition == "measured" else None
         self.notes += models.kernels_notes(settings.model, device)
@@ -81,6 +82,7 @@ class BtsHalf(Half):
                 f"train.micro_batches {train.micro_batches} is less than the number of stages, "
                 f"{topology.stages}: some stages always wait; more micro-batches fill the pipeline."
             )
+        seat.notes += world.detours(topology.stages, device, group)
 
     def begin(self, iteration: int) -> None:
         """Lines 4–7 and 11 of Algorithm 1 follow."""
@@ -208,7 +210,7 @@ class BtsHalf(Half):
             connect_stages(stage, topology.stages, self.device, group, backward)
 
         def near(kind: Kind, other: int, layer: int, group: int) -> Channel:
-            return wire.neighbour(kind, other, shapes[layer], groups[group])
+            return wire.neighbour(kind, other, shapes[layer], groups[group], timeout)
 
         start, stop = self.parts[stage], self.parts[stage + 1]
         first, last = stage == 0, stage == topology.last_stage

@@ -9,7 +9,6 @@ numbers inside and outside, and nothing is translated.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import deepspeed.comm.comm as ds_comm
@@ -17,6 +16,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.comm.backend import Backend
 from deepspeed.comm.torch import TorchBackend, has_coalescing_manager
+
+from csipipe.comm.patience import group_timeout
 
 
 class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
@@ -26,7 +27,7 @@ class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
         # not TorchBackend.__init__: it compiles an extension and initialises a world of its own
         Backend.__init__(self, name="csipipe", rank=dist.get_rank(group), size=group.size())
         self.group = group
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout = group_timeout(dist.get_backend(group), timeout)
         self.shm_comm_op = None
         self.has_all_reduce_coalesced = False
         self.has_coalescing_manager = has_coalescing_manager()

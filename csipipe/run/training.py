@@ -15,6 +15,7 @@ from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
 from csipipe.device import (
     keep_memory,
+    memory_explained,
     pick_device,
     precision_notes,
     set_arithmetic,
@@ -42,8 +43,14 @@ def launch(world: World, settings: Settings) -> None:
 
     Raises:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
+        OSError: a GPU's memory is full.
     """
     settings = settings.on(world.size)
+    with memory_explained(settings, world.local_size):
+        _launch(world, settings)
+
+
+def _launch(world: World, settings: Settings) -> None:
     handshake.compare_settings(world, settings)
     start = _begin(world, settings)
     if start.finished:

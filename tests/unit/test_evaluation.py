@@ -115,7 +115,7 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_find_the_same_figures_to_the_bit(ranks: int) -> None:
-    test, model = rows(2 * samples.BLOCK + 50), nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
+    test, model = rows(2 * samples.BLOCKS["cpu"] + 50), nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
     alone = samples.measure([model], test, "fp32", CPU)
     shares = [samples.measure([model], test, "fp32", CPU, r, ranks) for r in range(ranks)]
     assert torch.equal(sum(shares, torch.zeros(())), alone)
