@@ -23,6 +23,7 @@ from torch.distributed.run import get_args_parser
 
 from csipipe.evaluation import command as evaluation
 from csipipe.export import command as export
+from csipipe.gpucheck import command as gpucheck
 from csipipe.reports import command as reports
 from csipipe.reports import plan
 from csipipe.settings import commandline
@@ -107,6 +108,9 @@ LAUNCH: dict[str, Callable[[list[str]], None]] = {
 
 def check_python(words: list[str]) -> None:
     if words[:1] == ["-m"]:
+        if words[1:3] == ["csipipe", "gpucheck"]:
+            gpucheck.parser().parse_args(words[3:])
+            return
         assert words[1] == "venv", f"python -m {words[1]} isn't known here"
         return
     existing(words[0])
@@ -295,6 +299,7 @@ def options() -> set[str]:
         script("benchmark").parser(),
         *subcommands(script("reproduce").parser()),
         *subcommands(script("channels").parser()),
+        gpucheck.parser(),
         get_args_parser(),
     ]
     found = {option for parser in parsers for option in parser._option_string_actions}
