@@ -54,7 +54,7 @@ class BtsHalf(Half):
         engine.open_subworld(group, timeout)
         tail = models.build_tail(settings.model, train.seed)
         cuts = self._measure(tail) if settings.partition == "measured" else None
-        self.notes += models.kernels_notes(settings.model, device)
+        seat.notes += models.kernels_notes(settings.model, device)
         module = engine.TailModule(tail, topology.stages, settings.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts

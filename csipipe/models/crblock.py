@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from csipipe.models import kernels
 from csipipe.models.layers import Conv2d, Deferring, fused
+from csipipe.models.norm import BatchNorm2d
 from csipipe.settings.config import Kernel, KernelsBy
 
 CHANNELS = 7
@@ -21,7 +22,7 @@ SLOPE = 0.3
 
 def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
     """Convolution that keeps the image's size, then BatchNorm (which makes a bias unnecessary)."""
-    return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), BatchNorm2d(outputs))
 
 
 class CRBlock(Deferring):

@@ -10,6 +10,7 @@ from torch import nn
 
 from csipipe.models.crblock import SLOPE, CRBlock
 from csipipe.models.layers import Conv2d, Linear
+from csipipe.models.norm import BatchNorm2d
 from csipipe.settings.config import ModelSettings
 
 
@@ -18,7 +19,7 @@ def encoder(model: ModelSettings) -> nn.Sequential:
     reals = 2 * model.angles * model.delays
     return nn.Sequential(
         Conv2d(2, 2, (3, 3), bias=True, kernels_by=model.kernels_by),
-        nn.BatchNorm2d(2),
+        BatchNorm2d(2),
         nn.LeakyReLU(SLOPE, inplace=True),
         nn.Flatten(),
         Linear(reals, model.c1),
