@@ -17,6 +17,9 @@ _LIMIT = 60.0
 class Handed:
     """A message that was handed over: nothing to wait for."""
 
+    def is_completed(self) -> bool:
+        return True
+
     def wait(self) -> None:
         """Returns at once."""
 
@@ -27,6 +30,9 @@ class Awaited:
     def __init__(self, messages: SimpleQueue[Tensor], rows: Tensor) -> None:
         self._messages = messages
         self._rows = rows
+
+    def is_completed(self) -> bool:
+        return not self._messages.empty()
 
     def wait(self) -> None:
         """Copy the oldest message into the rows that were posted for it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.models.layers import Conv2d, Linear
+from csipipe.models.layers import Conv2d, LayerGradients, Linear
 from csipipe.settings.config import ModelSettings
 
 Builder = Callable[[], nn.Module]
@@ -90,6 +90,7 @@ def test_joined_entries_are_one_product_per_layer() -> None:
     for part in (slice(0, 3), slice(3, 8)):
         gradients(many, x[part], dy[part])
     (entry,) = models.joined(pending)
+    assert isinstance(entry, LayerGradients)
     assert entry.layer is many
     models.accumulate([entry])
     for key, parameter in many.named_parameters():
