@@ -13,11 +13,16 @@ ABOUT = """Shows where the sbatch scripts that came with csipipe are, or copies 
 the #SBATCH lines on top of a script (partition, account, time) and the first lines of common.sh."""
 
 
+def parser() -> ArgumentParser:
+    """A parser of the command's option."""
+    parser = ArgumentParser(prog="python -m csipipe slurm", description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--copy", metavar="DIR", type=Path, help="a new folder for copies")
+    return parser
+
+
 def main(arguments: list[str]) -> int:
     """Show or copy; returns the exit code."""
-    parser = ArgumentParser(prog="python -m csipipe slurm", description=ABOUT)
-    parser.add_argument("--copy", metavar="DIR", type=Path, help="a new folder for copies")
-    target: Path | None = parser.parse_args(arguments).copy
+    target: Path | None = parser().parse_args(arguments).copy
     folder = shipped("slurm")
     if target is not None:
         try:

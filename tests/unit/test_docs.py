@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import importlib.util
 import re
 import shlex
 from argparse import ArgumentError
@@ -21,11 +20,16 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
+from csipipe import __version__
+from csipipe.__main__ import COMMANDS
+from csipipe.bench import command as benchmark
+from csipipe.channels import command as channels
 from csipipe.evaluation import command as evaluation
 from csipipe.export import command as export
 from csipipe.gpucheck import command as gpucheck
 from csipipe.reports import command as reports
-from csipipe.reports import plan
+from csipipe.reports import plan, reproduce
+from csipipe.run import scripts
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -44,19 +48,8 @@ SLURM = {
 """Options of SLURM's commands that the pages show."""
 
 
-@functools.cache
-def script(name: str) -> ModuleType:
-    """A script of launch/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def check_settings(words: Sequence[str]) -> None:
-    """Settings of launch/train.py, by name and value."""
+    """Settings of a training, by name and value."""
     with contextlib.suppress(SystemExit):  # --help and --print_config leave; errors are raised
         commandline.settings(train_parser(), words)
 
@@ -79,15 +72,16 @@ def check_run_command(options: ModuleType) -> Callable[[list[str]], None]:
 
 
 def check_benchmark(words: list[str]) -> None:
-    commandline.settings(script("benchmark").parser(), words)
+    commandline.settings(benchmark.parser(), words)
 
 
 def check_channels(words: list[str]) -> None:
-    script("channels").parser().parse_args(words)
+    channels.parser().parse_args(words)
 
 
 def check_reproduce(words: list[str]) -> None:
-    options, options.settings = script("reproduce").parser().parse_known_args(words)
+    options, settings = reproduce.parser().parse_known_args(words)
+    options.settings = settings
     if options.report == "plan":
         plan.configuration(options.preset, options.settings)
     elif "preset" in options:
@@ -96,17 +90,27 @@ def check_reproduce(words: list[str]) -> None:
         assert not options.settings
 
 
-LAUNCH: dict[str, Callable[[list[str]], None]] = {
+def check_slurm(words: list[str]) -> None:
+    scripts.parser().parse_args(words)
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
     "train": check_settings,
     "evaluate": check_run_command(evaluation),
     "export": check_run_command(export),
     "benchmark": check_benchmark,
     "channels": check_channels,
     "reproduce": check_reproduce,
+    "slurm": check_slurm,
 }
+assert CHECKS.keys() == COMMANDS.keys()
 
 
 def check_python(words: list[str]) -> None:
+    if words[:2] == ["-m", "csipipe"]:
+        if words[2:]:
+            CHECKS[words[2]](words[3:])
+        return
     if words[:1] == ["-m"]:
         if words[1:3] == ["csipipe", "gpucheck"]:
             gpucheck.parser().parse_args(words[3:])
@@ -115,12 +119,13 @@ def check_python(words: list[str]) -> None:
         return
     existing(words[0])
     if words[0].startswith("launch/"):
-        LAUNCH[Path(words[0]).stem](words[1:])
+        CHECKS[Path(words[0]).stem](words[1:])
 
 
 def check_torchrun(words: list[str]) -> None:
     parsed = get_args_parser().parse_args(words)
-    check_python([parsed.training_script, *parsed.training_script_args])
+    module = ["-m"] if parsed.module else []
+    check_python([*module, parsed.training_script, *parsed.training_script_args])
 
 
 def check_sbatch(words: list[str]) -> None:
@@ -148,6 +153,9 @@ def check_pytest(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
+    if words[-1].endswith(".whl"):
+        assert words == ["install", f"csipipe-{__version__}-py3-none-any.whl"]
+        return
     assert words[:4] == ["install", "-c", "constraints.txt", "-e"]
     for extra in re.findall(r"\w+", words[4]):
         assert extra in extras(), f"setup.py has no extra {extra}"
@@ -242,6 +250,9 @@ def test_every_command_would_be_accepted(line: str, monkeypatch: pytest.MonkeyPa
         "torchrun --nosuch=4 launch/train.py",
         "torchrun --nproc_per_node=4 launch/trian.py",
         "torchrun --nproc_per_node=4 launch/train.py --config launch/configs/nosuch.yaml",
+        "torchrun --nproc_per_node=4 -m csipipe train --train.learning_rate 1",
+        "torchrun --nproc_per_node=4 -m csipipe trian",
+        "python -m csipipe evaluate RUN --nosuch 1",
         "python launch/evaluate.py RUN --nosuch 1",
         "python launch/export.py RUN --bits 4",
         "python launch/channels.py examine DIR",
@@ -259,7 +270,7 @@ def test_every_command_would_be_accepted(line: str, monkeypatch: pytest.MonkeyPa
 )
 def test_a_wrong_command_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises((AssertionError, ArgumentError, OSError, SystemExit, ValueError)):
+    with pytest.raises((AssertionError, ArgumentError, KeyError, OSError, SystemExit, ValueError)):
         check_command(line)
 
 
@@ -296,9 +307,10 @@ def options() -> set[str]:
         commandline.parser(""),
         run_options,
         also_export,
-        script("benchmark").parser(),
-        *subcommands(script("reproduce").parser()),
-        *subcommands(script("channels").parser()),
+        benchmark.parser(),
+        *subcommands(reproduce.parser()),
+        *subcommands(channels.parser()),
+        scripts.parser(),
         gpucheck.parser(),
         get_args_parser(),
     ]
