@@ -29,12 +29,13 @@ def poison(worker: Any, where: str, value: float) -> list[torch.nn.Parameter]:
     Returns:
         Weights of the poisoned part; none on a rank that doesn't have it.
     """
-    parts: dict[str, Any] = {"tail": getattr(worker, "layers", getattr(worker, "tail", None))}
-    for ue in getattr(worker, "ues", []):
+    [half] = getattr(worker, "halves", [worker])
+    parts: dict[str, Any] = {"tail": getattr(half, "layers", getattr(half, "tail", None))}
+    for ue in getattr(half, "ues", []):
         if ue.number == 1 or isinstance(worker, Centralised):
             parts |= {"encoder": ue.encoder, "head": ue.head}
             break
-    for replica in getattr(worker, "replicas", []):
+    for replica in getattr(half, "replicas", {}).values():
         if replica.ue.number == 1:
             parts = dict(replica.parts)
     part, _, what = where.partition(".")
