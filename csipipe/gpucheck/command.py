@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -113,11 +114,14 @@ def main(arguments: list[str]) -> int:
         return 2
     work = options.work or options.out / "work"
     check = Check(options.out, work, options.device, 60 * options.minutes)
-    for step in STEPS:
-        if step.name in wanted and there(step):
-            check.start(step)
-    check.wait()
-    check.write()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for step in STEPS:
+            if step.name in wanted and there(step):
+                check.start(step)
+        check.wait()
+    finally:
+        check.stop()
     return int(any(r.state != "done" for r in check.running) or not check.all_hold)
 
 
@@ -169,6 +173,15 @@ class Check:
             if now > over:
                 self.write()
             over = now
+
+    def stop(self) -> None:
+        """End what still runs, as the command does; the page says so."""
+        for running in self.running:
+            if not running.look():
+                end(running.process.pid)
+                running.process.wait()
+                running.state = "stopped with the command"
+        self.write()
 
     @property
     def all_hold(self) -> bool:

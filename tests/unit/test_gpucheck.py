@@ -1,0 +1,75 @@
+"""gpucheck's own machinery: what was found stays, what runs too long or is cut short is ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from csipipe.gpucheck import command
+from csipipe.gpucheck.findings import Findings, Step
+from csipipe.gpucheck.steps import STEPS, Planned
+
+VERSIONS = next(step for step in STEPS if step.name == "versions")
+
+
+def test_an_unknown_step_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--out", str(tmp_path / "out"), "--steps", "split,spilt"]
+    assert command.main(arguments) == 2
+    assert "names spilt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_without_a_gpu_is_told_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_what_was_found_is_on_the_page_when_the_step_is_cut_short(tmp_path: Path) -> None:
+    check = command.Check(tmp_path / "out", tmp_path / "work", "cpu", 60.0)
+    check.start(VERSIONS)
+    [running] = check.running
+    findings = Findings(running.folder / "found.json")
+    findings.add("a figure", "7 ms", "≤ 5 ms", ok=False)
+    running.limit = 0.0
+    check.wait()
+    assert not psutil.pid_exists(running.process.pid)
+    page = (tmp_path / "out" / "page.md").read_text()
+    assert "stopped at its limit of 0 s" in page
+    assert "| a figure | 7 ms | ≤ 5 ms | **no** |" in page
+    assert not check.all_hold
+    assert json.loads((tmp_path / "out" / "found.json").read_text())[0]["rows"]
+
+
+def test_a_step_ends_with_the_command(tmp_path: Path) -> None:
+    check = command.Check(tmp_path / "out", tmp_path / "work", "cpu", 60.0)
+    check.start(VERSIONS)
+    check.stop()
+    assert not psutil.pid_exists(check.running[0].process.pid)
+    assert "stopped with the command" in (tmp_path / "out" / "page.md").read_text()
+
+
+def test_what_there_is_no_time_for_is_on_the_page(tmp_path: Path) -> None:
+    check = command.Check(tmp_path / "out", tmp_path / "work", "cpu", 1.0)
+    check.start(Planned("late", "A late step", "versions:run", 5.0))
+    check.write()
+    assert not check.running
+    assert "## A late step: no time was left" in (tmp_path / "out" / "page.md").read_text()
+
+
+def test_files_that_a_step_keeps_lie_beside_the_page(tmp_path: Path) -> None:
+    check = command.Check(tmp_path / "out", tmp_path / "work", "cpu", 60.0)
+    folder = tmp_path / "work" / "curve"
+    folder.mkdir()
+    made = folder / "history.jsonl"
+    made.write_text("{}\n")
+    device = torch.device("cpu")
+    Step(device, folder, 5.0, Findings(folder / "found.json")).keep(made)
+    check.write()
+    assert (tmp_path / "out" / "history.jsonl").read_text() == "{}\n"
