@@ -94,6 +94,10 @@ def check_slurm(words: list[str]) -> None:
     scripts.parser().parse_args(words)
 
 
+def check_gpucheck(words: list[str]) -> None:
+    gpucheck.parser().parse_args(words)
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "train": check_settings,
     "evaluate": check_run_command(evaluation),
@@ -102,6 +106,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "channels": check_channels,
     "reproduce": check_reproduce,
     "slurm": check_slurm,
+    "gpucheck": check_gpucheck,
 }
 assert CHECKS.keys() == COMMANDS.keys()
 
