@@ -33,9 +33,7 @@ class Planned:
 
 STEPS = (
     Planned("versions", "Versions and settings", "versions:run", 40),
-    Planned(
-        "centralised", "Centralised, beside the CPU and twice", "parity:centralised", 90, False
-    ),
+    Planned("devices", "Centralised, beside the CPU and twice", "parity:centralised", 90, False),
     Planned("split", "Split training beside the unsplit model", "parity:split", 110, False),
     Planned("resume", "Resuming", "endings:resume", 110, False),
     Planned("faults", "Faults", "endings:faults", 110, False),

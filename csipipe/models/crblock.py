@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.models import kernels
-from csipipe.models.layers import Conv2d, Deferring, fused
+from csipipe.models.layers import Conv2d, Deferring, Pointwise, fused
 from csipipe.models.norm import BatchNorm2d
 from csipipe.settings.config import Kernel, KernelsBy
 
@@ -44,7 +44,7 @@ class CRBlock(Deferring):
         self.shape = tuple(tuple((high, wide) for high, wide in path) for path in paths)
         self.paths = nn.ModuleList(self._path(path) for path in paths)
         self.act = nn.LeakyReLU(SLOPE, inplace=True)
-        self.join = _conv_bn(CHANNELS * len(paths), 2, (1, 1))
+        self.join = nn.Sequential(Pointwise(CHANNELS * len(paths), 2), BatchNorm2d(2))
 
     def fresh(self) -> CRBlock:
         """A new block of this shape."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.models.layers import Conv2d, LayerGradients, Linear
+from csipipe.models.layers import Conv2d, LayerGradients, Linear, Pointwise
 from csipipe.settings.config import ModelSettings
 
 Builder = Callable[[], nn.Module]
@@ -24,6 +24,11 @@ LAYERS: dict[str, tuple[Builder, Builder, tuple[int, ...]]] = {
         lambda: Conv2d(7, 7, (9, 1), bias=False),
         lambda: nn.Conv2d(7, 7, (9, 1), padding=(4, 0), bias=False),
         (4, 7, 6, 10),
+    ),
+    "1x1": (
+        lambda: Pointwise(14, 2),
+        lambda: nn.Conv2d(14, 2, 1, bias=False),
+        (4, 14, 6, 10),
     ),
     "3x3": (
         lambda: Conv2d(7, 2, (3, 3), bias=True),
