@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import methods
+from csipipe.files import shipped
 from csipipe.gpucheck.findings import Step
-from csipipe.gpucheck.runs import ROOT, Run, relative, same_bits, settings, start
+from csipipe.gpucheck.runs import Run, relative, same_bits, settings, start
 from csipipe.methods.centralised import Centralised
 
 ITERATIONS = 20
@@ -62,10 +63,11 @@ def centralised(step: Step) -> None:
 
 
 def split(step: Step) -> None:
-    """One stage and two, in fp32, bf16 and with ZeRO-1, all ranks on one device."""
-    zero = ROOT / "ds_configs" / "zero1.json"
+    """One stage and two, in fp32, bf16 and with ZeRO-1, all ranks or one on one device."""
+    zero = shipped("ds_configs/zero1.json")
     cases: dict[str, tuple[int, dict[str, Any]]] = {
         "one-stage": (3, {"topology.stages": 1}),
+        "together": (1, {"topology.placement": "together"}),
         "two-stages": (4, {"topology.stages": 2}),
         "zero1": (4, {"topology.stages": 2, "train.deepspeed": zero}),
         "bf16": (4, {"topology.stages": 2, "train.precision": "bf16"}),
@@ -87,9 +89,11 @@ def split(step: Step) -> None:
     for name, run in done.items():
         early, late = (TOLERANCE, max(TOLERANCE, grown)) if name != "bf16" else (3e-2, 3e-2)
         _compare(step, f"{name} beside the unsplit model", run.losses, wanted, early, late)
-    if done.keys() >= {"one-stage", "two-stages"}:
-        differ = same_bits(done["one-stage"].weights, done["two-stages"].weights)
-        step.add("two stages and one", differ or "the same bits", "the same bits", not differ)
+    for name in ("two-stages", "together"):
+        if done.keys() >= {"one-stage", name}:
+            differ = same_bits(done["one-stage"].weights, done[name].weights)
+            found = differ or "the same bits"
+            step.add(f"one-stage and {name}", found, "the same bits", not differ)
     if "two-stages" in done:
         _ledger(step, done["two-stages"])
 

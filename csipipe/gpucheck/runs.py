@@ -1,4 +1,4 @@
-"""Runs of launch/train.py under torchrun, as a user starts them, and what they left."""
+"""Runs of the program under torchrun, as a user starts them, and what they left."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from csipipe.gpucheck.findings import Step
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
-ROOT = Path(__file__).parents[2]
-TRAIN = str(ROOT / "launch" / "train.py")
+_ROOT = Path(__file__).parents[2]
+_TRAIN = ("-m", "csipipe", "train")
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -30,14 +30,14 @@ def settings(folder: Path, arguments: dict[str, Any]) -> Settings:
 
 
 def line(folder: Path, arguments: dict[str, Any]) -> list[str]:
-    """Arguments of launch/train.py."""
+    """Arguments of the program."""
     pairs = {"run.dir": folder, **arguments}
     return [part for name, value in pairs.items() for part in (f"--{name}", str(value))]
 
 
 def start(step: Step, name: str, ranks: int, arguments: dict[str, Any], *script: str) -> Run:
     """A run in the step's folder; a rehearsal has no cores for several at once and waits for it."""
-    run = Run(step.folder / name, ranks, arguments, script or (TRAIN,))
+    run = Run(step.folder / name, ranks, arguments, script or _TRAIN)
     if step.tiny:
         run.wait(step.left - 2)
     return run
@@ -50,19 +50,19 @@ class Run:
     Args:
         folder: the run's directory.
         ranks: processes.
-        script: what each rank runs: launch/train.py, or `-m` and a module.
+        script: what each rank runs: `-m` and a module.
     """
 
     folder: Path
     ranks: int
     arguments: dict[str, Any]
-    script: tuple[str, ...] = (TRAIN,)
+    script: tuple[str, ...] = _TRAIN
 
     def __post_init__(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = self.folder.with_suffix(".log")
         start = [*_TORCHRUN, "--standalone", f"--nproc_per_node={self.ranks}", *self.script]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
         self.began = time.monotonic()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(

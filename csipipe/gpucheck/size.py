@@ -46,16 +46,25 @@ def paper(step: Step, **changes: Any) -> dict[str, Any]:
     return arguments | {name.replace("__", "."): value for name, value in changes.items()}
 
 
-def apart(step: Step) -> None:
-    """The program as it is: every role on a rank of its own, all on one card."""
-    for stages, ue_ranks, precision in ((2, 2, "fp32"), (1, 1, "fp32"), (1, 1, "bf16")):
+def program(step: Step) -> None:
+    """The program as it is: all roles in one process, and each on a rank of its own."""
+    for placement, stages, ranks, precision in (
+        ("together", 1, 1, "fp32"),
+        ("together", 1, 1, "bf16"),
+        ("apart", 2, 4, "fp32"),
+    ):
         if step.left < 20:
             break
-        name = f"{stages} stage(s), {ue_ranks} UE rank(s), {precision}"
+        name = f"{placement}, {stages} stage(s), {ranks} rank(s), {precision}"
         run = Run(
             step.folder / name.replace(" ", "-").replace(",", ""),
-            stages + ue_ranks,
-            paper(step) | {"topology.stages": stages, "train.precision": precision},
+            ranks,
+            paper(step)
+            | {
+                "topology.placement": placement,
+                "topology.stages": stages,
+                "train.precision": precision,
+            },
         )
         most = 0
         while run.process.poll() is None and step.left > 3:
@@ -66,7 +75,7 @@ def apart(step: Step) -> None:
         run.succeed(1)
         ms = 1000 * run.summary["seconds_per_iteration"]
         step.add(
-            f"apart: {name}",
+            name,
             f"{ms:.1f} ms per iteration; {most / 2**30:.1f} GiB of the card",
         )
 

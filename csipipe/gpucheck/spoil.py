@@ -1,15 +1,15 @@
-"""launch/train.py in which UE rank 1's first smashed data of iteration 3 hold a NaN."""
+"""The program, in which UE rank 1's first smashed data of iteration 3 hold a NaN."""
 
 from __future__ import annotations
 
 import os
-import runpy
+import sys
 
 import torch
 
 from csipipe.comm.channel import Channel
 from csipipe.comm.ledger import Kind
-from csipipe.gpucheck.runs import ROOT
+from csipipe.run import command
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
 
     if os.environ["RANK"] == "1":
         Channel.send = spoiled  # type: ignore[method-assign, assignment]
-    runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+    sys.exit(command.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

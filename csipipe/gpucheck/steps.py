@@ -33,11 +33,11 @@ class Planned:
 
 STEPS = (
     Planned("versions", "Versions and settings", "versions:run", 40),
+    Planned("program", "The program at the paper's size", "size:program", 110),
     Planned("devices", "Centralised, beside the CPU and twice", "parity:centralised", 90, False),
-    Planned("split", "Split training beside the unsplit model", "parity:split", 110, False),
+    Planned("split", "Split training beside the unsplit model", "parity:split", 130, False),
     Planned("resume", "Resuming", "endings:resume", 110, False),
     Planned("faults", "Faults", "endings:faults", 110, False),
-    Planned("apart", "The paper's size, roles on ranks of their own", "size:apart", 80),
     Planned("crblock", "The Triton CRBlock", "crblock:run", 90),
     Planned("unsplit", "The paper's size, one process", "size:unsplit", 60),
     Planned("kernels", "Kernels at (4000, 7, 32, 32)", "kernels:run", 70),
