@@ -192,7 +192,7 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     ranks = run_program(4, arguments(finished[0]))
     assert [rank.code for rank in ranks] == [0] * 4, errors(ranks)
-    assert "holds this run, finished" in ranks[0].out
+    assert "holds this run, which is finished" in ranks[0].out
     assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
 
 
@@ -263,7 +263,7 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
             {"topology__stages": "4", "topology__partition": "type:CRBlock"},
             "leaves BTS stage 2 without parameters",
         ),
-        (3, {"topology__partition": "type:Transformer"}, "there are: CRBlock"),
+        (3, {"topology__partition": "type:Transformer"}, "its layers are CRBlock"),
         (3, {"run__dir": "/proc/nowhere/run"}, "can't be written"),
         (3, {"data__source": "csinet", "data__path": "/nowhere"}, "/nowhere"),
         (3, {"train__device": "cuda"}, "no CUDA device"),
