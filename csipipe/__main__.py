@@ -10,8 +10,8 @@ COMMANDS = {
     "evaluate": ("csipipe.evaluation.command", "figures of a run's weights"),
     "export": ("csipipe.export.command", "a trained encoder and decoder for deployment"),
     "reproduce": ("csipipe.reports.reproduce", "the paper's table and figures"),
-    "benchmark": ("csipipe.bench.command", "an iteration timed beside its peers"),
-    "channels": ("csipipe.channels.command", "make, examine and picture CSI data"),
+    "benchmark": ("csipipe.bench.command", "seconds per iteration beside those of our peers"),
+    "channels": ("csipipe.channels.command", "generate, examine and draw CSI data"),
     "slurm": ("csipipe.run.scripts", "the sbatch scripts, to be copied and adapted"),
     "gpucheck": ("csipipe.gpucheck.command", "what a GPU does with csipipe, on one page"),
 }
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command that the first argument names, importing nothing of the others."""
+    """Run the command that the first argument names, without importing the others."""
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
         code: int = import_module(COMMANDS[name][0]).main(arguments[1:])
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(usage)
         return 0 if arguments else 2
-    print(f"csipipe: error: there is no command {name!r}.\n{usage}", file=sys.stderr)
+    print(f"csipipe: error: unknown command {name!r}.\n{usage}", file=sys.stderr)
     return 2
 
 

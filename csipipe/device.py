@@ -31,10 +31,10 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     try:
-        torch.zeros(1, device=device)  # the GPU's context begins here, not at the first layer
+        torch.zeros(1, device=device)  # creates the GPU's context here, not at the first layer
     except RuntimeError as error:
         raise ValueError(_refused(device, local_rank, str(error).splitlines()[0])) from error
-    # autograd's threads begin without one, and torch says so in every run
+    # autograd's threads start without one, and torch warns about it in every run
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
     return device
 
@@ -77,7 +77,7 @@ def _refused(device: torch.device, local_rank: int, reason: str) -> str:
 
 @contextlib.contextmanager
 def memory_explained(settings: Settings, ranks_on_node: int) -> Iterator[None]:
-    """Say what needs a GPU's memory, and what to lower, when there isn't enough (OSError)."""
+    """Name what needs a GPU's memory, and what to lower, if there isn't enough (OSError)."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -113,16 +113,16 @@ def set_threads(wanted: int | None, ranks_on_node: int) -> int:
 def set_arithmetic(tf32: bool) -> None:
     """Let a GPU compute fp32 as fp32, and the same bits every time.
 
-    cuDNN takes TF32 unless told not to, which keeps 10 bits of a factor's mantissa, and may add up
-    weight gradients in whatever order its blocks end in.
+    By default cuDNN uses TF32, which keeps 10 bits of a factor's mantissa, and may add up weight
+    gradients in the order in which its blocks happen to end.
 
     Args:
-        tf32: let fp32 convolutions and products use TF32 all the same.
+        tf32: let fp32 convolutions and products use TF32 nevertheless.
     """
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # what is fastest now may be another kernel next time
+    torch.backends.cudnn.benchmark = False  # the fastest kernel may be another one next time
 
 
 def keep_memory() -> None:
@@ -157,12 +157,12 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def computable(x: Tensor) -> Tensor:
-    """What was received in `wire_dtype`, in a type that its device computes in."""
+    """What was received in `wire_dtype`, in a type in which its device computes."""
     return x.float() if x.device.type == "cpu" else x
 
 
 def precision_notes(precision: Precision, device: torch.device) -> list[str]:
-    """What a run says of its precision, if it isn't what one would think."""
+    """What a run reports about its precision, if that is unexpected."""
     if computes_in(precision, device) == precision:
         return []
     return [

@@ -19,7 +19,7 @@ from csipipe.settings.tables import SOURCES
 
 ABOUT = "Generates, examines and draws CSI data in CsiNet's format, in one process."
 BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
-"""Sources that may stand where a folder does."""
+"""Sources that may be given instead of a folder."""
 
 
 def generate(

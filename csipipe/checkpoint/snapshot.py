@@ -208,7 +208,7 @@ def _canonical(content: dict[str, Any]) -> bytes:
 
 
 def _flushed(file: Path) -> Record:
-    """Make a file last; what a manifest says of it."""
+    """Flush a file to disk; returns its record for the manifest."""
     flush(file)
     with file.open("rb") as written:
         digest = hashlib.file_digest(written, "sha256")

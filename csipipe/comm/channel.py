@@ -60,7 +60,7 @@ class Channel:
         slots: micro-batches per iteration.
         limit: root mean square of a sound message; None: what arrives isn't checked.
         clock: this rank's; when it records, waits are named after the peer.
-        timeout: longest wait for a message where the group is NCCL's, which doesn't end it itself.
+        timeout: longest wait for a message if the group is NCCL's, which doesn't end a wait itself.
 
     Attributes:
         tolerant: instead of raising an error, note UEs whose messages aren't sound in `bad` and
@@ -99,7 +99,7 @@ class Channel:
         nccl = elsewhere and dist.get_backend(group) == "nccl"
         self._timeout = timeout if nccl else None
         staged = device.type != "cpu" and elsewhere and not nccl
-        # a thread begins on GPU 0, and what it does there costs memory for a second context
+        # a thread starts on GPU 0, where its work would cost memory for a second context
         self._thread = (
             ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
             if staged

@@ -1,4 +1,4 @@
-"""Messages of a rank to itself, where it has two roles: as `torch.distributed` sends to others.
+"""Messages of a rank with two roles to itself, with the interface of `torch.distributed`.
 
 What arrives is a copy of what was sent, so that no autograd edge and no memory is shared.
 """
@@ -15,7 +15,7 @@ _LIMIT = 60.0
 
 
 class Handed:
-    """A message that was handed over: nothing to wait for."""
+    """A message that has been handed over: there is nothing to wait for."""
 
     def is_completed(self) -> bool:
         return True
@@ -44,7 +44,7 @@ class Awaited:
 
 
 class Loopback:
-    """One rank's messages to itself, by tag, each tag's in the order in which they were sent."""
+    """One rank's messages to itself, by tag; those of a tag in the order of sending."""
 
     def __init__(self) -> None:
         self._messages: defaultdict[int, SimpleQueue[Tensor]] = defaultdict(SimpleQueue)

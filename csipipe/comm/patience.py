@@ -1,8 +1,8 @@
 """How long a rank waits for a transfer, so that the one that is silent can still be named.
 
-Gloo's `wait` holds the host up and fails after the group's timeout. NCCL's only makes the GPU's
-stream wait: the host goes on, and after the group's timeout a watchdog ends the process without
-a word. So the host looks by itself until `run.timeout`, and NCCL's groups wait longer than that.
+Gloo's `wait` blocks the host and fails after the group's timeout. NCCL's only blocks the GPU's
+stream: the host continues, and after the group's timeout a watchdog ends the process without naming
+anyone. So the host polls until `run.timeout`, and NCCL's groups wait longer than that.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import time
 from datetime import timedelta
 from typing import Protocol
 
-_LOOK = 2e-5  # seconds between two looks; a message takes a few hundred µs
+_LOOK = 2e-5  # seconds between two polls; a message takes a few hundred µs
 _WATCHDOG = 30.0
 
 
 class Work(Protocol):
-    """What of `dist.Work` is needed to wait."""
+    """The part of `dist.Work` that waiting needs."""
 
     def is_completed(self) -> bool: ...
 
@@ -24,7 +24,7 @@ class Work(Protocol):
 
 
 def group_timeout(backend: str, timeout: float) -> timedelta:
-    """Timeout of a process group: NCCL's watchdog must not speak before `wait` has.
+    """Timeout of a process group: NCCL's watchdog must not act before `wait` has failed.
 
     Args:
         timeout: `run.timeout`, in seconds.
@@ -36,8 +36,8 @@ def wait(work: Work, limit: float | None) -> None:
     """Wait for a transfer.
 
     Args:
-        limit: seconds for which the host looks whether it is over, as for NCCL; None: `work`
-            itself holds the host up, and fails in time.
+        limit: seconds for which the host polls, as NCCL needs it; None: `work` itself blocks the
+            host, and fails in time.
 
     Raises:
         RuntimeError: it failed, or isn't over after `limit`.

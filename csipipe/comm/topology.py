@@ -111,5 +111,5 @@ class Topology:
         return f"UE rank {self.rank(role)} ({which})"
 
     def role(self, rank: int) -> str:
-        """Human-readable name of a rank: all that it does."""
+        """Human-readable name of a rank: all its roles."""
         return " and ".join(self.name(role) for role in self.roles_of(rank))

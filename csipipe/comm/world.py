@@ -98,7 +98,7 @@ class World:
 
     @classmethod
     def alone(cls) -> World:
-        """A run of one process, which nobody started by torchrun."""
+        """A run of one process that wasn't started by torchrun."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         return cls(HashStore(), 0, 1, 0, 1)
 
@@ -148,15 +148,15 @@ class World:
 
     @staticmethod
     def detours(stages: int, device: torch.device, group: dist.ProcessGroup) -> list[str]:
-        """A line for people where stages on GPUs talk to each other by way of the host."""
+        """A note for the user if stages on GPUs communicate through the host."""
         if device.type == "cpu" or stages == 1 or dist.get_backend(group) == "nccl":
             return []
-        reason = "NCCL takes no two ranks on one GPU"
+        reason = "NCCL refuses two ranks on one GPU"
         if not dist.is_nccl_available():
             reason = "this torch has no NCCL"
         return [
             f"the {stages} stages send activations through the host (gloo): {reason}. On one GPU "
-            "topology.stages 1 is faster; on several, start stages on a GPU each."
+            "topology.stages 1 is faster; on several, give each stage its own GPU."
         ]
 
     def ready(self, step: str, limit: float = SETUP_TIMEOUT) -> None:

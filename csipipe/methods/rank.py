@@ -24,7 +24,7 @@ from csipipe.pipeline.schedule import Attempts, Instruction, Op
 from csipipe.settings.config import Settings
 
 Role = Callable[[Seat, int], Half]
-"""What makes a half, once the ranks have met; `PrepareRole` what a rank can do for it before."""
+"""Makes a half once the ranks have met; `PrepareRole` does what a rank can do for it before."""
 PrepareRole = Callable[[Settings, Topology, int, torch.device], Role]
 Plans = Callable[[Settings, Topology], list[Attempts[Instruction]]]
 """An iteration, for every role of the run."""
@@ -56,7 +56,7 @@ class Rank(Seat):
     """Its roles, and the order in which they work: a `csipipe.methods.base.Worker`.
 
     Attributes:
-        halves: its roles, once it has taken them; the stage first.
+        halves: its roles, once it has taken them on; the stage first.
     """
 
     def __init__(

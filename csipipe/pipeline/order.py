@@ -1,8 +1,8 @@
-"""In which order a rank with two roles executes their plans: a pure function, no processes.
+"""The order in which a rank with two roles executes their plans: a pure function, no processes.
 
-All ranks compute one order of all instructions of all roles, in which each has what it needs when
-its turn comes, and every rank executes its part of it. So of all instructions that aren't done yet,
-the first never waits, and no ranks can wait for each other.
+All ranks compute one order of all instructions of all roles, in which each instruction has what it
+needs when its turn comes, and every rank executes its part of it. So the first instruction that
+isn't done yet never waits, and ranks can't wait for each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _URGENT = (
     Op.WEIGHTS,
     Op.STEP,
 )
-"""Of two roles, the one whose next work comes first here: others wait for it the most."""
+"""Of two roles, the one whose next work comes first here is next: others wait for it the most."""
 
 Part = tuple[int, list[Instruction]]
 """A role, and some of its instructions."""
@@ -43,7 +43,7 @@ def merge(plans: Sequence[Sequence[Instruction]], stages: int, hosts: Sequence[i
     """One order of the instructions of all roles: stages 0 … S-1, then hosts of UEs.
 
     In rounds: each rank takes the next piece of work, with its transfers, of one of its roles;
-    what is sent in a round is there in the next.
+    what is sent in a round has arrived in the next.
 
     Args:
         plans: of each role.

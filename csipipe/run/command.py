@@ -7,7 +7,7 @@ import os
 from csipipe.settings import commandline
 
 ABOUT = """Trains a CSI-feedback autoencoder. Started by torchrun, the first ranks are the BTS's
-pipeline stages, the others host the UEs; in one process, without torchrun, it is all of them."""
+pipeline stages, the others host the UEs; without torchrun, one process is all of them."""
 
 
 def main(arguments: list[str]) -> int:

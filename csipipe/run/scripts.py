@@ -1,4 +1,4 @@
-"""What `csipipe slurm` does: say where the sbatch scripts are, or copy them to be adapted."""
+"""What `csipipe slurm` does: show where the sbatch scripts are, or copy them to be adapted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ the #SBATCH lines on top of a script (partition, account, time) and the first li
 def parser() -> ArgumentParser:
     """A parser of the command's option."""
     parser = ArgumentParser(prog="python -m csipipe slurm", description=ABOUT, allow_abbrev=False)
-    parser.add_argument("--copy", metavar="DIR", type=Path, help="a new folder for copies")
+    parser.add_argument("--copy", metavar="DIR", type=Path, help="a new folder to copy them to")
     return parser
 
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         try:
             shutil.copytree(folder, target)
         except FileExistsError:
-            print(f"csipipe: error: --copy: {target} exists; name a new folder.", file=sys.stderr)
+            print(f"csipipe: error: --copy: {target} exists; choose a new folder.", file=sys.stderr)
             return 1
         except OSError as error:
             print(f"csipipe: error: --copy: {target}: {error}", file=sys.stderr)

@@ -147,7 +147,7 @@ class RunParser(argparse.ArgumentParser):
 
 
 def print_if_asked(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Print help or the configuration and leave, if asked; of torchrun's ranks, 0 alone does."""
+    """Print help or the configuration and exit, if asked; of torchrun's ranks, only 0 prints."""
     asked = _asks_for_help(arguments) or any(a.startswith("--print_config") for a in arguments)
     rank = os.environ.get("RANK")
     if asked and rank not in (None, "0"):
