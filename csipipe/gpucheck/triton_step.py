@@ -1,0 +1,268 @@
+"""CRBlock's Triton kernels on a GPU: numbers against float64, times of kernels, block and iteration.
+
+    python csipipe/gpucheck/triton_step.py --seconds 90 --out triton.json
+
+Each finding is written at once, so that nothing is lost when the time is up. On a CPU it is only
+rehearsed: TRITON_INTERPRET=1 … --device cpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from csipipe.models.crblock import CRBlock
+from csipipe.models.kernels import triton_crblock as fused
+
+CRNET = (((3, 3), (1, 9), (9, 1)), ((1, 5), (5, 1)))
+
+
+class Report:
+    """Findings, printed and written as they come."""
+
+    def __init__(self, path: Path | None, seconds: float) -> None:
+        self.path, self.end, self.found = path, time.monotonic() + seconds, {}
+        self.begun = time.monotonic()
+
+    def add(self, name: str, **values: Any) -> None:
+        self.found[name] = values
+        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        print(f"[{time.monotonic() - self.begun:5.1f}] {name}: {shown}", flush=True)
+        if self.path:
+            self.path.write_text(json.dumps(self.found, indent=1))
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def attempt(self, name: str, run: Callable[[], None]) -> None:
+        if self.left() < 0:
+            self.add(name, skipped="no time left")
+            return
+        try:
+            run()
+        except Exception as error:  # the next check may still tell something
+            traceback.print_exc()
+            self.add(name + " failed", error=str(error)[-600:])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def some_block(device: torch.device) -> CRBlock:
+    block = CRBlock(CRNET)
+    with torch.no_grad():
+        for p in block.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return block.to(device)
+
+
+def all_at_once(block: CRBlock, x: Tensor, dy: Tensor, training: bool = True) -> list[Tensor]:
+    """Output, gradient at the input, gradients of the parameters."""
+    y, saved = fused.forward(block, x, training)
+    dx, rest = fused.input_gradient(block, saved, dy)
+    return [y, dx, *fused.weight_gradients(block, saved, rest)]
+
+
+def by_torch(block: CRBlock, x: Tensor, dy: Tensor, bf16: bool = False) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        y = block(x)
+    found = torch.autograd.grad(y, [x, *block.parameters()], dy.to(y.dtype))
+    return [y.detach(), *found]
+
+
+def numbers(report: Report, device: torch.device, rows: int, size: int) -> None:
+    """Against float64 by norm; the same bits twice."""
+    torch.manual_seed(1)
+    for training in (True, False):
+        block = some_block(device).train(training)
+        x = torch.randn(rows, 2, size, size, device=device)
+        dy = torch.randn_like(x)
+        exact = copy.deepcopy(block).double()
+        wanted = by_torch(exact, x.double(), dy.double())
+        own = by_torch(copy.deepcopy(block), x, dy)
+        for dtype in (torch.float32, torch.bfloat16):
+            copied = copy.deepcopy(block)
+            got = all_at_once(copied, x.to(dtype), dy.to(dtype), training)
+            again = all_at_once(copied, x.to(dtype), dy.to(dtype), training)
+            names = ["y", "dx", *(n for n, _ in block.named_parameters())]
+            other = own if dtype == torch.float32 else by_torch(copy.deepcopy(block), x, dy, True)
+            errors = {n: [distance(g, w), distance(o, w)] for n, g, w, o in zip(names, got, wanted, other, strict=True)}
+            worst = max(errors, key=lambda n: errors[n][0] if n.endswith("0.weight") else 0)
+            buffers = max(
+                distance(a, b)
+                for a, b in zip(copied.buffers(), exact.buffers(), strict=True)
+                if a.is_floating_point()
+            ) if not training else 0.0
+            report.add(
+                f"numbers {'training' if training else 'evaluation'} {dtype}",
+                y=errors["y"], dx=errors["dx"], worst_dw=[worst, *errors[worst]],
+                same_bits=all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
+                buffers=buffers, all=errors,
+            )
+
+
+def median_ms(run: Callable[[int], Any], device: torch.device, repeats: int = 15) -> float:
+    for i in range(3):
+        run(i)
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        run(0)
+        return (time.perf_counter() - begun) * 1e3
+    pairs = []
+    for i in range(repeats):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        run(i)
+        last.record()
+        pairs.append((first, last))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairs)
+
+
+def launches(run: Callable[[int], Any], repeats: int = 6) -> list[tuple[str, float]]:
+    """Name and median time in µs of each kernel that one run launches, in order."""
+    run(0)
+    run(1)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(repeats):
+            run(i)
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    one = len(events) // repeats
+    assert one * repeats == len(events), f"{len(events)} kernels in {repeats} runs"
+    return [
+        (events[k].name, statistics.median(events[k + one * r].time_range.elapsed_us() for r in range(repeats)))
+        for k in range(one)
+    ]
+
+
+def graphed(run: Callable[[int], Any], sets: int) -> list[torch.cuda.CUDAGraph]:
+    """One graph per input set, as launches from Python may take longer than the kernels."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(sets):
+            run(i)
+    torch.cuda.synchronize()
+    graphs = []
+    pool = None
+    for i in range(sets):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            run(i)
+        pool = graph.pool()
+        graphs.append(graph)
+    return graphs
+
+
+def settings() -> Iterator[fused.Tuning]:
+    """What to try, the likeliest first."""
+    base = fused.Tuning()
+    yield base
+    for w in (4, 2, 16):
+        yield dataclasses.replace(base, forward_warps=w, backward_warps=max(w, 4))
+    for chunk, warps, stages, precision in (
+        (32, 4, 1, "tf32x3"), (128, 4, 1, "tf32x3"), (64, 4, 1, "ieee"), (64, 8, 1, "tf32x3"),
+        (32, 4, 3, "tf32x3"), (32, 4, 1, "ieee"), (128, 8, 1, "tf32x3"), (128, 4, 3, "tf32x3"),
+        (32, 2, 1, "tf32x3"),
+    ):  # fmt: skip
+        yield dataclasses.replace(base, weight_chunk=chunk, weight_warps=warps, weight_stages=stages, precision=precision)
+    for programs in (528, 2112):
+        yield dataclasses.replace(base, weight_programs=programs)
+
+
+def kernels(report: Report, device: torch.device, rows: int, size: int, dtype: torch.dtype, until: float) -> None:
+    block = some_block(device)
+    sets = [(torch.randn(rows, 2, size, size, device=device, dtype=dtype), torch.randn(rows, 2, size, size, device=device, dtype=dtype)) for _ in range(2)]
+    for i, setting in enumerate(settings()):
+        if report.left() < until:
+            report.add(f"settings {dtype} from {i} on", skipped="no time left")
+            break
+        fused.tuning = setting
+        what = {k: v for k, v in dataclasses.asdict(setting).items() if v != getattr(fused.Tuning(), k)}
+
+        def try_one() -> None:
+            found = launches(lambda i: all_at_once(block, *sets[i % 2]))
+            of_kind: dict[str, float] = {}
+            for name, us in found:
+                of_kind[name] = of_kind.get(name, 0) + us
+            report.add(
+                f"kernels {dtype} {rows} {what}",
+                total_us=sum(us for _, us in found),
+                of_kind={k: round(v) for k, v in of_kind.items()},
+                convs=[(n, round(us)) for n, us in found if n.startswith("conv")],
+            )
+
+        report.attempt(f"kernels {dtype} {what}", try_one)
+    fused.tuning = fused.Tuning()
+
+
+def block_times(report: Report, device: torch.device, rows: int, size: int) -> None:
+    """Forward and backward pass of one block, fused and by PyTorch's layers."""
+    block = some_block(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        sets = [(torch.randn(rows, 2, size, size, device=device, dtype=dtype), torch.randn(rows, 2, size, size, device=device, dtype=dtype)) for _ in range(2)]
+        floor = 226 * rows * size * size * sets[0][0].element_size() / 3e12 * 1e3
+        values: dict[str, float] = {"floor_ms": floor}
+        values["fused_eager_ms"] = median_ms(lambda i: all_at_once(block, *sets[i % 2]), device)
+        if device.type == "cuda":
+            graphs = graphed(lambda i: all_at_once(block, *sets[i]), 2)
+            values["fused_graph_ms"] = median_ms(lambda i: graphs[i % 2].replay(), device)
+            del graphs
+        bf16 = dtype == torch.bfloat16
+        values["torch_ms"] = median_ms(lambda i: by_torch(block, *sets[i % 2], bf16), device, 5)
+        report.add(f"block {rows} {dtype}", **values)
+        del sets
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def copy_rate(report: Report, device: torch.device) -> None:
+    a = torch.randn(1 << 28, device=device)
+    b = torch.empty_like(a)
+    ms = median_ms(lambda i: b.copy_(a), device)
+    report.add("copy", tb_per_s=2 * a.numel() * 4 / ms / 1e9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--size", type=int, default=32)
+    args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    report = Report(args.out, args.seconds)
+    rows, size, left = args.rows, args.size, args.seconds
+    report.add("versions", torch=torch.__version__, triton=triton.__version__, device=torch.cuda.get_device_name() if cuda else "cpu")
+    report.attempt("numbers", lambda: numbers(report, device, max(rows // 8, 3), size))
+    if cuda:
+        report.attempt("copy", lambda: copy_rate(report, device))
+        report.attempt("kernels", lambda: kernels(report, device, rows, size, torch.float32, left * 0.35))
+    report.attempt("block", lambda: block_times(report, device, rows, size))
+    if cuda:
+        report.attempt("kernels", lambda: kernels(report, device, rows, size, torch.bfloat16, left * 0.1))
+        report.attempt("block", lambda: block_times(report, device, 2 * rows, size))
+
+
+if __name__ == "__main__":
+    main()
