@@ -12,6 +12,8 @@ import argparse
 import copy
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
 import time
 import traceback
@@ -38,7 +40,11 @@ class Report:
 
     def add(self, name: str, **values: Any) -> None:
         self.found[name] = values
-        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        shown = " ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in values.items()
+            if k != "all"
+        )
         print(f"[{time.monotonic() - self.begun:5.1f}] {name}: {shown}", flush=True)
         if self.path:
             self.path.write_text(json.dumps(self.found, indent=1))
@@ -101,18 +107,28 @@ def numbers(report: Report, device: torch.device, rows: int, size: int) -> None:
             again = all_at_once(copied, x.to(dtype), dy.to(dtype), training)
             names = ["y", "dx", *(n for n, _ in block.named_parameters())]
             other = own if dtype == torch.float32 else by_torch(copy.deepcopy(block), x, dy, True)
-            errors = {n: [distance(g, w), distance(o, w)] for n, g, w, o in zip(names, got, wanted, other, strict=True)}
+            errors = {
+                n: [distance(g, w), distance(o, w)]
+                for n, g, w, o in zip(names, got, wanted, other, strict=True)
+            }
             worst = max(errors, key=lambda n: errors[n][0] if n.endswith("0.weight") else 0)
-            buffers = max(
-                distance(a, b)
-                for a, b in zip(copied.buffers(), exact.buffers(), strict=True)
-                if a.is_floating_point()
-            ) if not training else 0.0
+            buffers = (
+                max(
+                    distance(a, b)
+                    for a, b in zip(copied.buffers(), exact.buffers(), strict=True)
+                    if a.is_floating_point()
+                )
+                if not training
+                else 0.0
+            )
             report.add(
                 f"numbers {'training' if training else 'evaluation'} {dtype}",
-                y=errors["y"], dx=errors["dx"], worst_dw=[worst, *errors[worst]],
+                y=errors["y"],
+                dx=errors["dx"],
+                worst_dw=[worst, *errors[worst]],
                 same_bits=all(torch.equal(a, b) for a, b in zip(got, again, strict=True)),
-                buffers=buffers, all=errors,
+                buffers=buffers,
+                all=errors,
             )
 
 
@@ -148,7 +164,10 @@ def launches(run: Callable[[int], Any], repeats: int = 6) -> list[tuple[str, flo
     one = len(events) // repeats
     assert one * repeats == len(events), f"{len(events)} kernels in {repeats} runs"
     return [
-        (events[k].name, statistics.median(events[k + one * r].time_range.elapsed_us() for r in range(repeats)))
+        (
+            events[k].name,
+            statistics.median(events[k + one * r].time_range.elapsed_us() for r in range(repeats)),
+        )
         for k in range(one)
     ]
 
@@ -171,31 +190,110 @@ def graphed(run: Callable[[int], Any], sets: int) -> list[torch.cuda.CUDAGraph]:
     return graphs
 
 
-def settings() -> Iterator[fused.Tuning]:
+def settings(dtype: torch.dtype) -> Iterator[fused.Tuning]:
     """What to try, the likeliest first."""
     base = fused.Tuning()
     yield base
-    for w in (4, 2, 16):
-        yield dataclasses.replace(base, forward_warps=w, backward_warps=max(w, 4))
+    for w in (4, 16, 2):
+        if dtype == torch.float32 or w != 2:
+            yield dataclasses.replace(base, forward_warps=w, backward_warps=max(w, 4))
     for chunk, warps, stages, precision in (
-        (32, 4, 1, "tf32x3"), (128, 4, 1, "tf32x3"), (64, 4, 1, "ieee"), (64, 8, 1, "tf32x3"),
-        (32, 4, 3, "tf32x3"), (32, 4, 1, "ieee"), (128, 8, 1, "tf32x3"), (128, 4, 3, "tf32x3"),
-        (32, 2, 1, "tf32x3"),
-    ):  # fmt: skip
-        yield dataclasses.replace(base, weight_chunk=chunk, weight_warps=warps, weight_stages=stages, precision=precision)
+        (32, 4, 1, "tf32x3"),
+        (128, 4, 1, "tf32x3"),
+        (64, 8, 1, "tf32x3"),
+        (64, 4, 1, "ieee"),
+        (32, 4, 3, "tf32x3"),
+        (128, 8, 2, "tf32x3"),
+    ):
+        if dtype == torch.float32 or precision != "ieee":
+            yield dataclasses.replace(
+                base,
+                weight_chunk=chunk,
+                weight_warps=warps,
+                weight_stages=stages,
+                precision=precision,
+            )
     for programs in (528, 2112):
         yield dataclasses.replace(base, weight_programs=programs)
 
 
-def kernels(report: Report, device: torch.device, rows: int, size: int, dtype: torch.dtype, until: float) -> None:
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def jobs() -> list[tuple[int, int, str]]:
+    """Number of a type, of a setting, and the kernels that this setting is the first to need."""
+    found = []
+    for t, dtype in enumerate(DTYPES):
+        seen: set[tuple[Any, ...]] = set()
+        for i, s in enumerate(settings(dtype)):
+            for kind, key in (
+                ("conv_forward", (s.forward_warps,)),
+                ("conv_backward", (s.backward_warps,)),
+                (
+                    "conv_weights",
+                    (s.weight_chunk, s.weight_warps, s.weight_stages, s.precision),
+                ),
+                ("", ()),
+            ):
+                if (kind, key) not in seen:
+                    seen.add((kind, key))
+                    found.append((t, i, kind))
+    return found
+
+
+def compile_job(job: tuple[int, int, str, int]) -> str:
+    """Compile some kernels into Triton's cache without running any; what went wrong, if anything."""
+    t, i, kind, size = job
+    run = triton.runtime.JITFunction.run
+    convolutions = ("conv_forward", "conv_backward", "conv_weights")
+
+    def only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        name = self.fn.__name__
+        if name == kind or (not kind and name not in convolutions):
+            return run(self, *args, grid=grid, warmup=True, **kwargs)
+        return None
+
+    triton.runtime.JITFunction.run = only
+    try:
+        fused.tuning = list(settings(DTYPES[t]))[i]
+        x = torch.zeros(16, 2, size, size, device="cuda", dtype=DTYPES[t])
+        all_at_once(some_block(x.device), x, x)
+    except Exception as error:
+        return f"{job}: {str(error)[-300:]}"
+    finally:
+        triton.runtime.JITFunction.run = run
+    return ""
+
+
+def compile_all(report: Report, size: int) -> None:
+    """With all processors: the kernels' compilation takes longer than their runs."""
+    begun = time.monotonic()
+    listed = [(*job, size) for job in jobs()]
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        errors = [e for e in pool.imap_unordered(compile_job, listed) if e]
+    report.add("compiled", jobs=len(listed), seconds=time.monotonic() - begun, errors=errors)
+
+
+def kernels(
+    report: Report, device: torch.device, rows: int, size: int, dtype: torch.dtype, until: float
+) -> None:
     block = some_block(device)
-    sets = [(torch.randn(rows, 2, size, size, device=device, dtype=dtype), torch.randn(rows, 2, size, size, device=device, dtype=dtype)) for _ in range(2)]
-    for i, setting in enumerate(settings()):
+    sets = [
+        (
+            torch.randn(rows, 2, size, size, device=device, dtype=dtype),
+            torch.randn(rows, 2, size, size, device=device, dtype=dtype),
+        )
+        for _ in range(2)
+    ]
+    for i, setting in enumerate(settings(dtype)):
         if report.left() < until:
             report.add(f"settings {dtype} from {i} on", skipped="no time left")
             break
         fused.tuning = setting
-        what = {k: v for k, v in dataclasses.asdict(setting).items() if v != getattr(fused.Tuning(), k)}
+        what = {
+            k: v for k, v in dataclasses.asdict(setting).items() if v != getattr(fused.Tuning(), k)
+        }
 
         def try_one() -> None:
             found = launches(lambda i: all_at_once(block, *sets[i % 2]))
@@ -217,7 +315,13 @@ def block_times(report: Report, device: torch.device, rows: int, size: int) -> N
     """Forward and backward pass of one block, fused and by PyTorch's layers."""
     block = some_block(device)
     for dtype in (torch.float32, torch.bfloat16):
-        sets = [(torch.randn(rows, 2, size, size, device=device, dtype=dtype), torch.randn(rows, 2, size, size, device=device, dtype=dtype)) for _ in range(2)]
+        sets = [
+            (
+                torch.randn(rows, 2, size, size, device=device, dtype=dtype),
+                torch.randn(rows, 2, size, size, device=device, dtype=dtype),
+            )
+            for _ in range(2)
+        ]
         floor = 226 * rows * size * size * sets[0][0].element_size() / 3e12 * 1e3
         values: dict[str, float] = {"floor_ms": floor}
         values["fused_eager_ms"] = median_ms(lambda i: all_at_once(block, *sets[i % 2]), device)
@@ -253,14 +357,25 @@ def main() -> None:
     cuda = device.type == "cuda"
     report = Report(args.out, args.seconds)
     rows, size, left = args.rows, args.size, args.seconds
-    report.add("versions", torch=torch.__version__, triton=triton.__version__, device=torch.cuda.get_device_name() if cuda else "cpu")
+    report.add(
+        "versions",
+        torch=torch.__version__,
+        triton=triton.__version__,
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+    )
+    if cuda:
+        report.attempt("compile", lambda: compile_all(report, size))
     report.attempt("numbers", lambda: numbers(report, device, max(rows // 8, 3), size))
     if cuda:
         report.attempt("copy", lambda: copy_rate(report, device))
-        report.attempt("kernels", lambda: kernels(report, device, rows, size, torch.float32, left * 0.35))
+        report.attempt(
+            "kernels", lambda: kernels(report, device, rows, size, torch.float32, left * 0.35)
+        )
     report.attempt("block", lambda: block_times(report, device, rows, size))
     if cuda:
-        report.attempt("kernels", lambda: kernels(report, device, rows, size, torch.bfloat16, left * 0.1))
+        report.attempt(
+            "kernels", lambda: kernels(report, device, rows, size, torch.bfloat16, left * 0.1)
+        )
         report.attempt("block", lambda: block_times(report, device, 2 * rows, size))
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from csipipe.models.kernels.triton_forward import SLOPE, add4, axpy, leaky, store_sums, sums, zeros
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def output_backward(
     dy,
     x,
@@ -52,7 +52,7 @@ def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def join_backward(
     q,
     stats,
@@ -119,7 +119,7 @@ def _dq(
     return tl.where(inside, d, 0.0)
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["programs", "zero"])
 def conv_backward(
     g,  # with JOIN: dj
     q,
@@ -205,7 +205,7 @@ def conv_backward(
             tl.store(out + at + i * (A * D), (v + acc[i]).to(out.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "values"])
 def finish_backward(
     part,
     programs,

@@ -94,7 +94,7 @@ def store_moments(values, valid, count, part, pid, programs, N: tl.constexpr):
     store_sums(means, sums(squares, N), part, pid, programs, N)
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["programs", "zero"])
 def conv_forward(
     x,
     stats,
@@ -154,7 +154,7 @@ def conv_forward(
         store_moments(values, valid, count, part, pid, programs, OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def join_forward(
     q,
     stats,
@@ -216,7 +216,7 @@ def output_forward(
         tl.store(y + at, leaky(z).to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "values"])
 def finish_forward(
     part,
     programs,

@@ -13,7 +13,7 @@ import triton.language as tl
 from csipipe.models.kernels.triton_forward import SLOPE, leaky
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit(do_not_specialize=["zero", "images", "batch"])
 def conv_weights(
     g,  # with JOIN: dj
     q,
@@ -98,7 +98,7 @@ def conv_weights(
     tl.store(target, acc, mask=(n < TAPS)[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def finish_weights(
     part,
     programs,
