@@ -94,7 +94,7 @@ def by_torch(block: CRBlock, x: Tensor, dy: Tensor, bf16: bool = False) -> list[
 def numbers(report: Report, device: torch.device, rows: int, size: int) -> None:
     """Against float64 by norm; the same bits twice."""
     torch.manual_seed(1)
-    for training in (True, False):
+    for training in (True, False) if device.type == "cpu" else (True,):
         block = some_block(device).train(training)
         x = torch.randn(rows, 2, size, size, device=device)
         dy = torch.randn_like(x)
@@ -194,62 +194,52 @@ def settings(dtype: torch.dtype) -> Iterator[fused.Tuning]:
     """What to try, the likeliest first."""
     base = fused.Tuning()
     yield base
-    for w in (4, 16, 2):
-        if dtype == torch.float32 or w != 2:
-            yield dataclasses.replace(base, forward_warps=w, backward_warps=max(w, 4))
-    for chunk, warps, stages, precision in (
-        (32, 4, 1, "tf32x3"),
-        (128, 4, 1, "tf32x3"),
-        (64, 8, 1, "tf32x3"),
-        (64, 4, 1, "ieee"),
-        (32, 4, 3, "tf32x3"),
-        (128, 8, 2, "tf32x3"),
+    for warps, registers, programs in (
+        (8, None, 132),
+        (8, 128, 264),
+        (8, 128, 528),
+        (4, 168, 396),
+        (4, 168, 792),
+        (4, None, 264),
+        (4, None, 528),
     ):
-        if dtype == torch.float32 or precision != "ieee":
+        if dtype == torch.float32 or registers == 128:
             yield dataclasses.replace(
-                base,
-                weight_chunk=chunk,
-                weight_warps=warps,
-                weight_stages=stages,
-                precision=precision,
+                base, weight_warps=warps, weight_registers=registers, weight_programs=programs
             )
-    for programs in (528, 2112):
-        yield dataclasses.replace(base, weight_programs=programs)
 
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def jobs() -> list[tuple[int, int, str]]:
-    """Number of a type, of a setting, and the kernels that this setting is the first to need."""
+def jobs() -> list[tuple[int, int, str, int]]:
+    """Number of a type, of a setting, a kernel that it is the first to need, and which launch."""
     found = []
     for t, dtype in enumerate(DTYPES):
         seen: set[tuple[Any, ...]] = set()
         for i, s in enumerate(settings(dtype)):
             for kind, key in (
+                ("conv_weights", (s.weight_warps, s.weight_registers)),
                 ("conv_forward", (s.forward_warps,)),
                 ("conv_backward", (s.backward_warps,)),
-                (
-                    "conv_weights",
-                    (s.weight_chunk, s.weight_warps, s.weight_stages, s.precision),
-                ),
                 ("", ()),
             ):
                 if (kind, key) not in seen:
                     seen.add((kind, key))
-                    found.append((t, i, kind))
+                    found += [(t, i, kind, n) for n in range(5 if kind else 1)]
     return found
 
 
-def compile_job(job: tuple[int, int, str, int]) -> str:
+def compile_job(job: tuple[int, int, str, int, int]) -> str:
     """Compile some kernels into Triton's cache without running any; what went wrong, if anything."""
-    t, i, kind, size = job
+    t, i, kind, number, size = job
+    launched = iter(range(99))
     run = triton.runtime.JITFunction.run
     convolutions = ("conv_forward", "conv_backward", "conv_weights")
 
     def only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         name = self.fn.__name__
-        if name == kind or (not kind and name not in convolutions):
+        if (name == kind and next(launched) == number) or (not kind and name not in convolutions):
             return run(self, *args, grid=grid, warmup=True, **kwargs)
         return None
 
@@ -330,11 +320,50 @@ def block_times(report: Report, device: torch.device, rows: int, size: int) -> N
             values["fused_graph_ms"] = median_ms(lambda i: graphs[i % 2].replay(), device)
             del graphs
         bf16 = dtype == torch.bfloat16
-        values["torch_ms"] = median_ms(lambda i: by_torch(block, *sets[i % 2], bf16), device, 5)
+        values["torch_ms"] = median_ms(lambda i: by_torch(block, *sets[i % 2], bf16), device, 3)
         report.add(f"block {rows} {dtype}", **values)
         del sets
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def other_parts(report: Report, device: torch.device, ues: int, rows: int, parts: int) -> None:
+    """Times in ms of an iteration's other parts, by PyTorch, stacked over UEs; `parts` micro-batches."""
+    reals, code = 2048, 256
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = torch.randn(ues, rows, reals, device=device, dtype=dtype)
+        narrow = torch.randn(ues, rows, code, device=device, dtype=dtype)
+        weight = torch.randn(ues, code, reals, device=device, dtype=dtype)
+        some = wide.flatten(0, 1)[: ues * rows // parts]
+        few = narrow.flatten(0, 1)[: ues * rows // parts]
+        values = {
+            "down": median_ms(lambda i: torch.bmm(wide, weight.mT), device),
+            "up": median_ms(lambda i: torch.bmm(narrow, weight), device),
+            "weights": median_ms(lambda i: torch.bmm(narrow.mT, wide), device),
+            "weights_turned": median_ms(lambda i: torch.bmm(wide.mT, narrow), device),
+            "tail_down": parts * median_ms(lambda i: some @ weight[0].mT, device),
+            "tail_up": parts * median_ms(lambda i: few @ weight[0], device),
+            "tail_weights": parts * median_ms(lambda i: few.mT @ some, device),
+        }
+        report.add(f"products {ues} x {rows} {dtype}", **values)
+    weights = [
+        torch.randn(ues, 2 * code, reals, device=device).requires_grad_(),
+        torch.randn(2 * code, reals, device=device).requires_grad_(),
+    ]
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    adam = torch.optim.Adam(weights, fused=True, capturable=True)
+    held = torch.randn(ues * 10000, reals, device=device)
+    picks = torch.randint(len(held), (ues * rows,), device=device)
+    x = torch.randn(ues * rows, reals, device=device)
+    report.add(
+        "others",
+        adam=median_ms(lambda i: adam.step(), device),
+        draw=median_ms(lambda i: held[picks], device),
+        draw_index_select=median_ms(lambda i: held.index_select(0, picks), device),
+        hardsigmoid=median_ms(lambda i: torch.nn.functional.hardsigmoid(x), device),
+        squares=median_ms(lambda i: (x - x).square_().sum(1), device),
+    )
 
 
 def copy_rate(report: Report, device: torch.device) -> None:
@@ -365,18 +394,18 @@ def main() -> None:
     )
     if cuda:
         report.attempt("compile", lambda: compile_all(report, size))
-    report.attempt("numbers", lambda: numbers(report, device, max(rows // 8, 3), size))
     if cuda:
-        report.attempt("copy", lambda: copy_rate(report, device))
         report.attempt(
             "kernels", lambda: kernels(report, device, rows, size, torch.float32, left * 0.35)
         )
+    report.attempt("numbers", lambda: numbers(report, device, max(rows // 8, 3), size))
     report.attempt("block", lambda: block_times(report, device, rows, size))
     if cuda:
+        report.attempt("others", lambda: other_parts(report, device, 10, rows // 5, 2))
         report.attempt(
             "kernels", lambda: kernels(report, device, rows, size, torch.bfloat16, left * 0.1)
         )
-        report.attempt("block", lambda: block_times(report, device, 2 * rows, size))
+        report.attempt("copy", lambda: copy_rate(report, device))
 
 
 if __name__ == "__main__":

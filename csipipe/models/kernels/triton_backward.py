@@ -11,7 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csipipe.models.kernels.triton_forward import SLOPE, add4, axpy, leaky, store_sums, sums, zeros
+from csipipe.models.kernels.triton_window import (
+    RUN,
+    SLOPE,
+    accumulate,
+    add2,
+    add4,
+    is_inside,
+    leaky,
+    places,
+    store_run,
+    store_sums,
+    sums,
+    window,
+    zeros,
+)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -42,14 +56,9 @@ def output_backward(
         stored = tl.where(z > 0, g, SLOPE * g).to(dz.dtype.element_ty)
         tl.store(dz + at, stored, mask=valid)
         g = stored.to(tl.float32)
-        both = tl.reduce((g, g * (v - tl.load(stats + c))), 0, _add2)
+        both = tl.reduce((g, g * (v - tl.load(stats + c))), 0, add2)
         tl.store(part + c * programs + pid, both[0])
         tl.store(part + (2 + c) * programs + pid, both[1])
-
-
-@triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -119,6 +128,53 @@ def _dq(
     return tl.where(inside, d, 0.0)
 
 
+@triton.jit
+def gradients(
+    g,
+    q,
+    h,
+    d,
+    across: tl.constexpr,
+    o,
+    stats,
+    coef,
+    join,
+    LEFT: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    stats_channels: tl.constexpr,
+    JOIN: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """Window of the gradient dq at a convolution's output, channel o; zero outside the image.
+
+    `g` points to the runs' first pixels of the channel (JOIN: of dj's first), so does `q`.
+    """
+    mean = tl.load(stats + o)
+    scale = tl.load(stats + 2 * stats_channels + o)
+    coef0 = tl.load(coef + o)
+    coef1 = scale * tl.load(coef + stats_channels + o)
+    v = window(q, h, d, across, LEFT, A, D, VERTICAL)
+    if JOIN:
+        shift = tl.load(stats + 3 * stats_channels + o)
+        join0 = tl.load(join + o)
+        join1 = tl.load(join + stats_channels + o)
+        d0 = window(g, h, d, across, LEFT, A, D, VERTICAL)
+        d1 = window(g + A * D, h, d, across, LEFT, A, D, VERTICAL)
+    else:
+        d0 = window(g, h, d, across, LEFT, A, D, VERTICAL)
+    for t in tl.static_range(RUN + 2 * LEFT):
+        if JOIN:
+            dq = d0[t] * join0 + d1[t] * join1
+            dq = tl.where(v[t] * scale + shift > 0, dq, SLOPE * dq)
+        else:
+            dq = d0[t]
+        dq = scale * (dq - coef0) - (v[t] - mean) * coef1
+        dq = tl.where(is_inside(h, d, t - LEFT, across, A, D, VERTICAL), dq, 0.0)
+        out = (out + (dq,)) if t else (dq,)
+    return out
+
+
 @triton.jit(do_not_specialize=["programs", "zero"])
 def conv_backward(
     g,  # with JOIN: dj
@@ -145,64 +201,90 @@ def conv_backward(
     JOIN: tl.constexpr,
     ACTIVATE: tl.constexpr,
     TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
     """Gradient at a convolution's input, through the LeakyReLU before it to that layer's g.
 
     With its BatchNorm's sums; of a path's first convolution the gradient is added to `before`.
     """
+    VERTICAL: tl.constexpr = KH >= KW
+    LONG: tl.constexpr = KH if VERTICAL else KW
+    ACROSS: tl.constexpr = KW if VERTICAL else KH
+    LEFT: tl.constexpr = LONG // 2
     pid = tl.program_id(0)
     image = (pid // TILES).to(tl.int64)
-    pixel = (pid % TILES) * BLOCK + tl.arange(0, BLOCK)
-    valid = pixel < A * D
-    h = pixel // D
-    d = pixel % D
-    q_at = q + image * (q_channels * A * D) + pixel + zero
-    g_at = g + image * ((2 if JOIN else OUT) * A * D) + pixel + zero
-    acc = zeros(IN, BLOCK)
+    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), D, VERTICAL)
+    q_at = q + image * (q_channels * A * D)
+    g_at = g + image * ((2 if JOIN else OUT) * A * D)
+    if VERTICAL and ACROSS > 1:
+        q_at = q_at + zero
+        g_at = g_at + zero
+    q_at = q_at + (h * D + d)
+    g_at = g_at + (h * D + d)
+    acc = zeros(IN * RUN, d.to(tl.float32))
     for o in range(OUT):
-        mean = tl.load(stats + o)
-        scale = tl.load(stats + 2 * stats_channels + o)
-        coef0 = tl.load(coef + o)
-        coef1 = tl.load(coef + stats_channels + o)
-        if JOIN:
-            shift = tl.load(stats + 3 * stats_channels + o)
-            join0 = tl.load(join + o)
-            join1 = tl.load(join + stats_channels + o)
-        for kh in tl.static_range(KH):
-            row = valid & (h >= kh - KH // 2) & (h < A + kh - KH // 2)
-            for kw in tl.static_range(KW):
-                inside = row & (d >= kw - KW // 2) & (d < D + kw - KW // 2)
-                offset = (KH // 2 - kh) * D + KW // 2 - kw
-                v = tl.load(q_at + o * (A * D) + offset, mask=inside, other=0.0).to(tl.float32)
-                if JOIN:
-                    d0 = tl.load(g_at + offset, mask=inside, other=0.0).to(tl.float32)
-                    d1 = tl.load(g_at + A * D + offset, mask=inside, other=0.0).to(tl.float32)
-                    dq = d0 * join0 + d1 * join1
-                    dq = tl.where(v * scale + shift > 0, dq, SLOPE * dq)
-                else:
-                    dq = tl.load(g_at + o * (A * D) + offset, mask=inside, other=0.0)
-                    dq = dq.to(tl.float32)
-                dq = tl.where(inside, scale * (dq - coef0 - (v - mean) * coef1), 0.0)
-                acc = axpy(acc, dq, weight + o * (IN * KH * KW) + kh * KW + kw, IN, KH * KW)
-    at = image * (before_channels * A * D) + pixel + zero
+        for s in tl.static_range(ACROSS):
+            dq = gradients(
+                g_at if JOIN else g_at + o * (A * D),
+                q_at + o * (A * D),
+                h,
+                d,
+                s - ACROSS // 2,
+                o,
+                stats,
+                coef,
+                join,
+                LEFT,
+                A,
+                D,
+                stats_channels,
+                JOIN,
+                VERTICAL,
+            )
+            for k in tl.static_range(LONG):  # the kernel turned by 180°
+                at_weight = (
+                    weight
+                    + o * (IN * KH * KW)
+                    + (KH * KW - 1 - (k * KW + s if VERTICAL else s * KW + k))
+                )
+                acc = accumulate(acc, dq, k, at_weight, IN, KH * KW)
+    at = image * (before_channels * A * D) + (h * D + d)
+    for i in tl.static_range(IN):
+        v = window(before + at + i * (A * D), h, d, 0, 0, A, D, VERTICAL)
+        some = tl.zeros_like(d).to(tl.float32)
+        some_v = tl.zeros_like(d).to(tl.float32)
+        if ACTIVATE:
+            mean = tl.load(before_stats + i)
+            scale = tl.load(before_stats + 2 * IN + i)
+            shift = tl.load(before_stats + 3 * IN + i)
+        for r in tl.static_range(RUN):
+            if ACTIVATE:
+                dx = acc[i * RUN + r]
+                dx = tl.where(v[r] * scale + shift > 0, dx, SLOPE * dx)
+                dx = dx.to(out.dtype.element_ty)
+                inside = is_inside(h, d, r, 0, A, D, VERTICAL)
+                there = tl.where(inside, dx.to(tl.float32), 0.0)
+                some += there
+                some_v += there * (v[r] - mean)
+            else:
+                dx = (v[r] + acc[i * RUN + r]).to(out.dtype.element_ty)
+            stored = (stored + (dx,)) if r else (dx,)
+        store_run(
+            out + at + i * (A * D),
+            stored[0],
+            stored[1],
+            stored[2],
+            stored[3],
+            h,
+            d,
+            A,
+            D,
+            VERTICAL,
+        )
+        first = (first + (some,)) if i else (some,)
+        second = (second + (some_v,)) if i else (some_v,)
     if ACTIVATE:
-        second = acc
-        first = acc
-        for i in tl.static_range(IN):
-            v = tl.load(before + at + i * (A * D), mask=valid, other=0.0).to(tl.float32)
-            z = v * tl.load(before_stats + 2 * IN + i) + tl.load(before_stats + 3 * IN + i)
-            stored = tl.where(z > 0, acc[i], SLOPE * acc[i]).to(out.dtype.element_ty)
-            tl.store(out + at + i * (A * D), stored, mask=valid)
-            s = stored.to(tl.float32)
-            t = s * (v - tl.load(before_stats + i))
-            first = (first + (s,)) if i else (s,)
-            second = (second + (t,)) if i else (t,)
         store_sums(sums(first, IN), sums(second, IN), part, pid, programs, IN)
-    else:
-        for i in tl.static_range(IN):
-            v = tl.load(before + at + i * (A * D), mask=valid, other=0.0).to(tl.float32)
-            tl.store(out + at + i * (A * D), (v + acc[i]).to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["programs", "values"])

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor, nn
 
 from csipipe.models.crblock import CHANNELS, CRBlock
@@ -25,25 +24,21 @@ from csipipe.models.layers import Conv2d
 
 LARGEST_TILE = 1024
 """Pixels of a program; larger images are cut into several tiles."""
-LARGEST_PRODUCT = 512
-"""Weights of one output channel (inputs × taps) that a program keeps in registers."""
+LARGEST_KERNEL = 9
+"""Taps of a convolution; a thread keeps sums for all of them and all output channels."""
 
 
 @dataclass
 class Tuning:
     """What only the speed depends on."""
 
-    forward_warps: int = 8
-    backward_warps: int = 8
-    weight_warps: int = 4
-    weight_stages: int = 1
-    weight_chunk: int = 64
-    """Pixels of one product."""
-    weight_programs: int = 1056
-    """About how many programs share the images: eight per multiprocessor of an H100."""
-    precision: str = "tf32x3"
-    """Of the weight gradients' products: ieee, or tf32x3, which splits fp32 in two TF32 halves and
-    keeps 21 bits of each factor."""
+    forward_warps: int = 4
+    backward_warps: int = 4
+    weight_warps: int = 8
+    weight_programs: int = 264
+    """How many programs share the images: two per multiprocessor of an H100."""
+    weight_registers: int | None = None
+    """At most so many per thread."""
 
 
 tuning = Tuning()
@@ -117,7 +112,7 @@ def reason(block: CRBlock, x: Tensor) -> str | None:
     for path in stages(block):
         for stage in path:
             weight = stage.conv.weight
-            if weight[0].numel() > LARGEST_PRODUCT:
+            if weight[0, 0].numel() > LARGEST_KERNEL:
                 return f"a kernel of {tuple(weight.shape[2:])} has too many weights"
             if not (weight.shape[2] % 2 and weight.shape[3] % 2):
                 return f"a kernel of {tuple(weight.shape[2:])} is even"
@@ -135,20 +130,33 @@ class _Launch:
         self.programs = self.batch * self.tiles
         self.values = self.batch * self.pixels
         self.grid = (self.programs,)
+        # a tile in runs of four pixels, down or to the right
+        self.down = self._runs(triton.cdiv(self.a, 4) * self.d)
+        self.right = self._runs(triton.cdiv(self.d, 4) * self.a)
         self.shape = {"A": self.a, "D": self.d}
         self.tile = {"TILES": self.tiles, "BLOCK": self.block}
 
+    def _runs(self, count: int) -> tuple[int, dict[str, int]]:
+        """Programs and tiles for `count` runs per image."""
+        runs = min(LARGEST_TILE // 4, triton.next_power_of_2(count))
+        tiles = triton.cdiv(count, runs)
+        return self.batch * tiles, {"TILES": tiles, "RUNS": runs}
+
+    def runs(self, weight: Tensor) -> tuple[int, dict[str, int]]:
+        """Programs and tiles of a convolution."""
+        return self.down if weight.shape[2] >= weight.shape[3] else self.right
+
     def sums(self, x: Tensor, rows: int) -> Tensor:
         """(rows, programs) sums of each tile."""
-        return torch.empty(rows, self.programs, device=x.device)
+        return torch.empty(rows * max(self.programs, self.down[0], self.right[0]), device=x.device)
 
 
 def _finish_forward(
-    run: _Launch, part: Tensor, norm: nn.BatchNorm2d, stats: Tensor, training: bool
+    run: _Launch, programs: int, part: Tensor, norm: nn.BatchNorm2d, stats: Tensor, training: bool
 ) -> None:
     forward_kernels.finish_forward[(norm.num_features,)](
         part,
-        run.programs,
+        programs,
         norm.weight,
         norm.bias,
         norm.running_mean,
@@ -160,10 +168,9 @@ def _finish_forward(
         stats_channels=stats.stride(0),
         MOMENTUM=norm.momentum,
         EPS=norm.eps,
-        PIXELS=run.pixels,
         TRAIN=training,
-        CHUNK=1024,
-        **run.tile,
+        CHUNK=4096,
+        num_warps=16,
     )
 
 
@@ -178,7 +185,7 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
     channels = CHANNELS * len(paths)
     last = x.new_empty(run.batch, channels, run.a, run.d)
     last_stats = torch.empty(4, channels, device=x.device)
-    part = run.sums(x, 2 * CHANNELS)
+    part = run.sums(x, 2 * CHANNELS + 1)
     q: list[list[Tensor]] = []
     stats: list[list[Tensor]] = []
     for path in paths:
@@ -193,13 +200,14 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
                 target = last[:, stage.offset : stage.offset + CHANNELS]
                 table = last_stats[:, stage.offset : stage.offset + CHANNELS]
             weight = stage.conv.weight
-            forward_kernels.conv_forward[run.grid](
+            programs, tile = run.runs(weight)
+            forward_kernels.conv_forward[(programs,)](
                 source,
                 source_stats,
                 weight,
                 target,
                 part,
-                run.programs,
+                programs,
                 0,
                 KH=weight.shape[2],
                 KW=weight.shape[3],
@@ -212,9 +220,9 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
                 TRAIN=training,
                 num_warps=tuning.forward_warps,
                 **run.shape,
-                **run.tile,
+                **tile,
             )
-            _finish_forward(run, part, stage.norm, table, training)
+            _finish_forward(run, programs, part, stage.norm, table, training)
             q[-1].append(target)
             stats[-1].append(table)
             source, source_stats = target, table
@@ -233,14 +241,14 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
         **run.shape,
         **run.tile,
     )
-    _finish_forward(run, part, norm, join_stats, training)
+    _finish_forward(run, run.programs, part, norm, join_stats, training)
     y = torch.empty_like(x)
     forward_kernels.output_forward[run.grid](x, j, join_stats, y, **run.shape, **run.tile)
     return y, Saved(x, q, stats, last, last_stats, j, join_stats, training)
 
 
 def _finish_backward(
-    run: _Launch, part: Tensor, stats: Tensor, extra: int, training: bool
+    run: _Launch, programs: int, part: Tensor, stats: Tensor, extra: int, training: bool
 ) -> tuple[Tensor, ...]:
     """Coefficients, gradients of weight and bias, and the further sums."""
     channels = stats.shape[1]
@@ -248,7 +256,7 @@ def _finish_backward(
     coef, dgamma, dbeta, further = found[:2], found[2], found[3], found[4:]
     backward_kernels.finish_backward[(channels,)](
         part,
-        run.programs,
+        programs,
         stats,
         coef,
         dgamma,
@@ -258,7 +266,8 @@ def _finish_backward(
         C=channels,
         EXTRA=extra,
         TRAIN=training,
-        CHUNK=1024,
+        CHUNK=4096,
+        num_warps=16,
     )
     return coef, dgamma, dbeta, further
 
@@ -275,7 +284,7 @@ def input_gradient(block: CRBlock, saved: Saved, dy: Tensor) -> tuple[Tensor, Re
         dy, x, j, saved.join_stats, dz, part, run.programs, **common
     )
     coef, join_dgamma, join_dbeta, _ = _finish_backward(
-        run, part, saved.join_stats, 0, saved.training
+        run, run.programs, part, saved.join_stats, 0, saved.training
     )
     channels = last.shape[1]
     weight = cast(Conv2d, block.join[0]).weight
@@ -295,7 +304,7 @@ def input_gradient(block: CRBlock, saved: Saved, dy: Tensor) -> tuple[Tensor, Re
         **common,
     )
     last_coef, last_dgamma, last_dbeta, join_gradient = _finish_backward(
-        run, part, saved.last_stats, 2, saved.training
+        run, run.programs, part, saved.last_stats, 2, saved.training
     )
     rest = Rest([], [], [], [], dj, join_gradient, join_dgamma, join_dbeta)
     dx = torch.empty_like(x)
@@ -312,7 +321,10 @@ def input_gradient(block: CRBlock, saved: Saved, dy: Tensor) -> tuple[Tensor, Re
                 run, saved, block, p, k, g[0], coefs[0], weight, before, out, part, len(path)
             )
             if activate:
-                found = _finish_backward(run, part, saved.stats[p][k - 1], 0, saved.training)
+                programs, _ = run.runs(weight)
+                found = _finish_backward(
+                    run, programs, part, saved.stats[p][k - 1], 0, saved.training
+                )
                 g.insert(0, out)
                 coefs.insert(0, found[0])
                 dgammas.insert(0, found[1])
@@ -340,7 +352,8 @@ def _conv_backward(
     length: int,
 ) -> None:
     q, stats = saved.q[p][k], saved.stats[p][k]
-    backward_kernels.conv_backward[run.grid](
+    programs, tile = run.runs(weight)
+    backward_kernels.conv_backward[(programs,)](
         g,
         q,
         stats,
@@ -351,7 +364,7 @@ def _conv_backward(
         saved.stats[p][k - 1],
         out,
         part,
-        run.programs,
+        programs,
         0,
         KH=weight.shape[2],
         KW=weight.shape[3],
@@ -364,20 +377,13 @@ def _conv_backward(
         ACTIVATE=k > 0,
         num_warps=tuning.backward_warps,
         **run.shape,
-        **run.tile,
+        **tile,
     )
 
 
 def _join_weights(block: CRBlock, p: int) -> Tensor:
     """(2, channels of path p) view of the join's weights; rows lie all paths' channels apart."""
     return cast(Conv2d, block.join[0]).weight.detach().flatten(1)[:, CHANNELS * p :]
-
-
-def _product_type(x: Tensor) -> Any:
-    """Of the factors; the interpreter has no product of bf16."""
-    if x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret:
-        return tl.bfloat16
-    return tl.float32
 
 
 def weight_gradients(block: CRBlock, saved: Saved, rest: Rest) -> list[Tensor]:
@@ -395,9 +401,8 @@ def weight_gradients(block: CRBlock, saved: Saved, rest: Rest) -> list[Tensor]:
 def _conv_weights(
     run: _Launch, saved: Saved, rest: Rest, block: CRBlock, p: int, k: int, weight: Tensor
 ) -> Tensor:
-    size = weight[0].numel()
-    images = triton.cdiv(run.batch, tuning.weight_programs)
-    programs = triton.cdiv(run.batch, images)
+    programs = min(run.batch, tuning.weight_programs)
+    rows = triton.next_power_of_2(weight.shape[1])
     part = torch.empty(programs, weight.numel(), device=weight.device)
     x = saved.q[p][k - 1] if k else saved.x
     q, stats = saved.q[p][k], saved.stats[p][k]
@@ -410,7 +415,7 @@ def _conv_weights(
         x,
         saved.stats[p][k - 1],
         part,
-        images,
+        programs,
         run.batch,
         0,
         KH=weight.shape[2],
@@ -422,13 +427,10 @@ def _conv_weights(
         x_channels=x.stride(0) // run.pixels,
         JOIN=k == len(saved.q[p]) - 1,
         ACTIVATE=k > 0,
-        PRECISION=tuning.precision,
-        PRODUCT=_product_type(x),
-        N=max(16, triton.next_power_of_2(size)),
-        M=8,
-        CHUNK=tuning.weight_chunk,
+        ROWS=rows,
+        COLUMNS=max(1, 32 * tuning.weight_warps // rows),
         num_warps=tuning.weight_warps,
-        num_stages=tuning.weight_stages,
+        maxnreg=tuning.weight_registers,
         **run.shape,
     )
     out = torch.empty_like(weight)

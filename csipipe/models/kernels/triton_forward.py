@@ -18,70 +18,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SLOPE = tl.constexpr(0.3)
-
-
-@triton.jit
-def add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def add4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
-
-
-@triton.jit
-def sums(values, N: tl.constexpr):
-    """Sum of each of N tensors, all in one pass over the threads."""
-    tl.static_assert((N == 2) | (N == 4) | (N == 7))
-    if N == 2:
-        return tl.reduce(values, 0, add2)
-    elif N == 4:
-        return tl.reduce(values, 0, add4)
-    else:
-        return tl.reduce(values, 0, add7)
-
-
-@triton.jit
-def zeros(N: tl.constexpr, BLOCK: tl.constexpr):
-    """N accumulators."""
-    out = (tl.zeros((BLOCK,), tl.float32),)
-    for _ in tl.static_range(N - 1):
-        out = out + (tl.zeros((BLOCK,), tl.float32),)
-    return out
-
-
-@triton.jit
-def axpy(acc, value, weight, N: tl.constexpr, STRIDE: tl.constexpr):
-    """Add N weights' products with `value` to N accumulators."""
-    out = (acc[0] + value * tl.load(weight),)
-    for n in tl.static_range(1, N):
-        out = out + (acc[n] + value * tl.load(weight + n * STRIDE),)
-    return out
-
-
-@triton.jit
-def leaky(z):
-    return tl.maximum(z, SLOPE * z)
-
-
-@triton.jit
-def store_sums(first, second, part, pid, programs, N: tl.constexpr):
-    """One program's two sums of N channels: `part` is (2, N, programs)."""
-    for n in tl.static_range(N):
-        tl.store(part + n * programs + pid, first[n])
-        tl.store(part + (N + n) * programs + pid, second[n])
+from csipipe.models.kernels.triton_window import (
+    RUN,
+    accumulate,
+    activated,
+    is_inside,
+    leaky,
+    places,
+    store_run,
+    store_sums,
+    sums,
+    window,
+    zeros,
+)
 
 
 @triton.jit
 def store_moments(values, valid, count, part, pid, programs, N: tl.constexpr):
-    """One tile's mean and sum of squared deviations from it, of N channels."""
+    """One tile's mean and sum of squared deviations from it, of N channels, and its pixels."""
+    tl.store(part + 2 * N * programs + pid, count)
     total = sums(values, N)
     means = (total[0] / count,)
     for n in tl.static_range(1, N):
@@ -102,7 +57,7 @@ def conv_forward(
     q,
     part,
     programs,
-    zero,  # 0, which the compiler can't know: else it gives a thread neighbouring pixels
+    zero,  # 0, which the compiler can't know: else it gives a thread neighbouring runs
     A: tl.constexpr,
     D: tl.constexpr,
     KH: tl.constexpr,
@@ -115,43 +70,87 @@ def conv_forward(
     ACTIVATE: tl.constexpr,  # x is a convolution's output: apply BatchNorm and LeakyReLU first
     TRAIN: tl.constexpr,  # the statistics are wanted
     TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
     """Convolution of IN to OUT channels, and the moments of its output."""
+    VERTICAL: tl.constexpr = KH >= KW
+    LONG: tl.constexpr = KH if VERTICAL else KW
+    ACROSS: tl.constexpr = KW if VERTICAL else KH
+    LEFT: tl.constexpr = LONG // 2
     pid = tl.program_id(0)
     image = (pid // TILES).to(tl.int64)
-    first = (pid % TILES) * BLOCK
-    pixel = first + tl.arange(0, BLOCK)
-    valid = pixel < A * D
-    h = pixel // D
-    d = pixel % D
-    source = x + image * (x_channels * A * D) + pixel + zero
-    acc = zeros(OUT, BLOCK)
+    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), D, VERTICAL)
+    source = x + image * (x_channels * A * D)
+    if VERTICAL and ACROSS > 1:
+        source = source + zero
+    at = source + (h * D + d)
+    acc = zeros(OUT * RUN, d.to(tl.float32))
     for i in range(IN):
-        if ACTIVATE:
-            scale = tl.load(stats + 2 * stats_channels + i)
-            shift = tl.load(stats + 3 * stats_channels + i)
-        for kh in tl.static_range(KH):
-            row = valid & (h >= KH // 2 - kh) & (h < A + KH // 2 - kh)
-            for kw in tl.static_range(KW):
-                inside = row & (d >= KW // 2 - kw) & (d < D + KW // 2 - kw)
-                offset = (kh - KH // 2) * D + kw - KW // 2
-                v = tl.load(source + i * (A * D) + offset, mask=inside, other=0.0).to(tl.float32)
-                if ACTIVATE:
-                    v = tl.where(inside, leaky(v * scale + shift), 0.0)
-                acc = axpy(acc, v, weight + i * (KH * KW) + kh * KW + kw, OUT, IN * KH * KW)
-    target = q + image * (q_channels * A * D) + pixel + zero
-    stored = (acc[0].to(q.dtype.element_ty),)
-    for o in tl.static_range(1, OUT):
-        stored = stored + (acc[o].to(q.dtype.element_ty),)
+        for s in tl.static_range(ACROSS):
+            v = window(at + i * (A * D), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+            if ACTIVATE:
+                scale = tl.load(stats + 2 * stats_channels + i)
+                shift = tl.load(stats + 3 * stats_channels + i)
+                v = activated(v, scale, shift, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+            for k in tl.static_range(LONG):
+                at_weight = weight + i * (KH * KW) + (k * KW + s if VERTICAL else s * KW + k)
+                acc = accumulate(acc, v, k, at_weight, OUT, IN * KH * KW)
+    target = q + image * (q_channels * A * D) + (h * D + d)
+    for n in tl.static_range(OUT * RUN):
+        rounded = acc[n].to(q.dtype.element_ty)
+        stored = (stored + (rounded,)) if n else (rounded,)
     for o in tl.static_range(OUT):
-        tl.store(target + o * (A * D), stored[o], mask=valid)
-    if TRAIN:
-        values = (stored[0].to(tl.float32),)  # of what the next layer sees, rounding included
-        for o in tl.static_range(1, OUT):
-            values = values + (stored[o].to(tl.float32),)
-        count = tl.minimum(BLOCK, A * D - first).to(tl.float32)
-        store_moments(values, valid, count, part, pid, programs, OUT)
+        store_run(
+            target + o * (A * D),
+            stored[o * RUN],
+            stored[o * RUN + 1],
+            stored[o * RUN + 2],
+            stored[o * RUN + 3],
+            h,
+            d,
+            A,
+            D,
+            VERTICAL,
+        )
+    if TRAIN:  # of what the next layer sees, rounding included
+        _store_run_moments(stored, h, d, part, pid, programs, OUT, A, D, VERTICAL)
+
+
+@triton.jit
+def _store_run_moments(
+    values,
+    h,
+    d,
+    part,
+    pid,
+    programs,
+    N: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """One tile's mean and sum of squared deviations from it, of N channels, and its pixels."""
+    pixels = tl.zeros_like(d)
+    for r in tl.static_range(RUN):
+        pixels += is_inside(h, d, r, 0, A, D, VERTICAL).to(tl.int32)
+    count = tl.sum(pixels, 0).to(tl.float32)
+    tl.store(part + 2 * N * programs + pid, count)
+    for n in tl.static_range(N):
+        some = tl.zeros_like(d).to(tl.float32)
+        for r in tl.static_range(RUN):
+            v = values[n * RUN + r].to(tl.float32)
+            some += tl.where(is_inside(h, d, r, 0, A, D, VERTICAL), v, 0.0)
+        totals = (totals + (some,)) if n else (some,)
+    total = sums(totals, N)
+    for n in tl.static_range(N):
+        mean = total[n] / count
+        means = (means + (mean,)) if n else (mean,)
+        some = tl.zeros_like(d).to(tl.float32)
+        for r in tl.static_range(RUN):
+            off = values[n * RUN + r].to(tl.float32) - mean
+            some += tl.where(is_inside(h, d, r, 0, A, D, VERTICAL), off * off, 0.0)
+        squares = (squares + (some,)) if n else (some,)
+    store_sums(means, sums(squares, N), part, pid, programs, N)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -176,13 +175,15 @@ def join_forward(
     pixel = first + tl.arange(0, BLOCK)
     valid = pixel < A * D
     source = q + image * (CHANNELS * A * D) + pixel
-    acc = zeros(2, BLOCK)
+    acc0 = tl.zeros((BLOCK,), tl.float32)
+    acc1 = tl.zeros((BLOCK,), tl.float32)
     for c in range(CHANNELS):
         v = tl.load(source + c * (A * D), mask=valid, other=0.0).to(tl.float32)
         v = leaky(v * tl.load(stats + 2 * CHANNELS + c) + tl.load(stats + 3 * CHANNELS + c))
-        acc = axpy(acc, v, weight + c, 2, CHANNELS)
+        acc0 += v * tl.load(weight + c)
+        acc1 += v * tl.load(weight + CHANNELS + c)
     target = j + image * (2 * A * D) + pixel
-    stored = (acc[0].to(j.dtype.element_ty), acc[1].to(j.dtype.element_ty))
+    stored = (acc0.to(j.dtype.element_ty), acc1.to(j.dtype.element_ty))
     tl.store(target, stored[0], mask=valid)
     tl.store(target + A * D, stored[1], mask=valid)
     if TRAIN:
@@ -231,10 +232,7 @@ def finish_forward(
     stats_channels: tl.constexpr,
     MOMENTUM: tl.constexpr,
     EPS: tl.constexpr,
-    PIXELS: tl.constexpr,
     TRAIN: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """The table of one BatchNorm from its tiles' moments, and its running statistics.
@@ -248,8 +246,9 @@ def finish_forward(
         start = 0
         while start < programs:
             p = start + tl.arange(0, CHUNK)
-            n = tl.minimum(BLOCK, PIXELS - (p % TILES) * BLOCK).to(tl.float64)
-            total += n * tl.load(part + c * programs + p, mask=p < programs, other=0.0)
+            there = p < programs
+            n = tl.load(part + 2 * C * programs + p, mask=there, other=0.0).to(tl.float64)
+            total += n * tl.load(part + c * programs + p, mask=there, other=0.0)
             start += CHUNK
         mean = tl.sum(total) / values
         total = tl.zeros((CHUNK,), tl.float64)
@@ -257,7 +256,7 @@ def finish_forward(
         while start < programs:
             p = start + tl.arange(0, CHUNK)
             there = p < programs
-            n = tl.minimum(BLOCK, PIXELS - (p % TILES) * BLOCK).to(tl.float64)
+            n = tl.load(part + 2 * C * programs + p, mask=there, other=0.0).to(tl.float64)
             off = tl.load(part + c * programs + p, mask=there, other=0.0) - mean
             within = tl.load(part + (C + c) * programs + p, mask=there, other=0.0)
             total += tl.where(there, within + n * off * off, 0.0)

@@ -1,8 +1,9 @@
-"""Triton kernels of CRBlock's weight gradients: a product over pixels, (IN·KH·KW) × OUT.
+"""Triton kernels of CRBlock's weight gradients.
 
-Conventions as in `triton_forward` and `triton_backward`. A program goes over `images` images, a
-chunk of pixels at a time, and keeps the whole gradient in registers; a second kernel adds the
-programs' parts, always in the same order.
+Conventions as in `triton_window` and `triton_backward`. Threads are a table: a row for each input
+channel, a column for each of some runs of pixels. A thread goes over the images of its program
+and keeps the sums of its runs for all taps and output channels in registers, in fp32; the sums
+over threads come last, and a second kernel adds the programs' parts, always in the same order.
 """
 
 from __future__ import annotations
@@ -10,10 +11,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csipipe.models.kernels.triton_forward import SLOPE, leaky
+from csipipe.models.kernels.triton_backward import gradients
+from csipipe.models.kernels.triton_window import RUN, activated, places, window, zeros
 
 
-@triton.jit(do_not_specialize=["zero", "images", "batch"])
+@triton.jit
+def _correlate(
+    acc, dq, v, k: tl.constexpr, first: tl.constexpr, OUT: tl.constexpr, N: tl.constexpr
+):
+    """To accumulators first … first+OUT of N add the runs' products with the window from k on."""
+    for n in tl.static_range(N):
+        new = acc[n]
+        if n >= first and n < first + OUT:
+            for r in tl.static_range(RUN):
+                new += dq[(n - first) * RUN + r] * v[k + r]
+        out = (out + (new,)) if n else (new,)
+    return out
+
+
+@triton.jit(do_not_specialize=["zero", "programs", "batch"])
 def conv_weights(
     g,  # with JOIN: dj
     q,
@@ -23,7 +39,7 @@ def conv_weights(
     x,  # the convolution's input, ACTIVATE: before BatchNorm and LeakyReLU
     x_stats,
     part,
-    images,
+    programs,
     batch,
     zero,
     A: tl.constexpr,
@@ -37,65 +53,76 @@ def conv_weights(
     x_channels: tl.constexpr,
     JOIN: tl.constexpr,
     ACTIVATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,  # type of the product's factors
-    N: tl.constexpr,  # ≥ IN KH KW, a power of two
-    M: tl.constexpr,  # ≥ OUT
-    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,  # of the table, ≥ IN
+    COLUMNS: tl.constexpr,
 ):
-    """Part of the weight gradient from this program's images: `part` is (programs, OUT, IN KH KW)."""
-    TAPS: tl.constexpr = IN * KH * KW
-    n = tl.arange(0, N)
-    i = n // (KH * KW)
-    dh = (n // KW) % KH - KH // 2
-    dw = n % KW - KW // 2
-    offset = i * (A * D) + dh * D + dw
-    o = tl.arange(0, M)
-    there = o < OUT
-    mean = tl.load(stats + o, mask=there, other=0.0)[None, :]
-    scale = tl.load(stats + 2 * stats_channels + o, mask=there, other=0.0)[None, :]
-    coef0 = tl.load(coef + o, mask=there, other=0.0)[None, :]
-    coef1 = tl.load(coef + stats_channels + o, mask=there, other=0.0)[None, :]
-    if JOIN:
-        shift = tl.load(stats + 3 * stats_channels + o, mask=there, other=0.0)[None, :]
-        join0 = tl.load(join + o, mask=there, other=0.0)[None, :]
-        join1 = tl.load(join + stats_channels + o, mask=there, other=0.0)[None, :]
+    """Part of the weight gradient from this program's images: (programs, OUT, IN KH KW)."""
+    VERTICAL: tl.constexpr = KH >= KW
+    LONG: tl.constexpr = KH if VERTICAL else KW
+    ACROSS: tl.constexpr = KW if VERTICAL else KH
+    LEFT: tl.constexpr = LONG // 2
+    ALL: tl.constexpr = ((A + RUN - 1) // RUN * D) if VERTICAL else ((D + RUN - 1) // RUN * A)
+    TAPS: tl.constexpr = KH * KW
+    row = tl.arange(0, ROWS)
+    i = tl.minimum(row, IN - 1)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
+    acc = zeros(OUT * TAPS, column.to(tl.float32))
     if ACTIVATE:
-        x_scale = tl.load(x_stats + 2 * IN + i, mask=n < TAPS, other=0.0)[:, None]
-        x_shift = tl.load(x_stats + 3 * IN + i, mask=n < TAPS, other=0.0)[:, None]
-    acc = tl.zeros((N, M), tl.float32)
-    first = tl.program_id(0) * images
-    image = first
-    end = tl.minimum(first + images, batch)
-    while image < end:  # not a range: the interpreter's needs an older numpy
-        x_at = x + image.to(tl.int64) * (x_channels * A * D) + zero
-        q_at = q + image.to(tl.int64) * (q_channels * A * D) + zero
-        g_at = g + image.to(tl.int64) * ((2 if JOIN else OUT) * A * D) + zero
-        for start in range(0, A * D, CHUNK):
-            pixel = start + tl.arange(0, CHUNK)
-            h = (pixel // D)[None, :] + dh[:, None]
-            d = (pixel % D)[None, :] + dw[:, None]
-            inside = (h >= 0) & (h < A) & (d >= 0) & (d < D) & (n < TAPS)[:, None]
-            a = tl.load(x_at + offset[:, None] + pixel[None, :], mask=inside, other=0.0)
-            if ACTIVATE:
-                z = a.to(tl.float32) * x_scale + x_shift
-                a = tl.where(inside, leaky(z), 0.0).to(x.dtype.element_ty)
-            valid = (pixel < A * D)[:, None] & there[None, :]
-            at = pixel[:, None] + (o * (A * D))[None, :]
-            v = tl.load(q_at + at, mask=valid, other=0.0).to(tl.float32)
-            if JOIN:
-                d0 = tl.load(g_at + pixel, mask=pixel < A * D, other=0.0).to(tl.float32)
-                d1 = tl.load(g_at + A * D + pixel, mask=pixel < A * D, other=0.0).to(tl.float32)
-                dq = d0[:, None] * join0 + d1[:, None] * join1
-                dq = tl.where(v * scale + shift > 0, dq, SLOPE * dq)
-            else:
-                dq = tl.load(g_at + at, mask=valid, other=0.0).to(tl.float32)
-            dq = tl.where(valid, scale * (dq - coef0 - (v - mean) * coef1), 0.0)
-            dq = dq.to(x.dtype.element_ty).to(PRODUCT)
-            acc = tl.dot(a.to(PRODUCT), dq, acc, input_precision=PRECISION)
-        image += 1
-    target = part + tl.program_id(0) * (OUT * TAPS) + n[:, None] + (o * TAPS)[None, :]
-    tl.store(target, acc, mask=(n < TAPS)[:, None] & there[None, :])
+        scale = tl.load(x_stats + 2 * IN + i)
+        shift = tl.load(x_stats + 3 * IN + i)
+    image = tl.program_id(0)
+    while image < batch:  # not a range: the interpreter's needs an older numpy
+        x_at = x + image.to(tl.int64) * (x_channels * A * D)
+        q_at = q + image.to(tl.int64) * (q_channels * A * D)
+        g_at = g + image.to(tl.int64) * ((2 if JOIN else OUT) * A * D)
+        if VERTICAL and ACROSS > 1:
+            x_at = x_at + zero
+            q_at = q_at + zero
+            g_at = g_at + zero
+        for start in range(0, ALL, COLUMNS):
+            h, d = places(start + column, D, VERTICAL)
+            pixel = h * D + d
+            for o in tl.static_range(OUT):
+                some = gradients(
+                    g_at + pixel if JOIN else g_at + (pixel + o * (A * D)),
+                    q_at + (pixel + o * (A * D)),
+                    h,
+                    d,
+                    0,
+                    o,
+                    stats,
+                    coef,
+                    join,
+                    0,
+                    A,
+                    D,
+                    stats_channels,
+                    JOIN,
+                    VERTICAL,
+                )
+                dq = (dq + some) if o else some
+            for s in tl.static_range(ACROSS):
+                v = window(
+                    x_at + (pixel + i * (A * D)), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL
+                )
+                if ACTIVATE:
+                    v = activated(v, scale, shift, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+                for k in tl.static_range(LONG):
+                    acc = _correlate(
+                        acc,
+                        dq,
+                        v,
+                        k,
+                        (k * KW + s if VERTICAL else s * KW + k) * OUT,
+                        OUT,
+                        OUT * TAPS,
+                    )
+        image += programs
+    target = part + tl.program_id(0) * (OUT * IN * TAPS) + row * TAPS
+    for tap in tl.static_range(TAPS):
+        for o in tl.static_range(OUT):
+            total = tl.sum(acc[tap * OUT + o], axis=1)
+            tl.store(target + o * (IN * TAPS) + tap, total, mask=row < IN)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -1,0 +1,194 @@
+"""What the Triton kernels of convolutions share: runs of pixels, windows around them, sums.
+
+A thread computes a run of four pixels along the kernel's longer axis: what it reads serves several
+of the kernel's taps, and a weight it loads several pixels. Along columns (VERTICAL) neighbouring
+threads have neighbouring pixels of a row; along rows a thread reads four pixels at once.
+
+Values of runs are tuples of tensors, one tensor for each place in the run or window.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SLOPE = tl.constexpr(0.3)
+RUN = tl.constexpr(4)
+
+
+@triton.jit
+def leaky(z):
+    return tl.maximum(z, SLOPE * z)
+
+
+@triton.jit
+def places(n, D: tl.constexpr, VERTICAL: tl.constexpr):
+    """Row and column of the first pixel of run n; past the last run the row is outside."""
+    if VERTICAL:
+        return n // D * RUN, n % D
+    else:
+        groups: tl.constexpr = (D + RUN - 1) // RUN
+        return n // groups, n % groups * RUN
+
+
+@triton.jit
+def is_inside(h, d, along, across, A: tl.constexpr, D: tl.constexpr, VERTICAL: tl.constexpr):
+    """Whether the pixel so far from each run's first is in the image."""
+    if VERTICAL:
+        return (h + along >= 0) & (h + along < A) & (d + across >= 0) & (d + across < D)
+    else:
+        return (h + across >= 0) & (h + across < A) & (d + along >= 0) & (d + along < D)
+
+
+@triton.jit
+def window(
+    at,
+    h,
+    d,
+    across: tl.constexpr,
+    LEFT: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """LEFT values before each run, the run's, and LEFT behind it; zero outside the image.
+
+    `at` points to the runs' first pixels, `across` moves the window on the other axis.
+    """
+    if VERTICAL:
+        inside = is_inside(h, d, -LEFT, across, A, D, VERTICAL)
+        v = tl.load(at + (across - LEFT * D), mask=inside, other=0.0).to(tl.float32)
+        out = (v,)
+        for t in tl.static_range(1, RUN + 2 * LEFT):
+            inside = is_inside(h, d, t - LEFT, across, A, D, VERTICAL)
+            v = tl.load(at + (across + (t - LEFT) * D), mask=inside, other=0.0).to(tl.float32)
+            out = out + (v,)
+        return out
+    else:
+        quads: tl.constexpr = (LEFT + RUN - 1) // RUN
+        lane = tl.arange(0, RUN)
+        at4 = tl.expand_dims(at, -1) + across * D
+        h4 = tl.expand_dims(h, -1) + across
+        d4 = tl.expand_dims(d, -1)
+        for k in tl.static_range(2 * quads + 1):
+            column = d4 + (lane + (k - quads) * RUN)
+            inside = (h4 >= 0) & (h4 < A) & (column >= 0) & (column < D)
+            v4 = tl.load(at4 + (lane + (k - quads) * RUN), mask=inside, other=0.0)
+            some = unpack(v4.to(tl.float32))
+            every = (every + some) if k else some
+        for t in tl.static_range(RUN + 2 * LEFT):
+            v = every[quads * RUN - LEFT + t]
+            out = (out + (v,)) if t else (v,)
+        return out
+
+
+@triton.jit
+def unpack(v4):
+    """(…, 4) → four tensors (…)."""
+    pairs = v4.reshape(v4.shape[:-1] + [2, 2])
+    even, odd = tl.split(pairs)
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return (v0, v1, v2, v3)
+
+
+@triton.jit
+def store_run(
+    at,
+    v0,
+    v1,
+    v2,
+    v3,
+    h,
+    d,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """Write runs to where `at` points."""
+    if VERTICAL:
+        for r in tl.static_range(RUN):
+            v = v0 if r == 0 else (v1 if r == 1 else (v2 if r == 2 else v3))
+            tl.store(at + r * D, v, mask=is_inside(h, d, r, 0, A, D, VERTICAL))
+    else:
+        pairs = tl.join(tl.join(v0, v2), tl.join(v1, v3))
+        v4 = pairs.reshape(v0.shape + [RUN])
+        lane = tl.arange(0, RUN)
+        inside = (tl.expand_dims(h, -1) < A) & (tl.expand_dims(d, -1) + lane < D)
+        tl.store(tl.expand_dims(at, -1) + lane, v4, mask=inside)
+
+
+@triton.jit
+def activated(
+    v,
+    scale,
+    shift,
+    h,
+    d,
+    across: tl.constexpr,
+    LEFT: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """BatchNorm and LeakyReLU of a window; zero outside the image."""
+    for t in tl.static_range(RUN + 2 * LEFT):
+        inside = is_inside(h, d, t - LEFT, across, A, D, VERTICAL)
+        a = tl.where(inside, leaky(v[t] * scale + shift), 0.0)
+        out = (out + (a,)) if t else (a,)
+    return out
+
+
+@triton.jit
+def zeros(N: tl.constexpr, like):
+    """N accumulators."""
+    out = (tl.zeros_like(like),)
+    for _ in tl.static_range(N - 1):
+        out = out + (tl.zeros_like(like),)
+    return out
+
+
+@triton.jit
+def accumulate(acc, v, k: tl.constexpr, weight, N: tl.constexpr, STRIDE: tl.constexpr):
+    """To accumulators (N channels, RUN) add the window's values from k on, times N weights."""
+    for n in tl.static_range(N):
+        w = tl.load(weight + n * STRIDE)
+        for r in tl.static_range(RUN):
+            new = acc[n * RUN + r] + v[k + r] * w
+            out = (out + (new,)) if n + r else (new,)
+    return out
+
+
+@triton.jit
+def add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
+
+
+@triton.jit
+def sums(values, N: tl.constexpr):
+    """Sum of each of N tensors, all in one pass over the threads."""
+    tl.static_assert((N == 2) | (N == 4) | (N == 7))
+    if N == 2:
+        return tl.reduce(values, 0, add2)
+    elif N == 4:
+        return tl.reduce(values, 0, add4)
+    else:
+        return tl.reduce(values, 0, add7)
+
+
+@triton.jit
+def store_sums(first, second, part, pid, programs, N: tl.constexpr):
+    """One program's two sums of N channels: `part` is (2, N, programs)."""
+    for n in tl.static_range(N):
+        tl.store(part + n * programs + pid, first[n])
+        tl.store(part + (N + n) * programs + pid, second[n])
