@@ -25,6 +25,10 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from csipipe.settings.config import ModelSettings
+from csipipe.models.kernels.triton_iteration import Iteration
+from csipipe.measure.metrics import paper_loss
+from csipipe.models import build_encoder, build_head, build_tail
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels import triton_crblock as fused
 
@@ -222,12 +226,12 @@ def jobs() -> list[tuple[int, int, str, int]]:
                 ("conv_weights", (s.weight_warps, s.weight_registers)),
                 ("conv_forward", (s.forward_warps,)),
                 ("conv_backward", (s.backward_warps,)),
+                ("small", ()),
                 ("", ()),
             ):
                 if (kind, key) not in seen:
                     seen.add((kind, key))
-                    found += [(t, i, kind, n) for n in range(5 if kind else 1)]
-    return found
+    XX    return found
 
 
 def compile_job(job: tuple[int, int, str, int, int]) -> str:
@@ -247,7 +251,14 @@ def compile_job(job: tuple[int, int, str, int, int]) -> str:
     try:
         fused.tuning = list(settings(DTYPES[t]))[i]
         x = torch.zeros(16, 2, size, size, device="cuda", dtype=DTYPES[t])
-        all_at_once(some_block(x.device), x, x)
+        if kind == "small":
+            held, picks = torch.zeros(2, 8, 2, 32, 32), torch.zeros(2, 8, dtype=torch.int64)
+            device = x.device
+            one = Iteration(*parts_of(2, device), held.to(device), picks.to(device), 1, DTYPES[t])
+            with torch.no_grad():
+                one.gradients()
+        else:
+            all_at_once(some_block(x.device), x, x)
     except Exception as error:
         return f"{job}: {str(error)[-300:]}"
     finally:
@@ -366,6 +377,101 @@ def other_parts(report: Report, device: torch.device, ues: int, rows: int, parts
     )
 
 
+def parts_of(ues: int, device: torch.device) -> tuple[list[Any], list[Any], nn.Sequential]:
+    """Encoders, heads and tail of the paper's size, every UE's weights its own."""
+    model = ModelSettings()
+    encoders = [build_encoder(model, u).to(device) for u in range(ues)]
+    heads = [build_head(model, u).to(device) for u in range(ues)]
+    return encoders, heads, nn.Sequential(*build_tail(model, 0)).to(device)
+
+
+def unsplit(
+    parts: tuple[list[Any], list[Any], nn.Sequential], h: Tensor, micro_batches: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses (U, B), and gradients in `Iteration.parameters`' order, by PyTorch's layers."""
+    encoders, heads, tail = parts
+    rows = h.shape[1] // micro_batches
+    z = torch.stack([e(x) for e, x in zip(encoders, h, strict=True)])
+    losses = []
+    for m in range(micro_batches):
+        own = slice(m * rows, (m + 1) * rows)
+        y = tail(z[:, own].flatten(0, 1)).view(len(h), rows, -1)
+        found = torch.stack([head(v) for head, v in zip(heads, y, strict=True)])
+        losses.append(paper_loss(found.flatten(0, 1), h[:, own].flatten(0, 1)).view(len(h), rows))
+    loss = torch.cat(losses, 1)
+    (loss.sum() / h.shape[1]).backward()
+    every = [
+        [getattr(p[k], n).grad for p in some]
+        for some, k, n in (
+            (encoders, 0, "weight"),
+            (encoders, 1, "weight"),
+            (encoders, 1, "bias"),
+            (encoders, 4, "weight"),
+            (encoders, 4, "bias"),
+            (heads, 0, "weight"),
+            (heads, 0, "bias"),
+        )
+    ]
+    return loss.detach(), [*(torch.stack(v) for v in every), *(p.grad for p in tail.parameters())]
+
+
+def iteration_numbers(report: Report, device: torch.device) -> None:
+    """Losses and gradients of one whole iteration against float64."""
+    torch.manual_seed(2)
+    ues, batch, micro_batches = 3, 16, 2
+    held = torch.rand(ues, 50, 2, 32, 32, device=device)
+    picks = torch.randint(50, (ues, batch), device=device)
+    h = torch.stack([rows[p] for rows, p in zip(held, picks, strict=True)])
+    parts = parts_of(ues, device)
+    exact, own = copy.deepcopy(parts), copy.deepcopy(parts)
+    for part in (*exact[0], *exact[1], exact[2]):
+        part.double()
+    wanted, wanted_gradients = unsplit(exact, h.double(), micro_batches)
+    loss, gradients = unsplit(own, h, micro_batches)
+    for dtype in DTYPES:
+        one = Iteration(*copy.deepcopy(parts), held, picks, micro_batches, dtype)
+        with torch.no_grad():
+            one.gradients()
+        names = ["conv_w", "gamma", "beta", "enc_w", "enc_b", "head_w", "head_b"]
+        names += [n for n, _ in one.tail.named_parameters()]
+        errors = {"loss": [distance(one.loss, wanted), distance(loss, wanted)]}
+        for n, p, g, w in zip(names, one.parameters, gradients, wanted_gradients, strict=True):
+            assert p.grad is not None
+            errors[n] = [distance(p.grad, w), distance(g, w)]
+        worst = max(errors, key=lambda n: errors[n][0])
+        report.add(
+            f"iteration numbers {dtype}", worst=[worst, *errors[worst]], loss=errors["loss"], all=errors
+        )
+
+
+def iteration_times(report: Report, device: torch.device, ues: int, batch: int) -> None:
+    """The paper's size: ms of an iteration, eager and as one graph, and of its kernels."""
+    held = torch.rand(ues, 13000, 2, 32, 32, device=device)
+    picks = torch.randint(13000, (ues, batch), device=device)
+    parts = parts_of(ues, device)
+    for dtype in DTYPES:
+        one = Iteration(*copy.deepcopy(parts), held, picks, 2, dtype)
+        values = {"eager_ms": median_ms(lambda i: one.step(), device, 5)}
+        before = float(one.loss.mean())
+        (graph,) = graphed(lambda i: one.step(), 1)
+        values["graph_ms"] = median_ms(lambda i: graph.replay(), device, 20)
+        values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        report.add(f"iteration {dtype}", **values, loss=[before, float(one.loss.mean())])
+        of_kind: dict[str, list[float]] = {}
+        for name, us in launches(lambda i: one.step(), 3):
+            entry = of_kind.setdefault(name[:60], [0, 0.0])
+            entry[0] += 1
+            entry[1] += us
+        longest = sorted(of_kind.items(), key=lambda kv: -kv[1][1])[:30]
+        report.add(
+            f"iteration kernels {dtype}",
+            total_us=sum(v[1] for v in of_kind.values()),
+            longest=[(n, c, round(us)) for n, (c, us) in longest],
+        )
+        del graph, one
+        torch.cuda.empty_cache()
+
+
 def copy_rate(report: Report, device: torch.device) -> None:
     a = torch.randn(1 << 28, device=device)
     b = torch.empty_like(a)
@@ -398,6 +504,8 @@ def main() -> None:
         report.attempt(
             "kernels", lambda: kernels(report, device, rows, size, torch.float32, left * 0.35)
         )
+        report.attempt("iteration numbers", lambda: iteration_numbers(report, device))
+        report.attempt("iteration", lambda: iteration_times(report, device, 10, rows // 5))
     report.attempt("numbers", lambda: numbers(report, device, max(rows // 8, 3), size))
     report.attempt("block", lambda: block_times(report, device, rows, size))
     if cuda:

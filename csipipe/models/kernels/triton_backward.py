@@ -144,16 +144,20 @@ def gradients(
     D: tl.constexpr,
     stats_channels: tl.constexpr,
     JOIN: tl.constexpr,
+    NORM: tl.constexpr,
     VERTICAL: tl.constexpr,
 ):
     """Window of the gradient dq at a convolution's output, channel o; zero outside the image.
 
+    Without NORM `g` is the gradient behind a LeakyReLU and `q` what came out of it.
+
     `g` points to the runs' first pixels of the channel (JOIN: of dj's first), so does `q`.
     """
-    mean = tl.load(stats + o)
-    scale = tl.load(stats + 2 * stats_channels + o)
-    coef0 = tl.load(coef + o)
-    coef1 = scale * tl.load(coef + stats_channels + o)
+    if NORM:
+        mean = tl.load(stats + o)
+        scale = tl.load(stats + 2 * stats_channels + o)
+        coef0 = tl.load(coef + o)
+        coef1 = scale * tl.load(coef + stats_channels + o)
     v = window(q, h, d, across, LEFT, A, D, VERTICAL)
     if JOIN:
         shift = tl.load(stats + 3 * stats_channels + o)
@@ -169,8 +173,11 @@ def gradients(
             dq = tl.where(v[t] * scale + shift > 0, dq, SLOPE * dq)
         else:
             dq = d0[t]
-        dq = scale * (dq - coef0) - (v[t] - mean) * coef1
-        dq = tl.where(is_inside(h, d, t - LEFT, across, A, D, VERTICAL), dq, 0.0)
+        if NORM:
+            dq = scale * (dq - coef0) - (v[t] - mean) * coef1
+            dq = tl.where(is_inside(h, d, t - LEFT, across, A, D, VERTICAL), dq, 0.0)
+        else:
+            dq = tl.where(v[t] > 0, dq, SLOPE * dq)  # g is zero outside
         out = (out + (dq,)) if t else (dq,)
     return out
 
@@ -183,7 +190,7 @@ def conv_backward(
     coef,
     join,  # with JOIN: the join's weights of these channels
     weight,
-    before,  # ACTIVATE: q of the layer before; else what is added to
+    before,  # ACTIVATE: q of the layer before; ADD: what is added to
     before_stats,
     out,
     part,
@@ -199,7 +206,9 @@ def conv_backward(
     stats_channels: tl.constexpr,
     before_channels: tl.constexpr,
     JOIN: tl.constexpr,
+    NORM: tl.constexpr,
     ACTIVATE: tl.constexpr,
+    ADD: tl.constexpr,
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
@@ -239,6 +248,7 @@ def conv_backward(
                 D,
                 stats_channels,
                 JOIN,
+                NORM,
                 VERTICAL,
             )
             for k in tl.static_range(LONG):  # the kernel turned by 180°
@@ -250,7 +260,8 @@ def conv_backward(
                 acc = accumulate(acc, dq, k, at_weight, IN, KH * KW)
     at = image * (before_channels * A * D) + (h * D + d)
     for i in tl.static_range(IN):
-        v = window(before + at + i * (A * D), h, d, 0, 0, A, D, VERTICAL)
+        if ACTIVATE or ADD:
+            v = window(before + at + i * (A * D), h, d, 0, 0, A, D, VERTICAL)
         some = tl.zeros_like(d).to(tl.float32)
         some_v = tl.zeros_like(d).to(tl.float32)
         if ACTIVATE:
@@ -266,8 +277,10 @@ def conv_backward(
                 there = tl.where(inside, dx.to(tl.float32), 0.0)
                 some += there
                 some_v += there * (v[r] - mean)
-            else:
+            elif ADD:
                 dx = (v[r] + acc[i * RUN + r]).to(out.dtype.element_ty)
+            else:
+                dx = acc[i * RUN + r].to(out.dtype.element_ty)
             stored = (stored + (dx,)) if r else (dx,)
         store_run(
             out + at + i * (A * D),
@@ -287,10 +300,11 @@ def conv_backward(
         store_sums(sums(first, IN), sums(second, IN), part, pid, programs, IN)
 
 
-@triton.jit(do_not_specialize=["programs", "values"])
+@triton.jit(do_not_specialize=["programs", "all_programs", "values"])
 def finish_backward(
     part,
     programs,
+    all_programs,
     stats,
     coef,
     dgamma,
@@ -304,8 +318,14 @@ def finish_backward(
 ):
     """A BatchNorm's parameters' gradients and coefficients from its tiles' sums."""
     c = tl.program_id(0)
-    g = _total(part + c * programs, programs, CHUNK)
-    gv = _total(part + (C + c) * programs, programs, CHUNK)
+    group = tl.program_id(1)
+    part += group * programs
+    stats += group * (4 * C)
+    coef += group * (2 * C)
+    dgamma += group * C
+    dbeta += group * C
+    g = _total(part + c * all_programs, programs, CHUNK)
+    gv = _total(part + (C + c) * all_programs, programs, CHUNK)
     rstd = tl.load(stats + C + c)
     tl.store(dbeta + c, g.to(tl.float32))
     tl.store(dgamma + c, (gv * rstd).to(tl.float32))
@@ -316,7 +336,7 @@ def finish_backward(
         tl.store(coef + c, 0.0)
         tl.store(coef + C + c, 0.0)
     for k in tl.static_range(EXTRA):
-        total = _total(part + ((2 + k) * C + c) * programs, programs, CHUNK)
+        total = _total(part + ((2 + k) * C + c) * all_programs, programs, CHUNK)
         tl.store(extra + k * C + c, total.to(tl.float32))
 
 
@@ -329,3 +349,41 @@ def _total(row, programs, CHUNK: tl.constexpr):
         total += tl.load(row + p, mask=p < programs, other=0.0)
         start += CHUNK
     return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["share", "programs"])
+def activate(
+    q,
+    stats,
+    g,  # BACKWARD: gradient behind the LeakyReLU
+    out,
+    part,
+    programs,
+    share,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BatchNorm and LeakyReLU of two channels, tables shared by `share` images, or the way back:
+    the gradient before the LeakyReLU, and the BatchNorm's sums."""
+    pid = tl.program_id(0)
+    image = (pid // TILES).to(tl.int64)
+    stats += image // share * 8
+    pixel = (pid % TILES) * BLOCK + tl.arange(0, BLOCK)
+    valid = pixel < A * D
+    for c in tl.static_range(2):
+        at = image * (2 * A * D) + c * (A * D) + pixel
+        v = tl.load(q + at, mask=valid, other=0.0).to(tl.float32)
+        z = v * tl.load(stats + 4 + c) + tl.load(stats + 6 + c)
+        if BACKWARD:
+            s = tl.load(g + at, mask=valid, other=0.0).to(tl.float32)
+            stored = tl.where(z > 0, s, SLOPE * s).to(out.dtype.element_ty)
+            s = stored.to(tl.float32)
+            both = tl.reduce((s, s * (v - tl.load(stats + c))), 0, add2)
+            tl.store(part + c * programs + pid, both[0])
+            tl.store(part + (2 + c) * programs + pid, both[1])
+        else:
+            stored = leaky(z).to(out.dtype.element_ty)
+        tl.store(out + at, stored, mask=valid)

@@ -49,14 +49,16 @@ def store_moments(values, valid, count, part, pid, programs, N: tl.constexpr):
     store_sums(means, sums(squares, N), part, pid, programs, N)
 
 
-@triton.jit(do_not_specialize=["programs", "zero"])
+@triton.jit(do_not_specialize=["programs", "share", "zero"])
 def conv_forward(
     x,
     stats,
     weight,
+    bias,
     q,
     part,
     programs,
+    share,  # so many images after each other share weights
     zero,  # 0, which the compiler can't know: else it gives a thread neighbouring runs
     A: tl.constexpr,
     D: tl.constexpr,
@@ -68,6 +70,7 @@ def conv_forward(
     q_channels: tl.constexpr,
     stats_channels: tl.constexpr,
     ACTIVATE: tl.constexpr,  # x is a convolution's output: apply BatchNorm and LeakyReLU first
+    FINISH: tl.constexpr,  # add the bias and apply LeakyReLU: no BatchNorm follows
     TRAIN: tl.constexpr,  # the statistics are wanted
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
@@ -84,6 +87,8 @@ def conv_forward(
     if VERTICAL and ACROSS > 1:
         source = source + zero
     at = source + (h * D + d)
+    weight += image // share * (OUT * IN * KH * KW)
+    bias += image // share * OUT
     acc = zeros(OUT * RUN, d.to(tl.float32))
     for i in range(IN):
         for s in tl.static_range(ACROSS):
@@ -97,7 +102,10 @@ def conv_forward(
                 acc = accumulate(acc, v, k, at_weight, OUT, IN * KH * KW)
     target = q + image * (q_channels * A * D) + (h * D + d)
     for n in tl.static_range(OUT * RUN):
-        rounded = acc[n].to(q.dtype.element_ty)
+        v = acc[n]
+        if FINISH:
+            v = leaky(v + tl.load(bias + n // RUN))
+        rounded = v.to(q.dtype.element_ty)
         stored = (stored + (rounded,)) if n else (rounded,)
     for o in tl.static_range(OUT):
         store_run(
@@ -217,10 +225,11 @@ def output_forward(
         tl.store(y + at, leaky(z).to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["programs", "values"])
+@triton.jit(do_not_specialize=["programs", "all_programs", "values"])
 def finish_forward(
     part,
     programs,
+    all_programs,
     gamma,
     beta,
     running_mean,
@@ -238,17 +247,25 @@ def finish_forward(
     """The table of one BatchNorm from its tiles' moments, and its running statistics.
 
     Deviations are taken from each tile's mean, then of the tiles' means from the whole's, so that
-    nothing cancels where the mean is large beside the deviation. One program per channel.
+    nothing cancels where the mean is large beside the deviation. One program per channel and
+    group: parameters and tables of groups lie after each other, so do their programs' parts.
     """
     c = tl.program_id(0)
+    group = tl.program_id(1)
+    part += group * programs
+    stats += group * (4 * C)
+    gamma += group * C
+    beta += group * C
+    running_mean += group * C
+    running_var += group * C
     if TRAIN:
         total = tl.zeros((CHUNK,), tl.float64)
         start = 0
         while start < programs:
             p = start + tl.arange(0, CHUNK)
             there = p < programs
-            n = tl.load(part + 2 * C * programs + p, mask=there, other=0.0).to(tl.float64)
-            total += n * tl.load(part + c * programs + p, mask=there, other=0.0)
+            n = tl.load(part + 2 * C * all_programs + p, mask=there, other=0.0).to(tl.float64)
+            total += n * tl.load(part + c * all_programs + p, mask=there, other=0.0)
             start += CHUNK
         mean = tl.sum(total) / values
         total = tl.zeros((CHUNK,), tl.float64)
@@ -256,9 +273,9 @@ def finish_forward(
         while start < programs:
             p = start + tl.arange(0, CHUNK)
             there = p < programs
-            n = tl.load(part + 2 * C * programs + p, mask=there, other=0.0).to(tl.float64)
-            off = tl.load(part + c * programs + p, mask=there, other=0.0) - mean
-            within = tl.load(part + (C + c) * programs + p, mask=there, other=0.0)
+            n = tl.load(part + 2 * C * all_programs + p, mask=there, other=0.0).to(tl.float64)
+            off = tl.load(part + c * all_programs + p, mask=there, other=0.0) - mean
+            within = tl.load(part + (C + c) * all_programs + p, mask=there, other=0.0)
             total += tl.where(there, within + n * off * off, 0.0)
             start += CHUNK
         squares = tl.sum(total)
@@ -268,7 +285,7 @@ def finish_forward(
         kept = (1 - MOMENTUM) * tl.load(running_var + c)
         tl.store(running_var + c, (kept + MOMENTUM * (squares / (values - 1))).to(tl.float32))
         if c == 0:
-            tl.store(batches, tl.load(batches) + 1)
+            tl.store(batches + group, tl.load(batches + group) + 1)
     else:
         mean = tl.load(running_mean + c).to(tl.float64)
         var = tl.load(running_var + c).to(tl.float64)

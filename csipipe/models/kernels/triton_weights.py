@@ -29,7 +29,7 @@ def _correlate(
     return out
 
 
-@triton.jit(do_not_specialize=["zero", "programs", "batch"])
+@triton.jit(do_not_specialize=["zero", "programs", "share"])
 def conv_weights(
     g,  # with JOIN: dj
     q,
@@ -40,7 +40,7 @@ def conv_weights(
     x_stats,
     part,
     programs,
-    batch,
+    share,
     zero,
     A: tl.constexpr,
     D: tl.constexpr,
@@ -52,11 +52,16 @@ def conv_weights(
     stats_channels: tl.constexpr,
     x_channels: tl.constexpr,
     JOIN: tl.constexpr,
+    NORM: tl.constexpr,
     ACTIVATE: tl.constexpr,
+    BIAS: tl.constexpr,  # the gradient of a bias as well, behind the weights'
     ROWS: tl.constexpr,  # of the table, ≥ IN
     COLUMNS: tl.constexpr,
 ):
-    """Part of the weight gradient from this program's images: (programs, OUT, IN KH KW)."""
+    """Part of the weight gradient from this program's images: (programs, OUT, IN KH KW).
+
+    `programs` go over the `share` images that share weights; those of further weights follow.
+    """
     VERTICAL: tl.constexpr = KH >= KW
     LONG: tl.constexpr = KH if VERTICAL else KW
     ACROSS: tl.constexpr = KW if VERTICAL else KH
@@ -67,11 +72,15 @@ def conv_weights(
     i = tl.minimum(row, IN - 1)[:, None]
     column = tl.arange(0, COLUMNS)[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
     acc = zeros(OUT * TAPS, column.to(tl.float32))
+    of_bias = zeros(OUT, column.to(tl.float32))
     if ACTIVATE:
         scale = tl.load(x_stats + 2 * IN + i)
         shift = tl.load(x_stats + 3 * IN + i)
-    image = tl.program_id(0)
-    while image < batch:  # not a range: the interpreter's needs an older numpy
+    group = tl.program_id(0) // programs
+    stats += group * (4 * stats_channels)
+    coef += group * (2 * stats_channels)
+    image = group * share + tl.program_id(0) % programs
+    while image < (group + 1) * share:  # not a range: the interpreter's needs an older numpy
         x_at = x + image.to(tl.int64) * (x_channels * A * D)
         q_at = q + image.to(tl.int64) * (q_channels * A * D)
         g_at = g + image.to(tl.int64) * ((2 if JOIN else OUT) * A * D)
@@ -98,9 +107,15 @@ def conv_weights(
                     D,
                     stats_channels,
                     JOIN,
+                    NORM,
                     VERTICAL,
                 )
                 dq = (dq + some) if o else some
+                if BIAS:
+                    total = of_bias[o] + (some[0] + some[1] + some[2] + some[3])
+                    totals = (totals + (total,)) if o else (total,)
+            if BIAS:
+                of_bias = totals
             for s in tl.static_range(ACROSS):
                 v = window(
                     x_at + (pixel + i * (A * D)), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL
@@ -118,11 +133,16 @@ def conv_weights(
                         OUT * TAPS,
                     )
         image += programs
-    target = part + tl.program_id(0) * (OUT * IN * TAPS) + row * TAPS
+    SIZE: tl.constexpr = OUT * IN * TAPS + (OUT if BIAS else 0)
+    target = part + tl.program_id(0) * SIZE + row * TAPS
     for tap in tl.static_range(TAPS):
         for o in tl.static_range(OUT):
             total = tl.sum(acc[tap * OUT + o], axis=1)
             tl.store(target + o * (IN * TAPS) + tap, total, mask=row < IN)
+    if BIAS:  # every row has the same
+        last = part + tl.program_id(0) * SIZE + OUT * IN * TAPS + tl.zeros_like(row)
+        for o in tl.static_range(OUT):
+            tl.store(last + o, tl.sum(of_bias[o], axis=1), mask=row == 0)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -136,6 +156,8 @@ def finish_weights(
 ):
     """Sum of the programs' parts: (programs, SIZE) → (SIZE)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part += tl.program_id(1) * programs * SIZE
+    out += tl.program_id(1) * SIZE
     total = tl.zeros((ROWS, COLUMNS), tl.float64)
     start = 0
     while start < programs:
