@@ -213,6 +213,15 @@ def settings(dtype: torch.dtype) -> Iterator[fused.Tuning]:
             )
 
 
+OTHERS = (
+    "finish_forward",
+    "join_forward",
+    "output_forward",
+    "output_backward",
+    "finish_backward",
+    "join_backward",
+    "finish_weights",
+)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -226,12 +235,16 @@ def jobs() -> list[tuple[int, int, str, int]]:
                 ("conv_weights", (s.weight_warps, s.weight_registers)),
                 ("conv_forward", (s.forward_warps,)),
                 ("conv_backward", (s.backward_warps,)),
-                ("small", ()),
-                ("", ()),
+                ("small", (0,)),
+                *((other, ()) for other in OTHERS),
             ):
                 if (kind, key) not in seen:
                     seen.add((kind, key))
-    XX    return found
+                    found += [
+                        (t, i, kind, n)
+                        for n in range(1 if key == () else 7 if kind == "small" else 5)
+                    ]
+    return found
 
 
 def compile_job(job: tuple[int, int, str, int, int]) -> str:
@@ -239,11 +252,12 @@ def compile_job(job: tuple[int, int, str, int, int]) -> str:
     t, i, kind, number, size = job
     launched = iter(range(99))
     run = triton.runtime.JITFunction.run
-    convolutions = ("conv_forward", "conv_backward", "conv_weights")
 
     def only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         name = self.fn.__name__
-        if (name == kind and next(launched) == number) or (not kind and name not in convolutions):
+        small = kwargs.get("IN") == kwargs.get("OUT") == 2 or name == "activate"
+        wanted = small if kind == "small" else name == kind
+        if wanted and (kind in OTHERS or next(launched) == number):
             return run(self, *args, grid=grid, warmup=True, **kwargs)
         return None
 
@@ -440,7 +454,10 @@ def iteration_numbers(report: Report, device: torch.device) -> None:
             errors[n] = [distance(p.grad, w), distance(g, w)]
         worst = max(errors, key=lambda n: errors[n][0])
         report.add(
-            f"iteration numbers {dtype}", worst=[worst, *errors[worst]], loss=errors["loss"], all=errors
+            f"iteration numbers {dtype}",
+            worst=[worst, *errors[worst]],
+            loss=errors["loss"],
+            all=errors,
         )
 
 
