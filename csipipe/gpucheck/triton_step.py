@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 import triton
+from csipipe.models.kernels.triton_iteration import Iteration
 from torch import Tensor, nn
 
-from csipipe.settings.config import ModelSettings
-from csipipe.models.kernels.triton_iteration import Iteration
 from csipipe.measure.metrics import paper_loss
 from csipipe.models import build_encoder, build_head, build_tail
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels import triton_crblock as fused
+from csipipe.settings.config import ModelSettings
 
 CRNET = (((3, 3), (1, 9), (9, 1)), ((1, 5), (5, 1)))
 

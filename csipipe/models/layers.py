@@ -228,6 +228,7 @@ class FusedGradients(Pending):
 
 def fused(module: Deferring, backend: Backend, x: Tensor) -> Tensor:
     """A module's output, computed by a backend."""
+    x = kernels.computed(x)
     if not torch.is_grad_enabled():
         return backend.forward(module, x, module.training)[0]
     # as in `_apply`: out of autograd's sight where they wait

@@ -23,7 +23,8 @@ from csipipe.settings.config import KernelsBy
 _BACKENDS = {
     ("llvm", "CRBlock"): "csipipe.models.kernels.llvm.crblock",
     ("llvm", "Conv2d"): "csipipe.models.kernels.llvm.convolution",
-    ("triton", "CRBlock"): "csipipe.models.kernels.triton_crblock",
+    ("triton", "CRBlock"): "csipipe.models.kernels.triton.crblock",
+    ("triton", "Conv2d"): "csipipe.models.kernels.triton.convolution",
 }
 _ROWS = 2
 """Rows that a backend is tried with."""
@@ -86,12 +87,21 @@ def plain_layers() -> Iterator[None]:
         _plain.reset(token)
 
 
+def computed(x: Tensor) -> Tensor:
+    """`x` in the type that autocast computes in, if it is on."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 def choose(module: Fusable, x: Tensor) -> Choice:
     """Who computes `module` on `x`."""
     if module.kernels_by == "torch":
         return Choice(None, "model.kernels_by is torch")
     if _plain.get() or type(x) is not Tensor or torch.compiler.is_compiling():
         return Choice(None, "something looks into the layers")
+    x = computed(x[:_ROWS])
     name = module.kernels_by
     if name == "auto":
         name = "triton" if x.device.type == "cuda" else "llvm"

@@ -1,6 +1,6 @@
 """Triton kernels of CRBlock's weight gradients.
 
-Conventions as in `triton_window` and `triton_backward`. Threads are a table: a row for each input
+Conventions as in `triton.window` and `triton.convolve`. Threads are a table: a row for each input
 channel, a column for each of some runs of pixels. A thread goes over the images of its program
 and keeps the sums of its runs for all taps and output channels in registers, in fp32; the sums
 over threads come last, and a second kernel adds the programs' parts, always in the same order.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from csipipe.models.kernels.triton_backward import gradients
-from csipipe.models.kernels.triton_window import RUN, activated, places, window, zeros
+from csipipe.models.kernels.triton.convolve import gradients
+from csipipe.models.kernels.triton.window import RUN, activated, places, window, zeros
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def conv_weights(
     x_channels: tl.constexpr,
     JOIN: tl.constexpr,
     NORM: tl.constexpr,
+    LEAKY: tl.constexpr,
     ACTIVATE: tl.constexpr,
     BIAS: tl.constexpr,  # the gradient of a bias as well, behind the weights'
     ROWS: tl.constexpr,  # of the table, ≥ IN
@@ -108,6 +109,7 @@ def conv_weights(
                     stats_channels,
                     JOIN,
                     NORM,
+                    LEAKY,
                     VERTICAL,
                 )
                 dq = (dq + some) if o else some

@@ -1,4 +1,8 @@
-"""CSILocal's whole iteration in one process on one GPU: UEs stacked, fused convolutions, one graph.
+"""CSILocal's whole iteration in one process on one GPU: what one process can reach.
+
+Not a method of the program: no wire, no other process, no method's order of messages. All UEs'
+encoders and heads are stacked, the convolutions are the program's fused kernels, and the whole
+iteration, Adam included, can be captured as one CUDA graph.
 
 Shapes: U UEs, B rows of a UE's mini-batch, M micro-batches of R = B / M rows per UE, C code, A
 angles, D delays; images are (…, 2, A, D), flat ones F = 2·A·D.
@@ -9,133 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor, nn
 
 from csipipe.models.crblock import CRBlock
-from csipipe.models.kernels import triton_backward, triton_crblock, triton_forward, triton_weights
-
-SLOPE = 0.3
-
-
-class SmallConv:
-    """3×3 convolutions of two to two channels, `groups` kernels for the same number of images each."""
-
-    def __init__(self, groups: int, images: int, a: int, d: int, device: torch.device) -> None:
-        self.groups, self.images, self.a, self.d = groups, images, a, d
-        self.count = triton.cdiv(a, 4) * d
-        runs = min(256, triton.next_power_of_2(self.count))
-        self.tiles = triton.cdiv(self.count, runs)
-        self.runs = {"TILES": self.tiles, "RUNS": runs, "A": a, "D": d}
-        block = min(1024, triton.next_power_of_2(a * d))
-        self.block = {"TILES": triton.cdiv(a * d, block), "BLOCK": block, "A": a, "D": d}
-        self.programs = groups * images * self.tiles
-        self.none = torch.zeros(8, device=device)
-
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor, finish: bool, part: Tensor | None = None
-    ) -> Tensor:
-        """Output; with `finish` bias and LeakyReLU are applied, else its moments go to `part`."""
-        out = torch.empty_like(x)
-        triton_forward.conv_forward[(self.programs,)](
-            x,
-            self.none,
-            weight,
-            bias,
-            out,
-            self.none if part is None else part,
-            self.programs,
-            self.images,
-            0,
-            KH=3,
-            KW=3,
-            IN=2,
-            OUT=2,
-            x_channels=2,
-            q_channels=2,
-            stats_channels=2,
-            ACTIVATE=False,
-            FINISH=finish,
-            TRAIN=part is not None,
-            num_warps=4,
-            **self.runs,
-        )
-        return out
-
-    def input_gradient(self, y: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-        """Of a finished convolution."""
-        dx = torch.empty_like(dy)
-        triton_backward.conv_backward[(self.programs,)](
-            dy,
-            y,
-            self.none,
-            self.none,
-            self.none,
-            weight,
-            self.none,
-            self.none,
-            dx,
-            self.none,
-            self.programs,
-            0,
-            KH=3,
-            KW=3,
-            IN=2,
-            OUT=2,
-            q_channels=2,
-            stats_channels=2,
-            before_channels=2,
-            JOIN=False,
-            NORM=False,
-            ACTIVATE=False,
-            ADD=False,
-            num_warps=4,
-            **self.runs,
-        )
-        return dx
-
-    def weight_gradients(
-        self, x: Tensor, q: Tensor, g: Tensor, stats: Tensor | None, coef: Tensor | None
-    ) -> Tensor:
-        """(groups, 36), or (groups, 38) with the bias's where no BatchNorm follows."""
-        norm = stats is not None
-        size = 36 if norm else 38
-        programs = min(self.images, triton.cdiv(528, self.groups))
-        part = torch.empty(self.groups * programs * size, device=x.device)
-        triton_weights.conv_weights[(self.groups * programs,)](
-            g,
-            q,
-            self.none if stats is None else stats,
-            self.none if coef is None else coef,
-            self.none,
-            x,
-            self.none,
-            part,
-            programs,
-            self.images,
-            0,
-            A=self.a,
-            D=self.d,
-            KH=3,
-            KW=3,
-            IN=2,
-            OUT=2,
-            q_channels=2,
-            stats_channels=2,
-            x_channels=2,
-            JOIN=False,
-            NORM=norm,
-            ACTIVATE=False,
-            BIAS=not norm,
-            ROWS=2,
-            COLUMNS=128,
-            num_warps=8,
-        )
-        out = torch.empty(self.groups, size, device=x.device)
-        triton_weights.finish_weights[(triton.cdiv(size, 32), self.groups)](
-            part, programs, out, SIZE=size, COLUMNS=32, ROWS=32
-        )
-        return out
+from csipipe.models.kernels.triton import crblock, host, norm, pointwise
 
 
 class Iteration:
@@ -191,8 +72,8 @@ class Iteration:
         ]
         for p in self.parameters:
             p.requires_grad_()
-        self.encoder_conv = SmallConv(u, self.b, a, d, held.device)
-        self.tail_small = SmallConv(1, u * self.b // self.m, a, d, held.device)
+        self.stacked = host.Tiles(u * self.b, a, d, u)
+        self.tiles = host.Tiles(u * self.b // self.m, a, d)
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3, fused=True, capturable=True)
         self.loss = torch.zeros(u, self.b, device=held.device)
 
@@ -217,15 +98,15 @@ class Iteration:
 
     def encode(self, h: Tensor) -> Tensor:
         """(U, B, C)."""
-        conv, u = self.encoder_conv, self.u
+        u, programs = self.u, self.stacked.down[0]
         x = h.view(-1, 2, self.a, self.d).to(self.dtype)
-        part = torch.empty(5 * conv.programs, device=h.device)
-        q = conv.forward(x, self.conv_w, self.conv_b, False, part)
+        part, q = self.stacked.sums(5, h.device), torch.empty_like(x)
+        host.forward(self.stacked, x, self.conv_w, q, bias=self.conv_b, part=part)
         stats = torch.empty(u, 4, 2, device=h.device)
-        triton_forward.finish_forward[(2, u)](
+        norm.finish_forward[(2, u)](
             part,
-            conv.programs // u,
-            conv.programs,
+            programs // u,
+            programs,
             self.gamma,
             self.beta,
             self.mean,
@@ -251,10 +132,9 @@ class Iteration:
     def _activate(
         self, q: Tensor, stats: Tensor, g: Tensor, out: Tensor, part: Tensor, backward: bool
     ) -> None:
-        block = self.encoder_conv.block
-        programs = len(q) * block["TILES"]
-        triton_backward.activate[(programs,)](
-            q, stats, g, out, part, programs, self.b, BACKWARD=backward, **block
+        programs = self.stacked.programs
+        pointwise.activate[(programs,)](
+            q, stats, g, out, part, programs, self.b, BACKWARD=backward, **self.stacked.block
         )
 
     def tail_forward(self, z: Tensor) -> list[tuple[Any, ...]]:
@@ -266,9 +146,10 @@ class Iteration:
         for m in range(self.m):
             zm = z[:, m * rows : (m + 1) * rows].reshape(self.u * rows, -1)
             x = torch.addmm(b, zm, w.t()).view(-1, 2, self.a, self.d)
-            y0 = self.tail_small.forward(x, self.tail_conv.weight, self.tail_conv.bias, True)
-            y1, saved1 = triton_crblock.forward(self.blocks[0], y0, True)
-            y2, saved2 = triton_crblock.forward(self.blocks[1], y1, True)
+            conv, y0 = self.tail_conv, torch.empty_like(x)
+            host.forward(self.tiles, x, conv.weight, y0, bias=conv.bias, leaky=True)
+            y1, saved1 = crblock.forward(self.blocks[0], y0, True)
+            y2, saved2 = crblock.forward(self.blocks[1], y1, True)
             y = y2.flatten(1)
             found.append((zm, x, y0, saved1, saved2, y, torch.addmm(b2, y, w2.t())))
         return found
@@ -296,18 +177,21 @@ class Iteration:
             zm, x, y0, saved1, saved2, y, _ = saved[m]
             dom = do[:, m * rows : (m + 1) * rows].reshape(self.u * rows, -1)
             dy = (dom @ w2).view_as(x)
-            d1, rest2 = triton_crblock.input_gradient(self.blocks[1], saved2, dy)
-            d0, rest1 = triton_crblock.input_gradient(self.blocks[0], saved1, d1)
-            dx = self.tail_small.input_gradient(y0, d0, self.tail_conv.weight).flatten(1)
+            d1, rest2 = crblock.input_gradient(self.blocks[1], saved2, dy)
+            d0, rest1 = crblock.input_gradient(self.blocks[0], saved1, d1)
+            gradient, weight = host.Gradient(d0, y0, leaky=True), self.tail_conv.weight
+            dx = torch.empty_like(x)
+            host.backward(self.tiles, gradient, weight, dx)
+            dx = dx.flatten(1)
             dz.append((dx @ w).view(self.u, rows, -1))
-            conv = self.tail_small.weight_gradients(x, y0, d0, None, None)[0]
+            (conv,) = host.weight_gradients(self.tiles, gradient, weight, x, bias=True)
             some = [
                 (dx.t() @ zm).float(),
                 dx.float().sum(0),
                 conv[:36].view(2, 2, 3, 3),
                 conv[36:],
-                *triton_crblock.weight_gradients(self.blocks[0], saved1, rest1),
-                *triton_crblock.weight_gradients(self.blocks[1], saved2, rest2),
+                *crblock.weight_gradients(self.blocks[0], saved1, rest1),
+                *crblock.weight_gradients(self.blocks[1], saved2, rest2),
                 (dom.t() @ y).float(),
                 dom.float().sum(0),
             ]
@@ -320,20 +204,19 @@ class Iteration:
     def encode_backward(self, dz: Tensor) -> None:
         """The encoders' gradients. That of the bias before BatchNorm is zero, so it stays."""
         x, q, stats, flat = self.kept
-        conv, u = self.encoder_conv, self.u
+        u, tiles = self.u, self.stacked
         self.enc_w.grad = torch.bmm(dz.mT, flat).float()
         self.enc_b.grad = dz.float().sum(1)
         da = torch.bmm(dz, self.enc_w.to(self.dtype)).view_as(q)
         g = torch.empty_like(q)
-        tiles = conv.block["TILES"]
-        part = torch.empty(4 * len(q) * tiles, device=q.device)
+        part = tiles.sums(4, q.device)
         self._activate(q, stats, da, g, part, True)
         coef = torch.empty(u, 2, 2, device=q.device)
         dgamma, dbeta = torch.empty_like(self.gamma), torch.empty_like(self.beta)
-        triton_backward.finish_backward[(2, u)](
+        norm.finish_backward[(2, u)](
             part,
-            self.b * tiles,
-            len(q) * tiles,
+            tiles.programs // u,
+            tiles.programs,
             stats,
             coef,
             dgamma,
@@ -347,4 +230,6 @@ class Iteration:
             num_warps=8,
         )
         self.gamma.grad, self.beta.grad = dgamma, dbeta
-        self.conv_w.grad = conv.weight_gradients(x, q, g, stats, coef).view_as(self.conv_w)
+        gradient = host.Gradient(g, q, stats, coef)
+        of_conv = host.weight_gradients(tiles, gradient, self.conv_w, x)
+        self.conv_w.grad = of_conv.view_as(self.conv_w)

@@ -1,0 +1,323 @@
+"""Triton kernels of a convolution forward and of the gradient at its input.
+
+A convolution applies its producer's BatchNorm and LeakyReLU as it loads, so that only the
+convolutions' own outputs q are stored, and it hands each tile's sums to the next BatchNorm. Tiles'
+sums are added in a second kernel (`norm`), in float64 and always in the same order: no atomics,
+the same bits every time.
+
+One program does one tile (BLOCK pixels) of one image, with all output channels in registers;
+neighbours' values come out of the L1 cache. Tensors are (B, channels, A, D), contiguous within an
+image; names ending in `_channels` say how many channels the tensor has in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from csipipe.models.kernels.triton.window import (
+    RUN,
+    SLOPE,
+    accumulate,
+    activated,
+    is_inside,
+    leaky,
+    places,
+    store_run,
+    store_sums,
+    sums,
+    window,
+    zeros,
+)
+
+
+@triton.jit(do_not_specialize=["programs", "share", "zero"])
+def conv_forward(
+    x,
+    stats,
+    weight,
+    bias,
+    q,
+    part,
+    programs,
+    share,  # so many images after each other share weights
+    zero,  # 0, which the compiler can't know: else it gives a thread neighbouring runs
+    A: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    x_channels: tl.constexpr,
+    q_channels: tl.constexpr,
+    stats_channels: tl.constexpr,
+    ACTIVATE: tl.constexpr,  # x is a convolution's output: apply BatchNorm and LeakyReLU first
+    BIAS: tl.constexpr,  # there is one
+    LEAKY: tl.constexpr,  # apply LeakyReLU to the output
+    TRAIN: tl.constexpr,  # the statistics are wanted
+    TILES: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """Convolution of IN to OUT channels, and the moments of its output."""
+    VERTICAL: tl.constexpr = KH >= KW
+    LONG: tl.constexpr = KH if VERTICAL else KW
+    ACROSS: tl.constexpr = KW if VERTICAL else KH
+    LEFT: tl.constexpr = LONG // 2
+    pid = tl.program_id(0)
+    image = (pid // TILES).to(tl.int64)
+    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), D, VERTICAL)
+    source = x + image * (x_channels * A * D)
+    if VERTICAL and ACROSS > 1:
+        source = source + zero
+    at = source + (h * D + d)
+    weight += image // share * (OUT * IN * KH * KW)
+    bias += image // share * OUT
+    acc = zeros(OUT * RUN, d.to(tl.float32))
+    for i in range(IN):
+        for s in tl.static_range(ACROSS):
+            v = window(at + i * (A * D), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+            if ACTIVATE:
+                scale = tl.load(stats + 2 * stats_channels + i)
+                shift = tl.load(stats + 3 * stats_channels + i)
+                v = activated(v, scale, shift, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+            for k in tl.static_range(LONG):
+                at_weight = weight + i * (KH * KW) + (k * KW + s if VERTICAL else s * KW + k)
+                acc = accumulate(acc, v, k, at_weight, OUT, IN * KH * KW)
+    target = q + image * (q_channels * A * D) + (h * D + d)
+    for n in tl.static_range(OUT * RUN):
+        v = acc[n]
+        if BIAS:
+            v = v + tl.load(bias + n // RUN)
+        if LEAKY:
+            v = leaky(v)
+        rounded = v.to(q.dtype.element_ty)
+        stored = (stored + (rounded,)) if n else (rounded,)
+    for o in tl.static_range(OUT):
+        store_run(
+            target + o * (A * D),
+            stored[o * RUN],
+            stored[o * RUN + 1],
+            stored[o * RUN + 2],
+            stored[o * RUN + 3],
+            h,
+            d,
+            A,
+            D,
+            VERTICAL,
+        )
+    if TRAIN:  # of what the next layer sees, rounding included
+        _store_run_moments(stored, h, d, part, pid, programs, OUT, A, D, VERTICAL)
+
+
+@triton.jit
+def _store_run_moments(
+    values,
+    h,
+    d,
+    part,
+    pid,
+    programs,
+    N: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """One tile's mean and sum of squared deviations from it, of N channels, and its pixels."""
+    pixels = tl.zeros_like(d)
+    for r in tl.static_range(RUN):
+        pixels += is_inside(h, d, r, 0, A, D, VERTICAL).to(tl.int32)
+    count = tl.sum(pixels, 0).to(tl.float32)
+    tl.store(part + 2 * N * programs + pid, count)
+    for n in tl.static_range(N):
+        some = tl.zeros_like(d).to(tl.float32)
+        for r in tl.static_range(RUN):
+            v = values[n * RUN + r].to(tl.float32)
+            some += tl.where(is_inside(h, d, r, 0, A, D, VERTICAL), v, 0.0)
+        totals = (totals + (some,)) if n else (some,)
+    total = sums(totals, N)
+    for n in tl.static_range(N):
+        mean = total[n] / count
+        means = (means + (mean,)) if n else (mean,)
+        some = tl.zeros_like(d).to(tl.float32)
+        for r in tl.static_range(RUN):
+            off = values[n * RUN + r].to(tl.float32) - mean
+            some += tl.where(is_inside(h, d, r, 0, A, D, VERTICAL), off * off, 0.0)
+        squares = (squares + (some,)) if n else (some,)
+    store_sums(means, sums(squares, N), part, pid, programs, N)
+
+
+@triton.jit
+def gradients(
+    g,
+    q,
+    h,
+    d,
+    across: tl.constexpr,
+    o,
+    stats,
+    coef,
+    join,
+    LEFT: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    stats_channels: tl.constexpr,
+    JOIN: tl.constexpr,
+    NORM: tl.constexpr,
+    LEAKY: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """Window of the gradient dq at a convolution's output, channel o; zero outside the image.
+
+    With NORM a BatchNorm follows the convolution, with LEAKY only a LeakyReLU, whose output is `q`
+    and whose gradient is `g`. With neither dq is g.
+
+    `g` points to the runs' first pixels of the channel (JOIN: of dj's first), so does `q`.
+    """
+    if NORM:
+        mean = tl.load(stats + o)
+        scale = tl.load(stats + 2 * stats_channels + o)
+        coef0 = tl.load(coef + o)
+        coef1 = scale * tl.load(coef + stats_channels + o)
+    if NORM or LEAKY:
+        v = window(q, h, d, across, LEFT, A, D, VERTICAL)
+    if JOIN:
+        shift = tl.load(stats + 3 * stats_channels + o)
+        join0 = tl.load(join + o)
+        join1 = tl.load(join + stats_channels + o)
+        d0 = window(g, h, d, across, LEFT, A, D, VERTICAL)
+        d1 = window(g + A * D, h, d, across, LEFT, A, D, VERTICAL)
+    else:
+        d0 = window(g, h, d, across, LEFT, A, D, VERTICAL)
+    for t in tl.static_range(RUN + 2 * LEFT):
+        if JOIN:
+            dq = d0[t] * join0 + d1[t] * join1
+            dq = tl.where(v[t] * scale + shift > 0, dq, SLOPE * dq)
+        else:
+            dq = d0[t]
+        if NORM:
+            dq = scale * (dq - coef0) - (v[t] - mean) * coef1
+            dq = tl.where(is_inside(h, d, t - LEFT, across, A, D, VERTICAL), dq, 0.0)
+        elif LEAKY:
+            dq = tl.where(v[t] > 0, dq, SLOPE * dq)  # g is zero outside
+        out = (out + (dq,)) if t else (dq,)
+    return out
+
+
+@triton.jit(do_not_specialize=["programs", "zero"])
+def conv_backward(
+    g,  # with JOIN: dj
+    q,
+    stats,
+    coef,
+    join,  # with JOIN: the join's weights of these channels
+    weight,
+    before,  # ACTIVATE: q of the layer before; ADD: what is added to
+    before_stats,
+    out,
+    part,
+    programs,
+    zero,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    q_channels: tl.constexpr,
+    stats_channels: tl.constexpr,
+    before_channels: tl.constexpr,
+    JOIN: tl.constexpr,
+    NORM: tl.constexpr,
+    LEAKY: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    ADD: tl.constexpr,
+    TILES: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """Gradient at a convolution's input, through the LeakyReLU before it to that layer's g.
+
+    With its BatchNorm's sums; of a path's first convolution the gradient is added to `before`.
+    """
+    VERTICAL: tl.constexpr = KH >= KW
+    LONG: tl.constexpr = KH if VERTICAL else KW
+    ACROSS: tl.constexpr = KW if VERTICAL else KH
+    LEFT: tl.constexpr = LONG // 2
+    pid = tl.program_id(0)
+    image = (pid // TILES).to(tl.int64)
+    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), D, VERTICAL)
+    q_at = q + image * (q_channels * A * D)
+    g_at = g + image * ((2 if JOIN else OUT) * A * D)
+    if VERTICAL and ACROSS > 1:
+        q_at = q_at + zero
+        g_at = g_at + zero
+    q_at = q_at + (h * D + d)
+    g_at = g_at + (h * D + d)
+    acc = zeros(IN * RUN, d.to(tl.float32))
+    for o in range(OUT):
+        for s in tl.static_range(ACROSS):
+            dq = gradients(
+                g_at if JOIN else g_at + o * (A * D),
+                q_at + o * (A * D),
+                h,
+                d,
+                s - ACROSS // 2,
+                o,
+                stats,
+                coef,
+                join,
+                LEFT,
+                A,
+                D,
+                stats_channels,
+                JOIN,
+                NORM,
+                LEAKY,
+                VERTICAL,
+            )
+            for k in tl.static_range(LONG):  # the kernel turned by 180°
+                at_weight = (
+                    weight
+                    + o * (IN * KH * KW)
+                    + (KH * KW - 1 - (k * KW + s if VERTICAL else s * KW + k))
+                )
+                acc = accumulate(acc, dq, k, at_weight, IN, KH * KW)
+    at = image * (before_channels * A * D) + (h * D + d)
+    for i in tl.static_range(IN):
+        if ACTIVATE or ADD:
+            v = window(before + at + i * (A * D), h, d, 0, 0, A, D, VERTICAL)
+        some = tl.zeros_like(d).to(tl.float32)
+        some_v = tl.zeros_like(d).to(tl.float32)
+        if ACTIVATE:
+            mean = tl.load(before_stats + i)
+            scale = tl.load(before_stats + 2 * IN + i)
+            shift = tl.load(before_stats + 3 * IN + i)
+        for r in tl.static_range(RUN):
+            if ACTIVATE:
+                dx = acc[i * RUN + r]
+                dx = tl.where(v[r] * scale + shift > 0, dx, SLOPE * dx)
+                dx = dx.to(out.dtype.element_ty)
+                inside = is_inside(h, d, r, 0, A, D, VERTICAL)
+                there = tl.where(inside, dx.to(tl.float32), 0.0)
+                some += there
+                some_v += there * (v[r] - mean)
+            elif ADD:
+                dx = (v[r] + acc[i * RUN + r]).to(out.dtype.element_ty)
+            else:
+                dx = acc[i * RUN + r].to(out.dtype.element_ty)
+            stored = (stored + (dx,)) if r else (dx,)
+        store_run(
+            out + at + i * (A * D),
+            stored[0],
+            stored[1],
+            stored[2],
+            stored[3],
+            h,
+            d,
+            A,
+            D,
+            VERTICAL,
+        )
+        first = (first + (some,)) if i else (some,)
+        second = (second + (some_v,)) if i else (some_v,)
+    if ACTIVATE:
+        store_sums(sums(first, IN), sums(second, IN), part, pid, programs, IN)

@@ -1,0 +1,134 @@
+"""Triton kernels that end what a BatchNorm sums over tiles, in float64, always in the same order.
+
+A BatchNorm's numbers are a table of four rows: mean, 1 / standard deviation, scale and shift. On
+the way back a table of two rows, `coef`, turns the gradient g at its output into the one at its
+input q: dq = scale (g - coef0 - (q - mean) coef1).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["programs", "all_programs", "values"])
+def finish_forward(
+    part,
+    programs,
+    all_programs,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    batches,
+    stats,
+    values,
+    C: tl.constexpr,
+    stats_channels: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    EPS: tl.constexpr,
+    TRAIN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The table of one BatchNorm from its tiles' moments, and its running statistics.
+
+    Deviations are taken from each tile's mean, then of the tiles' means from the whole's, so that
+    nothing cancels where the mean is large beside the deviation. One program per channel and
+    group: parameters and tables of groups lie after each other, so do their programs' parts.
+    """
+    c = tl.program_id(0)
+    group = tl.program_id(1)
+    part += group * programs
+    stats += group * (4 * C)
+    gamma += group * C
+    beta += group * C
+    running_mean += group * C
+    running_var += group * C
+    if TRAIN:
+        total = tl.zeros((CHUNK,), tl.float64)
+        start = 0
+        while start < programs:
+            p = start + tl.arange(0, CHUNK)
+            there = p < programs
+            n = tl.load(part + 2 * C * all_programs + p, mask=there, other=0.0).to(tl.float64)
+            total += n * tl.load(part + c * all_programs + p, mask=there, other=0.0)
+            start += CHUNK
+        mean = tl.sum(total) / values
+        total = tl.zeros((CHUNK,), tl.float64)
+        start = 0
+        while start < programs:
+            p = start + tl.arange(0, CHUNK)
+            there = p < programs
+            n = tl.load(part + 2 * C * all_programs + p, mask=there, other=0.0).to(tl.float64)
+            off = tl.load(part + c * all_programs + p, mask=there, other=0.0) - mean
+            within = tl.load(part + (C + c) * all_programs + p, mask=there, other=0.0)
+            total += tl.where(there, within + n * off * off, 0.0)
+            start += CHUNK
+        squares = tl.sum(total)
+        var = squares / values
+        kept = (1 - MOMENTUM) * tl.load(running_mean + c)
+        tl.store(running_mean + c, (kept + MOMENTUM * mean).to(tl.float32))
+        kept = (1 - MOMENTUM) * tl.load(running_var + c)
+        tl.store(running_var + c, (kept + MOMENTUM * (squares / (values - 1))).to(tl.float32))
+        if c == 0:
+            tl.store(batches + group, tl.load(batches + group) + 1)
+    else:
+        mean = tl.load(running_mean + c).to(tl.float64)
+        var = tl.load(running_var + c).to(tl.float64)
+    rstd = 1.0 / tl.sqrt(var + EPS)
+    scale = tl.load(gamma + c) * rstd
+    tl.store(stats + c, mean.to(tl.float32))
+    tl.store(stats + stats_channels + c, rstd.to(tl.float32))
+    tl.store(stats + 2 * stats_channels + c, scale.to(tl.float32))
+    tl.store(stats + 3 * stats_channels + c, (tl.load(beta + c) - mean * scale).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["programs", "all_programs", "values"])
+def finish_backward(
+    part,
+    programs,
+    all_programs,
+    stats,
+    coef,
+    dgamma,
+    dbeta,
+    extra,  # sums of the further rows of `part`
+    values,
+    C: tl.constexpr,
+    EXTRA: tl.constexpr,
+    TRAIN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """A BatchNorm's parameters' gradients and coefficients from its tiles' sums."""
+    c = tl.program_id(0)
+    group = tl.program_id(1)
+    part += group * programs
+    stats += group * (4 * C)
+    coef += group * (2 * C)
+    dgamma += group * C
+    dbeta += group * C
+    g = _total(part + c * all_programs, programs, CHUNK)
+    gv = _total(part + (C + c) * all_programs, programs, CHUNK)
+    rstd = tl.load(stats + C + c)
+    tl.store(dbeta + c, g.to(tl.float32))
+    tl.store(dgamma + c, (gv * rstd).to(tl.float32))
+    if TRAIN:
+        tl.store(coef + c, (g / values).to(tl.float32))
+        tl.store(coef + C + c, (gv * rstd * rstd / values).to(tl.float32))
+    else:  # the running statistics don't depend on the input
+        tl.store(coef + c, 0.0)
+        tl.store(coef + C + c, 0.0)
+    for k in tl.static_range(EXTRA):
+        total = _total(part + ((2 + k) * C + c) * all_programs, programs, CHUNK)
+        tl.store(extra + k * C + c, total.to(tl.float32))
+
+
+@triton.jit
+def _total(row, programs, CHUNK: tl.constexpr):
+    total = tl.zeros((CHUNK,), tl.float64)
+    start = 0
+    while start < programs:
+        p = start + tl.arange(0, CHUNK)
+        total += tl.load(row + p, mask=p < programs, other=0.0)
+        start += CHUNK
+    return tl.sum(total)

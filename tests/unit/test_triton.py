@@ -1,0 +1,77 @@
+"""The kernels for GPUs, on a CPU: numbers by Triton's interpreter, code by its compiler.
+
+Speed, and that a GPU's code computes the same, only a GPU can tell (`csipipe/gpucheck`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from csipipe.models import kernels
+from csipipe.models.crblock import CRBlock
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton isn't installed")
+RUNS = Path(__file__).with_name("tritonruns.py")
+
+
+def run(*words: str, interpret: bool) -> dict[str, Any]:
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret))}
+    found = subprocess.run(
+        [sys.executable, str(RUNS), *words],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    result: dict[str, Any] = json.loads(found.stdout)
+    return result
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "case",
+    [
+        "convolution",
+        "two channels",
+        pytest.param("CRNet", marks=pytest.mark.long),
+        pytest.param("several tiles", marks=pytest.mark.long),
+        pytest.param("one row", marks=pytest.mark.long),
+    ],
+)
+def test_numbers_are_those_of_the_layers(case: str) -> None:
+    found = run("numbers", case, interpret=True)[case]
+    assert found["by"] == found["bf16 by"] == "triton"
+    assert found["bf16 type"] == "torch.bfloat16"
+    for what in ("fp32", "buffers", "evaluation", "evaluation's gradients"):
+        assert found[what] < 1e-5, (what, found)
+    assert found["put off"]
+    # as far from float64 as autocast's layers, which round in other places
+    assert found["bf16"] < max(2 * found["theirs"], 0.02), found
+
+
+@needs_triton
+@pytest.mark.long
+def test_every_kernel_compiles_for_a_gpu() -> None:
+    found = run("compile", interpret=False)
+    names = {json.loads(key)[0] for key in found}
+    assert {"conv_forward", "conv_backward", "conv_weights", "join_backward"} <= names
+    for key, made in found.items():
+        assert made["bytes"] > 0, key
+        assert made["shared"] <= 48 << 10, key  # what every GPU has without asking
+
+
+def test_without_a_gpu_the_layers_compute() -> None:
+    block, x = CRBlock((((3, 3),),), "triton"), torch.randn(2, 2, 4, 5)
+    choice = kernels.choose(block, x)
+    assert choice.backend is None
+    assert "triton" in choice.why
+    assert block(x).shape == x.shape

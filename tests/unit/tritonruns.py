@@ -1,0 +1,135 @@
+"""Runs Triton's kernels without a GPU and prints what was found, as JSON: one process per run.
+
+    TRITON_INTERPRET=1 python tests/unit/tritonruns.py numbers CASE…
+    python tests/unit/tritonruns.py compile
+
+Triton reads TRITON_INTERPRET when it is imported, which another test may have done.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from csipipe import models
+from csipipe.models import crblock, kernels
+from csipipe.models.crblock import CRBlock
+from csipipe.models.kernels.triton import crblock as fused
+from csipipe.models.layers import Conv2d, accumulate, put_off
+from csipipe.settings.config import CRNET_KERNELS
+
+FEW = (((3, 3), (1, 3)), ((3, 1),))
+CASES: dict[str, tuple[int, Any, tuple[int, ...]]] = {
+    # channels in paths, kernels (None: a convolution of two channels), shape of the input
+    "convolution": (7, None, (3, 2, 6, 5)),
+    "two channels": (2, FEW, (3, 2, 6, 5)),
+    "CRNet": (7, CRNET_KERNELS, (2, 2, 4, 9)),
+    "several tiles": (2, FEW, (2, 2, 40, 33)),
+    "one row": (2, (((1, 9), (9, 1)),), (1, 2, 3, 3)),
+}
+
+
+def numbers(case: str) -> dict[str, Any]:
+    """Largest distances by norm from PyTorch's layers in float64."""
+    channels, paths, shape = CASES[case]
+    crblock.CHANNELS = fused.CHANNELS = channels
+    torch.manual_seed(0)
+    module: CRBlock | Conv2d
+    module = Conv2d(2, 2, (3, 3), True, "triton") if paths is None else CRBlock(paths, "triton")
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.2, 0.4)
+    x, dy = torch.randn(shape), torch.randn(shape)
+    exact = copy.deepcopy(module).double()
+    wanted = passes(exact, x.double(), dy.double())
+    with torch.autocast("cpu", torch.bfloat16), models.plain_layers():
+        theirs = passes(copy.deepcopy(module), x, dy)
+    found: dict[str, Any] = {"by": kernels.choose(module, x).why}
+    trained = copy.deepcopy(module)
+    first = passes(trained, x, dy)
+    found["fp32"] = distances(first, wanted)
+    found["buffers"] = distances(list(trained.buffers()), list(exact.buffers()))
+    late = copy.deepcopy(module)
+    pending = put_off([late])
+    leaf = x.clone().requires_grad_()
+    y = late(leaf)
+    y.backward(dy)
+    waited = all(parameter.grad is None for parameter in late.parameters())
+    accumulate(pending)
+    later = [y.detach(), leaf.grad, *(parameter.grad for parameter in late.parameters())]
+    same = all(torch.equal(a, b) for a, b in zip(first, later, strict=True) if b is not None)
+    found["put off"] = waited and same and None not in later
+    with torch.autocast("cpu", torch.bfloat16):
+        found["bf16 by"] = kernels.choose(module, x).why
+        rounded = passes(copy.deepcopy(module), x, dy)
+    found["bf16 type"] = str(rounded[0].dtype)
+    found["bf16"], found["theirs"] = distances(rounded, wanted), distances(theirs, wanted)
+    with torch.no_grad():
+        found["evaluation"] = distances([trained.eval()(x)], [exact.eval()(x.double())])
+    found["evaluation's gradients"] = distances(
+        passes(trained, x, dy), passes(exact, x.double(), dy.double())
+    )
+    return found
+
+
+def passes(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    return [
+        y.detach(),
+        *torch.autograd.grad(y, [leaf, *module.parameters()], dy.to(y.dtype)),
+    ]
+
+
+def distances(found: list[Tensor], wanted: list[Tensor]) -> float:
+    every = (
+        float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
+        for a, b in zip(found, wanted, strict=True)
+    )
+    return max(every, default=0.0)
+
+
+def compiled() -> dict[str, Any]:
+    """Kernels of a CRBlock and a convolution, compiled for compute capability 9.0."""
+    launched: dict[str, Any] = {}
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False)) | options
+        signature, constants = {}, {}
+        for parameter in self.params:
+            value = named.pop(parameter.name)
+            if parameter.is_constexpr:
+                constants[parameter.name], signature[parameter.name] = value, "constexpr"
+            else:
+                signature[parameter.name] = triton.runtime.jit.mangle_type(value)
+        key = json.dumps([self.fn.__name__, signature, constants, named], sort_keys=True)
+        launched[key] = (self, signature, constants, named)
+
+    triton.runtime.JITFunction.run = note
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(2, 2, 32, 32, dtype=dtype)
+        for module in (CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True)):
+            backend: Any = kernels._load("triton", type(module).__name__)
+            y, saved = backend.forward(module, x, True)
+            _, rest = backend.input_gradient(module, saved, y)
+            backend.weight_gradients(module, saved, rest)
+    found = {}
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    for key, (kernel, signature, constants, options) in launched.items():
+        options = {name: value for name, value in options.items() if value is not None}
+        source = triton.compiler.ASTSource(kernel, signature, constants)
+        made = triton.compile(source, target=target, options=options)
+        found[key] = {"bytes": len(made.asm["cubin"]), "shared": made.metadata.shared}
+    return found
+
+
+if __name__ == "__main__":
+    what, *cases = sys.argv[1:]
+    print(json.dumps(compiled() if what == "compile" else {case: numbers(case) for case in cases}))
