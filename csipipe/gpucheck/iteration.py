@@ -172,7 +172,8 @@ class Iteration:
         """Gradients of the tail, and at its input (U, B, C)."""
         rows = self.b // self.m
         w, w2 = self.enter.weight.to(self.dtype), self.leave.weight.to(self.dtype)
-        dz, total = [], None
+        dz: list[Tensor] = []
+        total: Any = None
         for m in range(self.m):
             zm, x, y0, saved1, saved2, y, _ = saved[m]
             dom = do[:, m * rows : (m + 1) * rows].reshape(self.u * rows, -1)

@@ -40,8 +40,9 @@ def run(*words: str, interpret: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "case",
     [
-        "convolution",
-        "two channels",
+        "one path",
+        pytest.param("convolution", marks=pytest.mark.long),
+        pytest.param("two channels", marks=pytest.mark.long),
         pytest.param("CRNet", marks=pytest.mark.long),
         pytest.param("several tiles", marks=pytest.mark.long),
         pytest.param("one row", marks=pytest.mark.long),
@@ -49,11 +50,15 @@ def run(*words: str, interpret: bool) -> dict[str, Any]:
 )
 def test_numbers_are_those_of_the_layers(case: str) -> None:
     found = run("numbers", case, interpret=True)[case]
-    assert found["by"] == found["bf16 by"] == "triton"
-    assert found["bf16 type"] == "torch.bfloat16"
-    for what in ("fp32", "buffers", "evaluation", "evaluation's gradients"):
+    assert found["by"] == "triton"
+    for what in ("fp32", "buffers", "evaluation"):
         assert found[what] < 1e-5, (what, found)
     assert found["put off"]
+    if case == "one path":  # the quick one
+        return
+    assert found["evaluation's gradients"] < 1e-5, found
+    assert found["bf16 by"] == "triton"
+    assert found["bf16 type"] == "torch.bfloat16"
     # as far from float64 as autocast's layers, which round in other places
     assert found["bf16"] < max(2 * found["theirs"], 0.02), found
 

@@ -24,6 +24,7 @@ from csipipe.models.kernels.triton.window import (
     leaky,
     places,
     store_run,
+    store_run_moments,
     store_sums,
     sums,
     window,
@@ -106,44 +107,7 @@ def conv_forward(
             VERTICAL,
         )
     if TRAIN:  # of what the next layer sees, rounding included
-        _store_run_moments(stored, h, d, part, pid, programs, OUT, A, D, VERTICAL)
-
-
-@triton.jit
-def _store_run_moments(
-    values,
-    h,
-    d,
-    part,
-    pid,
-    programs,
-    N: tl.constexpr,
-    A: tl.constexpr,
-    D: tl.constexpr,
-    VERTICAL: tl.constexpr,
-):
-    """One tile's mean and sum of squared deviations from it, of N channels, and its pixels."""
-    pixels = tl.zeros_like(d)
-    for r in tl.static_range(RUN):
-        pixels += is_inside(h, d, r, 0, A, D, VERTICAL).to(tl.int32)
-    count = tl.sum(pixels, 0).to(tl.float32)
-    tl.store(part + 2 * N * programs + pid, count)
-    for n in tl.static_range(N):
-        some = tl.zeros_like(d).to(tl.float32)
-        for r in tl.static_range(RUN):
-            v = values[n * RUN + r].to(tl.float32)
-            some += tl.where(is_inside(h, d, r, 0, A, D, VERTICAL), v, 0.0)
-        totals = (totals + (some,)) if n else (some,)
-    total = sums(totals, N)
-    for n in tl.static_range(N):
-        mean = total[n] / count
-        means = (means + (mean,)) if n else (mean,)
-        some = tl.zeros_like(d).to(tl.float32)
-        for r in tl.static_range(RUN):
-            off = values[n * RUN + r].to(tl.float32) - mean
-            some += tl.where(is_inside(h, d, r, 0, A, D, VERTICAL), off * off, 0.0)
-        squares = (squares + (some,)) if n else (some,)
-    store_sums(means, sums(squares, N), part, pid, programs, N)
+        store_run_moments(stored, h, d, part, pid, programs, OUT, A, D, VERTICAL)
 
 
 @triton.jit
