@@ -26,6 +26,8 @@ DATA = {
     "csipipe/reports/preset.py",  # which methods the paper compares
     "csipipe/reports/headline.py",  # its figures of three of them
     "csipipe/reports/fig6_claims.py",  # its claims about two of them
+    "csipipe/gpucheck/parity.py",  # which run is compared with itself on a CPU
+    "csipipe/gpucheck/curve.py",  # which channels the paper's preset trains on there
 }
 """Files that hold names as data; they compare none either."""
 SETTINGS = ("method", "source", "name")
