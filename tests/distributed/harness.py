@@ -36,8 +36,11 @@ _CONTEXT.set_forkserver_preload(
         "torch._dynamo",
         "torch._inductor.config",
         "csipipe.run.training",
-        "csipipe.methods.csilocal",
-        "csipipe.methods.federated",
+        "csipipe.methods.csilocal_bts",
+        "csipipe.methods.csilocal_ue",
+        "csipipe.methods.fedavg",
+        "csipipe.methods.fedgrad",
+        "csipipe.models.kernels",
         "csipipe.pipeline.engine",
         "csipipe.bench.rank",
     ]

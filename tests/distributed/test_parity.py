@@ -28,8 +28,10 @@ def csilocal(
     partition: str,
     schedule: str = "zerobubble",
     placement: str = "apart",
+    kernels_by: str = "torch",
 ) -> dict[str, Any]:
     settings = small(
+        model={"kernels_by": kernels_by},
         topology={"stages": stages, "partition": partition, "placement": placement},
         train={"micro_batches": micro_batches, "schedule": schedule},
     )
@@ -38,8 +40,8 @@ def csilocal(
 
 
 @cache
-def reference(micro_batches: int) -> dict[str, Any]:
-    return unsplit(small(train={"micro_batches": micro_batches}))
+def reference(micro_batches: int, kernels_by: str = "torch") -> dict[str, Any]:
+    return unsplit(small(model={"kernels_by": kernels_by}, train={"micro_batches": micro_batches}))
 
 
 def worst_gradient(found: dict[str, Any], wanted: dict[str, Any]) -> float:
@@ -80,6 +82,16 @@ def test_split_training_is_unsplit_training(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("stages", "placement"), [(2, "apart"), (2, "together")])
+def test_fused_kernels_split_as_the_layers_do(stages: int, placement: str) -> None:
+    one = csilocal(1, 1, 2, "uniform", kernels_by="auto")
+    found = csilocal(stages, stages, 2, "uniform", placement=placement, kernels_by="auto")
+    assert_same(one, found, *COMPUTED, "ledger")
+    wanted = reference(2, "auto")
+    assert worst_gradient(found, wanted) <= TOLERANCE
+    assert worst_loss(found, wanted) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("stages", "ue_ranks", "partition", "placement"),
     [
@@ -105,12 +117,15 @@ def test_stages_partition_and_placement_change_no_bit(
 
 @pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.long), 8])
 @pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.long), 3])
-def test_schedules_change_no_bit(stages: int, micro_batches: int) -> None:
+@pytest.mark.parametrize("placement", ["apart", pytest.param("together", marks=pytest.mark.long)])
+def test_schedules_change_no_bit(placement: str, stages: int, micro_batches: int) -> None:
     """With fewer micro-batches than stages too; 8 go around the ring of buffers more than once."""
     plans = [
-        csilocal(stages, ue_ranks, micro_batches, "uniform", name, placement)
-        for placement, ue_ranks in (("apart", 1), ("together", stages))
-        for name in ("gpipe", "1f1b", "zerobubble")
+        csilocal(stages, 1, micro_batches, "uniform"),
+        *(
+            csilocal(stages, stages, micro_batches, "uniform", name, placement)
+            for name in ("gpipe", "1f1b", "zerobubble")
+        ),
     ]
     for other in plans[1:]:
         assert_same(plans[0], other, *COMPUTED)

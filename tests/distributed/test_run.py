@@ -29,6 +29,7 @@ TINY = {
     "model.c2": "16",
     "model.angles": "8",
     "model.delays": "8",
+    "model.kernels_by": "torch",  # kernels take longer to compile than the run takes
     "data.train_samples": "200",
     "data.test_samples": "30",
     "train.iterations": "6",

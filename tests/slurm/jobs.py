@@ -21,6 +21,7 @@ SETTINGS = {
     "model.c2": "16",
     "model.angles": "8",
     "model.delays": "8",
+    "model.kernels_by": "torch",  # several jobs start at a time, and each rank would compile
     "topology.partition": "uniform",
     "data.train_samples": "80",
     "data.test_samples": "20",
