@@ -77,8 +77,8 @@ def test_plain_layers_compute_the_same() -> None:
         outputs[-1].square().sum().backward()
         gradients.append([x.grad, *(p.grad for p in tail.parameters())])
     torch.testing.assert_close(outputs[0], outputs[1])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(*gradients, strict=True):  # kernels sum in another order
+        assert (a - b).norm() <= 1e-5 * b.norm()
     for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(a, b)  # running statistics
 

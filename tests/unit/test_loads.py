@@ -37,7 +37,11 @@ ENDINGS = (
     "load_module_state_dict",
     "load_state_dict_from_url",
 )
-HARMLESS = {"docstring_parser.parse_from_object"}
+HARMLESS = {
+    "docstring_parser.parse_from_object",
+    "parser.parse_object",  # jsonargparse's, of what YAML's safe loader read
+    "self._engine.finalize_object",  # llvmlite's, of code that was just generated
+}
 """Named like one of them."""
 
 
