@@ -48,7 +48,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def run_world(
-    size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
+    size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 180.0
 ) -> list[Any]:
     """Run `function(world, *arguments)` on `size` connected ranks; results in order of rank.
 

@@ -43,6 +43,7 @@ def forked() -> Conductor:
     return Conductor(limit=120.0, launch=ForkedRank)
 
 
+@pytest.mark.long
 def test_ranks_with_two_roles_do_the_same_arithmetic(tmp_path: Path) -> None:
     contest = line_up("ours", *candidates.TOGETHER)
     race.run(contest, 1, tmp_path / "rounds", conductor=forked(), say=quiet)

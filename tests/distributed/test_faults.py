@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,9 +146,11 @@ def test_faults_are_named(tmp_path: Path) -> None:
 
 def test_a_rank_with_two_roles_is_named_by_both(tmp_path: Path) -> None:
     faults = [Fault(1, "kill", Op.HEAD), Fault(0, "freeze", Op.BACKWARD)]
-    for i, fault in enumerate(faults):
-        folder = tmp_path / str(i)
-        message = run(fault, folder, "csilocal", topology__placement="together")[3]
+    folders = [tmp_path / str(i) for i in range(len(faults))]
+    together = partial(run, method="csilocal", topology__placement="together")
+    with ThreadPoolExecutor(2) as pool:
+        messages = [found[3] for found in pool.map(together, faults, folders)]
+    for fault, folder, message in zip(faults, folders, messages, strict=True):
         role = re.escape(Topology(2, 2, 4, together=True).role(fault.rank))
         state = "gone" if fault.what == "kill" else "silent"
         wanted = rf"{role} is {state}: .*iteration {fault.iteration}, waited for"
