@@ -267,7 +267,7 @@ def test_centralised_runs_in_one_process(tmp_path: Path) -> None:
         (3, {"topology__partition": "type:Transformer"}, "its layers are CRBlock"),
         (3, {"run__dir": "/proc/nowhere/run"}, "can't be written"),
         (3, {"data__source": "csinet", "data__path": "/nowhere"}, "/nowhere"),
-        (3, {"train__device": "cuda"}, "no CUDA device"),
+        (3, {"train__device": "cuda"}, "train.device is cuda, but"),
         (3, {"train__lr": "1e30"}, "smashed data of micro-batch 0 from UE 0"),
     ],
 )
