@@ -96,7 +96,7 @@ class Channel:
         self.tolerant = False
         self.bad: dict[int, str] = {}
         elsewhere = any(peer.loop is None for peer in peers)
-        nccl = elsewhere and dist.get_backend(group) == "nccl"
+        nccl = device.type != "cpu" and elsewhere and dist.get_backend(group) == "nccl"
         self._timeout = timeout if nccl else None
         staged = device.type != "cpu" and elsewhere and not nccl
         # a thread starts on GPU 0, where its work would cost memory for a second context
