@@ -141,13 +141,18 @@ def keep_memory() -> None:
 
 
 def wire_dtype(precision: Precision) -> torch.dtype:
-    """Type of what crosses between UEs and BTS, and between stages."""
+    """Type of what crosses between UEs and BTS."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def computes_in(precision: Precision, device: torch.device) -> Precision:
     """Arithmetic of a precision on a device: fp32 on a CPU, where bf16 is slower."""
     return "fp32" if device.type == "cpu" else precision
+
+
+def stage_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Type of what crosses between stages: that of the arithmetic, rounded nowhere else."""
+    return wire_dtype(computes_in(precision, device))
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from csipipe import models
 from csipipe.bench.peerstage import PeerStage
-from csipipe.device import wire_dtype
+from csipipe.device import stage_dtype
 from csipipe.methods.base import adam
 
 
@@ -69,7 +69,7 @@ class TorchStage(PeerStage):
         self.optimizer.zero_grad()
 
     def _example(self, shape: tuple[int, ...], needs_gradient: bool) -> Tensor:
-        dtype = wire_dtype(self.settings.train.precision)
+        dtype = stage_dtype(self.settings.train.precision)
         return torch.zeros(self.rows, *shape, dtype=dtype, device=self.device).requires_grad_(
             needs_gradient
         )

@@ -29,7 +29,7 @@ class Wire:
         role: this role, see `Topology`.
         rows: rows of one UE in one micro-batch.
         micro_batches: micro-batches per iteration.
-        dtype: type of what crosses (figures are always float64).
+        dtype: type of what crosses between UEs and BTS (figures are always float64).
         limit: root mean square above which what crosses isn't sound.
         clock: counts this rank's time; None: one of the wire's own.
         loop: reaches this rank's other role, if it has one.
@@ -117,17 +117,22 @@ class Wire:
         kind: Kind,
         stage: int,
         shape: tuple[int, ...],
+        dtype: torch.dtype,
         group: dist.ProcessGroup,
         timeout: float,
     ) -> Channel:
-        """Activations or their gradients, `shape` per row, between this stage and `stage`."""
+        """Activations or their gradients, `shape` per row, between this stage and `stage`.
+
+        They are sent in the `dtype` in which stages compute, so that no bit depends on where the
+        tail is cut.
+        """
         rows = self.rows * self.topology.ues
         return Channel(
             kind,
             [self._peer(stage, rows)],
             (rows, *shape),
             self.micro_batches,
-            self.dtype,
+            dtype,
             self.device,
             group=group,
             clock=self.clock,

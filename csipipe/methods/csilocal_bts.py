@@ -25,6 +25,7 @@ from csipipe.comm.channel import Channel, Ports
 from csipipe.comm.collectives import connect_stages
 from csipipe.comm.ledger import Kind
 from csipipe.comm.world import World
+from csipipe.device import stage_dtype
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import EvalRows, adam, set_rate
 from csipipe.methods.half import Evaluation, Half
@@ -205,12 +206,13 @@ class BtsHalf(Half):
         """
         model, wire, stage = self.settings.model, self.wire, self.role
         topology, shapes = self.topology, models.tail_shapes(self.settings.model)
+        dtype = stage_dtype(self.settings.train.precision, self.device)
         groups = [world.bts_group(topology.stages, self.device, timeout) for _ in range(2)]
         for group, backward in zip(groups, (False, True), strict=True):
             connect_stages(stage, topology.stages, self.device, group, backward)
 
         def near(kind: Kind, other: int, layer: int, group: int) -> Channel:
-            return wire.neighbour(kind, other, shapes[layer], groups[group], timeout)
+            return wire.neighbour(kind, other, shapes[layer], dtype, groups[group], timeout)
 
         start, stop = self.parts[stage], self.parts[stage + 1]
         first, last = stage == 0, stage == topology.last_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,34 @@ def splits(world: World, runs: dict[str, Settings]) -> dict[str, dict[str, Any]]
     return results
 
 
-def unsplit(settings: Settings, shared: bool = False) -> dict[str, Any]:
-    """The model without a wire, in this process; unless `shared`, with private ends (CSILocal)."""
+class Rounded(torch.autograd.Function):
+    """What a wire of bf16 does: to values on their way up, and to gradients on their way back."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().float()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient.bfloat16().float()
+
+
+def unsplit(
+    settings: Settings,
+    shared: bool = False,
+    crossing: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """The model without a wire, in this process; unless `shared`, with private ends (CSILocal).
+
+    Args:
+        crossing: is applied where smashed data and tail outputs would cross.
+    """
     torch.set_num_threads(1)
     ues, test = methods.load(settings, range(settings.topology.ues), CPU)
     worker = Centralised(settings, ues, test, CPU, shared)
+    if crossing is not None:
+        for part in (worker.tail, *(ue.encoder for ue in worker.ues)):
+            part.register_forward_hook(lambda _, __, output: crossing(output))
     return follow(worker, settings.train.iterations)
 
 
