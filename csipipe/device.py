@@ -81,7 +81,7 @@ def memory_explained(settings: Settings, ranks_on_node: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        train, ues = settings.train, settings.topology.ues
+        train, ues = settings.train, settings.participants
         reason = str(error).split(". GPU", 1)[0]
         raise OSError(
             f"{reason}. An iteration takes {ues} UEs × {train.batch_size} rows in "

@@ -102,6 +102,11 @@ def line_up(
     if not settings.spec.pipelined:
         pipelined = ", ".join(name for name, method in METHODS.items() if method.pipelined)
         raise ValueError(f"method is {settings.method}; the benchmark trains {pipelined}.")
+    if settings.topology.participants is not None:
+        raise ValueError(
+            f"topology.participants is {settings.topology.participants}, but every candidate of "
+            "the benchmark trains with all UEs; leave it out."
+        )
     model = MODELS.get(settings.model.name)
     if "plain" in layers and set(names) & set(PEERS) and (model is None or not model.plain):
         raise ValueError(

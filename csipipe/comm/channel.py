@@ -39,7 +39,7 @@ class Peer:
 
     rank: int
     rows: slice
-    ues: range = range(0)
+    ues: Sequence[int] = ()
     role: str = ""
     loop: Loopback | None = None
 
@@ -105,11 +105,22 @@ class Channel:
             if staged
             else None
         )
+        self._memory: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._uploaded: dict[int, Callable[[], None]] = {}
         self._receives: dict[int, list[_Work]] = {}
         self._sends: deque[_Works | Future[_Works]] = deque()
         self._ahead = slots
+
+    def lay(self, peers: Sequence[Peer]) -> None:
+        """From now on exchange with these peers, whose rows make up a micro-batch.
+
+        Nothing is under way: all ends of the channel do so between two iterations.
+        """
+        assert not self._receives, self.kind
+        assert not self._sends, self.kind
+        self.peers = peers
+        self.shape = (rows_of(peers), *self.shape[1:])
 
     def post(self, ahead: int | None = None) -> None:
         """Post the receives of an iteration's first micro-batches; `release` posts the others.
@@ -118,8 +129,11 @@ class Channel:
             ahead: how many micro-batches are received before the first is released; None: all.
         """
         self._ahead = min(self.slots if ahead is None else ahead, self.slots)
-        while len(self._buffers) < self._ahead:
-            self._buffers.append(self._buffer())
+        self._memory += [self._buffer() for _ in range(self._ahead - len(self._memory))]
+        for m in range(self._ahead):
+            if len(self._memory[m]) < self.shape[0]:
+                self._memory[m] = self._buffer()
+        self._buffers = [memory[: self.shape[0]] for memory in self._memory]
         for m in range(self._ahead):
             self._post(m)
 
@@ -204,7 +218,7 @@ class Channel:
 
     def _judge(self, m: int, peer: Peer, rows: Tensor, limit: float) -> None:
         """Find the UEs whose share of a message isn't sound."""
-        ues = peer.ues if self.from_ues else range(0)
+        ues = peer.ues if self.from_ues else ()
         for ue, share in zip(ues, self._shares(peer, rows), strict=False):
             if not trust.sound(share, limit):
                 who = f"{self._name(m)} from UE {ue} ({peer.role}) {trust.fault(share, limit)}"
@@ -262,6 +276,11 @@ class Channel:
     def _count(self, peer: Peer, tensor: Tensor) -> None:
         if self.ledger is not None:
             self.ledger.count(self.kind, peer.ues, tensor[peer.rows])
+
+
+def rows_of(peers: Sequence[Peer]) -> int:
+    """Rows of a micro-batch at this end."""
+    return max((peer.rows.stop for peer in peers), default=0)
 
 
 @dataclass(frozen=True)

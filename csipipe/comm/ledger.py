@@ -58,11 +58,11 @@ class Ledger:
         self.counts = torch.zeros(len(PHASES), len(COUNTED), ues, 2, dtype=torch.int64)
         self.phase = "training"
 
-    def count(self, kind: Kind, ues: range, tensor: Tensor) -> None:
+    def count(self, kind: Kind, ues: Sequence[int], tensor: Tensor) -> None:
         """Note a message that holds the rows of `ues`, in equal parts."""
-        cell = self.counts[PHASES.index(self.phase), COUNTED.index(kind), ues.start : ues.stop]
-        cell[:, 0] += tensor.numel() // len(ues)
-        cell[:, 1] += tensor.numel() * tensor.element_size() // len(ues)
+        cell = self.counts[PHASES.index(self.phase), COUNTED.index(kind)]
+        scalars = tensor.numel() // len(ues)
+        cell[list(ues)] += torch.tensor([scalars, scalars * tensor.element_size()])
 
     def total(self, phase: str, kinds: Sequence[Kind]) -> tuple[int, int]:
         """Scalars and bytes of some kinds over all UEs."""

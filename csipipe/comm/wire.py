@@ -7,13 +7,13 @@ crosses between a UE and the BTS is checked by the receiver (`csipipe.comm.trust
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.channel import Channel, Peer, rows_of
 from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.loopback import Loopback
 from csipipe.comm.topology import Topology
@@ -63,16 +63,28 @@ class Wire:
         self.ledger = Ledger(topology.ues)
         self.clock = Clock() if clock is None else clock
         self._loop = loop
+        self._present: Collection[int] = range(topology.ues)
+        self._laid: list[tuple[Channel, Callable[[], list[Peer]]]] = []
+
+    def lay(self, present: Sequence[int]) -> None:
+        """From now on micro-batches hold rows of the UEs in `present`, ascending, and no others.
+
+        All roles do so between two iterations.
+        """
+        if list(present) != list(self._present):
+            self._present = present
+            for channel, peers in self._laid:
+                channel.lay(peers())
 
     def link(self, kind: Kind, width: int) -> Channel:
         """Messages between UEs and a BTS stage, `width` scalars per row, ordered by UE number."""
         peers = self._across(kind, self.rows)
         for peer in peers:
             self.expect(kind, peer.ues, (self.rows, width), self.micro_batches)
-        return Channel(
+        channel = Channel(
             kind,
             peers,
-            (peers[-1].rows.stop, width),
+            (rows_of(peers), width),
             self.micro_batches,
             self.dtype,
             self.device,
@@ -80,8 +92,10 @@ class Wire:
             limit=self.limit,
             clock=self.clock,
         )
+        self._laid.append((channel, lambda: self._across(kind, self.rows)))
+        return channel
 
-    def expect(self, kind: Kind, ues: range, shape: tuple[int, int], messages: int) -> None:
+    def expect(self, kind: Kind, ues: Sequence[int], shape: tuple[int, int], messages: int) -> None:
         """Note messages that each of `ues` exchanges with the BTS, `messages` per iteration."""
         rows, width = shape
         for ue in ues:
@@ -92,7 +106,7 @@ class Wire:
     def reports(self, width: int) -> Channel:
         """Figures of every UE, `width` each, to rank 0: float64, on the host."""
         peers = self._across(Kind.REPORT, 1)
-        return self._host_channel(Kind.REPORT, peers, (peers[-1].rows.stop, width))
+        return self._host_channel(Kind.REPORT, peers, (rows_of(peers), width))
 
     def announcements(self, kind: Kind, source: int, numbers: int) -> Channel:
         """Some numbers from rank `source` to every other rank, once: float64, on the host."""
@@ -126,11 +140,14 @@ class Wire:
         They are sent in the `dtype` in which stages compute, so that no bit depends on where the
         tail is cut.
         """
-        rows = self.rows * self.topology.ues
-        return Channel(
+
+        def peers() -> list[Peer]:
+            return [self._peer(stage, self.rows * len(self._present))]
+
+        channel = Channel(
             kind,
-            [self._peer(stage, rows)],
-            (rows, *shape),
+            peers(),
+            (rows_of(peers()), *shape),
             self.micro_batches,
             dtype,
             self.device,
@@ -138,6 +155,8 @@ class Wire:
             clock=self.clock,
             timeout=timeout,
         )
+        self._laid.append((channel, peers))
+        return channel
 
     def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:
         """A vector of (1, scalars) between the BTS and each of `ues`; down, the same for all."""
@@ -174,16 +193,19 @@ class Wire:
         return faults[0] if faults else tensors
 
     def _across(self, kind: Kind, rows: int) -> list[Peer]:
-        """The other side of the UE–BTS boundary, `rows` per UE."""
-        topology = self.topology
-        if topology.is_bts(self.role):
-            hosted = [(role, topology.ues_of(role)) for role in topology.ue_roles]
-            return [self._peer(r, slice(u.start * rows, u.stop * rows), u) for r, u in hosted]
-        ues = topology.ues_of(self.role)
+        """The other side of the UE–BTS boundary, `rows` per UE that is present."""
+        topology, at_bts = self.topology, self.topology.is_bts(self.role)
         stage = topology.last_stage if kind in _LAST_STAGE else 0
-        return [self._peer(stage, len(ues) * rows, ues)]
+        peers: list[Peer] = []
+        for role in topology.ue_roles if at_bts else [self.role]:
+            hosted, first = topology.ues_of(role), rows_of(peers)
+            ues = [ue for ue in self._present if ue in hosted]
+            if ues:
+                place = slice(first, first + len(ues) * rows)
+                peers.append(self._peer(role if at_bts else stage, place, ues))
+        return peers
 
-    def _peer(self, role: int, rows: int | slice, ues: range = range(0)) -> Peer:
+    def _peer(self, role: int, rows: int | slice, ues: Sequence[int] = ()) -> Peer:
         """The other end of a channel; as many rows as `rows` says where it is the only one."""
         rank, place = self.topology.rank(role), rows if isinstance(rows, slice) else slice(0, rows)
         loop = self._loop if rank == self.topology.rank(self.role) else None

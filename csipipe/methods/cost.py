@@ -13,7 +13,7 @@ from csipipe.settings.config import Settings
 
 def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
     """Scalars `up` (UE → BTS) and `down` in one iteration, over all UEs."""
-    total = settings.topology.ues * int(tables.found(settings.spec.cost)(settings))
+    total = settings.participants * int(tables.found(settings.spec.cost)(settings))
     return {"up": total, "down": total}
 
 

@@ -1,9 +1,9 @@
 """CSILocal (Algorithm 1): the BTS half of one iteration; `csilocal_ue` has the UE half.
 
 Each UE encodes its mini-batch and sends smashed data z; the BTS runs the tail over micro-batches
-that hold rows of every UE, ordered by UE number; heads compute the loss and send the gradient at
-their input back the same way. Only z, the tail's output and the two gradients cross, and figures
-(losses) to rank 0.
+that hold rows of every UE that takes part, ordered by UE number; heads compute the loss and send
+the gradient at their input back the same way. Only z, the tail's output and the two gradients
+cross, and figures (losses) to rank 0.
 
 Shapes: M micro-batches, U UEs of this rank, R rows per UE and micro-batch, B = M·R rows per UE,
 A angles, D delays, C = c1 or c2.
@@ -65,7 +65,7 @@ class BtsHalf(Half):
             module,
             adam(module.parameters(), train),
             deepspeed,
-            rows=self.wire.rows * topology.ues,
+            rows=self.wire.rows * settings.participants,
             micro_batches=train.micro_batches,
             ports=self.ports,
             clock=self.clock,
@@ -113,8 +113,9 @@ class BtsHalf(Half):
         return figures
 
     def _count_idle(self, figures: Figures) -> None:
-        """At the first stage: count UEs that report no rows."""
-        idle = [ue for ue, rows in enumerate(figures.sums[:, 0].tolist()) if not rows]
+        """At the first stage: count UEs of the iteration that report no rows."""
+        reported = figures.sums[:, 0].tolist()
+        idle = [ue for ue in self.seat.roster.present if not reported[ue]]
         self.seat.leave_out(
             dict.fromkeys(idle, "a gradient was bad; see the rank that received it")
         )
@@ -123,8 +124,8 @@ class BtsHalf(Half):
     def _call_the_roll(self) -> None:
         """All smashed data of the iteration have arrived; none has been used yet."""
         out, rows = self._agree(Kind.ROLL_CALL, self.ports.forward_in), self.wire.rows
-        taking = [ue for ue in range(self.topology.ues) if ue not in out]
-        places = [torch.arange(ue * rows, (ue + 1) * rows) for ue in taking]
+        taking = [at for at, ue in enumerate(self.seat.roster.present) if ue not in out]
+        places = [torch.arange(at * rows, (at + 1) * rows) for at in taking]
         self.stage.taking = torch.cat(places).to(self.device) if out else None
 
     def _judge(self) -> None:
@@ -134,7 +135,6 @@ class BtsHalf(Half):
     def _agree(self, kind: Kind, channel: Channel) -> Collection[int]:
         """UEs that are left out, those among them that sent something bad through `channel`."""
         roster = self.seat.roster
-        assert roster is not None
         roster.agree(kind, self._found(channel, roster.out))
         return roster.out
 
@@ -186,7 +186,7 @@ class BtsHalf(Half):
         """Cuts by the layers' time on rank 0, which decides for all stages."""
         cuts = ""
         if self.role == 0:
-            rows = self.wire.rows * self.topology.ues
+            rows = self.wire.rows * self.settings.participants
             settings, precision = self.settings, self.settings.train.precision
             file = settings.topology.profile
             seconds = balance.profile(settings.model, rows, precision, self.device, file)

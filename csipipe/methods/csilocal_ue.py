@@ -5,7 +5,7 @@ Shapes: as in `csipipe.methods.csilocal_bts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.methods.uestage import UeStage
 from csipipe.pipeline import schedule
-from csipipe.pipeline.schedule import Instruction, Op
+from csipipe.pipeline.schedule import Instruction, Op, Plan
 
 
 class UeHalf(UeSide):
@@ -56,37 +56,51 @@ class UeHalf(UeSide):
     def begin(self, iteration: int) -> None:
         """Lines 3 and 8–10 of Algorithm 1 follow."""
         self.clock.begin("compute", "draw mini-batches")
-        train = self.settings.train
-        for ue in self.ues:
+        train, present = self.settings.train, self.seat.roster.present
+        ues = [self.ues[at] for at in self._places(present)]
+        for ue in ues:
             ue.train(True)
             set_rate(ue.optimizer, train.lr_at(iteration))
-        self.stage.load([ue.draw(train.batch_size) for ue in self.ues])
+        self.stage.load(ues, [ue.draw(train.batch_size) for ue in ues])
         if self.tolerant:
-            self._restore = [keep_buffers([ue.encoder, ue.head]) for ue in self.ues]
+            self._restore = [keep_buffers([ue.encoder, ue.head]) for ue in ues]
+
+    def _places(self, present: Sequence[int]) -> list[int]:
+        """Where the UEs that are present stand among those of this role."""
+        hosted = self.topology.ues_of(self.role)
+        return [ue - hosted.start for ue in present if ue in hosted]
 
     def open(self, plan: list[Instruction]) -> None:
-        if any(instruction.op is Op.RECEIVE_FORWARD for instruction in plan):
+        if any(i.op is Op.RECEIVE_FORWARD for i in plan) and self.stage.ues:
             self.stage.post()
 
+    def execute(self, plan: Plan, clock: Clock | None = None) -> None:
+        """Where none of its UEs takes part, a rank only hears who does."""
+        super().execute(plan if self.stage.ues else [i for i in plan if i.op in AGREED], clock)
+
     def undo(self) -> None:
-        for ue in self.ues:
+        for ue in self.stage.ues:
             ue.optimizer.zero_grad()
 
     def end(self) -> None:
         """A UE that is left out stays as it was, including BatchNorm's statistics."""
         self.seat.leave_out(self.stage.faults)
         for u in self.stage.idle:
-            self.ues[u].optimizer.zero_grad()
+            self.stage.ues[u].optimizer.zero_grad()
             self._restore[u]()
         self.clock.begin("send", "finish sending")
-        self._report(self.stage.sums())
+        # of all UEs, so that a rank without any in this iteration doesn't hurry ahead
+        sums = torch.zeros(len(self.ues), WIDTH, dtype=torch.float64, device=self.device)
+        if self.stage.ues:
+            sums[self._places(self.seat.roster.present)] = self.stage.sums()
+        self._report(sums)
 
     def _hear(self, kind: Kind) -> None:
         """Learn which UEs take part."""
         roster = self.seat.roster
-        assert roster is not None
         roster.agree(kind)
-        self.stage.taking = [u for u, ue in enumerate(self.ues) if ue.number not in roster.out]
+        ues = self.stage.ues
+        self.stage.taking = [u for u, ue in enumerate(ues) if ue.number not in roster.out]
 
     def evaluation(self, part: EvalRows) -> Evaluation:
         """Forward passes only, over whole batches; rows of the padding don't count.
@@ -107,6 +121,7 @@ class UeHalf(UeSide):
             if k < batches:
                 start = k * size
                 self.stage.load(
+                    self.ues,
                     [padded(h, start, size) for h in rows],
                     [min(size, max(0, len(h) - start)) for h in rows],
                 )

@@ -60,6 +60,11 @@ def _role(
             f"method {settings.method} aggregates on one BTS rank, but topology.stages is "
             f"{topology.stages}; leave topology.stages out, or set it to 1."
         )
+    if settings.participants < topology.ues:
+        raise ValueError(
+            f"topology.participants is {settings.participants}, but in method {settings.method} "
+            "all UEs take part; leave it out."
+        )
     if topology.is_bts(role):
         return BtsHalf
     ues, test = load(settings, topology.ues_of(role), device)

@@ -15,7 +15,6 @@ from csipipe.comm.world import World
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import Builder, EvalRows, batches_of
 from csipipe.methods.half import Half, in_turns
-from csipipe.methods.roster import Roster
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit
 from csipipe.models import count_parts
@@ -79,7 +78,7 @@ class Rank(Seat):
         once, attempt, end = (self._mine(section) for section in sections)
         self._order = Attempts(once, attempt, end)
         if Instruction(Op.ROLL_CALL) in plans[0].attempt:
-            self.roster = Roster(wires[0])
+            self.roster.connect(wires[0])
         self.world.ready("parts")  # building them may take longer than a wait in an iteration
         handshake.compare_messages(self.world, wires)
         found = [half.evaluated() for half in halves]
@@ -101,12 +100,10 @@ class Rank(Seat):
     def train_iteration(self, iteration: int) -> Figures | None:
         """One iteration; figures of the UEs' batches on rank 0."""
         self.world.doing = f"{self.topology.role(self.world.rank)}, iteration {iteration + 1}"
+        self._draw(iteration)
         for half in self.halves:
             half.begin(iteration)
-        if self.roster is None:
-            self._run(self._order.attempt)
-        else:
-            self.roster.train(self._order, self._run, self._undo)
+        self.roster.train(self._order, self._run, self._undo)
         figures = None
         for half in reversed(self.halves):  # UEs report before the first stage gathers
             figures = half.end()
@@ -123,12 +120,19 @@ class Rank(Seat):
         for half in self.halves:
             half.close()
 
+    def _draw(self, iteration: int | None) -> None:
+        """The UEs of an iteration, or all of them, are present."""
+        self.roster.draw(iteration)
+        for half in self.halves:
+            half.wire.lay(self.roster.present)
+
     def _undo(self) -> None:
         for half in self.halves:
             half.undo()
 
     def evaluate(self, part: EvalRows) -> Figures | None:
         """Figures on `part`, on rank 0."""
+        self._draw(None)
         with torch.no_grad():
             return in_turns(half.evaluation(part) for half in reversed(self.halves))
 

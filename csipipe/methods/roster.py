@@ -1,45 +1,75 @@
-"""Who takes part in an iteration of CSILocal where bad UEs are dropped, the same on every rank.
+"""Who takes part in an iteration, the same on every rank.
 
-Two numbers per UE cross twice an iteration: the first stage calls the roll once it has checked all
-smashed data, before the tail's first forward pass; the last stage gives its verdict once it has
-checked all gradients, before any weight changes. A verdict against a UE repeats the iteration
-without it. Every attempt runs to its end on all ranks, with zeros for what was bad, so that no
-message is left over.
+Of all UEs, those are present that the seed draws (topology.participants), known to every rank
+beforehand: what crosses holds their rows and no others'. Where bad UEs are dropped, some of them
+are left out again. For that, two numbers per UE cross twice an iteration of CSILocal: the first
+stage calls the roll once it has checked all smashed data, before the tail's first forward pass; the
+last stage gives its verdict once it has checked all gradients, before any weight changes. A verdict
+against a UE repeats the iteration without it. Every attempt runs to its end on all ranks, with
+zeros for what was bad, so that no message is left over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import nn
 
+from csipipe.comm.channel import Channel
 from csipipe.comm.ledger import Kind
 from csipipe.comm.wire import Wire
 from csipipe.pipeline.schedule import Attempts, Op, Piece
+from csipipe.settings.config import Settings
 
 AGREED = {Op.ROLL_CALL: Kind.ROLL_CALL, Op.VERDICT: Kind.VERDICT}
 """The message by which each instruction agrees."""
+_DRAWS = 2000  # distinct from the seeds of the UEs' own draws
+
+
+def drawn(settings: Settings, iteration: int) -> list[int]:
+    """UEs of an iteration, counted from 0, ascending: a function of the seed alone."""
+    ues = settings.topology.ues
+    seed = np.random.SeedSequence((settings.train.seed, _DRAWS, iteration))
+    order = np.argsort(seed.generate_state(ues, np.uint64), kind="stable")
+    return sorted(order[: settings.participants].tolist())
 
 
 class Roster:
     """One rank's copy.
 
     Attributes:
-        out: UEs that are left out of this iteration.
+        present: UEs whose rows are in what crosses now, ascending: those of the iteration; all of
+            them in an evaluation.
+        out: those of them that are left out.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self._ues = wire.topology.ues
-        self._rank = wire.topology.rank(wire.role)
-        self._sources = {Kind.ROLL_CALL: 0, Kind.VERDICT: wire.topology.last_stage}
-        self._channels = {
-            kind: wire.announcements(kind, source, self._ues)
-            for kind, source in self._sources.items()
-        }
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._everyone = list(range(settings.topology.ues))
+        self._channels: dict[Kind, Channel] = {}
+        self._decides: set[Kind] = set()
         self._agreed: set[Kind] = set()
         self._holds = True
+        self.present = self._everyone
         self.out: set[int] = set()
+
+    def draw(self, iteration: int | None) -> None:
+        """Those of an iteration are present; None: everyone is."""
+        all_there = iteration is None or self._settings.participants == len(self._everyone)
+        self.present = self._everyone if all_there else drawn(self._settings, iteration or 0)
+        self.out = set()
+
+    def connect(self, wire: Wire) -> None:
+        """Agree with the other ranks on who is left out, from now on."""
+        sources = {Kind.ROLL_CALL: 0, Kind.VERDICT: wire.topology.last_stage}
+        self._channels = {
+            kind: wire.announcements(kind, source, len(self._everyone))
+            for kind, source in sources.items()
+        }
+        rank = wire.topology.rank(wire.role)
+        self._decides = {kind for kind, source in sources.items() if rank == source}
 
     def train(
         self,
@@ -52,7 +82,9 @@ class Roster:
         Args:
             undo: reverts what an attempt changed, and posts its receives again.
         """
-        self.out = set()
+        if not self._channels:
+            execute(parts.attempt)
+            return
         execute(parts.once)
         while True:
             self._post()
@@ -72,9 +104,9 @@ class Roster:
         self._agreed.add(kind)
         channel = self._channels[kind]
         before = len(self.out)
-        if self._rank == self._sources[kind]:
+        if kind in self._decides:
             self.out.update(bad)
-            mask = [float(ue in self.out) for ue in range(self._ues)]
+            mask = [float(ue in self.out) for ue in self._everyone]
             # waited for when the next one is sent
             channel.send(0, torch.tensor(mask, dtype=torch.float64))
         else:
@@ -84,9 +116,9 @@ class Roster:
 
     def _post(self) -> None:
         self._agreed.clear()
-        for kind, source in self._sources.items():
-            if self._rank != source:
-                self._channels[kind].post()
+        for kind, channel in self._channels.items():
+            if kind not in self._decides:
+                channel.post()
 
 
 def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:

@@ -28,7 +28,7 @@ class Seat:
         tolerant: bad UEs are dropped; else they end the run.
         dropped: training iterations that each UE was left out of; rank 0's count.
         batches: an evaluation's, the same on every rank.
-        roster: which UEs take part in an iteration of CSILocal, where bad ones are dropped.
+        roster: which UEs take part in an iteration.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Seat:
         self.tolerant = settings.train.on_bad_ue == "drop"
         self.dropped = [0] * topology.ues
         self.batches: dict[EvalRows, int] = {}
-        self.roster: Roster | None = None
+        self.roster = Roster(settings)
         self._named: set[int] = set()
 
     def leave_out(self, faults: Mapping[int, str], out: Collection[int] = ()) -> None:
@@ -63,9 +63,10 @@ class Seat:
             if ue not in self._named:
                 tqdm.write(f"{self.world.doing}: UE {ue} is left out: {fault}", file=sys.stderr)
                 self._named.add(ue)
-        if faults and len({*faults, *out}) == self.topology.ues:
+        present = len(self.roster.present)
+        if faults and len({*faults, *out}) == present:
             raise trust.BadMessage(
-                f"no sound UE is left to train with: all {self.topology.ues} are bad, the last one "
+                f"no sound UE is left to train with: all {present} are bad, the last one "
                 f"because {list(faults.values())[-1]}."
             )
 

@@ -39,7 +39,7 @@ class UeStage:
     """Encoders and heads of this rank's UEs: the two ends of the pipeline.
 
     Args:
-        ues: this rank's, ascending.
+        ues: those of this rank, ascending.
         ports: where messages come from and go to; forward comes in from the last BTS stage, and
             goes out to the first.
         micro_batches: micro-batches per iteration.
@@ -47,7 +47,8 @@ class UeStage:
         calls: what this rank does at instructions that don't belong to the stage.
 
     Attributes:
-        taking: indices on this rank of the UEs that take part.
+        ues: those of the latest mini-batch, ascending.
+        taking: indices among them of the UEs that aren't left out.
         idle: indices of those that took no step.
         faults: why UEs could not step in this iteration, by number.
     """
@@ -82,17 +83,24 @@ class UeStage:
         self._dy: dict[int, Tensor] = {}
         self._dz: dict[int, Tensor] = {}
 
-    def load(self, h_UBAD: Sequence[Tensor], valid: Sequence[int] | None = None) -> None:
-        """Add a (B, 2, A, D) mini-batch per UE; `sums` removes it.
+    def load(
+        self,
+        ues: Sequence[UserEquipment],
+        h_UBAD: Sequence[Tensor],
+        valid: Sequence[int] | None = None,
+    ) -> None:
+        """Add a (B, 2, A, D) mini-batch of each of some UEs; `sums` removes it.
 
         Args:
             valid: rows of each UE that are counted in `sums`, the rest is padding; None: all.
         """
-        h = torch.stack(list(h_UBAD))
-        counted = [h.shape[1]] * len(h) if valid is None else valid
-        self._batches.append(_Batch(h, counted, h.new_zeros(h.shape[:2])))
-        self.taking = list(range(len(self.ues)))
+        self.ues = ues
+        self.taking = list(range(len(ues)))
         self.idle, self.faults = set(), {}
+        if ues:
+            h = torch.stack(list(h_UBAD))
+            counted = [h.shape[1]] * len(h) if valid is None else valid
+            self._batches.append(_Batch(h, counted, h.new_zeros(h.shape[:2])))
 
     def post(self) -> None:
         """Post the receives of an iteration."""

@@ -98,7 +98,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         module: the tail; its parameters are this stage's.
         optimizer: over the module's parameters.
         deepspeed: DeepSpeed's settings, without batch keys.
-        rows: rows of a micro-batch, over all UEs.
+        rows: rows of a micro-batch in training, over the UEs that take part.
         micro_batches: micro-batches per iteration.
         ports: where messages come from and go to.
         clock: counts this rank's time while it trains.
@@ -106,8 +106,8 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     Attributes:
         before_step: called when the iteration's gradients are complete.
-        taking: rows of every micro-batch that the stage computes with, if not all take part;
-            what crosses keeps its shape, with zeros for the others.
+        taking: rows of every micro-batch that the stage computes with, if some are left out; what
+            crosses keeps its shape, with zeros for them.
     """
 
     def __init__(
@@ -133,7 +133,6 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
             config=config,
             config_class=DeepSpeedConfig(config, mpu),
         )
-        self.rows = rows
         self.ports = ports
         self.clock = clock
         self.before_step: Callable[[], None] = lambda: None
@@ -230,14 +229,14 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self._exec_optimizer_step()
 
     def _some(self, rows: Tensor) -> Tensor:
-        """The rows that take part."""
+        """The rows that aren't left out."""
         return rows if self.taking is None else rows[self.taking]
 
     def _all(self, rows: Tensor) -> Tensor:
-        """The whole micro-batch, with zeros for rows that don't take part."""
+        """The whole micro-batch, with zeros for rows that are left out."""
         if self.taking is None:
             return rows
-        whole = rows.new_zeros(self.rows, *rows.shape[1:])
+        whole = rows.new_zeros(self.ports.forward_in.shape[0], *rows.shape[1:])
         whole[self.taking] = rows.detach()
         return whole
 

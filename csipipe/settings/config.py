@@ -81,6 +81,9 @@ class TopologySettings:
     (all they can use) for the federated methods, none for centralised."""
     ues: int = 4
     """UEs, numbered from 0 and assigned in order to the ranks that host them."""
+    participants: int | None = None
+    """UEs that take part in an iteration, drawn by train.seed; the others send and receive nothing
+    and stay as they are. null: all."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
     measured: by the time that each layer takes on this machine. null: as the model says,
@@ -90,6 +93,11 @@ class TopologySettings:
 
     def __post_init__(self) -> None:
         _at_least("topology.ues", self.ues, 1)
+        if self.participants is not None and not 1 <= self.participants <= self.ues:
+            raise ValueError(
+                f"topology.participants is {self.participants}; it must lie between 1 and "
+                f"topology.ues {self.ues}, or be null: all of them."
+            )
         if self.stages is not None:
             _at_least("topology.stages", self.stages, 1)
         named = ("uniform", "parameters", "measured")
@@ -291,7 +299,11 @@ class Settings:
                 f"train.local_steps is {self.train.local_steps}, but {self.method} exchanges after "
                 f"every step; leave it at 1, or use one of {', '.join(several)}."
             )
-
+        if self.topology.participants is not None and not self.spec.stages:
+            raise ValueError(
+                f"topology.participants is {self.topology.participants}, but {self.method} has the "
+                "rows of all UEs in one process, and nobody takes part or doesn't; leave it out."
+            )
         last = self.run.profile_after + self.run.profile_iterations
         if self.run.profile and last > self.train.iterations:
             raise ValueError(
@@ -319,6 +331,11 @@ class Settings:
     def stages(self) -> int:
         """BTS pipeline stages of this run; the unsplit model has none."""
         return self.topology.stages or self.spec.stages
+
+    @property
+    def participants(self) -> int:
+        """UEs that take part in an iteration."""
+        return self.topology.participants or self.topology.ues
 
     @property
     def partition(self) -> str:

@@ -15,6 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from csipipe import methods
 from csipipe.comm.world import World
+from csipipe.measure.figures import WIDTH, Figures
+from csipipe.methods import roster
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.csilocal_bts import BtsHalf
 from csipipe.settings.config import (
@@ -133,6 +135,25 @@ class Rounded(torch.autograd.Function):
         return gradient.bfloat16().float()
 
 
+class Unsplit(Centralised):
+    """The model of the UEs that take part in an iteration; the others stay as they are.
+
+    Attributes:
+        without: UEs that never take part.
+    """
+
+    without: frozenset[int] = frozenset()
+
+    def train_iteration(self, iteration: int) -> Figures:
+        everyone = self.ues
+        present = [ue for ue in roster.drawn(self.settings, iteration) if ue not in self.without]
+        self.ues = [everyone[ue] for ue in present]
+        sums = torch.zeros(len(everyone), WIDTH, dtype=torch.float64)
+        sums[present] = super().train_iteration(iteration).sums
+        self.ues = everyone
+        return Figures(sums)
+
+
 def unsplit(
     settings: Settings,
     shared: bool = False,
@@ -145,7 +166,7 @@ def unsplit(
     """
     torch.set_num_threads(1)
     ues, test = methods.load(settings, range(settings.topology.ues), CPU)
-    worker = Centralised(settings, ues, test, CPU, shared)
+    worker = Unsplit(settings, ues, test, CPU, shared)
     if crossing is not None:
         for part in (worker.tail, *(ue.encoder for ue in worker.ues)):
             part.register_forward_hook(lambda _, __, output: crossing(output))

@@ -108,6 +108,7 @@ METHODS: dict[str, Settings] = {
 CSILOCAL = {
     "fp32": small(train={"iterations": 2 * HALF}),
     "bf16": small(train={"iterations": 2 * HALF, "precision": "bf16"}),
+    "some": small(train={"iterations": 2 * HALF}, topology={"participants": 2}),
     "zero1": small(
         train={"iterations": 2 * HALF, "deepspeed": str(ROOT / "ds_configs" / "zero1.json")}
     ),
@@ -139,9 +140,9 @@ def saved_csilocal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     ("placement", "stages", "size", "names"),
     [
         ("apart", 2, 4, ["zero1"]),
-        ("apart", 1, 5, ["fp32", "bf16"]),
+        ("apart", 1, 5, ["fp32", "bf16", "some"]),
         ("apart", 3, 4, ["fp32"]),
-        ("together", 1, 1, ["fp32"]),
+        ("together", 1, 1, ["fp32", "some"]),
         ("together", 2, 2, ["zero1"]),
         pytest.param("apart", 2, 4, ["fp32", "bf16", "zero1"], marks=pytest.mark.long),
         pytest.param("apart", 1, 2, ["fp32", "bf16"], marks=pytest.mark.long),

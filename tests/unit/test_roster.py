@@ -1,0 +1,58 @@
+"""Which UEs take part in an iteration."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from csipipe.methods.roster import drawn
+from csipipe.settings.config import Settings, TopologySettings, TrainSettings
+
+
+def settings(ues: int, participants: int | None, seed: int = 0) -> Settings:
+    return Settings(
+        topology=TopologySettings(ues=ues, participants=participants),
+        train=TrainSettings(seed=seed),
+    )
+
+
+def test_k_different_ues_in_order() -> None:
+    for k in range(100):
+        present = drawn(settings(20, 7), k)
+        assert len(present) == 7
+        assert present == sorted(set(present) & set(range(20)))
+
+
+def test_by_default_all() -> None:
+    assert drawn(settings(4, None), 3) == drawn(settings(4, 4), 9) == [0, 1, 2, 3]
+
+
+def test_the_draw_is_a_function_of_seed_and_iteration_alone() -> None:
+    ours = [drawn(settings(50, 5), k) for k in range(20)]
+    assert ours == [drawn(settings(50, 5), k) for k in range(20)]
+    assert ours != [drawn(settings(50, 5, seed=1), k) for k in range(20)]
+    assert len({tuple(present) for present in ours}) == 20
+    # a run that resumes with another release must draw the same
+    assert drawn(settings(10, 3), 0) == [4, 8, 9]
+    assert drawn(settings(10, 3), 1000) == [0, 5, 6]
+
+
+def test_every_ue_comes_equally_often() -> None:
+    """2,000 draws of 5 of 20: 500 each, with a standard deviation of 19."""
+    times = Counter(ue for k in range(2000) for ue in drawn(settings(20, 5), k))
+    assert len(times) == 20
+    assert all(400 < n < 600 for n in times.values())
+
+
+@pytest.mark.parametrize("participants", [0, -1, 5])
+def test_more_than_there_are_or_none_is_refused(participants: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"participants is -?\d; it must lie between 1 and .*ues 4"
+    ):
+        settings(4, participants)
+
+
+def test_in_one_process_without_a_bts_nobody_is_absent() -> None:
+    with pytest.raises(ValueError, match=r"participants is 2, but centralised has the rows"):
+        Settings(method="centralised", topology=TopologySettings(participants=2))
