@@ -69,7 +69,7 @@ class TorchStage(PeerStage):
         self.optimizer.zero_grad()
 
     def _example(self, shape: tuple[int, ...], needs_gradient: bool) -> Tensor:
-        dtype = stage_dtype(self.settings.train.precision)
+        dtype = stage_dtype(self.settings.train.precision, self.device)
         return torch.zeros(self.rows, *shape, dtype=dtype, device=self.device).requires_grad_(
             needs_gradient
         )
