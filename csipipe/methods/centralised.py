@@ -72,7 +72,8 @@ class Centralised:
         self.tail.to(device)
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = models.count_parts(settings.model)
-        self.notes = models.kernels_notes(settings.model, device)
+        with autocast(settings.train.precision, device):
+            self.notes = models.kernels_notes(settings.model, device)
         self.clock = Clock()
         self.probe = Probe()
         self.dropped = [0] * len(ues)

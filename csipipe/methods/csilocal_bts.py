@@ -55,7 +55,8 @@ class BtsHalf(Half):
         engine.open_subworld(group, timeout)
         tail = models.build_tail(settings.model, train.seed)
         cuts = self._measure(tail) if settings.partition == "measured" else None
-        seat.notes += models.kernels_notes(settings.model, device)
+        with self.autocast():
+            seat.notes += models.kernels_notes(settings.model, device)
         module = engine.TailModule(tail, topology.stages, settings.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts

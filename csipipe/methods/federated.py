@@ -221,7 +221,8 @@ class BtsHalf(Half):
 
     def __init__(self, seat: Seat, role: int) -> None:
         super().__init__(seat, role)
-        seat.notes += models.kernels_notes(self.settings.model, self.device)
+        with self.autocast():
+            seat.notes += models.kernels_notes(self.settings.model, self.device)
         ues = range(self.topology.ues)
         found = sizes(self.settings)
         self.up = {kind: found[kind] for kind in (Kind.UPDATE, Kind.STATISTICS)}
