@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 
-def open_source(data: DataSettings, angles: int, delays: int) -> Source:
+def open_source(data: DataSettings, angles: int | None = None, delays: int | None = None) -> Source:
     """The source that the settings name; no file is opened yet.
 
     Args:
         data: source, folder and seed.
-        angles: angular bins A of the images.
-        delays: delay bins D of the images.
+        angles: angular bins A of the images; None: all that the data has (synthetic: 32).
+        delays: delay bins D of the images; None: as well.
 
     Raises:
         FileNotFoundError: data.path is not a folder.

@@ -1,9 +1,11 @@
 """One converted copy of each .mat file per machine, which all its ranks map into memory.
 
 A copy is an .npy file of checked float32 rows, named after the SHA-256 of its source. Beside it is
-a note per source path with the size and modification time for which the hash was computed, so that
-an unchanged source is not hashed again. Files are written under another name and renamed when
-complete; one lock per cache lets one process convert while the others wait.
+a note per source path with the size, the times and the inode for which the hash was computed, so
+that an unchanged source is not hashed again. (A file can be replaced by one of its size and time of
+modification, but not by one of its time of change, which no program can set.) Files are written
+under another name and renamed when complete; one lock per cache lets one process convert while the
+others wait.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +32,8 @@ from csipipe.channels.matfile import count_rows, read_rows
 
 _VERSION = 1
 """Part of every name: raise it when conversion or its checks change, to make new copies."""
+_TICK_NS = 20_000_000
+"""Longer than a file system takes for two changes to have the same time."""
 _PARTIAL = "converting.partial"  # one name: what an interrupted process left is overwritten
 
 
@@ -40,6 +45,8 @@ class Copy:
     size: int
     """Bytes of the source."""
     mtime_ns: int
+    ctime_ns: int
+    inode: int
     sha256: str
     rows: int
 
@@ -96,17 +103,60 @@ def converted(source: Path) -> Copy:
     return copy
 
 
-def _convert(source: Path) -> Copy:
-    before = source.stat()
-    rows = count_rows(source)
+def digest(source: Path) -> str:
+    """SHA-256 of a file, computed once as long as it is unchanged, on each machine.
+
+    Raises:
+        OSError: the file can't be read, or the cache can't be written.
+    """
+    source = source.resolve()
+    note = _note_file(source).with_suffix(".sha256")
+    if (found := _noted_digest(note, source)) is None:
+        with _locked():
+            if (found := _noted_digest(note, source)) is None:
+                state = _settled(source)
+                found = _sha256(source)
+                text = json.dumps([str(source), *state, found])
+                with _published(note, len(text)) as partial:
+                    partial.write_text(text)
+    return found
+
+
+def _noted_digest(note: Path, source: Path) -> str | None:
+    try:
+        *noted, found = json.loads(note.read_text())
+        return str(found) if noted == [str(source), *_state(source)] else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _sha256(source: Path) -> str:
     with source.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    copy = Copy(str(source), before.st_size, before.st_mtime_ns, sha256, rows)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(source: Path) -> tuple[int, int, int, int]:
+    """Size, times of modification and of change, inode."""
+    found = source.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _settled(source: Path) -> tuple[int, int, int, int]:
+    """`_state`, when the clock has gone on: whoever writes later leaves a later time."""
+    state = _state(source)
+    if 0 <= time.time_ns() - state[2] < _TICK_NS:
+        time.sleep(_TICK_NS / 1e9)
+    return state
+
+
+def _convert(source: Path) -> Copy:
+    state = _settled(source)
+    rows = count_rows(source)
+    copy = Copy(str(source), *state, _sha256(source), rows)
     if not copy.is_whole():  # the same content may be cached under another path
         with _published(copy.file(), copy.bytes) as partial:
             _write_rows(partial, copy)
-            now = source.stat()
-            if (now.st_size, now.st_mtime_ns) != (copy.size, copy.mtime_ns):
+            if _state(source) != state:
                 raise ValueError(
                     f"{source} changed while it was being read; start again when it is complete."
                 )
@@ -196,14 +246,10 @@ def _note_file(source: Path) -> Path:
 
 def _noted(source: Path) -> Copy | None:
     """The copy of a source, if the source is unchanged."""
-    state = source.stat()
+    state = _state(source)
     try:
         copy = Copy(**json.loads(_note_file(source).read_text()))
-        same = (copy.path, copy.size, copy.mtime_ns) == (
-            str(source),
-            state.st_size,
-            state.st_mtime_ns,
-        )
-        return copy if same else None
+        noted = (copy.size, copy.mtime_ns, copy.ctime_ns, copy.inode)
+        return copy if (copy.path, noted) == (str(source), state) else None
     except (OSError, ValueError, TypeError):
         return None  # none yet, or damaged: make it again

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels.cache import Copy, converted
+from csipipe.channels.images import GRID
 from csipipe.channels.layout import ANGLES, DELAYS, HF, HT, check_finite
 from csipipe.channels.matfile import count_rows, read_rows
-from csipipe.channels.source import Images, Part, Responses, Site, check_range
+from csipipe.channels.source import SITES, Images, Kind, Part, Responses, Site, check_range
 from csipipe.channels.transform import shrink
 from csipipe.settings.config import DataSettings
 
@@ -63,6 +64,26 @@ class CsiNetSource:
         self._delays = delays
         self._counts: dict[tuple[Site, Part], int] = {}
         self._copies: dict[tuple[Site, Part], list[Copy]] = {}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Angles and delays of the rows."""
+        return self._angles, self._delays
+
+    @property
+    def padded(self) -> int:
+        """257, of which `HF_all` has the first 125."""
+        return GRID
+
+    @property
+    def environments(self) -> tuple[Site, ...]:
+        """indoor, outdoor: whether there are files or not."""
+        return SITES
+
+    @property
+    def kind(self) -> Kind:
+        """Images of the channel."""
+        return "channel"
 
     def available(self, environment: Site, part: Part) -> int:
         """Rows in the files of an environment and part, from their headers."""
@@ -164,10 +185,10 @@ class CsiNetSource:
         return np.random.default_rng(stream).permutation(count)
 
 
-def open_source(data: DataSettings, angles: int, delays: int) -> CsiNetSource:
+def open_source(data: DataSettings, angles: int | None, delays: int | None) -> CsiNetSource:
     """As `csipipe.channels.open_source`."""
     assert data.path is not None  # checked by DataSettings
-    return CsiNetSource(Path(data.path), data.seed, angles, delays)
+    return CsiNetSource(Path(data.path), data.seed, angles or ANGLES, delays or DELAYS)
 
 
 def frequency_channels(folder: Path, environment: Site) -> NDArray[np.complex64] | None:

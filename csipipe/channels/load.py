@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import numpy as np
 
 from csipipe.channels.source import Images, Source, Span
@@ -28,7 +30,7 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
 
 
 def load_test(source: Source, deal: Deal) -> Images:
-    """The common test set: (n, 2, A, D) float32 in [0, 1]; indoor before outdoor rows.
+    """The common test set: (n, 2, A, D) float32 in [0, 1]; one environment after the other.
 
     Raises:
         FileNotFoundError, ValueError: the source can't give the rows.
@@ -46,15 +48,13 @@ def hold_out(spans: tuple[Span, ...], holdout: float) -> tuple[tuple[Span, ...],
 
 
 def _held_counts(counts: list[int], holdout: float) -> list[int]:
-    """Rows to hold out of each span; with two or more in all, at least one of each span."""
+    """Rows to hold out of each span, in proportion; of two spans, at least one each if possible."""
     total = sum(counts)
     held = min(round(holdout * total), total - 1)
-    if len(counts) == 1:
-        return [held]
-    first = round(held * counts[0] / total)
-    if held >= 2:
-        first = min(max(first, 1), held - 1)
-    return [first, held - first]
+    upto = [round(held * count / total) for count in accumulate(counts)]
+    if len(counts) == 2 and held >= 2:
+        upto[0] = min(max(upto[0], 1), held - 1)
+    return [stop - start for start, stop in pairwise([0, *upto])]
 
 
 def rows_of(source: Source, spans: tuple[Span, ...]) -> Images:

@@ -7,14 +7,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Site = Literal["indoor", "outdoor"]
-"""One propagation environment; the mixture `noniid` assigns rows from both."""
+Site = str
+"""A propagation environment, by name; the mixture `noniid` assigns rows from several."""
+Kind = Literal["channel", "eigenvectors"]
+"""What an image holds: angles x delays, or ports x subbands (see `format`)."""
 Part = Literal["train", "test"]
 Images = NDArray[np.float32]
 """(B, 2, A, D): real and imaginary part, angles, delays; in [0, 1] with 0.5 for zero."""
 
 Responses = NDArray[np.complex64]
-"""(B, A, 125): angles, frequencies."""
+"""(B, A, K): angles, frequencies."""
+SITES: tuple[Site, ...] = ("indoor", "outdoor")
+"""The environments of CsiNet's files and of generated channels."""
 
 
 class Span(NamedTuple):
@@ -36,6 +40,27 @@ class Source(Protocol):
 
     Rows are asked for by range, so that a UE makes or reads only its own.
     """
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Angles A and delays D of the rows; of eigenvectors ports and subbands."""
+        ...
+
+    @property
+    def padded(self) -> int:
+        """Delay bins to which an image is padded before the DFT that leads to `frequency_rows`,
+        which are the first of its points."""
+        ...
+
+    @property
+    def environments(self) -> tuple[Site, ...]:
+        """Names of the environments, in the order in which a mixture counts them."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """What an image holds."""
+        ...
 
     def available(self, environment: Site, part: Part) -> int | None:
         """How many rows exist; None: as many as are asked for."""
@@ -59,8 +84,8 @@ class Source(Protocol):
         """The untruncated channels of the same samples as `rows`, or why there are none.
 
         Returns:
-            (stop-start, A, 125) complex64, angles and frequencies in CsiNet's convention (see
-            `images.frequencies_of_rays`), of any scale.
+            (stop-start, A, K) complex64, the images' angles and the first K of `padded`
+            frequencies (see `images.frequencies_of_rays`: K = 125 of 257), of any scale.
 
         Raises:
             ValueError: they are of other samples, or damaged.

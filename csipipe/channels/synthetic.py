@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels.images import frequencies_of_rays, images_of_rays
-from csipipe.channels.layout import FREQUENCIES
+from csipipe.channels.images import GRID, frequencies_of_rays, images_of_rays
+from csipipe.channels.layout import ANGLES, DELAYS, FREQUENCIES
 from csipipe.channels.scenario import SCENARIOS, SUBCARRIERS, Rays, draw_rays
-from csipipe.channels.source import Images, Part, Site, check_range
+from csipipe.channels.source import SITES, Images, Kind, Part, Site, check_range
 from csipipe.channels.transform import to_unit
 from csipipe.settings.config import DataSettings
 
@@ -25,13 +25,12 @@ BLOCK = 128
 VERSION = 1
 """Recorded in manifests: raise it with any change that gives a seed other channels."""
 
-_SITES: tuple[Site, ...] = ("indoor", "outdoor")
 _PARTS: tuple[Part, ...] = ("train", "test")
 
 
 def generator(seed: int, environment: Site, part: Part, block: int) -> np.random.Generator:
     """The random numbers of one block, independent of those of every other."""
-    stream = (seed, _SITES.index(environment), _PARTS.index(part), block)
+    stream = (seed, SITES.index(environment), _PARTS.index(part), block)
     return np.random.default_rng(np.random.SeedSequence(stream))
 
 
@@ -56,6 +55,26 @@ class SyntheticSource:
         self._seed = seed
         self._angles = angles
         self._delays = delays
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Angles and delays of the rows."""
+        return self._angles, self._delays
+
+    @property
+    def padded(self) -> int:
+        """257, of which the first 125 are made."""
+        return GRID
+
+    @property
+    def environments(self) -> tuple[Site, ...]:
+        """indoor, outdoor."""
+        return SITES
+
+    @property
+    def kind(self) -> Kind:
+        """Images of the channel."""
+        return "channel"
 
     def available(self, environment: Site, part: Part) -> int | None:
         """None: as many rows as are asked for."""
@@ -122,6 +141,6 @@ class SyntheticSource:
         return frequencies_of_rays(rays.gain, rays.frequency, rays.delay, angles=self._angles)
 
 
-def open_source(data: DataSettings, angles: int, delays: int) -> SyntheticSource:
+def open_source(data: DataSettings, angles: int | None, delays: int | None) -> SyntheticSource:
     """As `csipipe.channels.open_source`."""
-    return SyntheticSource(data.seed, angles, delays)
+    return SyntheticSource(data.seed, angles or ANGLES, delays or DELAYS)

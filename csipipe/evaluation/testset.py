@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csipipe import channels
+from csipipe.measure.metrics import PADDED
 from csipipe.settings.config import Settings
 
 
@@ -19,15 +20,17 @@ class Rows:
 
     Attributes:
         h_BAD: (B, 2, A, D) in [0, 1].
-        hf_BAK: (B, A, 125) complex, untruncated, of any scale; None: there is none.
+        hf_BAK: (B, A, K) complex, untruncated, of any scale; None: there is none.
         missing: why there is none; otherwise empty.
         name: a description.
+        padded: points of the DFT over delay whose first K `hf_BAK` holds.
     """
 
     h_BAD: Tensor
     hf_BAK: Tensor | None
     missing: str
     name: str
+    padded: int = PADDED
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     """
     data, model = settings.data, settings.model
     source = channels.open_source(data, model.angles, model.delays)
-    spans = channels.common_test(data, source.available)
+    spans = channels.common_test(data, source.available, source.environments)
     return {
         "angles": model.angles,
         "delays": model.delays,
@@ -55,12 +58,13 @@ def load(settings: Settings) -> Rows:
     """
     data, model = settings.data, settings.model
     source = channels.open_source(data, model.angles, model.delays)
-    spans = channels.common_test(data, source.available)
+    spans = channels.common_test(data, source.available, source.environments)
     h_BAD = torch.from_numpy(np.ascontiguousarray(channels.rows_of(source, spans)))
     hf, missing = _responses(source, spans)
     place = data.path or "built in"
     name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {model.angles} × {model.delays}"
-    return Rows(h_BAD, None if hf is None else torch.from_numpy(hf), missing, name)
+    found = None if hf is None else torch.from_numpy(hf)
+    return Rows(h_BAD, found, missing, name, source.padded)
 
 
 def _responses(

@@ -41,4 +41,4 @@ def _dealt(settings: Settings) -> tuple[channels.Source, channels.Deal]:
     """The source of the channels, and the assignment of its rows; no values are read yet."""
     data, model = settings.data, settings.model
     source = channels.open_source(data, model.angles, model.delays)
-    return source, channels.deal(data, settings.topology.ues, source.available)
+    return source, channels.deal(data, settings.topology.ues, source.available, source.environments)

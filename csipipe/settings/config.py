@@ -21,7 +21,7 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
     ((1, 5), (5, 1)),
 )
 
-Environment = Literal["indoor", "outdoor", "noniid"]
+Environment = str
 Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
 KernelsBy = Literal["auto", "llvm", "triton", "torch"]
@@ -122,8 +122,13 @@ class DataSettings:
     """Where channels come from."""
     path: str | None = None
     """Folder with the source's files; csinet: DATA_Htrainin.mat and its siblings."""
-    environment: Environment = "indoor"
-    """indoor, outdoor, or noniid: the paper's mixture, UE 0 mostly indoor, the last outdoor."""
+    environment: Environment | None = None
+    """indoor, outdoor, or noniid: the paper's mixture, UE 0 mostly indoor, the last outdoor. files:
+    a name in channels.json, or all. null: indoor; files: all, to each UE its own where there is a
+    file per UE."""
+    alpha: float | None = None
+    """noniid: every environment's rows are divided among the UEs by Dirichlet shares of this
+    parameter; the smaller, the less alike the UEs are. null: the paper's mixture of two."""
     train_samples: int | None = None
     """Training rows over all UEs. null: all rows of the source; synthetic: 8000."""
     test_samples: int | None = None
@@ -142,6 +147,20 @@ class DataSettings:
                 f"data.source is {self.source} and data.path is {self.path}; {', '.join(needs)} "
                 f"needs a folder in data.path, {', '.join(takes)} takes none."
             )
+        if self.environment is None:
+            object.__setattr__(self, "environment", SOURCES[self.source].environment)
+        known = SOURCES[self.source].environments
+        if known and self.environment not in known:
+            raise ValueError(
+                f"data.environment is {self.environment!r}; it must be one of {', '.join(known)}."
+            )
+        if self.alpha is not None and self.environment != "noniid":
+            raise ValueError(
+                f"data.alpha is {self.alpha}, but data.environment {self.environment}; only noniid "
+                "draws shares."
+            )
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"data.alpha is {self.alpha}; it must be positive and finite.")
         for name in ("train_samples", "test_samples"):
             if getattr(self, name) is not None:
                 _at_least(f"data.{name}", getattr(self, name), 1)

@@ -57,13 +57,18 @@ class SourceSpec:
 
     about: str
     open: str
-    """`open(data, angles, delays)`: a `csipipe.channels.source.Source`."""
+    """`open(data, angles, delays)`: a `csipipe.channels.source.Source`; None for all that the data
+    has."""
     folder: bool
     """Whether it reads files, from data.path."""
     train_samples: int | None = None
     """Training rows by default; None: all rows."""
     test_samples: int | None = None
     """Rows of the test set by default; None: all rows."""
+    environment: str = "indoor"
+    """The environment if data.environment is null."""
+    environments: tuple[str, ...] = ("indoor", "outdoor", "noniid")
+    """What data.environment may be; none: what the data has."""
     axes: tuple[str, str] = ("angle (1/{} cycles)", "delay (bins of 50 ns)")
     """Labels of an image's axes in pictures; {}: the number of bins."""
 
@@ -153,6 +158,14 @@ SOURCES: dict[str, SourceSpec] = {
         about="CsiNet's .mat files in data.path",
         open="csipipe.channels.csinet:open_source",
         folder=True,
+    ),
+    "files": SourceSpec(
+        about="what `channels convert` wrote into data.path",
+        open="csipipe.channels.filesource:open_source",
+        folder=True,
+        environment="all",
+        environments=(),
+        axes=("angle bin, {} in all", "delay bin"),
     ),
 }
 

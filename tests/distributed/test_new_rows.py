@@ -17,7 +17,7 @@ from runs import joined, small, splits, unsplit
 from test_evaluate import evaluate
 from torch import Tensor, nn
 
-from csipipe.channels.source import Images, Part, Site
+from csipipe.channels.source import SITES, Images, Kind, Part, Site
 from csipipe.comm.world import World
 from csipipe.methods import federated
 from csipipe.methods.fedgrad import FedGrad
@@ -70,8 +70,13 @@ def build(angles: int, delays: int, c1: int, c2: int) -> Any:
 
 
 class OneAngle:
+    padded = 1
+    environments = SITES
+    kind: Kind = "channel"
+
     def __init__(self, angles: int, delays: int) -> None:
         self.shape = (2, angles, delays)
+        self.size = (angles, delays)
 
     def available(self, environment: Site, part: Part) -> int | None:
         return None
@@ -88,8 +93,8 @@ class OneAngle:
         return "one angle has no frequencies"
 
 
-def open_source(data: DataSettings, angles: int, delays: int) -> OneAngle:
-    return OneAngle(angles, delays)
+def open_source(data: DataSettings, angles: int | None, delays: int | None) -> OneAngle:
+    return OneAngle(angles or 8, delays or 8)
 
 
 @contextlib.contextmanager

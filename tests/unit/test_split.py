@@ -25,7 +25,7 @@ from csipipe.channels import (
     open_source,
 )
 from csipipe.channels.load import rows_of
-from csipipe.channels.source import Images, Part, Site
+from csipipe.channels.source import Images, Kind, Part, Site
 from csipipe.settings.config import DataSettings
 
 
@@ -117,6 +117,11 @@ def test_too_few_rows(kwargs: dict[str, Any], ues: int, message: str) -> None:
 
 class Numbered:
     """A source whose rows say where they come from: 1000 x environment + row."""
+
+    size = (1, 1)
+    padded = 1
+    environments = SITES
+    kind: Kind = "channel"
 
     def available(self, environment: Site, part: Part) -> int | None:
         return None

@@ -1,0 +1,192 @@
+"""Rows of a folder in csipipe's own format (see `format`): what `channels convert` wrote."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csipipe.channels import cache
+from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
+from csipipe.channels.source import Images, Kind, Part, Responses, Site, check_range
+from csipipe.channels.transform import shrink
+from csipipe.settings.config import DataSettings
+
+_PARTS: dict[Part, tuple[str, ...]] = {"train": ("train", "val"), "test": ("test",)}
+_PIECE = 1024
+"""Rows copied at once from a mapped file."""
+
+
+class FilesSource:
+    """Rows of a converted folder; training and validation rows together are the training rows.
+
+    Training rows come in an order drawn from the seed, so that a range of them is a random
+    sample; test rows come in file order, mapped and not copied. A file whose content isn't the one
+    that was written is refused.
+
+    Args:
+        folder: where `channels.json` is.
+        seed: of the order of the training rows.
+        angles, delays: 1 … the data's own; None: those. Fewer angles are fewer antennas (see
+            `transform.shrink`), for linear arrays only.
+
+    Raises:
+        FileNotFoundError: no such folder, or no description in it.
+        ValueError: a damaged description; more angles or delays than the rows have.
+    """
+
+    def __init__(
+        self, folder: Path, seed: int, angles: int | None = None, delays: int | None = None
+    ) -> None:
+        self._folder = folder
+        self._seed = seed
+        self._said = said = Description.read(folder)
+        for name, asked, held in (
+            ("angles", angles, said.angles),
+            ("delays", delays, said.delays),
+        ):
+            fixed = said.kind != "channel" or (name == "angles" and said.planar)
+            if asked is not None and not (asked == held or (not fixed and 1 <= asked < held)):
+                remedy = f"Set it to {held}" if fixed else f"Set it to 1 … {held}"
+                raise ValueError(
+                    f"model.{name} is {asked}; the rows of {folder} have {held}. {remedy}."
+                )
+        self._angles, self._delays = angles or said.angles, delays or said.delays
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Angles and delays of the rows."""
+        return self._angles, self._delays
+
+    @property
+    def padded(self) -> int:
+        """Points of the DFT over delay, for the cosine similarity."""
+        return self._said.subcarriers or self._said.delays
+
+    @property
+    def environments(self) -> tuple[Site, ...]:
+        """Those of the folder."""
+        return self._said.environments
+
+    @property
+    def kind(self) -> Kind:
+        """What an image holds."""
+        return self._said.kind
+
+    def available(self, environment: Site, part: Part) -> int:
+        """Rows of an environment and part.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return sum(one.rows for one in self._sets(environment, part))
+
+    def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
+        """Rows start … stop-1: (stop-start, 2, A, D) float32 in [0, 1].
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file isn't the one that was written, or the range goes beyond what is
+                available.
+        """
+        check_range(start, stop, self.available(environment, part))
+        sets = self._sets(environment, part)
+        if part == "test":
+            images = self._open(sets[0])[start:stop]
+        else:
+            images = self._gather(sets, self._order(environment, part)[start:stop])
+        if self.size == (self._said.angles, self._said.delays):
+            return images
+        return shrink(images, *self.size)
+
+    def identity(self, environment: Site, part: Part) -> dict[str, Any]:
+        """The files by name, rows and SHA-256, and how the order of the rows is drawn."""
+        sets = self._sets(environment, part)
+        for one in sets:
+            self._check(one.images)
+        order = self._order(environment, part).astype("<i8")
+        drawn = f"numpy.random.default_rng(numpy.random.SeedSequence(({self._seed}, "
+        drawn += f"{self.environments.index(environment)}))).permutation({len(order)})"
+        return {
+            "files": [
+                {"name": one.images.name, "rows": one.rows, "sha256": one.images.sha256}
+                for one in sets
+            ],
+            "order": "as in the files" if part == "test" else drawn,
+            "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
+        }
+
+    def frequency_rows(
+        self, environment: Site, part: Part, start: int, stop: int
+    ) -> Responses | str:
+        """The untruncated channels of test rows: (n, A, K) complex64, in file order."""
+        check_range(start, stop, self.available(environment, part))
+        if self.kind != "channel":
+            return "the rows are eigenvectors"
+        if self._angles != self._said.angles:
+            return f"they have {self._said.angles} angles"
+        one = self._sets(environment, part)[0]
+        if part != "test" or one.frequency is None:
+            return f"{self._folder}/{NAME} names none"
+        self._check(one.frequency)
+        shape = (one.rows, self._angles, self.padded)
+        return open_rows(self._folder, one.frequency, "<c8", shape)[start:stop]
+
+    def _sets(self, environment: Site, part: Part) -> list[Set]:
+        found = self._said.of(environment, *_PARTS[part])
+        if not found:
+            have = ", ".join(f"{one.environment} {one.part}" for one in self._said.sets)
+            known = environment in self.environments
+            raise ValueError(
+                f"{self._folder} has no {part} rows of the environment {environment}; it has "
+                f"{have}. "
+                + (
+                    "Convert again with --split or --sets."
+                    if known
+                    else f"Set data.environment to {' or '.join(self.environments[:8])}."
+                )
+            )
+        return found
+
+    def _open(self, one: Set) -> Images:
+        self._check(one.images)
+        shape = (one.rows, 2, self._said.angles, self._said.delays)
+        return open_rows(self._folder, one.images, "<f4", shape)
+
+    def _check(self, stored: Stored) -> None:
+        """Refuse a file that isn't the one that was written (ValueError)."""
+        path = self._folder / stored.name
+        if path.is_file() and cache.digest(path) != stored.sha256:
+            raise ValueError(
+                f"{path} isn't the file that {NAME} describes (its SHA-256 is another): it was "
+                "replaced or changed. Restore it, or convert the channels again."
+            )
+
+    def _gather(self, sets: list[Set], chosen: NDArray[np.int64]) -> Images:
+        images = np.empty((len(chosen), 2, self._said.angles, self._said.delays), np.float32)
+        first = 0
+        for one in sets:
+            mine = np.flatnonzero((first <= chosen) & (chosen < first + one.rows))
+            mine = mine[np.argsort(chosen[mine])]  # disks read forward
+            for begin in range(0, len(mine), _PIECE):
+                piece = mine[begin : begin + _PIECE]
+                # mapped only briefly, so that touched pages don't add up in this process
+                images[piece] = self._open(one)[chosen[piece] - first]
+            first += one.rows
+        return images
+
+    def _order(self, environment: Site, part: Part) -> NDArray[np.int64]:
+        count = self.available(environment, part)
+        if part == "test":
+            return np.arange(count)
+        stream = np.random.SeedSequence((self._seed, self.environments.index(environment)))
+        return np.random.default_rng(stream).permutation(count)
+
+
+def open_source(data: DataSettings, angles: int | None, delays: int | None) -> FilesSource:
+    """As `csipipe.channels.open_source`."""
+    assert data.path is not None  # checked by DataSettings
+    return FilesSource(Path(data.path), data.seed, angles, delays)

@@ -1,0 +1,210 @@
+"""csipipe's own format: what is written is read, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csipipe.channels import common_test, deal, load_test, load_ue, manifest_of, open_source
+from csipipe.channels.format import NAME, Description, Set, Stored
+from csipipe.channels.writer import Writer
+from csipipe.settings.config import DataSettings
+
+A, D, K = 6, 4, 9
+SIZES = {("office", "train"): 30, ("office", "val"): 10, ("office", "test"): 8}
+
+
+def images(count: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).random((count, 2, A, D), np.float32)
+
+
+def written(folder: Path, sizes: dict[Any, int] = SIZES, **said: Any) -> DataSettings:
+    with Writer(folder) as out:
+        for seed, ((environment, part), rows) in enumerate(sizes.items()):
+            whole = images(rows, seed)
+            hf = np.random.default_rng(seed).random((rows, A, K, 2)).view(complex)[..., 0]
+            for piece in (slice(0, 3), slice(3, rows)):
+                more = hf[piece].astype("c8") if part == "test" else None
+                out.add(environment, part, whole[piece], np.ones(rows, "f4")[piece], more)
+        out.finish(lambda sets: Description(angles=A, delays=D, subcarriers=K, sets=sets, **said))
+    return DataSettings(source="files", path=str(folder))
+
+
+def change(folder: Path, **values: Any) -> None:
+    content = json.loads((folder / NAME).read_text())
+    (folder / NAME).write_text(json.dumps(content | values))
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    data = written(tmp_path / "x")
+    source = open_source(data)
+    assert (source.size, source.padded, source.kind) == ((A, D), K, "channel")
+    assert source.environments == ("office",)
+    np.testing.assert_array_equal(source.rows("office", "test", 2, 8), images(8, 2)[2:])
+    train = source.rows("office", "train", 0, 40)
+    both = np.concatenate([images(30, 0), images(10, 1)])
+    assert not np.array_equal(train, both)
+    np.testing.assert_array_equal(np.sort(train, axis=0), np.sort(both, axis=0))
+    np.testing.assert_array_equal(train[5:9], open_source(data).rows("office", "train", 5, 9))
+    hf = source.frequency_rows("office", "test", 1, 8)
+    assert not isinstance(hf, str)
+    assert hf.shape == (7, A, K)
+    assert isinstance(source.frequency_rows("office", "train", 0, 1), str)
+    [file] = source.identity("office", "test")["files"]
+    content = (tmp_path / "x" / "office-test.npy").read_bytes()
+    assert file["sha256"] == hashlib.sha256(content).hexdigest()
+    assert np.load(tmp_path / "x" / "office-train.npy").shape == (30, 2, A, D)  # NumPy reads it
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+
+
+def test_an_environment_by_default_is_all_of_them(tmp_path: Path) -> None:
+    sizes = {(e, p): n for e in ("a b", "ü") for p, n in (("train", 21), ("test", 5))}
+    data = written(tmp_path / "x", sizes)
+    source = open_source(data)
+    dealt = deal(data, 4, source.available, source.environments)
+    assert [sum(span.size for span in spans) for spans in dealt.ues] == [11, 11, 10, 10]
+    assert len(load_test(source, dealt)) == 10
+    manifest_of(dealt, 0.1, source).write(tmp_path)
+    with pytest.raises(ValueError, match=r"data.environment is c; the data has a b, ü"):
+        common_test(
+            DataSettings(source="files", path="x", environment="c"),
+            source.available,
+            source.environments,
+        )
+
+
+def test_a_file_per_ue(tmp_path: Path) -> None:
+    rows = (12, 5, 30)
+    sizes = {(f"ue-{n}", p): r for n, r in enumerate(rows) for p in ("train", "test")}
+    data = written(tmp_path / "x", sizes)
+    source = open_source(data)
+    dealt = deal(data, 3, source.available, source.environments)
+    for ue, count in enumerate(rows):
+        [span] = dealt.train(ue)
+        assert (span.environment, span.size) == (f"ue-{ue}", count)
+        train, _ = load_ue(source, dealt, ue, 0.0)
+        np.testing.assert_array_equal(np.sort(train, 0), np.sort(images(count, 2 * ue), 0))
+    assert sum(span.size for span in dealt.test) == sum(rows)
+    with pytest.raises(ValueError, match=r"topology.ues is 4; .* a file for each of 3 UEs"):
+        deal(data, 4, source.available, source.environments)
+
+
+@pytest.mark.parametrize("source", ["synthetic", "files"])
+def test_dirichlet_shares_divide_every_environment(tmp_path: Path, source: str) -> None:
+    path = None
+    if source == "files":
+        path = str(tmp_path / "x")
+        written(tmp_path / "x", {(e, p): 90 for e in "abc" for p in ("train", "test")})
+    spread = {}
+    for alpha in (0.1, 100.0):
+        data = DataSettings(source=source, path=path, environment="noniid", alpha=alpha)
+        opened = open_source(data)
+        dealt = deal(data, 5, opened.available, opened.environments)
+        assert dealt == deal(data, 5, opened.available, opened.environments)
+        for site in opened.environments:
+            mine = [s for spans in dealt.ues for s in spans if s.environment == site]
+            ends = sorted((span.start, span.stop) for span in mine)
+            assert ends[0][0] == 0
+            assert all(one[1] == next_one[0] for one, next_one in pairwise(ends))
+            assert ends[-1][1] == (90 if path else 4000)
+        assert all(dealt.ues)
+        first = opened.environments[0]
+        of_first = [sum(s.size for s in u if s.environment == first) for u in dealt.ues]
+        spread[alpha] = max(of_first) - min(of_first)
+    assert spread[0.1] > 3 * spread[100.0]
+    with pytest.raises(ValueError, match=r"data.alpha is 0.5, but data.environment indoor"):
+        DataSettings(alpha=0.5)
+
+
+def test_an_exchanged_file_is_never_used(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    data = written(folder)
+    file = folder / "office-test.npy"
+    before, state = file.read_bytes(), file.stat()
+    open_source(data).rows("office", "test", 0, 2)
+    other = before[:-4] + b"\0\0\0\0"
+
+    def in_place() -> None:
+        file.write_bytes(other)
+
+    def renamed() -> None:
+        (folder / "new").write_bytes(other)
+        os.utime(folder / "new", ns=(state.st_atime_ns, state.st_mtime_ns))
+        os.replace(folder / "new", file)
+
+    for replace in (in_place, renamed):
+        replace()
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert file.stat().st_mtime_ns == state.st_mtime_ns
+        with pytest.raises(ValueError, match=r"isn't the file that channels.json describes"):
+            open_source(data).rows("office", "test", 0, 2)
+        file.write_bytes(before)
+        open_source(data).rows("office", "test", 0, 2)
+    file.write_bytes(before[:-40])
+    with pytest.raises(ValueError, match=r"office-test.npy.*"):
+        open_source(data).rows("office", "test", 0, 2)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"office-test.npy is missing"):
+        open_source(data).rows("office", "test", 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"angles": "6"}, "angles is '6'"),
+        ({"angles": 10**9}, "angles is 1000000000"),
+        ({"columns": 4}, "columns x rows x polarisations is 4, angles is 6"),
+        ({"version": 2}, "expected format"),
+        ({"kind": "x"}, "kind is 'x'"),
+        ({"sets": []}, "describes no set"),
+        ({"sets": [{}]}, "environment"),
+        ({"more": 1}, "more"),
+        ({"subcarriers": 2}, "subcarriers is 2"),
+    ],
+)
+def test_a_wrong_description_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    data = written(tmp_path / "x")
+    change(tmp_path / "x", **values)
+    with pytest.raises(ValueError, match=rf"channels\.json can't be used: .*{message}"):
+        open_source(data)
+
+
+def test_a_description_names_only_files_of_its_folder() -> None:
+    for name in ("../a.npy", "/a.npy", "a.mat"):
+        with pytest.raises(ValueError, match="a file is called"):
+            Description(angles=1, delays=1, sets=(Set("a", "train", 1, Stored(name, 1, "")),))
+
+
+def test_sizes_that_the_rows_do_not_have(tmp_path: Path) -> None:
+    data = written(tmp_path / "x")
+    assert open_source(data, 4, 2).rows("office", "test", 0, 3).shape == (3, 2, 4, 2)
+    with pytest.raises(ValueError, match=r"model.angles is 32; .* have 6\. Set it to 1 … 6"):
+        open_source(data, 32, 4)
+    data = written(tmp_path / "planar", columns=3, rows=2)
+    with pytest.raises(ValueError, match=r"model.angles is 4; .* Set it to 6\."):
+        open_source(data, 4, 4)
+
+
+def test_nothing_is_left_of_what_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with Writer(folder) as out:
+        out.add("all", "train", images(3))
+        with pytest.raises(ZeroDivisionError):
+            out.finish(lambda sets: 1 / 0)
+    assert not list(tmp_path.iterdir())
+    with Writer(folder), pytest.raises(BlockingIOError, match="another process"), Writer(folder):
+        pass
+    written(folder)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        written(folder)
+    with pytest.raises(FileNotFoundError, match=r"has no channels\.json"):
+        open_source(DataSettings(source="files", path=str(tmp_path)))
