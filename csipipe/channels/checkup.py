@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from csipipe.channels.convert import Tally
 from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
+from csipipe.channels.format import Description
 from csipipe.channels.source import Images, Site, Source
 from csipipe.channels.statistics import (
     MOST_ROWS,
@@ -164,3 +167,40 @@ def report(checked: Checked) -> Iterator[str]:
 
 
 GOOD = Finding("good", "angles before delays, 0.5 for zero, each row scaled by its own peak", "")
+
+
+def converted_report(folder: Path, said: Description, tally: Tally) -> Iterator[str]:
+    """Lines about a conversion: axes, rows, energy lost, what is suspicious, and what to run."""
+    for source in tally.sources:
+        key = f": {source['key']}" if source["key"] else ""
+        how = "guessed axes" if source["guessed"] else "axes"
+        zero = f", {source['offset']:g} for zero" if source["offset"] else ""
+        shape = tuple(source["shape"])
+        yield f"{source['name']}{key} {source['dtype']} {shape}, {how}: {source['axes']}{zero}"
+    dropped = f"; dropped: {tally.empty_rows:,} rows without energy" if tally.empty_rows else ""
+    if tally.empty_users:
+        dropped += f", {tally.empty_users:,} of {tally.users:,} users with nothing else"
+    yield f"{tally.rows:,} rows of {tally.users:,} users{dropped}"
+    for one in said.sets:
+        yield f"  {one.environment} {one.part}: {one.rows:,} rows"
+    planar = ""
+    if said.planar:
+        planar = f" ({said.columns} x {said.rows} columns and rows, {said.polarisations} pol.)"
+    size = f"{said.angles} angles{planar} x {said.delays} delays"
+    lost = f"{tally.lost:.2%} of a row's energy lost"
+    if said.subcarriers is not None and said.subcarriers > said.delays:
+        shift, least = tally.best_shift(said.delays)
+        size += f" of {said.subcarriers}"
+        if least < tally.lost - 0.001:
+            lost += f"; with --shift {shift} it would be {least:.2%}"
+    yield f"images: {size}, {lost}"
+    for verdict, what, repair in said.made["findings"]:
+        yield f"  {verdict}: {what}"
+        yield f"    repair: {repair}"
+    several = " --data.environment NAME" if len(said.environments) > 1 else ""
+    yield f"written: {folder}"
+    yield (
+        f"train:   torchrun --nproc_per_node=4 launch/train.py --data.source files --data.path "
+        f"{shlex.quote(str(folder))} --model.angles {said.angles} --model.delays {said.delays}"
+        f"{several}"
+    )

@@ -1,23 +1,31 @@
-"""What `csipipe channels` does: generate DIR, check DIR, look DIR [--output FILE.png]."""
+"""What `csipipe channels` does: generate DIR, convert FILES DIR, check DIR, look DIR."""
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Literal, cast
 
 from jsonargparse import ArgumentParser
 
 from csipipe import channels
 from csipipe.channels import checkup, export, profileplot, statistics
+from csipipe.channels import convert as converting
+from csipipe.channels.checkup import converted_report
+from csipipe.channels.format import SetPart
 from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.source import Site
+from csipipe.channels.split import own_environment
+from csipipe.channels.transform import Geometry
 from csipipe.settings.config import DataSettings
 from csipipe.settings.tables import SOURCES
 
-ABOUT = "Generates, examines and draws CSI data in CsiNet's format, in one process."
+ABOUT = "Generates, converts, examines and draws CSI data, in one process."
 BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
 """Sources that may be given instead of a folder."""
 
@@ -77,6 +85,79 @@ def check(
     return good
 
 
+def convert(
+    files: list[str],
+    axes: str | None = None,
+    key: str | None = None,
+    sets: str | None = None,
+    environments: str | None = None,
+    ues: bool = False,
+    split: str = "0.8/0.1/0.1",
+    seed: int = 0,
+    delays: int | None = None,
+    array: str | None = None,
+    ports: str = "polarisation column row",
+    shift: int = 0,
+    scaling: Literal["sample", "set"] = "sample",
+    receive: Literal["rows", "strongest"] = "rows",
+    time: Literal["samples", "first"] = "samples",
+    offset: float | None = None,
+) -> bool:
+    """Convert arrays (.npy .npz .mat .h5 .csv .pt) to a folder for --data.source files.
+
+    Args:
+        files: the files, and last the folder to write, which must not exist.
+        axes: a word per axis, of user sample time bts rx tx angle subcarrier delay part, such as
+            'sample rx tx subcarrier'; several in one axis with sizes, 'sample (part angle=32
+            delay=32)'. null: guessed, or refused.
+        key: the variable of a file that holds several.
+        sets: a word per file, of train val test: files that are sets already.
+        environments: a word per file, its environment; null: all.
+        ues: each file holds the channels of one UE, in the order given.
+        split: shares of training, validation and test rows, or of training and test rows; a user's
+            rows stay together.
+        seed: of the split.
+        delays: delay bins to keep; null: 32, or all if there are fewer.
+        array: columns x rows x polarisations of a planar array, such as 8x4x2.
+        ports: how the ports of a planar array are numbered, the slowest first; as it is: 3GPP's.
+        shift: by how much delays are rolled before truncation.
+        scaling: each sample by its own peak, or all by the set's.
+        receive: several receive antennas become rows each, or the strongest one does.
+        time: time samples become rows each, or the first one does.
+        offset: the value that stands for zero; null: 0, or 0.5 for pairs of reals in [0, 1].
+    """
+    if len(files) < 2:
+        raise ValueError(f"convert {files[0]}: expected files, and last the folder to write.")
+    *names, folder = files
+    paths = [Path(name) for name in names]
+    parts = _labels("sets", sets, paths, ("train", "val", "test"))
+    places = _labels("environments", environments, paths) or ["all"] * len(paths)
+    if ues:
+        if environments is not None:
+            raise ValueError("--ues and --environments exclude each other.")
+        places = [own_environment(ue) for ue in range(len(paths))]
+    inputs = [
+        converting.Input(path, place, cast(SetPart, parts[n]) if parts else None)
+        for n, (path, place) in enumerate(zip(paths, places, strict=True))
+    ]
+    plan = converting.Plan(
+        axes=axes,
+        key=key,
+        geometry=Geometry(**_sizes(array), order=tuple(ports.split())),
+        delays=delays or 0,
+        shift=shift,
+        scaling=scaling,
+        receive=receive,
+        time=time,
+        offset=offset,
+        split=_shares(split),
+        seed=seed,
+    )
+    described, tally = converting.convert(inputs, Path(folder), plan)
+    print("\n".join(converted_report(Path(folder), described, tally)))
+    return True
+
+
 def look(
     source: str, output: str = "channels.png", environment: Site | None = None, seed: int = 0
 ) -> bool:
@@ -98,6 +179,52 @@ def look(
     profileplot.draw(sets, Path(output))
     print(f"{output}: {', '.join(sets)}")
     return True
+
+
+def _labels(
+    option: str, text: str | None, paths: list[Path], known: Sequence[str] = ()
+) -> list[str] | None:
+    """A word per file (ValueError)."""
+    words = text.split() if text is not None else None
+    if words is None:
+        return None
+    if len(words) != len(paths):
+        raise ValueError(
+            f"--{option} {text!r} has {len(words)} words; expected {len(paths)}, one for each file."
+        )
+    for word in words:
+        if known and word not in known:
+            raise ValueError(f"--{option} {text!r}: {word!r} is none of {', '.join(known)}.")
+    return words
+
+
+def _sizes(array: str | None) -> dict[str, int]:
+    """Of `8x4x2`: columns, rows, polarisations (ValueError)."""
+    if array is None:
+        return {}
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:x([12]))?", array)
+    if found is None:
+        raise ValueError(
+            f"--array is {array!r}; expected columns x rows x polarisations, such as 8x4x2."
+        )
+    return {
+        "columns": int(found[1]),
+        "rows": int(found[2]),
+        "polarisations": int(found[3] or 1),
+    }
+
+
+def _shares(split: str) -> tuple[float, ...]:
+    """Of `0.8/0.1/0.1` (ValueError)."""
+    try:
+        shares = tuple(float(share) for share in split.split("/"))
+        if len(shares) in (2, 3) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6:
+            return shares
+    except ValueError:
+        pass
+    raise ValueError(
+        f"--split is {split!r}; expected two or three shares with the sum 1, such as 0.8/0.1/0.1."
+    )
 
 
 def _sites(source: str, environment: Site | None) -> list[Site]:
@@ -122,7 +249,12 @@ def _title(source: str) -> str:
     return "generated" if source in BUILT_IN else Path(source).resolve().name
 
 
-COMMANDS: dict[str, Callable[..., bool]] = {"generate": generate, "check": check, "look": look}
+COMMANDS: dict[str, Callable[..., bool]] = {
+    "generate": generate,
+    "convert": convert,
+    "check": check,
+    "look": look,
+}
 
 
 def parser() -> ArgumentParser:
@@ -134,7 +266,12 @@ def parser() -> ArgumentParser:
     for name, function in COMMANDS.items():
         about = (function.__doc__ or "").split("Args:")[0].strip()
         command = ArgumentParser(description=about, exit_on_error=False)
-        command.add_function_arguments(function, as_positional=True)
+        several = "files" in signature(function).parameters
+        if several:
+            command.add_argument("files", nargs="+", help="the files, and last the folder to write")
+        command.add_function_arguments(
+            function, as_positional=True, skip={"files"} if several else None
+        )
         commands.add_subcommand(name, command, help=about.splitlines()[0])
     return parser
 

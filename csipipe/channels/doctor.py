@@ -199,17 +199,30 @@ def _alternate(centred: NDArray[Any]) -> bool:
     return bool(2 * halves < 0.4 * np.square(size).sum() < 2 * neighbours)
 
 
-def _judge_layout(seen: Examined, images: Images) -> None:
+def judge(images: Images, linear: bool = True) -> list[Finding]:
+    """What is suspicious about images of any size.
+
+    Args:
+        images: (n, 2, A, D) in [0, 1].
+        linear: whether their angles are those of one line of antennas.
+    """
+    seen = Examined(Path())
+    _judge_layout(seen, images, linear)
+    return seen.findings
+
+
+def _judge_layout(seen: Examined, images: Images, linear: bool = True) -> None:
     """Note axes in the wrong order and domains that aren't angles and delays."""
     if len(images) < FEW:
         return
+    angles, delays = images.shape[2:]
     power_BAD = np.square(images - np.float32(ZERO)).sum(axis=1)
     share_BAD = power_BAD / power_BAD.sum(axis=(1, 2), keepdims=True)
     over_angle_BA, over_delay_BD = share_BAD.sum(axis=2), share_BAD.sum(axis=1)
     spread = [
         name
         for name, share in (("angles", over_angle_BA), ("delays", over_delay_BD))
-        if np.sort(share, axis=1)[:, -4:].sum(axis=1).mean() < 0.5
+        if np.sort(share, axis=1)[:, -max(4, share.shape[1] // 8) :].sum(axis=1).mean() < 0.5
     ]
     if spread:
         axes = " and ".join(spread)
@@ -222,13 +235,15 @@ def _judge_layout(seen: Examined, images: Images) -> None:
         )
         return
     if (
-        _one_sided(over_angle_BA.mean(axis=0)) > 0.3
+        linear
+        and _one_sided(over_angle_BA.mean(axis=0)) > 0.3
         and _one_sided(over_delay_BD.mean(axis=0)) < 0.25
     ):
         seen.note(
             "suspicious",
             "the axes look swapped, delays before angles: the first one has a delay profile",
-            f"HT.reshape(-1, 2, {DELAYS}, {ANGLES}).transpose(0, 1, 3, 2).reshape(-1, {HT.width})",
+            f"HT.reshape(-1, 2, {delays}, {angles}).transpose(0, 1, 3, 2)"
+            f".reshape(-1, {2 * delays * angles})",
         )
 
 

@@ -13,6 +13,7 @@ a header of 128 bytes, then one variable after the other. A variable is an eleme
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import struct
 import tempfile
@@ -171,6 +172,22 @@ class Rows:
             values.real = self._read(*self._parts[0], start, stop)
             values.imag = self._read(*self._parts[1], start, stop)
         return values
+
+    def mapped(self) -> list[NDArray[Any]]:
+        """The whole variable, mapped into memory: real parts, and imaginary ones if there are any.
+
+        Raises:
+            DamagedError: the file has become shorter.
+        """
+        memory = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        count = math.prod(self._shape)
+        found = []
+        for start, dtype in self._parts:
+            if start + count * dtype.itemsize > len(memory):
+                raise DamagedError("it became shorter while it was being read")
+            values = np.frombuffer(memory, dtype, count, start)
+            found.append(values.reshape(self._shape, order="F"))
+        return found
 
     def _read(self, first: int, dtype: np.dtype[Any], start: int, stop: int) -> NDArray[Any]:
         """One part of some rows: their piece of each column."""

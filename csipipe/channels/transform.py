@@ -5,12 +5,15 @@ Shapes: B rows, A angles, D delays. Everything here is linear, nothing in dB.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels.source import Images
+
+Complex = NDArray[np.complex64]
 
 ZERO = 0.5
 """The image value that stands for a zero of the channel."""
@@ -71,3 +74,79 @@ def shrink(h: Images, angles: int, delays: int) -> Images:
     c = to_complex(h[..., :delays])
     antennas = np.fft.ifft(c, axis=1)[:, :angles]
     return to_unit(np.fft.fft(antennas, axis=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Ports of an array; the default is one line of antennas."""
+
+    columns: int = 0
+    """N1; 0: all ports."""
+    rows: int = 1
+    """N2."""
+    polarisations: int = 1
+    order: tuple[str, ...] = ("polarisation", "column", "row")
+    """How ports are numbered, the slowest first: 3GPP's order, p = pol N1 N2 + n1 N2 + n2 (TS
+    38.214, clause 5.2.2.2)."""
+
+    def of(self, ports: int) -> Geometry:
+        """The same, of so many ports (ValueError)."""
+        sure = replace(self, columns=self.columns or ports)
+        if sorted(self.order) != ["column", "polarisation", "row"]:
+            raise ValueError(
+                f"the order of ports is {' '.join(self.order)!r}; expected polarisation, column "
+                "and row, the slowest first."
+            )
+        if sure.columns * sure.rows * sure.polarisations != ports:
+            raise ValueError(
+                f"--array {sure.columns}x{sure.rows}x{sure.polarisations} has "
+                f"{sure.columns * sure.rows * sure.polarisations} ports; the data has {ports}. "
+                f"Give columns x rows x polarisations that multiply to {ports}."
+            )
+        return sure
+
+    @property
+    def planar(self) -> bool:
+        """Whether it is anything but one line."""
+        return self.rows * self.polarisations > 1
+
+    def angles(self, h: Complex, in_angle: bool) -> Complex:
+        """(B, ports, …) in the images' order of ports, and in angles: the DFT, divided by A.
+
+        Args:
+            in_angle: they are angles already.
+        """
+        sizes = {"polarisation": self.polarisations, "column": self.columns, "row": self.rows}
+        grid = h.reshape(len(h), *(sizes[name] for name in self.order), *h.shape[2:])
+        places = [1 + self.order.index(name) for name in ("polarisation", "column", "row")]
+        grid = grid.transpose(0, *places, *range(4, grid.ndim))
+        if not in_angle:
+            grid = np.fft.fftn(grid, axes=(2, 3)).astype(np.complex64) / np.float32(h.shape[1])
+        return grid.reshape(h.shape).astype(np.complex64, copy=False)
+
+
+class Made(NamedTuple):
+    """Channels on the way to images."""
+
+    image: Complex
+    """(B, A, D): the first delays, not scaled."""
+    delays: Complex
+    """(B, A, K): all delays, rolled."""
+
+
+def to_image(
+    h: Complex, geometry: Geometry, delays: int, shift: int, in_angle: bool, in_delay: bool
+) -> Made:
+    """Angles and delays of channels; see `convert`.
+
+    Args:
+        h: (B, ports, subcarriers), or angles and delays already.
+        geometry: complete, see `Geometry.of`.
+        delays: D, at most the subcarriers.
+        shift: by how much delays are rolled.
+    """
+    c = h if in_delay else np.fft.ifft(h, axis=-1).astype(np.complex64, copy=False)
+    if shift:
+        c = np.roll(c, shift, axis=-1)
+    c = geometry.angles(c, in_angle)
+    return Made(c[..., :delays], c)

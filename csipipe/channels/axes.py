@@ -1,0 +1,182 @@
+"""The language in which `channels convert --axes` says what an array's axes are.
+
+One word per axis: `sample rx tx subcarrier`. An axis that holds several, flattened in C order, is
+put in brackets, with the sizes of all but one: `sample (part angle=32 delay=32)`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROWS = ("user", "sample", "time", "bts", "rx")
+"""Axes that become rows, in this order: users (drops, places), samples of a user (without `user`,
+each is a user's), time samples, base stations, receive antennas."""
+WORDS = {
+    **dict.fromkeys(ROWS, ""),
+    "tx": "port",
+    "angle": "port",
+    "subcarrier": "frequency",
+    "delay": "frequency",
+    "part": "part",
+}
+"""Every word, and which axis of an image it leads to."""
+_WORD = re.compile(r"([a-z]+)(?:=([1-9][0-9]{0,8}))?")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What each axis of an array holds: words with sizes; 0 where the array decides."""
+
+    text: str
+    groups: tuple[tuple[tuple[str, int], ...], ...]
+
+    @property
+    def words(self) -> list[str]:
+        """All words, in order."""
+        return [word for group in self.groups for word, _ in group]
+
+    def has(self, word: str) -> bool:
+        """Whether a word occurs."""
+        return word in self.words
+
+    @property
+    def identity(self) -> str:
+        """Whose places in the array are users: `user`, or else `sample`."""
+        return "user" if self.has("user") else "sample"
+
+    def streamed(self) -> int:
+        """The axis along which an array is read piece by piece: the first of rows only."""
+        for axis, group in enumerate(self.groups):
+            if len(group) == 1 and group[0][0] in ROWS:
+                return axis
+        return 0
+
+    def users(self, shape: tuple[int, ...], axis: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Users of the rows of a piece: broadcastable to (user, sample, time, bts, rx).
+
+        Args:
+            axis, start, stop: the piece of the array.
+        """
+        mine = [
+            (number, size)
+            for number, group in enumerate(self.groups)
+            for (word, size) in _sized(group, shape[number])
+            if word == self.identity
+        ]
+        grid = np.arange(math.prod(size for _, size in mine))
+        cut = [number for number, _ in mine]
+        if axis in cut:
+            grid = grid.reshape([size for _, size in mine])
+            grid = grid.take(range(start, stop), cut.index(axis))
+        return grid.reshape((-1, 1, 1, 1, 1) if self.identity == "user" else (1, -1, 1, 1, 1))
+
+    def sizes(self, shape: tuple[int, ...]) -> list[tuple[str, int]]:
+        """Every word with its size in an array of this shape.
+
+        Raises:
+            ValueError: another number of axes, or sizes that don't multiply to the array's.
+        """
+        if len(shape) != len(self.groups):
+            raise ValueError(
+                f"--axes {self.text!r} names {len(self.groups)} axes, but the shape is {shape}: "
+                f"{len(shape)} axes."
+            )
+        found = []
+        for size, group in zip(shape, self.groups, strict=True):
+            if math.prod(given for _, given in _sized(group, size)) != size:
+                names = " ".join(f"{word}={given}" if given else word for word, given in group)
+                raise ValueError(
+                    f"--axes {self.text!r}: ({names}) doesn't multiply to {size} of {shape}."
+                )
+            found += _sized(group, size)
+        part = dict(found).get("part")
+        if part not in (None, 2):
+            raise ValueError(
+                f"--axes {self.text!r}: part (real, imaginary) has {part} entries in {shape}; "
+                "expected 2."
+            )
+        return found
+
+    def arrange(self, values: NDArray[Any]) -> NDArray[np.complex64]:
+        """An array as (user…, sample…, time, bts, rx, ports, frequencies) complex64.
+
+        Axes that don't occur have size 1; repeated words are one axis, in C order.
+        """
+        sizes = self.sizes(values.shape)
+        words = [word for word, _ in sizes]
+        flat = values.reshape([size for _, size in sizes])
+        order: list[int] = []
+        shape: list[int] = []
+        for target in (*ROWS, "port", "frequency"):
+            mine = [i for i, w in enumerate(words) if target in (w, WORDS[w])]
+            order += mine
+            shape.append(math.prod(sizes[i][1] for i in mine))
+        if "part" in words:
+            order.append(words.index("part"))
+            parts = np.moveaxis(flat.transpose(order), -1, 0)
+            found = np.empty(parts.shape[1:], np.complex64)
+            found.real, found.imag = parts
+        else:
+            found = flat.transpose(order).astype(np.complex64)
+        return found.reshape(shape)
+
+
+def parse(text: str) -> Axes:
+    """Axes from their description.
+
+    Raises:
+        ValueError: an unknown word, brackets that don't match, a word twice that may not be,
+            or no ports or frequencies.
+    """
+    groups = []
+    rest = text.strip()
+    while rest:
+        found = re.match(r"\(([^()]*)\)\s*|([^\s()]+)\s*", rest)
+        if found is None:
+            raise ValueError(f"--axes is {text!r}: a bracket is missing its other half.")
+        inside = found[1] if found[2] is None else found[2]
+        groups.append(tuple(_word(text, word) for word in inside.split()))
+        if not groups[-1] or sum(not size for _, size in groups[-1]) > 1:
+            raise ValueError(
+                f"--axes is {text!r}: ({inside}) needs the sizes of all but one, for example "
+                "(part angle=32 delay=32)."
+            )
+        rest = rest[found.end() :]
+    axes = Axes(text, tuple(groups))
+    words = axes.words
+    for word in dict.fromkeys(words):
+        if words.count(word) > 1 and word not in ROWS:
+            raise ValueError(f"--axes is {text!r}: {word} occurs {words.count(word)} times.")
+    if not {"user", "sample"} & set(words):
+        raise ValueError(
+            f"--axes is {text!r}; expected an axis `user` or `sample`, for example "
+            "'sample rx tx subcarrier'."
+        )
+    for one, other in (("tx", "angle"), ("subcarrier", "delay")):
+        if (one in words) == (other in words):
+            raise ValueError(
+                f"--axes is {text!r}; expected either {one} or {other}, for example "
+                "'sample rx tx subcarrier'."
+            )
+    return axes
+
+
+def _sized(group: tuple[tuple[str, int], ...], size: int) -> list[tuple[str, int]]:
+    """A group's words, the one without a size with what is left."""
+    rest = size // math.prod(given for _, given in group if given)
+    return [(word, given or rest) for word, given in group]
+
+
+def _word(text: str, word: str) -> tuple[str, int]:
+    found = _WORD.fullmatch(word)
+    if found is None or found[1] not in WORDS:
+        raise ValueError(
+            f"--axes is {text!r}: {word!r} is no axis; the words are {', '.join(WORDS)}."
+        )
+    return found[1], int(found[2] or 0)

@@ -1,0 +1,127 @@
+"""What the axes of an array are, where its shape and values say so.
+
+Ports and subcarriers can't be told apart by their numbers. They can by their values: over
+frequency, a channel is a sum of few echoes, all within a fraction of the symbol, so that the
+inverse DFT leaves most energy in the first delays; over an array, directions are as often on the
+left as on the right, so that no DFT is one-sided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csipipe.channels.axes import Axes, parse
+from csipipe.channels.rawarray import RawArray
+
+_FITS = 0.8
+"""Least share of the energy in the first quarter of the delays, in a reading that fits."""
+_SAMPLES = 64
+"""Samples that are looked at."""
+_RECEIVE, _TIMES, _PORTS = range(1, 9), range(9, 65), 4
+"""Receive antennas and time samples of a sample, and least ports, within reason."""
+_FLAT = {
+    2048: "sample (part angle=32 delay=32)",  # CsiNet's rows
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Axes that an array may have."""
+
+    axes: Axes
+    share: float
+    """Of the energy, in the first quarter of the delays."""
+
+
+def guess(array: RawArray) -> Axes:
+    """The axes of an array.
+
+    Raises:
+        ValueError: none fits, or several do; it lists them as options to choose from.
+    """
+    found = [reading for reading in readings(array) if reading.share >= _FITS]
+    if len(found) == 1:
+        return found[0].axes
+    if found:
+        fits = " and ".join(f"--axes {r.axes.text!r}" for r in found[:6])
+        raise ValueError(
+            f"{array}: {len(found)} readings of its axes fit: {fits}. Give the right one."
+        )
+    raise ValueError(
+        f"{array}: no reading of its axes fits. Say what they are, for example --axes "
+        f"{_example(array)!r} (words: user sample time bts rx tx angle subcarrier delay part)."
+    )
+
+
+def readings(array: RawArray) -> list[Reading]:
+    """Every reading that the shape allows, with the share that speaks for it."""
+    shape, is_complex = array.shape, array.dtype.startswith("complex")
+    if len(shape) == 2:
+        text = "" if is_complex else _FLAT.get(shape[1], "")
+        if not text:
+            return []
+        return [Reading(parse(text), 1.0)]
+    found = []
+    texts = set()
+    parts = [None] if is_complex else [axis for axis, size in enumerate(shape) if size == 2]
+    for part in parts:
+        rest = [axis for axis in range(len(shape)) if axis != part]
+        for words in _orders(len(rest)):
+            named: dict[int, str] = dict(zip(rest, words, strict=True))
+            sizes = {word: shape[axis] for axis, word in named.items()}
+            if sizes["sample"] < max(sizes["tx"], 2) or sizes["subcarrier"] < 2:
+                continue
+            if sizes.get("rx", 1) not in _RECEIVE or sizes.get("time", 9) not in _TIMES:
+                continue
+            if sizes["tx"] < max(_PORTS, sizes.get("rx", 1)):
+                continue
+            if part is not None:
+                named[part] = "part"
+            texts.add(" ".join(named[axis] for axis in range(len(shape))))
+    for text in sorted(texts):
+        axes = parse(text)
+        found.append(Reading(axes, _share(_some(array, axes))))
+    return found
+
+
+def _orders(count: int) -> list[tuple[str, ...]]:
+    """Words in every order that is in use: samples first or last."""
+    inner: list[tuple[str, ...]] = []
+    if count == 3:
+        inner = [("tx", "subcarrier"), ("subcarrier", "tx")]
+    elif count == 4:
+        inner = [
+            one for other in ("rx", "time") for one in permutations((other, "tx", "subcarrier"))
+        ]
+    return [(*one, "sample") for one in inner] + [("sample", *one) for one in inner]
+
+
+def _some(array: RawArray, axes: Axes) -> NDArray[np.complex64]:
+    """(n, ports, frequencies) of the first samples with energy."""
+    where = [group[0][0] for group in axes.groups].index("sample")
+    stop = min(array.shape[where], 4 * _SAMPLES)
+    values = axes.arrange(array.cut(0 if array.in_order else where, 0, stop))
+    rows = values.reshape(-1, *values.shape[-2:])
+    rows = rows[np.isfinite(rows).all(axis=(1, 2)) & (rows != 0).any(axis=(1, 2))]
+    some: NDArray[np.complex64] = rows[:: max(1, len(rows) // _SAMPLES)]
+    return some
+
+
+def _share(rows: NDArray[np.complex64]) -> float:
+    if not len(rows):
+        return 0.0
+    power = np.square(np.abs(np.fft.ifft(rows, axis=-1))).sum(axis=1)
+    power /= power.sum(axis=1, keepdims=True)
+    quarter = max(1, power.shape[1] // 4)
+    return float(power[:, :quarter].sum(axis=1).mean())
+
+
+def _example(array: RawArray) -> str:
+    words = {2: "sample (tx=32 subcarrier)", 3: "sample tx subcarrier"}
+    words |= {4: "sample rx tx subcarrier", 5: "sample rx tx subcarrier part"}
+    words |= {7: "user user rx bts tx time subcarrier"}
+    return words.get(len(array.shape), "sample tx subcarrier")

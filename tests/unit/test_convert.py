@@ -1,0 +1,452 @@
+"""Arrays of other programs become rows that can be trained on, and what can't is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import threading
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from csifiles import save_v73
+from numpy.typing import NDArray
+from scipy import io
+
+from csipipe.channels import convert as converting
+from csipipe.channels import open_source, rawarray
+from csipipe.channels.axes import parse
+from csipipe.channels.command import main
+from csipipe.channels.format import Description
+from csipipe.channels.reading import guess
+from csipipe.channels.scenario import SCENARIOS, draw_rays
+from csipipe.channels.source import Source
+from csipipe.measure import metrics
+from csipipe.settings.config import DataSettings
+
+N, R, P, K = 60, 2, 8, 48
+
+
+def channels(n: int = N, rx: int = R, ports: int = P, bins: int = K, seed: int = 0) -> Any:
+    """(n, rx, ports, bins) complex64: rays that come early."""
+    rng = np.random.default_rng(seed)
+    made = np.empty((n, rx, ports, bins), np.complex64)
+    for r in range(rx):
+        rays = draw_rays(SCENARIOS["indoor"], n, rng)
+        over_p = np.exp(2j * np.pi * rays.frequency[..., None] * np.arange(ports))
+        over_k = np.exp(-2j * np.pi * rays.delay[..., None] * np.arange(bins) / bins)
+        made[:, r] = np.einsum("br,brp,brk->bpk", rays.gain, over_p, over_k)
+    return made
+
+
+def saved(path: Path, values: Any) -> Path:
+    np.save(path, values, allow_pickle=True)
+    return path
+
+
+def source(folder: Path) -> Source:
+    return open_source(DataSettings(source="files", path=str(folder)))
+
+
+def run(*words: object) -> int:
+    return main(["convert", *map(str, words)])
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert run(*words) == 1
+    return capsys.readouterr().err
+
+
+def everything(folder: Path) -> NDArray[np.float32]:
+    """All images of a folder, in the order of its files."""
+    said = Description.read(folder)
+    return np.concatenate([np.load(folder / one.images.name) for one in said.sets])
+
+
+def again(folder: Path, part: str, planar: tuple[int, int, int] | None = None) -> Any:
+    """Channels (n, P, K) from images: every step but the truncation, backwards."""
+    said = Description.read(folder)
+    [one] = said.of("all", part)
+    assert one.scale is not None
+    images = np.load(folder / one.images.name) - np.float32(0.5)
+    scale = np.load(folder / one.scale.name)
+    c = (images[:, 0] + 1j * images[:, 1]) * scale[:, None, None]
+    columns, rows, pol = planar or (said.angles, 1, 1)
+    grid = c.reshape(len(c), pol, columns, rows, -1)
+    antennas = np.fft.ifftn(grid, axes=(2, 3)).reshape(c.shape) * said.angles
+    full = np.zeros((*c.shape[:2], said.subcarriers or said.delays), np.complex128)
+    full[..., : said.delays] = antennas
+    return np.fft.fft(np.roll(full, -said.shift, axis=-1), axis=-1)
+
+
+def test_every_step_but_the_truncation_can_be_undone(tmp_path: Path) -> None:
+    h = channels(rx=1)[:, 0]
+    file = saved(tmp_path / "h.npy", h)
+    for number, extra in enumerate(([], ["--shift", "5"], ["--scaling", "set"])):
+        out = tmp_path / f"out{number}"
+        whole = ["--axes", "sample tx subcarrier", "--delays", K, "--sets", "test"]
+        assert run(file, out, *whole, *extra) == 0
+        np.testing.assert_allclose(again(out, "test"), h, atol=1e-4)
+        opened = source(out)
+        rows, hf = opened.rows("all", "test", 0, N), opened.frequency_rows("all", "test", 0, N)
+        assert not isinstance(hf, str)
+        found = metrics.to_frequency(torch.from_numpy(rows), K, opened.padded)
+        np.testing.assert_allclose(metrics.rho(found, torch.from_numpy(hf)), 1, atol=1e-4)
+    peaks = np.abs((everything(out) - 0.5)).reshape(N, 2, -1)
+    assert np.square(peaks).sum(1).max(1).max() == pytest.approx(0.25, rel=1e-3)
+    assert np.square(peaks).sum(1).max(1).min() < 0.2
+
+
+def test_truncation_says_what_it_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    h = channels(rx=1)
+    delays = np.fft.ifft(h, axis=-1)
+    power = np.square(np.abs(delays))
+    share = power[..., :6].sum((1, 2, 3)) / power.sum((1, 2, 3))
+    file = saved(tmp_path / "h.npy", h)
+    assert run(file, tmp_path / "o", "--axes", "sample rx tx subcarrier", "--delays", 6) == 0
+    said = Description.read(tmp_path / "o")
+    assert said.made["energy_lost"] == pytest.approx(1 - share.mean(), rel=1e-4)
+    assert f"{1 - share.mean():.2%} of a row's energy lost; with --shift" in capsys.readouterr().out
+    hf = source(tmp_path / "o").frequency_rows("all", "test", 0, 6)
+    assert not isinstance(hf, str)
+    assert hf.shape == (6, P, K)
+
+
+def test_planar_arrays_have_a_dft_in_two_directions(tmp_path: Path) -> None:
+    columns, rows, pol = 4, 2, 2
+    h = channels(rx=1, ports=16)[:, 0]
+    file = saved(tmp_path / "h.npy", h)
+    options = ["--axes", "sample tx subcarrier", "--delays", K, "--sets", "train"]
+    assert run(file, tmp_path / "a", "--array", "4x2x2", *options) == 0
+    np.testing.assert_allclose(again(tmp_path / "a", "train", (columns, rows, pol)), h, atol=1e-4)
+    # the same ports, numbered another way
+    other = h.reshape(N, pol, columns, rows, K).transpose(0, 3, 2, 1, 4).reshape(h.shape)
+    file = saved(tmp_path / "other.npy", other)
+    words = ["--array", "4x2x2", "--ports", "row column polarisation", *options]
+    assert run(file, tmp_path / "b", *words) == 0
+    np.testing.assert_array_equal(everything(tmp_path / "a"), everything(tmp_path / "b"))
+
+
+def forms(h: Any, folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    """The same channels (n, rx, P, K) as other programs store them."""
+    pairs = np.stack([h.real, h.imag], -1)
+    np.savez(folder / "a.npz", other=np.arange(3), H=h)
+    np.savez_compressed(folder / "z.npz", H=h)
+    torch.save(torch.from_numpy(h), folder / "a.pt")
+    torch.save({"H": torch.from_numpy(pairs)}, folder / "b.pt")
+    io.savemat(folder / "v5.mat", {"H": h})
+    io.savemat(folder / "last.mat", {"H": h.transpose(1, 2, 3, 0)}, do_compression=True)
+    save_v73(folder / "v73.mat", h, "X_train", chunks=(5, P, R, 7))
+    with h5py.File(folder / "a.h5", "w") as file:
+        file["H"] = h
+    with h5py.File(folder / "octave.h5", "w") as file:
+        turned = np.empty(h.T.shape, [("real", "f8"), ("imag", "f8")])
+        turned["real"], turned["imag"] = h.T.real, h.T.imag
+        file.create_group("H").create_dataset("value", data=turned)
+    np.savetxt(folder / "a.csv", pairs.reshape(len(h), -1), delimiter=",", fmt="%.9g")
+    usual = ["--axes", "sample rx tx subcarrier"]
+    return {
+        "npz": (folder / "a.npz", [*usual, "--key", "H"]),
+        "npz, deflated": (folder / "z.npz", usual),
+        "pt": (folder / "a.pt", usual),
+        "pt, pairs": (folder / "b.pt", ["--axes", "sample rx tx subcarrier part"]),
+        "pairs first": (
+            saved(folder / "f.npy", np.moveaxis(pairs, -1, 0)),
+            ["--axes", "part sample rx tx subcarrier"],
+        ),
+        "doubles in Fortran's order": (
+            saved(folder / "d.npy", np.asfortranarray(h.astype(complex))),
+            usual,
+        ),
+        "MAT v5": (folder / "v5.mat", usual),
+        "MAT v5, samples last": (folder / "last.mat", ["--axes", "rx tx subcarrier sample"]),
+        "MAT v7.3": (folder / "v73.mat", usual),
+        "HDF5": (folder / "a.h5", usual),
+        "Octave": (folder / "octave.h5", usual),
+        "csv": (
+            folder / "a.csv",
+            ["--axes", f"(sample) (rx={R} tx={P} subcarrier={K} part)"],
+        ),
+        "Sionna": (
+            saved(folder / "s.npy", h[:, None, :, None, :, None]),
+            ["--axes", "user user rx bts tx time subcarrier"],
+        ),
+        "MATLAB's two dimensions": (
+            saved(folder / "m.npy", h.reshape(len(h), -1)),
+            ["--axes", f"sample (rx={R} tx subcarrier={K})"],
+        ),
+    }
+
+
+def test_every_form_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converting, "BLOCK", 40_000)  # several blocks
+    h = channels()
+    file = saved(tmp_path / "h.npy", h)
+    assert run(file, tmp_path / "first", "--axes", "sample rx tx subcarrier") == 0
+    expected = everything(tmp_path / "first")
+    assert len(expected) == N * R
+    for number, (name, (path, options)) in enumerate(forms(h, tmp_path).items()):
+        assert run(path, tmp_path / f"out{number}", *options) == 0, name
+        found = everything(tmp_path / f"out{number}")
+        np.testing.assert_allclose(found, expected, atol=2e-6, err_msg=name)
+        shares = Description.read(tmp_path / f"out{number}").made["users"]
+        assert shares == N, name
+
+
+def test_delays_and_angles_are_taken_as_they_are(tmp_path: Path) -> None:
+    h = channels(rx=1)[:, 0]
+    usual = saved(tmp_path / "h.npy", h)
+    words = ["--delays", 20, "--sets", "test"]
+    assert run(usual, tmp_path / "a", "--axes", "sample tx subcarrier", *words) == 0
+    image = np.fft.fft(np.fft.ifft(h, axis=2), axis=1) / P
+    file = saved(tmp_path / "i.npy", image)
+    assert run(file, tmp_path / "b", "--axes", "sample angle delay", *words) == 0
+    np.testing.assert_allclose(everything(tmp_path / "a"), everything(tmp_path / "b"), atol=1e-5)
+    rows = [source(tmp_path / n).frequency_rows("all", "test", 0, N) for n in "ab"]
+    np.testing.assert_allclose(rows[0], rows[1], atol=1e-3)
+    # CsiNet's rows: what is truncated already can't be compared with what it was
+    scaled = np.stack([image.real, image.imag], 1) / (2 * np.abs(image).max()) + 0.5
+    file = saved(tmp_path / "c.npy", scaled.reshape(N, -1).astype("f4"))
+    axes = f"sample (part angle={P} delay={K})"
+    assert run(file, tmp_path / "c", "--axes", axes, "--delays", K, "--sets", "test") == 0
+    assert isinstance(source(tmp_path / "c").frequency_rows("all", "test", 0, N), str)
+    assert Description.read(tmp_path / "c").made["sources"][0]["offset"] == 0.5
+
+
+def test_no_user_is_on_both_sides(tmp_path: Path) -> None:
+    h = channels()
+    h *= np.arange(1, N + 1)[:, None, None, None] * 1000  # the scale says whose row it is
+    h /= np.abs(h).max(axis=(2, 3), keepdims=True) / np.arange(1, N + 1)[:, None, None, None]
+    file = saved(tmp_path / "h.npy", h)
+    axes, whole = "sample rx tx subcarrier", ["--delays", K, "--shift", 0]
+    peaks = {}
+    for seed in (0, 1):
+        out = tmp_path / f"o{seed}"
+        assert (
+            run(file, out, "--axes", axes, "--split", "0.5/0.25/0.25", "--seed", seed, *whole) == 0
+        )
+        users = {}
+        for part in ("train", "val", "test"):
+            found = np.abs(again(out, part)).max(axis=(1, 2))
+            numbers = np.rint(found).astype(int)
+            users[part] = set(numbers)
+            assert len(numbers) == R * len(users[part])
+        assert [len(u) for u in users.values()] == [30, 15, 15]
+        assert len(set.union(*users.values())) == N
+        peaks[seed] = users["test"]
+    assert peaks[0] != peaks[1]
+
+
+def test_receive_antennas_and_time(tmp_path: Path) -> None:
+    h = channels(rx=3)
+    h[:, 1] *= 5
+    file = saved(tmp_path / "h.npy", h)
+    words = ["--delays", K, "--sets", "test"]
+    axes = "sample rx tx subcarrier"
+    assert run(file, tmp_path / "a", "--axes", axes, "--receive", "strongest", *words) == 0
+    power = np.square(np.abs(h)).sum((2, 3)).argmax(1)
+    np.testing.assert_allclose(again(tmp_path / "a", "test"), h[np.arange(N), power], atol=1e-3)
+    axes = "sample time tx subcarrier"
+    assert run(file, tmp_path / "b", "--axes", axes, "--time", "first", *words) == 0
+    np.testing.assert_allclose(again(tmp_path / "b", "test"), h[:, 0], atol=1e-3)
+
+
+def test_empty_users_are_dropped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h = channels()
+    h[3] = 0
+    h[5, 1] = 0
+    assert (
+        run(saved(tmp_path / "h.npy", h), tmp_path / "o", "--axes", "sample rx tx subcarrier") == 0
+    )
+    out = capsys.readouterr().out
+    assert f"{2 * N - 3} rows of {N} users; dropped: 3 rows without energy, 1 of {N}" in out
+
+
+def test_sets_environments_and_ues(tmp_path: Path) -> None:
+    files = [saved(tmp_path / f"{n}.npy", channels(20 + n, 1, seed=n)) for n in range(3)]
+    axes = ["--axes", "sample rx tx subcarrier"]
+    sets = ["--sets", "train val test", "--environments", "street street street"]
+    assert run(*files, tmp_path / "a", *axes, *sets) == 0
+    said = Description.read(tmp_path / "a")
+    assert [(s.environment, s.part, s.rows) for s in said.sets] == [
+        ("street", "train", 20),
+        ("street", "val", 21),
+        ("street", "test", 22),
+    ]
+    assert run(*files, tmp_path / "b", *axes, "--ues", "--split", "0.5/0.5") == 0
+    assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((N, R, P, K), "sample rx tx subcarrier"),
+        ((N, P, K), "sample tx subcarrier"),
+        ((N, K, P), "sample subcarrier tx"),
+        ((P, K, N), "tx subcarrier sample"),
+        ((R, P, K, N), "rx tx subcarrier sample"),
+        ((N, P, K, 2), "sample tx subcarrier part"),
+        ((2, N, P, K), "part sample tx subcarrier"),
+    ],
+)
+def test_axes_are_guessed_where_values_tell(
+    tmp_path: Path, shape: tuple[int, ...], text: str
+) -> None:
+    words = text.split()
+    h = channels(rx=R if "rx" in words else 1)
+    order = [w for w in ("sample", "rx", "tx", "subcarrier") if w in words]
+    h = h if "rx" in words else h[:, 0]
+    values = np.stack([h.real, h.imag], -1) if "part" in words else h
+    values = values.transpose([[*order, "part"].index(word) for word in words])
+    assert values.shape == shape
+    with rawarray.opened(saved(tmp_path / "h.npy", values)) as array:
+        assert guess(array).text == text
+
+
+def test_axes_that_could_be_either_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = np.exp(-2j * np.pi * np.arange(8)[:, None] * 0.01) * np.ones(8)
+    both = (flat + flat.T).astype("c8") * np.ones((40, 1, 1))  # early in both directions
+    said = error(capsys, saved(tmp_path / "h.npy", both), tmp_path / "o")
+    assert "--axes 'sample subcarrier tx' and --axes 'sample tx subcarrier'" in said
+    noise = np.random.default_rng(0).standard_normal((50, 8, 12)) + 0j
+    said = error(capsys, saved(tmp_path / "n.npy", noise), tmp_path / "o")
+    assert "no reading of its axes fits" in said
+    assert "--axes 'sample tx subcarrier'" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample tx", "either subcarrier or delay"),
+        ("sample tx angle subcarrier", "either tx or angle"),
+        ("tx subcarrier", "user` or `sample"),
+        ("sample tx carrier", "'carrier' is no axis"),
+        ("sample tx tx subcarrier", "tx occurs 2 times"),
+        ("sample (tx subcarrier)", "sizes of all but one"),
+        ("sample (tx=3 subcarrier", "missing its other half"),
+    ],
+)
+def test_wrong_words(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
+    h = channels(rx=1)[:, 0]
+    good = saved(folder / "good.npy", h)
+    nan = h.copy()
+    nan[17, 2, 5] = np.nan
+    (folder / "cut.npy").write_bytes(good.read_bytes()[:-100])
+    ragged = np.array([np.ones(2), np.ones(3)], object)
+    torch.save({"a": Path("x")}, folder / "class.pt")
+    io.savemat(folder / "struct.mat", {"H": {"a": 1}})
+    io.savemat(folder / "v4.mat", {"H": np.eye(3)}, format="4")
+    np.savez(folder / "two.npz", a=h, b=h)
+    np.savez(folder / "object.npz", a=ragged)
+    (folder / "p.pkl").write_bytes(b"\x80\x04K\x01.")
+    (folder / "head.csv").write_text("re,im\n1,2\n")
+    (folder / "short.csv").write_text("1,2\n3,4\n5\n")
+    (folder / "x.dat").write_bytes(b"abcdefghijklmnop")
+    axes = ["--axes", "sample tx subcarrier"]
+    return {
+        "axes": ([good, "--axes", "sample rx tx subcarrier"], r"names 4 axes.*\(60, 8, 48\)"),
+        "part": ([good, "--axes", "sample part subcarrier"], "either tx or angle"),
+        "finite": ([saved(folder / "n.npy", nan), *axes], r"first at \(17, 2, 5\)"),
+        "objects": (
+            [saved(folder / "o.npy", ragged), *axes],
+            "Python objects, a pickle; it is never",
+        ),
+        "objects in npz": ([folder / "object.npz", *axes], "Python objects, a pickle; it is never"),
+        "pickle": ([folder / "p.pkl", *axes], "a pickle, which can execute anything"),
+        "class in pt": ([folder / "class.pt", *axes], "only unpickling could read"),
+        "truncated": ([folder / "cut.npy", *axes], "can't be read.*truncated"),
+        "struct": ([folder / "struct.mat", *axes], "of class struct"),
+        "v4": ([folder / "v4.mat", *axes], "MAT file of version 4.*Octave: save -v7"),
+        "which": (
+            [folder / "two.npz", *axes],
+            "holds 2 arrays; found 'a', 'b'. Name one with --key",
+        ),
+        "key": ([folder / "two.npz", *axes, "--key", "c"], "has no array 'c'"),
+        "sizes": (
+            [good, saved(folder / "s.npy", h[:, :4]), *axes],
+            "4 ports x 48 .*has 8 x 48. Convert them into folders",
+        ),
+        "delays": ([good, *axes, "--delays", 49], "--delays 49, but there are 48 .*1 … 48"),
+        "ports": ([good, *axes, "--array", "3x2"], "--array 3x2x1 has 6 ports; the data has 8"),
+        "array": ([good, *axes, "--array", "8"], "expected columns x rows"),
+        "order": ([good, *axes, "--ports", "row column"], "the order of ports is"),
+        "header": ([folder / "head.csv", *axes], "Remove the header"),
+        "ragged csv": (
+            [folder / "short.csv", "--axes", "sample (part=2 tx=1 subcarrier)"],
+            "lines 1 to 3.*expected 2",
+        ),
+        "unknown": ([folder / "x.dat", *axes], "of an unknown kind"),
+        "missing": ([folder / "nowhere.npy", *axes], "doesn't exist"),
+        "split": ([good, *axes, "--split", "0.8/0.3"], "--split is '0.8/0.3'"),
+        "users": (
+            [saved(folder / "few.npy", h[:2]), *axes, "--split", "0.8/0.1/0.1"],
+            r"has 2 user\(s\), too few for",
+        ),
+        "labels": ([good, *axes, "--sets", "train test"], "has 2 words; expected 1"),
+        "empty": ([saved(folder / "zero.npy", 0 * h), *axes], "none of the 60 rows has energy"),
+    }
+
+
+def test_bad_input_is_named_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    for name, ([*words], message) in bad_inputs(tmp_path / "in").items():
+        files = [word for word in words if isinstance(word, Path)]
+        options = words[len(files) :]
+        said = error(capsys, *files, out, *options)
+        assert said.startswith("csipipe: error:"), name
+        assert re.search(message, said), (name, said)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in"], name
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"\xff\xfe.npy")
+    saved(file, channels(rx=1))
+    assert run(file, tmp_path / "o", "--axes", "sample rx tx subcarrier") == 0
+    assert source(tmp_path / "o").available("all", "test") == 6
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(tmp_path / "h.npy", channels())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # as if there were no more room
+    try:
+        said = error(capsys, file, tmp_path / "o", "--axes", "sample rx tx subcarrier")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["h.npy"]
+
+
+def test_one_conversion_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(tmp_path / "h.npy", channels())
+    axes = ["--axes", "sample rx tx subcarrier"]
+    codes: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: codes.append(run(file, tmp_path / "o", *axes)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) == [0, 1]
+    assert source(tmp_path / "o").available("all", "train") > 0
+    assert "nothing is overwritten" in error(capsys, file, tmp_path / "o", *axes)
+    assert json.loads((tmp_path / "o" / "channels.json").read_text())["made"]["users"] == N
