@@ -97,8 +97,15 @@ class Writer:
                 for name, rows in values.items()
             }
         assert set(self._open[key]) == set(values), (set(self._open[key]), set(values))
-        for name, rows in values.items():
-            self._open[key][name].append(rows)
+        try:
+            for name, rows in values.items():
+                self._open[key][name].append(rows)
+        except OSError as error:
+            free = shutil.disk_usage(self._partial).free
+            raise OSError(
+                f"{self._folder} can't be written: {error.strerror}; {free:,} bytes are free. "
+                "Make room, or name a folder on another disk. Nothing was left."
+            ) from error
 
     def finish(self, describe: Any) -> Description:
         """Complete the files, describe them and give the folder its name.

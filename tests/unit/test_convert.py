@@ -1,4 +1,4 @@
-"""Arrays of other programs become rows that can be trained on, and what can't is refused by name."""
+"""Arrays of other programs become rows to train on; what can't is refused by name."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_every_step_but_the_truncation_can_be_undone(tmp_path: Path) -> None:
         assert not isinstance(hf, str)
         found = metrics.to_frequency(torch.from_numpy(rows), K, opened.padded)
         np.testing.assert_allclose(metrics.rho(found, torch.from_numpy(hf)), 1, atol=1e-4)
-    peaks = np.abs((everything(out) - 0.5)).reshape(N, 2, -1)
+    peaks = np.abs(everything(out) - 0.5).reshape(N, 2, -1)
     assert np.square(peaks).sum(1).max(1).max() == pytest.approx(0.25, rel=1e-3)
     assert np.square(peaks).sum(1).max(1).min() < 0.2
 
@@ -207,7 +207,7 @@ def test_delays_and_angles_are_taken_as_they_are(tmp_path: Path) -> None:
     file = saved(tmp_path / "i.npy", image)
     assert run(file, tmp_path / "b", "--axes", "sample angle delay", *words) == 0
     np.testing.assert_allclose(everything(tmp_path / "a"), everything(tmp_path / "b"), atol=1e-5)
-    rows = [source(tmp_path / n).frequency_rows("all", "test", 0, N) for n in "ab"]
+    rows: list[Any] = [source(tmp_path / n).frequency_rows("all", "test", 0, N) for n in "ab"]
     np.testing.assert_allclose(rows[0], rows[1], atol=1e-3)
     # CsiNet's rows: what is truncated already can't be compared with what it was
     scaled = np.stack([image.real, image.imag], 1) / (2 * np.abs(image).max()) + 0.5
@@ -447,6 +447,6 @@ def test_one_conversion_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[
     for thread in threads:
         thread.join()
     assert sorted(codes) == [0, 1]
-    assert source(tmp_path / "o").available("all", "train") > 0
+    assert source(tmp_path / "o").available("all", "train")
     assert "nothing is overwritten" in error(capsys, file, tmp_path / "o", *axes)
     assert json.loads((tmp_path / "o" / "channels.json").read_text())["made"]["users"] == N
