@@ -50,12 +50,10 @@ class Axes:
         """Whose places in the array are users: `user`, or else `sample`."""
         return "user" if self.has("user") else "sample"
 
-    def streamed(self) -> int:
-        """The axis along which an array is read piece by piece: the first of rows only."""
-        for axis, group in enumerate(self.groups):
-            if len(group) == 1 and group[0][0] in ROWS:
-                return axis
-        return 0
+    def streamed(self, shape: tuple[int, ...]) -> int:
+        """The axis along which an array is read piece by piece: the longest that is rows."""
+        rows = [n for n, group in enumerate(self.groups) if len(group) == 1 and group[0][0] in ROWS]
+        return max(rows, key=lambda axis: shape[axis], default=0)
 
     def users(self, shape: tuple[int, ...], axis: int, start: int, stop: int) -> NDArray[np.int64]:
         """Users of the rows of a piece: broadcastable to (user, sample, time, bts, rx).

@@ -25,6 +25,7 @@ from csipipe.channels.transform import Geometry
 from csipipe.settings.config import DataSettings
 from csipipe.settings.tables import SOURCES
 
+Place = Literal["indoor", "outdoor"]
 ABOUT = "Generates, converts, examines and draws CSI data, in one process."
 BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
 """Sources that may be given instead of a folder."""
@@ -32,7 +33,7 @@ BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
 
 def generate(
     folder: str,
-    environment: Site = "indoor",
+    environment: Place = "indoor",
     train: int = 8000,
     val: int = 1000,
     test: int = 1000,
@@ -59,7 +60,7 @@ def generate(
 
 def check(
     source: str,
-    environment: Site | None = None,
+    environment: Place | None = None,
     beside: str | None = None,
     seed: int = 0,
 ) -> bool:
@@ -159,7 +160,7 @@ def convert(
 
 
 def look(
-    source: str, output: str = "channels.png", environment: Site | None = None, seed: int = 0
+    source: str, output: str = "channels.png", environment: Place | None = None, seed: int = 0
 ) -> bool:
     """Draw channels: three samples, the mean delay profile and the mean angle profile.
 
@@ -227,7 +228,7 @@ def _shares(split: str) -> tuple[float, ...]:
     )
 
 
-def _sites(source: str, environment: Site | None) -> list[Site]:
+def _sites(source: str, environment: Place | None) -> list[Site]:
     found: list[Site] = ["indoor", "outdoor"]
     if source not in BUILT_IN:
         found = checkup.environments(Path(source))

@@ -9,6 +9,7 @@ peak magnitude to radius 0.5, plus 0.5. All of it can be undone but the truncati
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -283,7 +284,7 @@ def _blocks(one: _Opened, plan: Plan, bar: Any) -> Iterator[tuple[Complex, NDArr
         ValueError: a value that isn't finite.
     """
     array, axes = one.array, one.axes
-    axis = 0 if array.in_order else axes.streamed()
+    axis = 0 if array.in_order else axes.streamed(array.shape)
     sizes = axes.sizes(array.shape)
     total = array.shape[axis]
     step = max(1, BLOCK // max(1, 8 * math.prod(size for _, size in sizes) // total))
@@ -371,7 +372,7 @@ def _add(
     tally.empty_users += int((~alive).sum())
     tally.sources.append(
         {
-            "name": one.given.path.name,
+            "name": os.fsencode(one.given.path.name).decode("utf-8", "backslashreplace"),
             "bytes": before.st_size,
             "sha256": digest(one.given.path),
             "key": one.array.key,

@@ -9,7 +9,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +114,11 @@ class Writer:
             describe: from the sets to their `Description`.
         """
         sets = []
-        for (environment, part), grown in self._open.items():
+        places = list(dict.fromkeys(environment for environment, _ in self._open))
+        order = get_args(SetPart)
+        for (environment, part), grown in sorted(
+            self._open.items(), key=lambda one: (places.index(one[0][0]), order.index(one[0][1]))
+        ):
             rows = grown["images"].rows
             sets.append(Set(environment, part, rows, **{k: v.end() for k, v in grown.items()}))
         description: Description = describe(tuple(sets))

@@ -280,7 +280,7 @@ def test_sets_environments_and_ues(tmp_path: Path) -> None:
         ("street", "val", 21),
         ("street", "test", 22),
     ]
-    assert run(*files, tmp_path / "b", *axes, "--ues", "--split", "0.5/0.5") == 0
+    assert run(*files, tmp_path / "b", *axes, "--ues", "true", "--split", "0.5/0.5") == 0
     assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
 
 
