@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from csipipe import channels
 from csipipe.bench import candidates, growth, race, table
 from csipipe.files import write_file
 from csipipe.settings import commandline
@@ -69,6 +70,7 @@ def main(arguments: list[str]) -> int:
 def measure(settings: Settings, options: Namespace) -> int:
     """Let the candidates take turns; 1 if one of them failed, 130 if interrupted."""
 
+    settings = channels.sized(settings)
     if options.growth:
         found = growth.candidates(settings, options.ue_ranks)
     else:

@@ -54,14 +54,13 @@ def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
 
 def tail(model: ModelSettings) -> list[nn.Module]:
     """CSILocal's tail of stock layers."""
-    reals = 2 * model.angles * model.delays
     return [
-        nn.Linear(model.c1, reals),
-        nn.Unflatten(1, (2, model.angles, model.delays)),
+        nn.Linear(model.c1, model.reals),
+        nn.Unflatten(1, model.image),
         nn.Conv2d(2, 2, 3, padding=1),
         nn.LeakyReLU(SLOPE),
         PlainCRBlock(model.kernels),
         PlainCRBlock(model.kernels),
         nn.Flatten(),
-        nn.Linear(reals, model.c2),
+        nn.Linear(model.reals, model.c2),
     ]

@@ -5,12 +5,14 @@ Images are (B, 2, A, D) float32 in [0, 1], 0.5 for zero: real and imaginary part
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from csipipe.channels.csinet import frequency_channels
 from csipipe.channels.load import load_test, load_ue, rows_of
 from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal, common_test, deal
-from csipipe.settings.config import DataSettings
+from csipipe.settings.config import DataSettings, Settings
 from csipipe.settings.tables import SOURCES, found
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "manifest_of",
     "open_source",
     "rows_of",
+    "sized",
 ]
 
 
@@ -39,7 +42,34 @@ def open_source(data: DataSettings, angles: int | None = None, delays: int | Non
 
     Raises:
         FileNotFoundError: data.path is not a folder.
-        ValueError: more angles or delays than the source has.
+        ValueError: another size or kind than the data has.
     """
     source: Source = found(SOURCES[data.source].open)(data, angles, delays)
+    own = source.size
+    for name, asked, there in (
+        ("model.angles", angles, own[0]),
+        ("model.delays", delays, own[1]),
+        ("data.kind", data.kind, source.kind),
+    ):
+        if asked not in (None, there):
+            raise ValueError(
+                f"{name} is {asked}, but data.source {data.source} ({data.path or 'built in'}) has "
+                f"{there}; leave {name} null to take what the data has, or give other data."
+            )
     return source
+
+
+def sized(settings: Settings) -> Settings:
+    """The same settings, with the data's own where size and kind of the images are null.
+
+    Raises:
+        ValueError, OSError: as `open_source`.
+    """
+    model, data = settings.model, settings.data
+    source = open_source(data, model.angles, model.delays)
+    angles, delays = source.size
+    return replace(
+        settings,
+        model=replace(model, angles=angles, delays=delays),
+        data=replace(data, kind=source.kind),
+    )

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels.cache import Copy, converted
-from csipipe.channels.images import GRID
-from csipipe.channels.layout import ANGLES, DELAYS, HF, HT, check_finite
+from csipipe.channels.layout import ANGLES, DELAYS, GRID, HF, HT, check_finite
 from csipipe.channels.matfile import count_rows, read_rows
 from csipipe.channels.source import SITES, Images, Kind, Part, Responses, Site, check_range
 from csipipe.channels.transform import shrink
@@ -39,15 +38,18 @@ class CsiNetSource:
     Args:
         folder: where the files are.
         seed: of the order of the training rows.
-        angles: 1 … 32; below 32 the images are shrunk to that many antennas.
-        delays: 1 … 32; below 32 the first ones are kept.
+        angles: 1 … 32; below 32 the images are shrunk to that many antennas. None: 32.
+        delays: 1 … 32; below 32 the first ones are kept. None: 32.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: more angles or delays than the files hold.
     """
 
-    def __init__(self, folder: Path, seed: int, angles: int, delays: int) -> None:
+    def __init__(
+        self, folder: Path, seed: int, angles: int | None = None, delays: int | None = None
+    ) -> None:
+        angles, delays = angles or ANGLES, delays or DELAYS
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"data.path is {folder}, which is not a folder; expected the one that holds "

@@ -22,12 +22,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels.layout import FREQUENCIES
+from csipipe.channels.layout import FREQUENCIES, GRID
 
 Reals = NDArray[np.float64]
-
-GRID = 257
-"""Points of the frequency grid over the band; CsiNet keeps the first 125."""
 
 
 def kernel(turns: Reals, size: int, bins: int) -> NDArray[np.float32]:

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 ANGLES = DELAYS = 32
+GRID = 257
+"""Points of the frequency grid over the band."""
 FREQUENCIES = 125
-"""Frequency bins of `HF_all`, the first ones of a 257-point grid over the band."""
+"""Frequency bins of `HF_all`, the first ones of the grid."""
 
 
 class Unfit(ValueError):

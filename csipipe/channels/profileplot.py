@@ -20,7 +20,7 @@ from csipipe.channels.transform import to_complex
 
 SAMPLES = 3
 _DELAY = "delay (bins of 50 ns)"
-_ANGLE = "angle (bins of 1/32 cycle per antenna)"
+_ANGLE = "angle (bins of 1/{} cycle per antenna)"
 _FLOOR_DB = -30.0
 """Weaker bins are white."""
 
@@ -53,7 +53,8 @@ def draw(sets: Mapping[str, Images], output: Path) -> None:
         line.colorbar(shown, ax=axes[:SAMPLES], label="magnitude (dB of the peak)", pad=0.01)
         found = measure(images)
         _profile(axes[-2], found.delay_profile, "mean delay profile", _DELAY)
-        _profile(axes[-1], found.angle_profile, "mean angle profile", _ANGLE)
+        angle = _ANGLE.format(images.shape[2])
+        _profile(axes[-1], found.angle_profile, "mean angle profile", angle)
     figure.savefig(output, dpi=120, format="png")
 
 
@@ -68,7 +69,7 @@ def _sample(axis: Axes, sample: NDArray[np.complex64], number: int) -> object:
     axis.set_title(f"sample {number}", fontsize="small")
     axis.set_xlabel(_DELAY)
     if number == 1:
-        axis.set_ylabel(_ANGLE)
+        axis.set_ylabel(_ANGLE.format(len(sample)))
     else:
         axis.tick_params(labelleft=False)
     return shown

@@ -7,9 +7,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from csipipe.settings import config
+
 Site = str
 """A propagation environment, by name; the mixture `noniid` assigns rows from several."""
-Kind = Literal["channel", "eigenvectors"]
+Kind = config.Kind
 """What an image holds: angles x delays, or ports x subbands (see `format`)."""
 Part = Literal["train", "test"]
 Images = NDArray[np.float32]

@@ -101,8 +101,13 @@ def pca_db(train: Images, test: Images) -> dict[int, float]:
     counts = [n for n in COMPONENTS if 2 * n < len(known) and n < known.shape[1]]
     if not counts or not len(test):
         return {}
-    last = known.shape[1] - 1
-    _, basis = linalg.eigh(known.T @ known, subset_by_index=[last - max(counts) + 1, last])
+    wide = known.shape[1] > len(known)  # then the rows' products are the smaller matrix
+    products = known @ known.T if wide else known.T @ known
+    last = len(products) - 1
+    _, basis = linalg.eigh(products, subset_by_index=[last - max(counts) + 1, last])
+    if wide:
+        basis = known.T @ basis
+        basis /= np.linalg.norm(basis, axis=0)
     code = (test.reshape(len(test), -1) - mean) @ basis  # ascending: the strongest come last
     found = {}
     for n in counts:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels.images import GRID, frequencies_of_rays, images_of_rays
-from csipipe.channels.layout import ANGLES, DELAYS, FREQUENCIES
+from csipipe.channels.images import frequencies_of_rays, images_of_rays
+from csipipe.channels.layout import ANGLES, DELAYS, FREQUENCIES, GRID
 from csipipe.channels.scenario import SCENARIOS, SUBCARRIERS, Rays, draw_rays
 from csipipe.channels.source import SITES, Images, Kind, Part, Site, check_range
 from csipipe.channels.transform import to_unit
@@ -39,14 +39,15 @@ class SyntheticSource:
 
     Args:
         seed: of the streams; the same seed makes the same rows.
-        angles: antennas and angular bins A.
-        delays: delay bins D kept of the 1024.
+        angles: antennas and angular bins A. None: 32.
+        delays: delay bins D kept of the 1024. None: 32.
 
     Raises:
         ValueError: more delays than subcarriers.
     """
 
-    def __init__(self, seed: int, angles: int, delays: int) -> None:
+    def __init__(self, seed: int, angles: int | None = None, delays: int | None = None) -> None:
+        angles, delays = angles or ANGLES, delays or DELAYS
         if delays > SUBCARRIERS:
             raise ValueError(
                 f"model.delays is {delays}; the channel has {SUBCARRIERS} delay bins. "

@@ -63,6 +63,14 @@ class Topology:
         assert place.stages is not None
         return cls(world_size, place.stages, place.ues, place.placement == "together")
 
+    @classmethod
+    def first_host(cls, settings: Settings, world_size: int) -> int:
+        """The rank that hosts UE 0, where there is data in any case; raises as `of`."""
+        if not settings.stages:
+            return 0
+        topology = cls.of(settings, world_size)
+        return topology.rank(topology.host(0))
+
     @property
     def bts_ranks(self) -> range:
         """Ranks, and roles, of the BTS stages, first stage first."""

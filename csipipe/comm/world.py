@@ -173,11 +173,11 @@ class World:
         for rank in range(self.size):
             self.read(f"ready/{step}/{rank}", rank, f"it to be ready ({step})", limit)
 
-    def shared(self, name: str, mine: str, limit: float = SETUP_TIMEOUT) -> str:
-        """Rank 0's text under that name, on every rank; raises as `ready`."""
-        if self.rank == 0:
+    def shared(self, name: str, mine: str, limit: float = SETUP_TIMEOUT, origin: int = 0) -> str:
+        """The text of rank `origin` under that name, on every rank; raises as `ready`."""
+        if self.rank == origin:
             self.store.set(name, mine)
-        return self.read(name, 0, f"its text ({name})", limit)
+        return self.read(name, origin, f"its text ({name})", limit)
 
     def remembered(self, name: str, mine: str) -> str:
         """The text under that name from the run's first attempt, which may be this one."""

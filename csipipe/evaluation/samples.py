@@ -64,16 +64,10 @@ def ceiling(rows: Rows) -> tuple[float, float] | None:
     parts = []
     blocks = (torch.split(x, BLOCKS["cpu"]) for x in (rows.h_BAD, rows.hf_BAK))
     for h, hf in zip(*blocks, strict=True):
-        own = metrics.to_frequency(h, hf.shape[2], rows.padded)
-        sgcs = metrics.sgcs(own, hf, _subbands(hf))
-        parts.append(torch.stack([metrics.rho(own, hf), sgcs], 1).double())
-    rho, similarity = torch.cat(parts).nanmean(0).tolist()
-    return rho, similarity
-
-
-def _subbands(hf_BAK: Tensor) -> int:
-    """13, or as many as there are frequencies."""
-    return min(metrics.SUBBANDS, hf_BAK.shape[2])
+        own = rows.response(h)
+        parts.append(torch.stack([metrics.rho(own, hf), metrics.sgcs(own, hf)], 1).double())
+    rho, sgcs = torch.cat(parts).nanmean(0).tolist()
+    return rho, sgcs
 
 
 def _block(
@@ -88,7 +82,7 @@ def _block(
     hf = None if rows.hf_BAK is None else rows.hf_BAK[mine].to(device)
     floor = metrics.floor_loss(h).double()
     empty = floor == 0
-    v = None if hf is None else metrics.directions(hf, _subbands(hf))
+    v = None if hf is None else metrics.directions(hf)
     found = torch.full((len(models), len(h), len(COLUMNS)), torch.nan, dtype=torch.float64)
     for number, model in enumerate(models):
         with torch.no_grad(), autocast(precision, device):
@@ -98,9 +92,9 @@ def _block(
         loss = metrics.paper_loss(h_hat, h).double()
         columns = [loss, floor, loss / floor]
         if hf is not None and v is not None:
-            hf_hat = metrics.to_frequency(h_hat, hf.shape[2], rows.padded)
+            hf_hat = rows.response(h_hat)
             columns.append(metrics.rho(hf_hat, hf).double())
-            v_hat = metrics.directions(hf_hat, _subbands(hf))
+            v_hat = metrics.directions(hf_hat)
             columns.append(metrics.similarity(v_hat, v).double())
         for column, values in enumerate(columns):
             if column >= 2:

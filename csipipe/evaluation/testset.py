@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csipipe import channels
-from csipipe.measure.metrics import PADDED
+from csipipe.measure import metrics
 from csipipe.settings.config import Settings
 
 
@@ -30,7 +30,12 @@ class Rows:
     hf_BAK: Tensor | None
     missing: str
     name: str
-    padded: int = PADDED
+    padded: int = metrics.PADDED
+
+    def response(self, h_BAD: Tensor) -> Tensor:
+        """(B, A, K) complex: images of the same size as these, over the frequencies of hf."""
+        assert self.hf_BAK is not None
+        return metrics.to_frequency(h_BAD, self.hf_BAK.shape[2], self.padded)
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -43,8 +48,8 @@ def identity(settings: Settings) -> dict[str, Any]:
     source = channels.open_source(data, model.angles, model.delays)
     spans = channels.common_test(data, source.available, source.environments)
     return {
-        "angles": model.angles,
-        "delays": model.delays,
+        "angles": source.size[0],
+        "delays": source.size[1],
         "rows": {span.environment: span.size for span in spans},
         "streams": {s.environment: source.identity(s.environment, "test") for s in spans},
     }
@@ -62,9 +67,10 @@ def load(settings: Settings) -> Rows:
     h_BAD = torch.from_numpy(np.ascontiguousarray(channels.rows_of(source, spans)))
     hf, missing = _responses(source, spans)
     place = data.path or "built in"
-    name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {model.angles} × {model.delays}"
-    found = None if hf is None else torch.from_numpy(hf)
-    return Rows(h_BAD, found, missing, name, source.padded)
+    angles, delays = source.size
+    name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {angles} × {delays}"
+    response = None if hf is None else torch.from_numpy(hf)
+    return Rows(h_BAD, response, missing, name, source.padded)
 
 
 def _responses(

@@ -20,7 +20,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def parts_of(ues: int, device: torch.device) -> tuple[list[Any], list[Any], nn.Sequential]:
     """Encoders, heads and tail of the paper's size, every UE's weights its own."""
-    model = ModelSettings(kernels_by="torch")
+    model = ModelSettings(angles=32, delays=32, kernels_by="torch")
     encoders = [build_encoder(model, u).to(device) for u in range(ues)]
     heads = [build_head(model, u).to(device) for u in range(ues)]
     return encoders, heads, nn.Sequential(*build_tail(model, 0)).to(device)

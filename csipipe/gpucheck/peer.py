@@ -52,22 +52,20 @@ class Unsplit(nn.Module):
 
 def encoder(model: ModelSettings) -> nn.Sequential:
     """CsiNet's encoder of stock layers."""
-    reals = 2 * model.angles * model.delays
     return nn.Sequential(
         nn.Conv2d(2, 2, 3, padding=1),
         nn.BatchNorm2d(2),
         nn.LeakyReLU(SLOPE),
         nn.Flatten(),
-        nn.Linear(reals, model.c1),
+        nn.Linear(model.reals, model.c1),
     )
 
 
 def head(model: ModelSettings) -> nn.Sequential:
     """The decoder head of stock layers."""
-    image = (2, model.angles, model.delays)
     return nn.Sequential(
-        nn.Linear(model.c2, 2 * model.angles * model.delays),
-        nn.Unflatten(1, image),
+        nn.Linear(model.c2, model.reals),
+        nn.Unflatten(1, model.image),
         nn.Hardsigmoid(),
     )
 
@@ -88,7 +86,7 @@ class Peer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=train.lr, fused=True, capturable=on_card
         )
-        image = (2, self.made.model.angles, self.made.model.delays)
+        image = self.made.model.image
         shape = (ues, train.batch_size, *image)
         self.rows = torch.rand(2 * ues * train.batch_size, *image, device=step.device)
         self.picks = torch.randint(len(self.rows), shape[:2], device=step.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 ZERO = 0.5
 PADDED = 257
 """Delay bins that CsiNet pads an image to before it goes to frequency: about every fourth
-subcarrier of 1024."""
+subcarrier of 1024. Other data have a length of their own."""
 BINS = 125
 """Frequency bins that CsiNet compares: the first of the 257, those of `HF_all`."""
 SUBBANDS = 13
@@ -87,7 +87,7 @@ def rho(hf_hat: Tensor, hf: Tensor) -> Tensor:
     return (inner / norms).mean(1)
 
 
-def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
+def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int | None = None) -> Tensor:
     """Squared generalised cosine similarity per subband, mean over subbands: (B,), 0 … 1.
 
     3GPP TR 38.843 (layer 1): |v̂^H v|^2 / (||v̂||^2 ||v||^2), with v the principal eigenvector of the
@@ -96,7 +96,7 @@ def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
 
     Args:
         hf_hat, hf: (B, A, K) complex, the same first axis (see the module).
-        subbands: 1 … K; the first K % subbands have one bin more.
+        subbands: 1 … K; the first K % subbands have one bin more. None: 13, or K if fewer.
 
     Raises:
         ValueError: more subbands than bins.
@@ -105,13 +105,14 @@ def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
     return similarity(directions(hf_hat, subbands), directions(hf, subbands))
 
 
-def directions(hf: Tensor, subbands: int = SUBBANDS) -> Tensor:
+def directions(hf: Tensor, subbands: int | None = None) -> Tensor:
     """(B, A, subbands): what `sgcs` compares, the principal eigenvectors, of norm 1; raises as it.
 
     Computed over the bins, which are fewer than the antennas: where u is the eigenvector of H^H H
     for the largest eigenvalue, H u has the direction.
     """
     bins = hf.shape[2]
+    subbands = min(SUBBANDS, bins) if subbands is None else subbands
     if not 1 <= subbands <= bins:
         raise ValueError(f"subbands is {subbands}; there are {bins} bins. Set it to 1 … {bins}.")
     found = []

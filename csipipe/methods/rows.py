@@ -29,10 +29,8 @@ def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifes
 
     A BTS rank may run where there is no data, so rank 0 can't tell.
     """
-    if settings.stages:
-        topology = Topology.of(settings, world_size)
-        if rank != topology.rank(topology.host(0)):
-            return None
+    if rank != Topology.first_host(settings, world_size):
+        return None
     source, deal = _dealt(settings)
     return channels.manifest_of(deal, settings.data.holdout, source)
 

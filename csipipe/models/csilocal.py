@@ -16,29 +16,26 @@ from csipipe.settings.config import ModelSettings
 
 def encoder(model: ModelSettings) -> nn.Sequential:
     """CsiNet's encoder F1: (B, 2, A, D) → (B, c1). 524,586 parameters at c1 = 256."""
-    reals = 2 * model.angles * model.delays
     return nn.Sequential(
         Conv2d(2, 2, (3, 3), bias=True, kernels_by=model.kernels_by),
         BatchNorm2d(2),
         nn.LeakyReLU(SLOPE, inplace=True),
         nn.Flatten(),
-        Linear(reals, model.c1),
+        Linear(model.reals, model.c1),
     )
 
 
 def tail(model: ModelSettings) -> list[nn.Module]:
     """Decoder tail F2 as a list of layers: (B, c1) → (B, c2). 1,053,768 parameters at c = 256."""
-    image = (2, model.angles, model.delays)
-    reals = 2 * model.angles * model.delays
     return [
-        Linear(model.c1, reals),
-        nn.Unflatten(1, image),
+        Linear(model.c1, model.reals),
+        nn.Unflatten(1, model.image),
         Conv2d(2, 2, (3, 3), bias=True, kernels_by=model.kernels_by),
         nn.LeakyReLU(SLOPE),
         CRBlock(model.kernels, model.kernels_by),
         CRBlock(model.kernels, model.kernels_by),
         nn.Flatten(),
-        Linear(reals, model.c2),
+        Linear(model.reals, model.c2),
     ]
 
 
@@ -49,9 +46,8 @@ def head(model: ModelSettings) -> nn.Sequential:
     PyTorch's usual range, which the paper leaves open: the first reconstructions are then close to
     0.5, an empty channel, instead of noise that takes hundreds of iterations to unlearn.
     """
-    image = (2, model.angles, model.delays)
-    last = Linear(model.c2, 2 * model.angles * model.delays)
+    last = Linear(model.c2, model.reals)
     with torch.no_grad():
         last.weight.mul_(0.1)
         last.bias.mul_(0.1)
-    return nn.Sequential(last, nn.Unflatten(1, image), nn.Hardsigmoid())
+    return nn.Sequential(last, nn.Unflatten(1, model.image), nn.Hardsigmoid())

@@ -55,7 +55,7 @@ def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
         build = found(getattr(spec, part))
         return lambda: build(model)
     whole = found(model.name, _NAME)
-    return lambda: whole(model.angles, model.delays, model.c1, model.c2)[PARTS.index(part)]
+    return lambda: whole(*model.image[1:], model.c1, model.c2)[PARTS.index(part)]
 
 
 def check(model: ModelSettings) -> None:
@@ -64,8 +64,7 @@ def check(model: ModelSettings) -> None:
     Raises:
         ValueError: the user's own code can't be imported, fails, or gives other shapes.
     """
-    row = (2, model.angles, model.delays)
-    codeword, output = (model.c1,), (model.c2,)
+    row, codeword, output = model.image, (model.c1,), (model.c2,)
     ends: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
         (row, codeword),
         (codeword, output),
@@ -93,7 +92,7 @@ def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
     block = next((b for b in blocks if isinstance(b, CRBlock)), None)
     if block is None:
         return []
-    x = torch.zeros(2, 2, model.angles, model.delays, device=device)
+    x = torch.zeros(2, *model.image, device=device)
     return [describe(block.fresh().to(device), x)]
 
 

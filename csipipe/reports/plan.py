@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from csipipe import channels
 from csipipe.files import write_file, write_table
 from csipipe.methods.cost import exchanged_per_iteration, shared_parts
 from csipipe.models import count_parts
@@ -95,7 +96,8 @@ def configuration(preset: str | None, arguments: list[str]) -> Settings:
     """
     base = presets.load(preset).arguments if preset else ()
     no_data = (*presets.NO_DATA, *presets.ANY)
-    return commandline.settings(commandline.parser(""), [*base, *arguments, *no_data])[0]
+    settings, _ = commandline.settings(commandline.parser(""), [*base, *arguments, *no_data])
+    return channels.sized(settings)
 
 
 def plan(settings: Settings) -> list[Row]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from csipipe import channels
 from csipipe.files import shipped
 from csipipe.settings import commandline, tables
 from csipipe.settings.config import DataSettings, Environment, Settings
@@ -122,9 +123,11 @@ class Preset:
     def settings(self, method: str, environment: Environment, ratio: int, seed: int) -> Settings:
         """Settings of one run, without `run.dir`; raises as `common`."""
         common = self.common()
+        if None in (common.model.angles, common.model.delays):
+            common = channels.sized(common)
         model, train, topology = common.model, common.train, common.topology
         spec = tables.METHODS[method]
-        reals = 2 * model.angles * model.delays
+        reals = model.reals
         if reals % ratio:
             raise ValueError(
                 f"model.angles {model.angles} × model.delays {model.delays} are {reals} reals, "

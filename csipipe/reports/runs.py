@@ -18,7 +18,7 @@ from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
 from csipipe.reports.preset import DECIDED, Preset, argument, plain
 from csipipe.run import lock, slurm, stopping
-from csipipe.run.resuming import FREE
+from csipipe.run.resuming import BEFORE, FREE, OF_THE_DATA
 from csipipe.settings import commandline
 from csipipe.settings.config import Environment, Settings
 
@@ -82,10 +82,10 @@ class Run:
         return curves.read(self.folder)
 
     def _check_settings(self, config: Path) -> None:
-        wanted = plain(self.settings)
+        wanted, usual = plain(self.settings), plain(Settings()) | BEFORE
         try:
             # a setting that is newer than the run had the effect of its default
-            found = plain(Settings()) | commandline.dotted(yaml.safe_load(config.read_text()))
+            found = usual | commandline.dotted(yaml.safe_load(config.read_text()))
         except (AttributeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{config} holds no settings of a run ({' '.join(str(error).split())}); {REMEDY}."
@@ -94,6 +94,7 @@ class Run:
             raise ValueError(f"{config} has {unknown[0]}, which is not a setting; {REMEDY}.")
         for key, value in found.items():
             free = key.startswith(FREE) and key != "run.eval_every"  # a curve's points
+            free = free or (wanted[key] is None and key in OF_THE_DATA)
             if free or value == wanted[key]:
                 continue
             remedy = f"start the report with --{key} {argument(value)} to use such runs"

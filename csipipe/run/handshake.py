@@ -1,17 +1,38 @@
-"""Before training: every rank runs the same release with the same settings."""
+"""Before training: every rank runs the same release with the same settings, on like images."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import torch
 
-from csipipe import __version__
+from csipipe import __version__, channels
 from csipipe.comm.handshake import first_difference
+from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.pipeline import settings as deepspeed
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
+
+
+def agree_on_images(world: World, settings: Settings) -> Settings:
+    """The settings with size and kind of the images, which the host of UE 0 looks up in its data.
+
+    A BTS rank may run where there is no data.
+
+    Raises:
+        ValueError, OSError: data that can't be used, or ranks that don't fit the topology.
+    """
+    host = Topology.first_host(settings, world.size)
+    mine = channels.sized(settings) if world.rank == host else settings
+    said = json.dumps([mine.model.angles, mine.model.delays, mine.data.kind])
+    angles, delays, kind = json.loads(world.shared("images", said, origin=host))
+    return replace(
+        settings,
+        model=replace(settings.model, angles=angles, delays=delays),
+        data=replace(settings.data, kind=kind),
+    )
 
 
 def compare_settings(world: World, settings: Settings) -> None:

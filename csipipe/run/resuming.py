@@ -33,6 +33,10 @@ FREE = (
     "train.schedule",
 )
 """Settings, or prefixes of them, that decide where and how fast, not what is computed."""
+BEFORE: dict[str, Any] = {"data.kind": "channel"}
+"""Settings whose default isn't what a run had that is older than they are."""
+OF_THE_DATA = ("model.angles", "model.delays", "data.kind")
+"""Settings that are the data's own where they are null."""
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed"
 """Key of a checkpoint's manifest: what the file of `train.deepspeed` held; null: not used."""
@@ -228,7 +232,8 @@ def _check_settings(
     """Refuse to resume with settings, other than `free` ones, that would change the result."""
     wanted = commandline.dotted(commandline.plain(settings))
     # a setting that is newer than the run had the effect of its default
-    found = commandline.dotted(commandline.plain(Settings())) | commandline.dotted(theirs)
+    usual = commandline.dotted(commandline.plain(Settings())) | BEFORE
+    found = usual | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
     for key, before, now in commandline.differences(found, wanted):
         if key.startswith(free) or (key == "train.iterations" and constant):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from csipipe import checkpoint, models
 from csipipe.methods.state import layer_name, ue_name
-from csipipe.run.resuming import CONFIG
+from csipipe.run.resuming import BEFORE, CONFIG
 from csipipe.settings import commandline
 from csipipe.settings.config import ModelSettings, Settings
 
@@ -138,6 +138,9 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     parser = commandline.parser("")
     given = ["--config", str(folder / CONFIG), *changes]
     settings, _ = commandline.settings(parser, given)
+    settings = replace(
+        settings, data=replace(settings.data, kind=settings.data.kind or BEFORE["data.kind"])
+    )
     ended = _ended(folder)
     status = ended[0] if ended else "unfinished"
     checkpoints = folder / "checkpoints"

@@ -32,7 +32,6 @@ from csipipe.run.saving import Saver, restore
 from csipipe.run.stopping import Stopping
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
-from csipipe.settings.tables import SOURCES
 from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
 
 _NAME, _BEGUN = "run.dir", "run.dir is begun"
@@ -52,6 +51,7 @@ def launch(world: World, settings: Settings) -> None:
 
 def _launch(world: World, settings: Settings) -> None:
     handshake.compare_settings(world, settings)
+    settings = handshake.agree_on_images(world, settings)
     start = _begin(world, settings)
     if start.finished:
         if world.rank == 0:
@@ -89,7 +89,7 @@ def _launch(world: World, settings: Settings) -> None:
         settings.train.iterations,
         start.iteration,
         draws=ue_name(Probe.UE) in worker.units(),
-        axes=SOURCES[settings.data.source].axes,
+        axes=settings.axes,
     )
     run(worker, settings, start, tracker, mine, world)
     world.leave()

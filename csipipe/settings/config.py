@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from csipipe.settings import tables
-from csipipe.settings.tables import METHODS, MODELS, SOURCES, MethodSpec
+from csipipe.settings.tables import KINDS, METHODS, MODELS, SOURCES, MethodSpec
 
 Kernel = tuple[int, int]
 """Height (angles) and width (delays) of a convolution kernel."""
@@ -22,6 +22,8 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 )
 
 Environment = str
+Kind = Literal["channel", "eigenvectors"]
+"""What an image holds: angles x delays, or ports x subbands."""
 Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
 KernelsBy = Literal["auto", "llvm", "triton", "torch"]
@@ -43,10 +45,11 @@ class ModelSettings:
     """Codeword dimension: reals per sample that the encoder outputs (smashed data)."""
     c2: int = 256
     """Tail-output dimension: reals per sample that the BTS sends to the decoder heads."""
-    angles: int = 32
-    """Angular bins of the input. If the data has more, only that many antennas are kept."""
-    delays: int = 32
-    """Delay bins of the input. If the data has more, the first ones are kept."""
+    angles: int | None = None
+    """Angular bins (or ports) of the images. null: the data's own. Fewer: as a smaller array of
+    that many antennas would have measured, where the source can tell."""
+    delays: int | None = None
+    """Delay bins (or subbands) of the images. null: the data's own. Fewer: the first ones."""
     kernels: tuple[tuple[Kernel, ...], ...] = CRNET_KERNELS
     """CRBlock: one sequence of odd kernels (angles, delays) per parallel path."""
     kernels_by: KernelsBy = "auto"
@@ -56,7 +59,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         tables.check("model.name", self.name)
         for name in ("c1", "c2", "angles", "delays"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                _at_least(f"model.{name}", getattr(self, name), 1)
         if not self.kernels or not all(self.kernels):
             raise ValueError(
                 f"model.kernels is {self.kernels}; every path of a CRBlock needs a kernel."
@@ -67,6 +71,18 @@ class ModelSettings:
                     f"model.kernels holds {kernel}; sizes must be odd and positive, "
                     "so that padding keeps the image's size."
                 )
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(2, A, D): the shape of a row; the data's own sizes have been asked for."""
+        assert self.angles is not None, "it is the data's own"
+        assert self.delays is not None, "it is the data's own"
+        return 2, self.angles, self.delays
+
+    @property
+    def reals(self) -> int:
+        """Reals of a row: 2·A·D."""
+        return math.prod(self.image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +145,9 @@ class DataSettings:
     alpha: float | None = None
     """noniid: every environment's rows are divided among the UEs by Dirichlet shares of this
     parameter; the smaller, the less alike the UEs are. null: the paper's mixture of two."""
+    kind: Kind | None = None
+    """channel: images of angles and delays. eigenvectors: of ports and subbands. null: as the data
+    has them."""
     train_samples: int | None = None
     """Training rows over all UEs. null: all rows of the source; synthetic: 8000."""
     test_samples: int | None = None
@@ -355,6 +374,12 @@ class Settings:
     def participants(self) -> int:
         """UEs that take part in an iteration."""
         return self.topology.participants or self.topology.ues
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """What stands at an image's axes in pictures, see `SourceSpec.axes`."""
+        kind = self.data.kind and KINDS[self.data.kind]
+        return (kind and kind.axes) or SOURCES[self.data.source].axes
 
     @property
     def partition(self) -> str:

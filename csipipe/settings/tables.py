@@ -73,6 +73,14 @@ class SourceSpec:
     """Labels of an image's axes in pictures; {}: the number of bins."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KindSpec:
+    """What an image shows, by data.kind."""
+
+    axes: tuple[str, str] | None = None
+    """As `SourceSpec.axes`, whatever the source; None: the source's."""
+
+
 def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
     return MethodSpec(
         about=about,
@@ -167,6 +175,10 @@ SOURCES: dict[str, SourceSpec] = {
         environments=(),
         axes=("angle bin, {} in all", "delay bin"),
     ),
+}
+
+KINDS: dict[str, KindSpec] = {
+    "channel": KindSpec(),
 }
 
 TABLES: dict[str, Mapping[str, MethodSpec | ModelSpec | SourceSpec]] = {

@@ -47,7 +47,7 @@ prepare = partial(federated.prepare, FedSign)
 
 
 def encoder(model: ModelSettings) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(2 * model.angles * model.delays, model.c1))
+    return nn.Sequential(nn.Flatten(), nn.Linear(model.reals, model.c1))
 
 
 def tail(model: ModelSettings) -> list[nn.Module]:
@@ -55,8 +55,7 @@ def tail(model: ModelSettings) -> list[nn.Module]:
 
 
 def head(model: ModelSettings) -> nn.Module:
-    image = (2, model.angles, model.delays)
-    reals = 2 * model.angles * model.delays
+    image, reals = model.image, model.reals
     return nn.Sequential(nn.Linear(model.c2, reals), nn.Unflatten(1, image), nn.Sigmoid())
 
 

@@ -12,7 +12,7 @@ from csipipe.settings.tables import METHODS
 def paper(method: str, c: int = 512) -> Settings:
     return Settings(
         method=method,
-        model=ModelSettings(c1=c, c2=c),
+        model=ModelSettings(c1=c, c2=c, angles=32, delays=32),
         topology=TopologySettings(ues=10),
         train=TrainSettings(batch_size=800),
     )

@@ -104,7 +104,8 @@ def test_so_many_bits_are_refused(bits: int) -> None:
 
 
 def test_operations_by_hand() -> None:
-    model = Autoencoder(ModelSettings(), nn.Sequential(*models.build_tail(ModelSettings(), 0)))
+    size = ModelSettings(angles=32, delays=32)
+    model = Autoencoder(size, nn.Sequential(*models.build_tail(size, 0)))
     pair = Pair.of(model.eval())
     pixels = 32 * 32
     row = torch.rand(1, 2, 32, 32)

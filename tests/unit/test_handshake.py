@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from csipipe.run.handshake import compare_settings
-from csipipe.settings.config import Settings, TrainSettings
+from csipipe.run.handshake import agree_on_images, compare_settings
+from csipipe.settings.config import (
+    DataSettings,
+    ModelSettings,
+    Settings,
+    TopologySettings,
+    TrainSettings,
+)
 
 
 @dataclass
@@ -19,9 +25,12 @@ class Node:
 
     rank: int = 0
     texts: dict[str, str] = field(default_factory=dict)
+    size: int = 2
 
-    def shared(self, name: str, mine: str) -> str:
-        return self.texts.setdefault(name, mine)
+    def shared(self, name: str, mine: str, origin: int = 0) -> str:
+        if self.rank == origin:
+            self.texts[name] = mine
+        return self.texts[name]
 
 
 def compare(mine: Settings, there: Settings) -> None:
@@ -57,3 +66,27 @@ def test_one_path_may_hold_two_files(tmp_path: Path) -> None:
     nodes[1].texts = nodes[0].texts
     with pytest.raises(ValueError, match="the same DeepSpeed file"):
         compare_settings(nodes[1], with_file(file, stage=1))
+
+
+def test_the_host_of_ue_0_says_how_large_the_images_are(tmp_path: Path) -> None:
+    """The BTS's rank 0 may have no data: here its folder is elsewhere."""
+    host: Any = Node(1)
+    model, place = ModelSettings(delays=8), TopologySettings(stages=1)
+    data = DataSettings(source="csinet", path=str(tmp_path))
+    agreed = agree_on_images(host, Settings(data=data, model=model, topology=place))
+    assert (agreed.model.angles, agreed.model.delays, agreed.data.kind) == (32, 8, "channel")
+    stage: Any = Node(0, host.texts)
+    nowhere = DataSettings(source="csinet", path=str(tmp_path / "nowhere"))
+    theirs = agree_on_images(stage, Settings(data=nowhere, model=model, topology=place))
+    assert theirs.model == agreed.model
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        agree_on_images(host, Settings(data=nowhere, topology=place))
+
+
+def test_what_is_larger_than_the_data_is_refused_before_ranks_wait(tmp_path: Path) -> None:
+    host: Any = Node(1)
+    data = DataSettings(source="csinet", path=str(tmp_path))
+    model, place = ModelSettings(angles=64), TopologySettings(stages=1)
+    settings = Settings(data=data, model=model, topology=place)
+    with pytest.raises(ValueError, match=r"model.angles is 64; CsiNet's files hold 32"):
+        agree_on_images(host, settings)

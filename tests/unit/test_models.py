@@ -17,7 +17,7 @@ from csipipe.settings.config import ModelSettings
     ],
 )
 def test_parameters_are_the_papers(c: int, encoder: int, tail: int, head: int, whole: int) -> None:
-    parts = models.count_parts(ModelSettings(c1=c, c2=c))
+    parts = models.count_parts(ModelSettings(c1=c, c2=c, angles=32, delays=32))
     assert parts == {"encoder": encoder, "tail": tail, "head": head}
     assert sum(parts.values()) == whole
 
