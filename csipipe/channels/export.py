@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from csipipe import files
 from csipipe.channels.csinet import SUFFIX
-from csipipe.channels.layout import HF, HT, Layout
+from csipipe.channels.layout import ANGLES, DELAYS, HF, HT, Layout
 from csipipe.channels.source import Part, Site
 from csipipe.channels.synthetic import SyntheticSource
 
@@ -59,7 +59,7 @@ def write_files(
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be at least 0.")
 
-    source = SyntheticSource(seed, *HT.row[1:])
+    source = SyntheticSource(seed, ANGLES, DELAYS)
     suffix = SUFFIX[environment]
     plans: list[tuple[Path, Layout, Part, int, int]] = [
         (folder / f"DATA_Htrain{suffix}.mat", HT, "train", 0, train),

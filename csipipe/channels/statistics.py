@@ -6,7 +6,7 @@ doesn't matter. Shapes: B rows, A angles, D delays; everything linear except PCA
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from scipy import linalg
 
 from csipipe.channels.source import Images
 from csipipe.channels.transform import ZERO, to_complex
-from csipipe.measure.metrics import centred_nmse, floor_loss, to_db
+from csipipe.measure.metrics import centred_nmse, column_sgcs, floor_loss, to_db
 
 Reals = NDArray[np.float64]
 
@@ -87,12 +87,30 @@ def measure(images: Images) -> Statistics:
 def pca_db(train: Images, test: Images) -> dict[int, float]:
     """Centred NMSE in dB that the first 64, 128, 256 principal components leave.
 
-    The components are those of `train`, around its mean; the error is that of `test`. It is what
-    the best linear code of that many reals reaches; a model worth training does better.
+    It is what the best linear code of that many reals reaches; a model worth training does better.
 
     Returns:
-        Components to dB; only numbers below half of `train`'s rows, as more would be fitted to
-        single rows.
+        Components to dB; see `by_components`.
+    """
+    return {
+        n: to_db(float(centred_nmse(torch.from_numpy(again), torch.from_numpy(of)).double().mean()))
+        for n, again, of in by_components(train, test)
+    }
+
+
+def pca_sgcs(train: Images, test: Images) -> dict[int, float]:
+    """SGCS of the columns of images of eigenvectors, from so many components; as `pca_db`."""
+    return {
+        n: float(column_sgcs(torch.from_numpy(again), torch.from_numpy(of)).double().mean())
+        for n, again, of in by_components(train, test)
+    }
+
+
+def by_components(train: Images, test: Images) -> Iterator[tuple[int, Images, Images]]:
+    """How many principal components, what they make of the test rows, and those rows.
+
+    The components are those of `train`, around its mean; only numbers below half of `train`'s
+    rows, as more would be fitted to single rows.
     """
     train, test = spaced(train, MOST_ROWS), spaced(test, MOST_ROWS)
     known = train.reshape(len(train), -1)
@@ -100,7 +118,7 @@ def pca_db(train: Images, test: Images) -> dict[int, float]:
     known = known - mean
     counts = [n for n in COMPONENTS if 2 * n < len(known) and n < known.shape[1]]
     if not counts or not len(test):
-        return {}
+        return
     wide = known.shape[1] > len(known)  # then the rows' products are the smaller matrix
     products = known @ known.T if wide else known.T @ known
     last = len(products) - 1
@@ -109,12 +127,9 @@ def pca_db(train: Images, test: Images) -> dict[int, float]:
         basis = known.T @ basis
         basis /= np.linalg.norm(basis, axis=0)
     code = (test.reshape(len(test), -1) - mean) @ basis  # ascending: the strongest come last
-    found = {}
     for n in counts:
         again = mean + code[:, -n:] @ basis[:, -n:].T
-        error = centred_nmse(torch.from_numpy(again.reshape(test.shape)), torch.from_numpy(test))
-        found[n] = to_db(float(error.double().mean()))
-    return found
+        yield n, again.reshape(test.shape), np.ascontiguousarray(test)
 
 
 def four_fifths(images: Images) -> tuple[Images, Images]:

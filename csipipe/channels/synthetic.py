@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from csipipe.channels.eigenvectors import SUBBANDS, images_of, to_image
 from csipipe.channels.images import frequencies_of_rays, images_of_rays
 from csipipe.channels.layout import ANGLES, DELAYS, FREQUENCIES, GRID
 from csipipe.channels.scenario import SCENARIOS, SUBCARRIERS, Rays, draw_rays
 from csipipe.channels.source import SITES, Images, Kind, Part, Site, check_range
 from csipipe.channels.transform import to_unit
 from csipipe.settings.config import DataSettings
+from csipipe.settings.tables import KINDS
 
 BLOCK = 128
 """Rows per block. Part of the stream's definition: another size gives other channels."""
@@ -40,19 +42,30 @@ class SyntheticSource:
     Args:
         seed: of the streams; the same seed makes the same rows.
         angles: antennas and angular bins A. None: 32.
-        delays: delay bins D kept of the 1024. None: 32.
+        delays: delay bins D kept of the 1024. None: 32. Of eigenvectors: subbands of the 125
+            frequencies; None: 13.
+        kind: what the images show. Eigenvectors are those of one receive antenna.
 
     Raises:
-        ValueError: more delays than subcarriers.
+        ValueError: more delays than subcarriers, or more subbands than frequencies.
     """
 
-    def __init__(self, seed: int, angles: int | None = None, delays: int | None = None) -> None:
-        angles, delays = angles or ANGLES, delays or DELAYS
-        if delays > SUBCARRIERS:
+    def __init__(
+        self,
+        seed: int,
+        angles: int | None = None,
+        delays: int | None = None,
+        kind: Kind = "channel",
+    ) -> None:
+        self._vectors = KINDS[kind].similarity
+        most = FREQUENCIES if self._vectors else SUBCARRIERS
+        angles, delays = angles or ANGLES, delays or (SUBBANDS if self._vectors else DELAYS)
+        if delays > most:
+            there = "frequencies for subbands" if self._vectors else "delay bins"
             raise ValueError(
-                f"model.delays is {delays}; the channel has {SUBCARRIERS} delay bins. "
-                f"Set it to 1 … {SUBCARRIERS}."
+                f"model.delays is {delays}; the channel has {most} {there}. Set it to 1 … {most}."
             )
+        self._kind = kind
         self._seed = seed
         self._angles = angles
         self._delays = delays
@@ -74,8 +87,8 @@ class SyntheticSource:
 
     @property
     def kind(self) -> Kind:
-        """Images of the channel."""
-        return "channel"
+        """As it was asked for."""
+        return self._kind
 
     def available(self, environment: Site, part: Part) -> int | None:
         """None: as many rows as are asked for."""
@@ -85,7 +98,8 @@ class SyntheticSource:
         """Rows start … stop-1 of the stream: (stop-start, 2, A, D) float32 in [0, 1]."""
         check_range(start, stop, None)
         rows = np.empty((stop - start, 2, self._angles, self._delays), np.float32)
-        self._fill(rows, environment, part, start, self._images)
+        of_rays = self._eigenvectors if self._vectors else self._images
+        self._fill(rows, environment, part, start, of_rays)
         return rows
 
     def frequency_rows(
@@ -104,7 +118,8 @@ class SyntheticSource:
 
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         """Version of the generator, and the stream that the rows are taken from."""
-        return {
+        kind = {"kind": self._kind} if self._vectors else {}
+        return kind | {
             "generator": f"csipipe synthetic {VERSION}",
             "stream": f"seed {self._seed}, {environment}, {part}, blocks of {BLOCK} rows",
         }
@@ -138,10 +153,14 @@ class SyntheticSource:
             )
         )
 
+    def _eigenvectors(self, rays: Rays) -> Images:
+        over_antennas = np.fft.ifft(self._frequencies(rays), axis=1)  # the angle DFT undone
+        return to_image(images_of(over_antennas[:, None], self._delays))
+
     def _frequencies(self, rays: Rays) -> NDArray[np.complex64]:
         return frequencies_of_rays(rays.gain, rays.frequency, rays.delay, angles=self._angles)
 
 
 def open_source(data: DataSettings, angles: int | None, delays: int | None) -> SyntheticSource:
     """As `csipipe.channels.open_source`."""
-    return SyntheticSource(data.seed, angles or ANGLES, delays or DELAYS)
+    return SyntheticSource(data.seed, angles, delays, data.kind or "channel")

@@ -65,7 +65,9 @@ def ceiling(rows: Rows) -> tuple[float, float] | None:
     blocks = (torch.split(x, BLOCKS["cpu"]) for x in (rows.h_BAD, rows.hf_BAK))
     for h, hf in zip(*blocks, strict=True):
         own = rows.response(h)
-        parts.append(torch.stack([metrics.rho(own, hf), metrics.sgcs(own, hf)], 1).double())
+        parts.append(
+            torch.stack([metrics.rho(own, hf), metrics.sgcs(own, hf, rows.subbands)], 1).double()
+        )
     rho, sgcs = torch.cat(parts).nanmean(0).tolist()
     return rho, sgcs
 
@@ -82,7 +84,7 @@ def _block(
     hf = None if rows.hf_BAK is None else rows.hf_BAK[mine].to(device)
     floor = metrics.floor_loss(h).double()
     empty = floor == 0
-    v = None if hf is None else metrics.directions(hf)
+    v = None if hf is None else metrics.directions(hf, rows.subbands)
     found = torch.full((len(models), len(h), len(COLUMNS)), torch.nan, dtype=torch.float64)
     for number, model in enumerate(models):
         with torch.no_grad(), autocast(precision, device):
@@ -94,8 +96,9 @@ def _block(
         if hf is not None and v is not None:
             hf_hat = rows.response(h_hat)
             columns.append(metrics.rho(hf_hat, hf).double())
-            v_hat = metrics.directions(hf_hat)
-            columns.append(metrics.similarity(v_hat, v).double())
+            columns.append(
+                metrics.similarity(metrics.directions(hf_hat, rows.subbands), v).double()
+            )
         for column, values in enumerate(columns):
             if column >= 2:
                 # an empty reconstruction has no direction: its similarity is 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from csipipe import channels
 from csipipe.measure import metrics
 from csipipe.settings.config import Settings
+from csipipe.settings.tables import KINDS
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Rows:
         hf_BAK: (B, A, K) complex, untruncated, of any scale; None: there is none.
         missing: why there is none; otherwise empty.
         name: a description.
-        padded: points of the DFT over delay whose first K `hf_BAK` holds.
+        padded: points of the DFT over delay, of which hf has the first K.
+        similarity: the images are eigenvectors: their columns are compared themselves.
     """
 
     h_BAD: Tensor
@@ -31,9 +33,17 @@ class Rows:
     missing: str
     name: str
     padded: int = metrics.PADDED
+    similarity: bool = False
+
+    @property
+    def subbands(self) -> int | None:
+        """Subbands that SGCS compares; None: the usual number."""
+        return self.h_BAD.shape[3] if self.similarity else None
 
     def response(self, h_BAD: Tensor) -> Tensor:
         """(B, A, K) complex: images of the same size as these, over the frequencies of hf."""
+        if self.similarity:
+            return metrics.to_complex(h_BAD)
         assert self.hf_BAK is not None
         return metrics.to_frequency(h_BAD, self.hf_BAK.shape[2], self.padded)
 
@@ -65,12 +75,15 @@ def load(settings: Settings) -> Rows:
     source = channels.open_source(data, model.angles, model.delays)
     spans = channels.common_test(data, source.available, source.environments)
     h_BAD = torch.from_numpy(np.ascontiguousarray(channels.rows_of(source, spans)))
-    hf, missing = _responses(source, spans)
+    similarity = KINDS[source.kind].similarity
+    hf, missing = (None, "") if similarity else _responses(source, spans)
     place = data.path or "built in"
     angles, delays = source.size
     name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {angles} × {delays}"
     response = None if hf is None else torch.from_numpy(hf)
-    return Rows(h_BAD, response, missing, name, source.padded)
+    if similarity:
+        response = metrics.to_complex(h_BAD)
+    return Rows(h_BAD, response, missing, name, source.padded, similarity)
 
 
 def _responses(

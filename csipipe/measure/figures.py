@@ -11,19 +11,21 @@ from torch import Tensor
 
 from csipipe.measure.metrics import to_db
 
-WIDTH = 4
-"""Columns of `Figures.sums`: rows, then the sums of loss, centred NMSE and floor over them."""
+WIDTH = 5
+"""Columns of `Figures.sums`: rows, then the sums of loss, centred NMSE, floor and SGCS over them;
+0 for SGCS where the images' columns aren't compared."""
 
 
-def row_sums(loss_B: Tensor, floor_B: Tensor) -> Tensor:
-    """(WIDTH,) float64 from per-sample losses and floors.
+def row_sums(loss_B: Tensor, floor_B: Tensor, sgcs_B: Tensor | None) -> Tensor:
+    """(WIDTH,) float64 from per-sample losses, floors and, where there are any, SGCS.
 
     The paper's loss divides the error by ‖H‖², the centred NMSE by ‖H − 0.5‖²; the floor is the
     ratio of the two, so NMSE = loss / floor, sample by sample.
     """
     loss, floor = loss_B.detach().double(), floor_B.double()
     rows = torch.full((), float(len(loss)), dtype=torch.float64, device=loss.device)
-    return torch.stack([rows, loss.sum(), (loss / floor).sum(), floor.sum()])
+    sgcs = torch.zeros_like(rows) if sgcs_B is None else sgcs_B.detach().double().sum()
+    return torch.stack([rows, loss.sum(), (loss / floor).sum(), floor.sum(), sgcs])
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,39 @@ class Figures:
         """The paper's loss of a constant 0.5, mean over UEs."""
         return self._mean(self._means(3))
 
-    def summary(self) -> dict[str, Any]:
-        """The `test` entry of `summary.json`."""
+    @property
+    def sgcs_per_ue(self) -> list[float]:
+        """SGCS of the images' columns, mean over a UE's rows."""
+        return self._means(4)
+
+    @property
+    def sgcs(self) -> float:
+        """SGCS of the images' columns, mean over UEs."""
+        return self._mean(self.sgcs_per_ue)
+
+    def score(self, similarity: bool) -> float:
+        """By what the best weights are chosen, the lower the better: NMSE in dB, or 1 - SGCS.
+
+        Args:
+            similarity: SGCS compares the columns of the images, see `Settings.similarity`.
+        """
+        return 1 - self.sgcs if similarity else self.nmse_db
+
+    def named(self, similarity: bool) -> dict[str, float]:
+        """Means over UEs by the names that JSON has; arguments as `score`."""
+        means = {"loss": self.loss, "nmse_db": self.nmse_db}
+        return means | ({"sgcs": self.sgcs} if similarity else {})
+
+    def summary(self, similarity: bool = False) -> dict[str, Any]:
+        """The `test` entry of `summary.json`; arguments as `score`."""
+        rows = zip(self.loss_per_ue, self.nmse_per_ue, self.sgcs_per_ue, strict=True)
         return {
-            "loss": self.loss,
-            "nmse_db": self.nmse_db,
+            **self.named(similarity),
             "floor_loss": self.floor,
             "per_ue": [
                 {"ue": ue, "loss": loss, "nmse_db": to_db(nmse)}
-                for ue, (loss, nmse) in enumerate(
-                    zip(self.loss_per_ue, self.nmse_per_ue, strict=True)
-                )
+                | ({"sgcs": sgcs} if similarity else {})
+                for ue, (loss, nmse, sgcs) in enumerate(rows)
             ],
         }
 

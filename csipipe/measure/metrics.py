@@ -67,9 +67,13 @@ def to_frequency(h: Tensor, bins: int = BINS, padded: int = PADDED) -> Tensor:
     """
     assert h.shape[3] <= padded, (h.shape, padded)
     assert bins <= padded, (bins, padded)
-    channel = torch.complex(h[:, 0] - ZERO, h[:, 1] - ZERO)
-    response: Tensor = torch.fft.fft(channel, n=padded, dim=2)
+    response: Tensor = torch.fft.fft(to_complex(h), n=padded, dim=2)
     return response[..., :bins]
+
+
+def to_complex(h: Tensor) -> Tensor:
+    """Images without their offset: (B, 2, A, D) in [0, 1] to (B, A, D) complex."""
+    return torch.complex(h[:, 0] - ZERO, h[:, 1] - ZERO)
 
 
 def rho(hf_hat: Tensor, hf: Tensor) -> Tensor:
@@ -126,6 +130,29 @@ def directions(hf: Tensor, subbands: int | None = None) -> Tensor:
 def similarity(v_hat: Tensor, v: Tensor) -> Tensor:
     """SGCS of two sets of `directions`: (B,)."""
     return (v_hat.conj() * v).sum(1).abs().square().mean(1)
+
+
+def column_sgcs(h_hat: Tensor, h: Tensor) -> Tensor:
+    """SGCS of images of eigenvectors, 0.5 + v/2, subband by subband: (B,), 0 … 1.
+
+    |v̂^H v|^2 / (||v̂||^2 ||v||^2) of each column (ports of one subband), mean over the columns, as
+    3GPP TR 38.843 has it for one layer. It sees neither scale nor phase of a column; one without
+    energy points nowhere and counts as 0.
+
+    Args:
+        h_hat, h: (B, 2, P, S) in [0, 1], 0.5 for zero.
+    """
+    assert h_hat.shape == h.shape, (h_hat.shape, h.shape)
+    a, b = h_hat - ZERO, h - ZERO
+    real = (a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1]).sum(1)
+    imaginary = (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum(1)
+    energies = a.square().sum((1, 2)) * b.square().sum((1, 2))
+    return ((real.square() + imaginary.square()) / energies.clamp_min(1e-24)).mean(1)
+
+
+def sgcs_loss(h_hat: Tensor, h: Tensor) -> Tensor:
+    """1 - `column_sgcs`: (B,), 0 … 1."""
+    return 1 - column_sgcs(h_hat, h)
 
 
 def to_db(linear: float) -> float:

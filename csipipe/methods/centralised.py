@@ -21,6 +21,7 @@ from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import Builder, EvalRows, adam, batches_of, padded, set_rate
+from csipipe.methods.objective import Objective
 from csipipe.methods.rows import load
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
@@ -74,6 +75,7 @@ class Centralised:
         self.parameters = models.count_parts(settings.model)
         with autocast(settings.train.precision, device):
             self.notes = models.kernels_notes(settings.model, device)
+        self.objective = Objective.of(settings)
         self.clock = Clock()
         self.probe = Probe()
         self.dropped = [0] * len(ues)
@@ -148,17 +150,17 @@ class Centralised:
             with autocast(train.precision, self.device):
                 y = self.tail(torch.cat([z[part] for z in leaves]))
                 h_hats = [ue.head(y_RC) for ue, y_RC in zip(ues, y.split(rows), strict=True)]
-            objective = torch.zeros((), device=self.device)
+            total = torch.zeros((), device=self.device)
             for u, (h_hat, h) in enumerate(zip(h_hats, h_UBAD, strict=True)):
                 counted = rows if valid is None else min(rows, max(0, valid[u] - first))
-                loss, figures = losses(h_hat, h[part], counted)
-                objective = objective + loss.sum() / train.batch_size
+                loss, figures = losses(self.objective, h_hat, h[part], counted)
+                total = total + loss.sum() / train.batch_size
                 sums[u] += figures
                 if not training:
                     self.probe.reconstructed(ues[u].number, h[part][:counted], h_hat[:counted])
             if training:
                 clock.begin("compute", "backward", m)
-                torch.autograd.backward(objective / (len(ues) if self.shared else 1))
+                torch.autograd.backward(total / (len(ues) if self.shared else 1))
         if training:
             clock.begin("compute", "weight gradients")
             models.accumulate(models.joined(self.pending))

@@ -17,6 +17,7 @@ from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH
 from csipipe.methods.base import EvalRows, padded, set_rate
 from csipipe.methods.half import Evaluation, UeSide
+from csipipe.methods.objective import Objective
 from csipipe.methods.roster import AGREED, keep_buffers
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit, ue_name
@@ -43,6 +44,7 @@ class UeHalf(UeSide):
             self.ports,
             train.micro_batches,
             train.precision,
+            Objective.of(self.settings),
             self.probe,
             self.tolerant,
             calls={op: partial(self._hear, kind) for op, kind in AGREED.items()},

@@ -18,6 +18,7 @@ from csipipe.comm import trust
 from csipipe.device import autocast
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import set_rate
+from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
 from csipipe.settings.config import Settings
@@ -40,6 +41,7 @@ class Replica:
         self.ue = ue
         self.settings = settings
         self.device = device
+        self.objective = Objective.of(settings)
         self.probe = Probe()
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
@@ -122,7 +124,7 @@ class Replica:
             h_hat = self.ue.head(self.tail(self.ue.encoder(h_BAD)))
         if not torch.is_grad_enabled():
             self.probe.reconstructed(self.ue.number, h_BAD, h_hat)
-        return losses(h_hat, h_BAD, len(h_BAD))
+        return losses(self.objective, h_hat, h_BAD, len(h_BAD))
 
 
 class Agreed:

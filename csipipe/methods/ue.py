@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from csipipe import checkpoint
 from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
-from csipipe.measure.metrics import floor_loss, paper_loss
+from csipipe.measure.metrics import floor_loss
 from csipipe.methods.base import adam
+from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.models import build_encoder, build_head
 from csipipe.settings.config import Settings
@@ -90,7 +91,8 @@ class UserEquipment:
         self.optimizer.zero_grad()
 
 
-def losses(h_hat: Tensor, h: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """The paper's loss per sample (B,), with its graph, and (WIDTH,) sums of the `valid` first."""
-    loss = paper_loss(h_hat.float(), h)
-    return loss, row_sums(loss[:valid], floor_loss(h[:valid]))
+def losses(objective: Objective, h_hat: Tensor, h: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """What is minimised per sample (B,), with its graph, and (WIDTH,) sums of the `valid` first."""
+    minimised, loss, sgcs = objective(h_hat, h)
+    sgcs = None if sgcs is None else sgcs[:valid]
+    return minimised, row_sums(loss[:valid], floor_loss(h[:valid]), sgcs)

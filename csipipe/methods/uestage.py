@@ -19,8 +19,9 @@ from csipipe import models
 from csipipe.comm.channel import Ports
 from csipipe.device import autocast, computable
 from csipipe.measure.figures import row_sums
-from csipipe.measure.metrics import floor_loss, paper_loss
+from csipipe.measure.metrics import floor_loss
 from csipipe.measure.probe import Probe
+from csipipe.methods.objective import Objective
 from csipipe.methods.ue import UserEquipment
 from csipipe.pipeline.schedule import Op
 from csipipe.settings.config import Precision
@@ -28,11 +29,12 @@ from csipipe.settings.config import Precision
 
 @dataclass(frozen=True)
 class _Batch:
-    """A (U, B, 2, A, D) mini-batch of every UE, how many rows of each count, and (U, B) losses."""
+    """A (U, B, 2, A, D) mini-batch of every UE, how many rows of each count, (U, B) figures."""
 
     h_UBAD: Tensor
     valid: Sequence[int]
     loss_UB: Tensor
+    sgcs_UB: Tensor
 
 
 class UeStage:
@@ -43,6 +45,7 @@ class UeStage:
         ports: where messages come from and go to; forward comes in from the last BTS stage, and
             goes out to the first.
         micro_batches: micro-batches per iteration.
+        objective: what is minimised and reported.
         tolerant: a UE that can't step is left out; otherwise that is an error.
         calls: what this rank does at instructions that don't belong to the stage.
 
@@ -59,6 +62,7 @@ class UeStage:
         ports: Ports,
         micro_batches: int,
         precision: Precision,
+        objective: Objective,
         probe: Probe,
         tolerant: bool,
         calls: Mapping[Op, Callable[[], None]],
@@ -67,6 +71,7 @@ class UeStage:
         self.ports = ports
         self.micro_batches = micro_batches
         self.precision = precision
+        self.objective = objective
         self.probe = probe
         self.tolerant = tolerant
         self.calls = calls
@@ -100,7 +105,8 @@ class UeStage:
         if ues:
             h = torch.stack(list(h_UBAD))
             counted = [h.shape[1]] * len(h) if valid is None else valid
-            self._batches.append(_Batch(h, counted, h.new_zeros(h.shape[:2])))
+            zeros = (h.new_zeros(h.shape[:2]) for _ in range(2))
+            self._batches.append(_Batch(h, counted, *zeros))
 
     def post(self) -> None:
         """Post the receives of an iteration."""
@@ -111,8 +117,8 @@ class UeStage:
         """(UEs, WIDTH) figures of the oldest mini-batch; NaN for a UE that took no step."""
         batch = self._batches.popleft()
         floor_UB = floor_loss(batch.h_UBAD.flatten(0, 1)).view_as(batch.loss_UB)
-        parts = zip(batch.loss_UB, floor_UB, batch.valid, strict=True)
-        sums = torch.stack([row_sums(loss[:n], floor[:n]) for loss, floor, n in parts])
+        rows = zip(batch.loss_UB, floor_UB, batch.sgcs_UB, batch.valid, strict=True)
+        sums = torch.stack([row_sums(loss[:n], fl[:n], sgcs[:n]) for loss, fl, sgcs, n in rows])
         if self.idle:
             sums[list(self.idle)] = math.nan
         return sums
@@ -148,13 +154,16 @@ class UeStage:
         # what has no weights is done for all UEs at once
         everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
-        loss = paper_loss(torch.cat(h_hats).float(), batch.h_UBAD[some, part].flatten(0, 1))
-        batch.loss_UB[some, part] = loss.detach().view(len(h_hats), -1)
+        originals = batch.h_UBAD[some, part].flatten(0, 1)
+        minimised, loss, sgcs = self.objective(torch.cat(h_hats), originals)
+        batch.loss_UB[some, part] = loss.view(len(h_hats), -1)
+        if sgcs is not None:
+            batch.sgcs_UB[some, part] = sgcs.view(len(h_hats), -1)
         if not training:
             self._show(batch, m, h_hats)
         if training:
             # a UE's loss is the mean over its whole mini-batch
-            torch.autograd.backward(loss.sum() / batch.h_UBAD.shape[1])
+            torch.autograd.backward(minimised.sum() / batch.h_UBAD.shape[1])
             assert y.grad is not None
             self._dy[m] = y.grad
 

@@ -246,7 +246,7 @@ def run(
             last = stop or done == iterations
             with stopping.unhurried():
                 if done % settings.eval_every == 0 or done == iterations:
-                    best = _evaluate(worker, saver, tracker, mine, done, best)
+                    best = _evaluate(worker, settings, saver, tracker, mine, done, best)
                 if saver.due(done, at_once=last):
                     _settle(saver, tracker, done)
                 if last or done % settings.save_every == 0:
@@ -303,6 +303,7 @@ def _summary(
 
 def _evaluate(
     worker: Worker,
+    settings: Settings,
     saver: Saver,
     tracker: Tracker | None,
     mine: RankTracker,
@@ -319,7 +320,7 @@ def _evaluate(
         assert test is not None
         tracker.evaluation(done, test, holdout, ledger)
     if worker.has_holdout:
-        better = holdout is not None and holdout.nmse_db < best
-        if worker.agree(better) and saver.best(done):
-            best = holdout.nmse_db if holdout is not None else best
+        score = best if holdout is None else holdout.score(settings.similarity)
+        if worker.agree(score < best) and saver.best(done):
+            best = score
     return best

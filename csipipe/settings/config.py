@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from csipipe.settings import tables
-from csipipe.settings.tables import KINDS, METHODS, MODELS, SOURCES, MethodSpec
+from csipipe.settings.tables import KINDS, LOSSES, METHODS, MODELS, SOURCES, MethodSpec
 
 Kernel = tuple[int, int]
 """Height (angles) and width (delays) of a convolution kernel."""
@@ -27,6 +27,7 @@ Kind = Literal["channel", "eigenvectors"]
 Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
 KernelsBy = Literal["auto", "llvm", "triton", "torch"]
+LossName = Literal["paper", "nmse", "sgcs"]
 ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
 
 
@@ -194,6 +195,9 @@ class TrainSettings:
 
     iterations: int = 500
     """Training iterations; one iteration is one exchange between the UEs and the BTS."""
+    loss: LossName = "paper"
+    """What is minimised, the mean over a mini-batch; reported is the same in any case. paper:
+    ‖Ĥ−H‖²/‖H‖² on the [0, 1] data. nmse: ‖Ĥ−H‖²/‖H−0.5‖². sgcs: 1 - SGCS, of eigenvectors."""
     batch_size: int = 32
     """Samples per UE and iteration, drawn uniformly from the UE's own rows."""
     micro_batches: int = 4
@@ -342,6 +346,12 @@ class Settings:
                 f"topology.participants is {self.topology.participants}, but {self.method} has the "
                 "rows of all UEs in one process, and nobody takes part or doesn't; leave it out."
             )
+        loss, kinds = self.train.loss, [n for n, kind in KINDS.items() if kind.similarity]
+        if LOSSES[loss].similarity and self.data.kind not in (None, *kinds):
+            raise ValueError(
+                f"train.loss is {loss}, which needs images of data.kind {', '.join(kinds)}, but "
+                f"these are of kind {self.data.kind}; use another train.loss, or convert the data."
+            )
         last = self.run.profile_after + self.run.profile_iterations
         if self.run.profile and last > self.train.iterations:
             raise ValueError(
@@ -374,6 +384,11 @@ class Settings:
     def participants(self) -> int:
         """UEs that take part in an iteration."""
         return self.topology.participants or self.topology.ues
+
+    @property
+    def similarity(self) -> bool:
+        """Whether SGCS compares the columns of the images themselves."""
+        return self.data.kind is not None and KINDS[self.data.kind].similarity
 
     @property
     def axes(self) -> tuple[str, str]:

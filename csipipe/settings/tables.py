@@ -79,6 +79,19 @@ class KindSpec:
 
     axes: tuple[str, str] | None = None
     """As `SourceSpec.axes`, whatever the source; None: the source's."""
+    similarity: bool = False
+    """Whether SGCS compares the columns of the images themselves. It is then the figure on the
+    screen, and the one by which the best weights are chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """What training minimises, by train.loss; the mean over a mini-batch."""
+
+    function: str
+    """`function(h_hat, h)`: (B, 2, A, D) twice → (B,)."""
+    similarity: bool = False
+    """Whether it needs images of a kind with `similarity`."""
 
 
 def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
@@ -179,6 +192,23 @@ SOURCES: dict[str, SourceSpec] = {
 
 KINDS: dict[str, KindSpec] = {
     "channel": KindSpec(),
+    "eigenvectors": KindSpec(
+        axes=("port (of {})", "subband (of {})"),
+        similarity=True,
+    ),
+}
+
+LOSSES: dict[str, LossSpec] = {
+    "paper": LossSpec(
+        function="csipipe.measure.metrics:paper_loss",
+    ),
+    "nmse": LossSpec(
+        function="csipipe.measure.metrics:centred_nmse",
+    ),
+    "sgcs": LossSpec(
+        function="csipipe.measure.metrics:sgcs_loss",
+        similarity=True,
+    ),
 }
 
 TABLES: dict[str, Mapping[str, MethodSpec | ModelSpec | SourceSpec]] = {

@@ -15,14 +15,10 @@ from csipipe.settings.config import Settings
 
 KILOBYTES, KILOSCALARS = "against_exchanged_kilobytes", "against_exchanged_kiloscalars"
 """Groups of curves whose step isn't the iteration but the amount exchanged by then."""
-METRICS = (
-    "test/loss",
-    "test/nmse_db",
-    "exchanged/scalars",
-    "exchanged/bytes",
-    "speed/samples_per_second",
-)
-"""Curves whose last points are shown beside the settings in HPARAMS."""
+CURVES = ("loss", "nmse_db", "sgcs")
+"""Figures of an evaluation, as JSON calls them; SGCS where images' columns are compared."""
+_OTHERS = ("exchanged/scalars", "exchanged/bytes", "speed/samples_per_second")
+"""Curves beside those whose last points are shown beside the settings in HPARAMS."""
 _SWEPT = ("data.environment", "method", "model.c1", "train.lr", "train.seed")
 """Settings that sweeps vary: HPARAMS first shows five, these."""
 _LAYOUT = {
@@ -44,9 +40,22 @@ _LAYOUT = {
 }
 
 
-def layout() -> Any:
-    """The four figures that matter first, for CUSTOM SCALARS."""
-    return summary.custom_scalars(_LAYOUT)  # type: ignore[no-untyped-call]
+_SGCS = {
+    "test SGCS: mean and band over UEs": ["Margin", ["test/sgcs", "test/sgcs_min", "test/sgcs_max"]]
+}
+
+
+def layout(settings: Settings) -> Any:
+    """The figures that matter first, for CUSTOM SCALARS."""
+    [(title, charts)] = _LAYOUT.items()
+    first = _SGCS if settings.similarity else {}
+    return summary.custom_scalars({title: first | charts})  # type: ignore[no-untyped-call]
+
+
+def metrics(settings: Settings) -> list[str]:
+    """Curves whose last points are shown beside the settings in HPARAMS."""
+    shown = CURVES if settings.similarity else CURVES[:2]
+    return [*(f"test/{name}" for name in shown), *_OTHERS]
 
 
 def settings_text(settings: Settings) -> Any:
@@ -67,8 +76,8 @@ def hparams(settings: Settings) -> tuple[Any, Any, Any]:
         for key, value in flat.items()
         if not key.startswith("run.")
     }
-    metrics = dict.fromkeys(METRICS, 0.0)
-    columns, mine, end = summary.hparams(chosen, metrics)  # type: ignore[no-untyped-call]
+    values = dict.fromkeys(metrics(settings), 0.0)
+    columns, mine, end = summary.hparams(chosen, values)  # type: ignore[no-untyped-call]
     plugin = columns.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin.content)
     for column in content.experiment.hparam_infos:
@@ -77,15 +86,23 @@ def hparams(settings: Settings) -> tuple[Any, Any, Any]:
     return columns, mine, end
 
 
-def band(part: str, figures: Figures) -> dict[str, float]:
-    """Loss and NMSE in dB: mean over UEs, and the lowest and highest UE's."""
+def band(part: str, figures: Figures, similarity: bool) -> dict[str, float]:
+    """Loss, NMSE in dB and SGCS, if any: mean over UEs, and the lowest and highest UE's."""
     taking_part = (figures.sums[:, 0] > 0).tolist()
 
     def of(values: Iterable[float]) -> list[float]:
         return [v for v, there in zip(values, taking_part, strict=True) if there] or [float("nan")]
 
     losses, nmses = of(figures.loss_per_ue), of(figures.nmse_per_ue)
-    return {
+    sgcs = {}
+    if similarity:
+        each = of(figures.sgcs_per_ue)
+        sgcs = {
+            f"{part}/sgcs": figures.sgcs,
+            f"{part}/sgcs_min": min(each),
+            f"{part}/sgcs_max": max(each),
+        }
+    return sgcs | {
         f"{part}/loss": figures.loss,
         f"{part}/loss_min": min(losses),
         f"{part}/loss_max": max(losses),

@@ -7,6 +7,9 @@ from typing import Any
 
 from csipipe.comm.ledger import BUFFERS, PAPER, UP, Kind, Ledger
 
+_HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "sgcs": "SGCS"}
+_FORMS = {"loss": "{:>10.3e}", "nmse_db": "{:>10.2f}", "sgcs": "{:>10.4f}"}
+
 
 def exchanged(
     ledger: Ledger, kinds: tuple[Kind, ...], phase: str = "training"
@@ -30,12 +33,14 @@ def exchanged_summary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def test_table(test: dict[str, Any]) -> str:
-    """Loss and NMSE on a test set, per UE and mean, with the floor (of `Figures.summary`)."""
-    rows = [(f"UE {row['ue']}", row["loss"], row["nmse_db"]) for row in test["per_ue"]]
-    rows += [("mean", test["loss"], test["nmse_db"]), ("0.5", test["floor_loss"], 0.0)]
-    head = f"{'test set':>10}  {'loss':>10}  {'NMSE (dB)':>10}\n"
-    lines = (f"{name:>10}  {loss:>10.3e}  {nmse_db:>10.2f}" for name, loss, nmse_db in rows)
-    return head + "\n".join(lines) + "   a constant 0.5: the floor"
+    """Figures on a test set, per UE and mean, with the floor (of `Figures.summary`)."""
+    shown = [name for name in _FORMS if name in test]
+    floor = {"loss": test["floor_loss"], "nmse_db": 0.0, "sgcs": 0.0}
+    rows = [*((f"UE {row['ue']}", row) for row in test["per_ue"]), ("mean", test), ("0.5", floor)]
+    lines = ["  ".join([f"{'test set':>10}", *(f"{_HEADS[name]:>10}" for name in shown)])]
+    for title, row in rows:
+        lines.append("  ".join([f"{title:>10}", *(_FORMS[n].format(row[n]) for n in shown)]))
+    return "\n".join(lines) + "   a constant 0.5: the floor"
 
 
 def closing_table(summary: dict[str, Any], folder: Path) -> str:

@@ -21,7 +21,7 @@ from csipipe.tracking.tables import closing_table, exchanged
 
 HISTORY = "history.jsonl"
 """The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
-all UEs), `test` as in `summary.json`, and `holdout` (loss, nmse_db) or null."""
+all UEs), `test` as in `summary.json`, and `holdout` (its means) or null."""
 BEGINNING: dict[str, Any] = {"history": [], "seconds": [], "seconds_total": 0.0}
 """`Tracker.progress` of a run that has not started."""
 _KEPT = 1000
@@ -45,11 +45,12 @@ class Tracker:
         self.seconds: deque[float] = deque(maxlen=_KEPT)
         self.history: list[dict[str, Any]] = []
         self._settings = settings
+        self._similarity = settings.similarity
         self._started = time.monotonic()
         self._seconds_before = 0.0
         self._shown = [0.0, 0.0, 0.0]  # iterations, seconds and samples since the last point
         columns, mine, self._end = dashboard.hparams(settings)
-        for page in (dashboard.settings_text(settings), dashboard.layout(), columns, mine):
+        for page in (dashboard.settings_text(settings), dashboard.layout(settings), columns, mine):
             self.events.add(page)
 
     def resume(self, progress: dict[str, Any]) -> None:
@@ -83,8 +84,8 @@ class Tracker:
                 "time/seconds_per_iteration": seconds / iterations,
                 "speed/samples_per_second": samples / max(seconds, 1e-9),
             }
-            self.events.scalars(dashboard.band("train", figures) | speed, done)
-        self.screen.iteration(done, f"loss {figures.loss:.2e}, NMSE {figures.nmse_db:.2f} dB")
+            self.events.scalars(dashboard.band("train", figures, self._similarity) | speed, done)
+        self.screen.iteration(done, f"loss {figures.loss:.2e}, {self._figure(figures)}")
 
     def saved(self, done: int, seconds: float) -> None:
         """Note a complete checkpoint of iteration `done`, for which rank 0 paused `seconds`."""
@@ -93,9 +94,9 @@ class Tracker:
     def evaluation(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
         """Note an evaluation after `done` iterations."""
         scalars, size = ledger.total("training", PAPER)
-        values = dashboard.band("test", test)
+        values = dashboard.band("test", test, self._similarity)
         if holdout is not None:
-            values |= dashboard.band("holdout", holdout)
+            values |= dashboard.band("holdout", holdout, self._similarity)
         values |= {f"test_loss_per_ue/{ue}": loss for ue, loss in enumerate(test.loss_per_ue)}
         values |= {"exchanged/scalars": scalars, "exchanged/bytes": size}
         values[COST] = 100 * self.events.seconds / (time.monotonic() - self._started)
@@ -104,7 +105,7 @@ class Tracker:
         self._against_exchange(self.history[-1])
         self.screen.progress(
             done,
-            f"test loss {test.loss:.3e} (floor {test.floor:.3e}), NMSE {test.nmse_db:.2f} dB",
+            f"test loss {test.loss:.3e} (floor {test.floor:.3e}), {self._figure(test)}",
         )
 
     def _note(self, done: int, test: Figures, holdout: Figures | None, ledger: Ledger) -> None:
@@ -112,10 +113,8 @@ class Tracker:
         line = {
             "iteration": done,
             "exchanged": exchanged(ledger, PAPER),
-            "test": test.summary(),
-            "holdout": None
-            if holdout is None
-            else {"loss": holdout.loss, "nmse_db": holdout.nmse_db},
+            "test": test.summary(self._similarity),
+            "holdout": None if holdout is None else holdout.named(self._similarity),
         }
         self.history.append(line)
         try:
@@ -139,8 +138,8 @@ class Tracker:
         for group, unit in groups.items():
             step = sum(line["exchanged"][unit].values()) // 1000
             if step:
-                test = {name: line["test"][name] for name in ("loss", "nmse_db")}
-                self.events.scalars({f"{group}/test_{k}": v for k, v in test.items()}, step)
+                names = [name for name in dashboard.CURVES if name in line["test"]]
+                self.events.scalars({f"{group}/test_{k}": line["test"][k] for k in names}, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and print the closing table.
@@ -154,6 +153,12 @@ class Tracker:
         self.screen.close()
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(closing_table(summary, self.folder), flush=True)
+
+    def _figure(self, figures: Figures) -> str:
+        """The figure that matters, in words."""
+        if self._similarity:
+            return f"SGCS {figures.sgcs:.4f}"
+        return f"NMSE {figures.nmse_db:.2f} dB"
 
     def say(self, line: str) -> None:
         """A line above the progress bar, or in the log."""

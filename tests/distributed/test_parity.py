@@ -153,6 +153,17 @@ def test_schedules_change_no_bit(placement: str, stages: int, micro_batches: int
         assert_same(plans[0], other, *COMPUTED)
 
 
+@pytest.mark.parametrize(("loss", "kind"), [("sgcs", "eigenvectors"), ("nmse", "channel")])
+def test_any_loss_and_size_split_as_they_do_unsplit(loss: str, kind: str) -> None:
+    settings = small(model={"angles": 5, "delays": 13}, data={"kind": kind}, train={"loss": loss})
+    found, wanted = joined(run_world(4, split, settings)), unsplit(settings)
+    assert worst_gradient(found, wanted) <= TOLERANCE
+    assert worst_loss(found, wanted) <= TOLERANCE
+    for a, b in zip(found["evaluations"], wanted["evaluations"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
+        assert (a[:, 4] > 0).all() == (kind == "eigenvectors")
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_one_ue_trains_the_centralised_model(stages: int) -> None:
     settings = small(topology={"ues": 1, "stages": stages})
@@ -192,6 +203,7 @@ def test_evaluation_is_the_mean_over_the_whole_test_set() -> None:
         wanted = [
             20.0,
             *(float(x.sum()) for x in (error / power, error / centred, centred / power)),
+            0.0,  # no SGCS of channels
         ]
         torch.testing.assert_close(sums.tolist(), wanted, rtol=1e-4, atol=0)
 

@@ -36,7 +36,7 @@ FOREIGN = b"not a record at all, whoever wrote it"
 
 def figures(*rows: tuple[float, float, float]) -> Figures:
     """Rows, loss and linear NMSE of each UE."""
-    sums = [[n, n * loss, n * nmse, n * 2e-3] for n, loss, nmse in rows]
+    sums = [[n, n * loss, n * nmse, n * 2e-3, 0.0] for n, loss, nmse in rows]
     return Figures(torch.tensor(sums, dtype=torch.float64))
 
 
