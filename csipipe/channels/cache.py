@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,11 +28,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from csipipe import files
+from csipipe.channels.doctor import suspicions
 from csipipe.channels.layout import HT, check_images
 from csipipe.channels.matfile import count_rows, read_rows
+from csipipe.channels.statistics import spaced
 
-_VERSION = 1
+_VERSION = 2
 """Part of every name: raise it when conversion or its checks change, to make new copies."""
+_JUDGED = 2000
+"""Rows of a file that are judged when it is converted."""
 _TICK_NS = 20_000_000
 """Longer than a file system takes for two changes to have the same time."""
 _PARTIAL = "converting.partial"  # one name: what an interrupted process left is overwritten
@@ -156,6 +161,7 @@ def _convert(source: Path) -> Copy:
     if not copy.is_whole():  # the same content may be cached under another path
         with _published(copy.file(), copy.bytes) as partial:
             _write_rows(partial, copy)
+            _say(source, partial, rows)
             if _state(source) != state:
                 raise ValueError(
                     f"{source} changed while it was being read; start again when it is complete."
@@ -171,7 +177,7 @@ def _write_rows(partial: Path, copy: Copy) -> None:
     if shutil.disk_usage(partial.parent).free < copy.bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     source = Path(copy.path)
-    first = 0
+    first = clipped = 0
     with (
         tqdm(total=copy.rows, unit="row", desc=f"converting {source.name}", disable=None) as bar,
         partial.open("wb", buffering=0) as file,  # a buffer would fail once more when closed
@@ -179,9 +185,28 @@ def _write_rows(partial: Path, copy: Copy) -> None:
         _write(file, _header(copy.rows))
         for values in read_rows(source, scratch=partial.parent):
             check_images(source, values, first)
-            _write(file, np.ascontiguousarray(values, np.float32).data.cast("B"))
+            single = np.ascontiguousarray(values, np.float32)
+            outside = int(np.count_nonzero((values < 0) | (values > 1)))
+            if outside:  # by a rounding: `check_images` has seen them
+                clipped += outside
+                single = np.clip(single, 0, 1)
+            _write(file, single.data.cast("B"))
             first += len(values)
             bar.update(len(values))
+    if clipped:
+        _print(f"{source}: {clipped:,} value(s) a rounding outside of [0, 1] were clipped.")
+
+
+def _say(source: Path, partial: Path, rows: int) -> None:
+    """Say what `channels check` would call suspicious, once: when a file is converted."""
+    offset = len(_header(rows))
+    values = np.asarray(np.memmap(partial, np.float32, "r", offset, (rows, HT.width)))
+    for finding in suspicions(source, spaced(values, _JUDGED)):
+        _print(f"{source}: {finding.verdict}: {finding.what}. Repair: {finding.repair}.")
+
+
+def _print(text: str) -> None:
+    print(f"csipipe: {text}", file=sys.stderr, flush=True)
 
 
 def _write(file: io.FileIO, data: bytes | memoryview) -> None:

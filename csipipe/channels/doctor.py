@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels.layout import ANGLES, DELAYS, HT
+from csipipe.channels.layout import ANGLES, DELAYS, HT, ROUNDING, transpose
 from csipipe.channels.rawfile import read_variable
 from csipipe.channels.source import Images
 from csipipe.channels.statistics import MOST_ROWS, Reals, spaced
@@ -106,6 +106,17 @@ def _rows(seen: Examined, values: NDArray[Any]) -> NDArray[Any] | None:
         what = f"{seen.name} is a cell array, a struct or text ({values.dtype.name})"
         seen.note("unusable", what, "save it as a plain matrix of class single")
         return None
+    if values.dtype == np.float16:
+        seen.note("unusable", f"{seen.name} holds half precision (float16)", "save it as single")
+    turned = transpose(HT, values.shape) if values.dtype.kind != "c" else ()
+    if turned and turned != (0, 1, 2, 3):
+        axes = ", ".join(map(str, turned))
+        seen.note(
+            "unusable",
+            f"the axes of {seen.shape} are in another order than {HT.expected}",
+            f"save numpy.transpose({seen.name}, ({axes})), not a reshape, which mixes them up",
+        )
+        values = values.transpose(turned)
     width = HT.width // 2 if values.dtype.kind == "c" else HT.width
     if values.ndim == 2 and values.shape[0] == width != values.shape[1]:
         seen.note("unusable", "samples are columns", f"save {seen.name}.' instead")
@@ -158,17 +169,19 @@ def _to_images(seen: Examined, rows: NDArray[Any]) -> Images:
         return to_unit(rows.reshape(-1, ANGLES, DELAYS))
 
     zero = float(np.median(rows))  # most bins of a sparse image are nearly empty
-    if len(rows) >= FEW and _alternate(rows - np.float32(zero)):
+    if len(rows) >= FEW and (way := _parts_elsewhere(rows - np.float32(zero))):
+        shape, order, what = way
         seen.note(
             "suspicious",
-            "real and imaginary parts alternate instead of filling one half of a row each",
-            f"HT.reshape(-1, {ANGLES}, {DELAYS}, 2).transpose(0, 3, 1, 2).reshape(-1, {HT.width})",
+            what,
+            f"HT.reshape(-1, {', '.join(map(str, shape))}).transpose(0, "
+            f"{', '.join(map(str, order))}).reshape(-1, {HT.width})",
         )
-        rows = rows.reshape(-1, half, 2).transpose(0, 2, 1).reshape(rows.shape)
+        rows = rows.reshape(-1, *shape).transpose(0, *order).reshape(rows.shape)
     channel = rows[:, :half] - np.float32(zero) + 1j * (rows[:, half:] - np.float32(zero))
     peaks = np.abs(channel).max(axis=1)
     span = f"values lie in [{seen.low:.4g}, {seen.high:.4g}]"
-    in_range = seen.low >= 0 and seen.high <= 1
+    in_range = seen.low >= -ROUNDING and seen.high <= 1 + ROUNDING
     if not in_range and not (abs(zero) < 0.1 and peaks.max() <= 1.01 * RADIUS):
         what = f"{span}; expected [0, 1] with {ZERO} for a zero of the channel"
         seen.note("unusable", what, f"subtract the value for zero ({zero:.3g}), {_RESCALE}")
@@ -183,20 +196,58 @@ def _to_images(seen: Examined, rows: NDArray[Any]) -> Images:
         what += "the peak of the whole set instead of each by its own"
         seen.note("suspicious", what, f"subtract {ZERO if in_range else 0}, {_RESCALE}")
     image: Images = rows.reshape(-1, *HT.row)
+    if in_range and (seen.low < 0 or seen.high > 1):
+        image = np.clip(image, 0, 1)
     return image if in_range else image + np.float32(ZERO)
 
 
-def _alternate(centred: NDArray[Any]) -> bool:
-    """Whether values (n, 2048) are paired with their neighbours, rather than half with half.
+def _parts_elsewhere(
+    centred: NDArray[Any],
+) -> tuple[tuple[int, ...], tuple[int, ...], str] | None:
+    """Shape, order of axes and words, where real and imaginary parts aren't the halves of a row.
 
     Where one part of a complex value is large, the other usually is, too: with random phase
     2 E|re im| / E(re^2 + im^2) is 2/pi = 0.64; for parts of different bins it is 0.1 to 0.2.
     """
     size = np.abs(centred)
-    half = size.shape[1] // 2
-    halves = (size[:, :half] * size[:, half:]).sum()
-    neighbours = (size[:, ::2] * size[:, 1::2]).sum()
-    return bool(2 * halves < 0.4 * np.square(size).sum() < 2 * neighbours)
+    whole = np.square(size).sum()
+
+    def likeness(shape: tuple[int, ...], axis: int) -> float:
+        one, other = np.moveaxis(size.reshape(-1, *shape), axis + 1, 0)
+        return float(2 * (one * other).sum() / whole)
+
+    if likeness((2, ANGLES, DELAYS), 0) >= 0.4:
+        return None
+    last, between = (ANGLES, DELAYS, 2), (ANGLES, 2, DELAYS)
+    neighbours, lines = likeness(last, 2), likeness(between, 1)
+    if max(neighbours, lines) <= 0.4:
+        return None
+    what = "real and imaginary parts alternate instead of filling one half of a row each"
+
+    def even(shape: tuple[int, ...], axis: int) -> float:
+        """How alike the peaks of rows are: 1 where each was scaled by its own, pairs being right."""
+        parts = np.moveaxis(size.reshape(-1, *shape), axis + 1, 0)
+        peaks = np.square(parts).sum(axis=0).reshape(len(size), -1).max(axis=1)
+        return float(np.quantile(peaks, 0.05) / peaks.max())
+
+    as_last, as_between = even(last, 2), even(between, 1)
+    if max(as_last, as_between) > 0.9:
+        neighbours, lines = as_last, as_between
+    if neighbours > lines:
+        return last, (3, 1, 2), what
+    return between, (2, 1, 3), what.replace("alternate", "alternate line by line")
+
+
+def suspicions(path: Path, rows: NDArray[np.float32]) -> list[Finding]:
+    """What `check` would call suspicious about rows that can be trained on, but for duplicates.
+
+    Args:
+        path: their file.
+        rows: (n, 2048) in [0, 1], some of the file's.
+    """
+    seen = Examined(path, low=float(rows.min()), high=float(rows.max()))
+    _judge_layout(seen, _to_images(seen, rows))
+    return seen.findings
 
 
 def judge(images: Images, linear: bool = True) -> list[Finding]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels.elements import DamagedError
-from csipipe.channels.layout import Layout, check_class, check_key
+from csipipe.channels.layout import Layout, Unfit, check_class, check_key
 
 _MOST_DEFLATED = 1100
 """A byte of deflated data holds at most 1032."""
@@ -68,6 +68,11 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
         check_key(path, layout, [name for name in file if not name.startswith("#")])
         # a link would read another file than the one that messages name
         stored = file[layout.key] if is_own(h5py, file, layout.key) else None
+        if isinstance(stored, h5py.Group) and is_octaves(stored):
+            raise Unfit(
+                f"{path}: {layout.key} was saved by Octave's save -hdf5, as a group. Save it again "
+                f"in Octave with save -v7 {path.name} {layout.key}."
+            )
         if not isinstance(stored, h5py.Dataset):
             check_class(path, layout, "group (a struct, a sparse matrix or a link)")
         check_class(path, layout, _class(stored))
@@ -81,6 +86,11 @@ def is_own(h5py: Any, file: Any, key: str) -> bool:
         return False
     stored = file[key]
     return not (isinstance(stored, h5py.Dataset) and (stored.external or stored.is_virtual))
+
+
+def is_octaves(group: Any) -> bool:
+    """Whether a group is a variable as Octave's `save -hdf5` writes it."""
+    return {"type", "value"} <= set(group)
 
 
 def check_storage(stored: Any) -> None:

@@ -17,6 +17,10 @@ FREQUENCIES = 125
 """Frequency bins of `HF_all`, the first ones of the grid."""
 
 
+ROUNDING = 1e-6
+"""How far outside [0, 1] rounding may put a value of a scaled image; it is clipped."""
+
+
 class Unfit(ValueError):
     """A readable file holds something else; other errors mean that it is damaged."""
 
@@ -78,6 +82,14 @@ def check_shape(path: Path, layout: Layout, shape: tuple[int, ...]) -> None:
     remedy = f"Reshape {key} and save the file again."
     if len(shape) == 2 and shape[0] == layout.width:
         remedy = f"It looks transposed: save {key}.' instead."
+    elif turned := transpose(layout, shape):
+        axes = ", ".join(map(str, turned))
+        matlab = " ".join(str(axis + 1) for axis in turned)
+        remedy = (
+            f"Its axes are in another order, which a plain reshape would mix up: save "
+            f"numpy.transpose({key}, ({axes})), in MATLAB permute({key}, [{matlab}]), then run "
+            "channels check, since angles and delays can't be told apart by their numbers."
+        )
     elif 0 in shape:
         remedy = "The file has no rows; leave it out or fill it."
     elif math.prod(shape[1:]) != layout.width:
@@ -87,6 +99,23 @@ def check_shape(path: Path, layout: Layout, shape: tuple[int, ...]) -> None:
             else "."
         )
     raise Unfit(f"{path}: {key} has shape {tuple(shape)}; expected {layout.expected}. {remedy}")
+
+
+def transpose(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that makes (rows, *layout.row) of a shape; empty if none does, or many.
+
+    Of axes of equal size, the order is kept.
+    """
+    sizes = list(shape)
+    found = []
+    for size in layout.row:
+        if size not in sizes:
+            return ()
+        place = sizes.index(size)
+        found.append(place)
+        sizes[place] = -1
+    rows = [axis for axis, size in enumerate(sizes) if size > 0]
+    return (rows[0], *found) if len(rows) == 1 and len(shape) == len(layout.row) + 1 else ()
 
 
 def check_number(path: Path, layout: Layout, values: NDArray[Any]) -> None:
@@ -126,7 +155,7 @@ def check_images(path: Path, values: NDArray[Any], first: int) -> None:
     """
     check_finite(path, HT, values, first)
     least, most = float(values.min()), float(values.max())
-    if least < 0 or most > 1:
+    if least < -ROUNDING or most > 1 + ROUNDING:
         centred = -0.5 <= least < 0 and most <= 0.5
         hint = (
             f"It looks centred at 0: add 0.5 to {HT.key}."
@@ -134,7 +163,7 @@ def check_images(path: Path, values: NDArray[Any], first: int) -> None:
             else "Scale each row by its peak magnitude to radius 0.5 and add 0.5."
         )
         raise Unfit(
-            f"{path}: {HT.key} lies in [{least:g}, {most:g}] in rows {first} … "
+            f"{path}: {HT.key} lies in [{least:.9g}, {most:.9g}] in rows {first} … "
             f"{first + len(values) - 1}; expected [0, 1] with 0.5 for zero. {hint}"
         )
     empty = np.flatnonzero((values == values[:, :1]).all(axis=1))

@@ -31,6 +31,10 @@ from csipipe.channels.layout import Unfit
 
 MARKS = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}
 """Version and byte order, the last four bytes of the header, with struct's name for the order."""
+VERSION_4 = tuple(kind.to_bytes(4, "little") for kind in range(0, 53, 10)) + tuple(
+    kind.to_bytes(4, "big") for kind in range(1000, 1053, 10)
+)
+"""How MAT v4 files begin: byte order and class of numbers, for full matrices."""
 _HEADER = 128
 _INT8, _UINT8, _INT32, _UINT32, _MATRIX, _DEFLATED, _UTF8 = 1, 2, 5, 6, 14, 15, 16
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"}

@@ -78,6 +78,12 @@ def _format(path: Path, layout: Layout) -> Literal["v5", "v7.3"]:
         return "v7.3"
     if head[124:] in mat5.MARKS:
         return "v5"
+    if head[:4] in mat5.VERSION_4:
+        raise ValueError(
+            f"{path} is not a MAT file of version 5 or 7.3, but of version 4. Save it again: in "
+            f"Octave with save -v7 {path.name} {layout.key}, in MATLAB with save('{path.name}', "
+            f"'{layout.key}')."
+        )
     raise ValueError(
         f"{path} is not a MAT file of version 5 or 7.3: it starts with {head[:16]!r}. Expected "
         "one written by MATLAB's save or scipy.io.savemat; if it was downloaded, check the "

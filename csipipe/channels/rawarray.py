@@ -93,7 +93,7 @@ def _open(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
         return _torch(path, key)
     if kind in (".csv", ".txt"):
         return _text(stack, path)
-    if kind == ".mat" and head[:4] in _MAT4:
+    if kind == ".mat" and head[:4] in mat5.VERSION_4:
         raise _RefusedError(
             f"{path} is a MAT file of version 4; expected 5 or 7.3. In Octave: save -v7 FILE NAME; "
             "in MATLAB: save(FILE, 'NAME', '-v7.3')."
@@ -104,11 +104,6 @@ def _open(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
         f"{path} is {what or f'of an unknown kind: it starts with {head[:12]!r}'}. Expected .npy, "
         ".npz, .mat, .h5, .csv or .pt; in Python: numpy.save('channels.npy', array)."
     )
-
-
-_MAT4 = tuple((number).to_bytes(4, "little") for number in range(0, 60, 10)) + tuple(
-    (number).to_bytes(4, "big") for number in range(1000, 1060, 10)
-)
 
 
 def _npy(path: Path, file: Path, key: str) -> RawArray:

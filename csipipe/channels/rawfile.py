@@ -23,6 +23,13 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     Raises:
         ValueError: neither MAT v5 nor v7.3 (HDF5), damaged, or none of that name among several.
     """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head in mat5.VERSION_4:
+        raise Unfit(
+            f"it is a MAT file of version 4; save it again, in Octave with save -v7 {path.name} "
+            f"{layout.key}"
+        )
     try:
         if h5py.is_hdf5(path):
             return _from_hdf5(path, layout)
@@ -56,6 +63,12 @@ def _choose(layout: Layout, found: list[str]) -> str:
 def _from_hdf5(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     with h5py.File(path, "r", locking=False) as file:
         own = [name for name in file if hdf5.is_own(h5py, file, name)]
+        for name in own:
+            if isinstance(file[name], h5py.Group) and hdf5.is_octaves(file[name]):
+                raise Unfit(
+                    f"it was saved by Octave's save -hdf5; save it again in Octave with save -v7 "
+                    f"{path.name} {name}"
+                )
         name = _choose(layout, [name for name in own if isinstance(file[name], h5py.Dataset)])
         hdf5.check_storage(file[name])
         values = np.asarray(file[name])

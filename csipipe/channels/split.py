@@ -65,11 +65,11 @@ def deal(
             f"{total} training row(s) for {ues} UEs; each needs at least one. Raise "
             "data.train_samples (or add data) or lower topology.ues."
         )
-    if data.environment == ALL and _owners(environments):
+    if data.where == ALL and _owners(environments):
         per_site = _own(train, ues)
-    elif data.environment == NONIID and data.alpha is not None:
+    elif data.where == NONIID and data.alpha is not None:
         per_site = _drawn(train, ues, data.alpha, data.seed)
-    elif data.environment == NONIID:
+    elif data.where == NONIID:
         sizes = [total // ues + (ue < total % ues) for ue in range(ues)]
         first, second = train
         ours = _falling_counts(train[first], ues)
@@ -99,10 +99,9 @@ def common_test(
 
 def _chosen(data: DataSettings, environments: Sequence[Site]) -> tuple[Site, ...]:
     """The environments that the settings name (ValueError)."""
-    assert data.environment is not None  # DataSettings has put the default there
-    if data.environment == ALL:
+    if data.where == ALL:
         return tuple(environments)
-    if data.environment == NONIID:
+    if data.where == NONIID:
         if data.alpha is None and len(environments) != 2:
             raise ValueError(
                 "data.environment is noniid, the paper's mixture of two environments; the data "
@@ -110,13 +109,13 @@ def _chosen(data: DataSettings, environments: Sequence[Site]) -> tuple[Site, ...
                 "mixture of any number."
             )
         return tuple(environments)
-    if data.environment not in environments:
+    if data.where not in environments:
         several = f", {ALL}, {NONIID}" if len(environments) > 1 else ""
         raise ValueError(
-            f"data.environment is {data.environment}; the data has {', '.join(environments[:20])}. "
+            f"data.environment is {data.where}; the data has {', '.join(environments[:20])}. "
             f"Set it to one of them{several}."
         )
-    return (data.environment,)
+    return (data.where,)
 
 
 def _rows_per_site(
@@ -127,7 +126,7 @@ def _rows_per_site(
     found = {site: available(site, part) for site in sites}
     asked = data.train_samples if part == "train" else data.test_samples
     limits = {site: rows for site, rows in found.items() if rows is not None}
-    equal = data.environment == NONIID and data.alpha is None
+    equal = data.where == NONIID and data.alpha is None
     if limits and not equal:  # as many of each as there are, or in these proportions
         return _proportional(part, asked, limits)
     if asked is None:

@@ -164,19 +164,17 @@ class DataSettings:
             needs = [name for name, source in SOURCES.items() if source.folder]
             takes = [name for name, source in SOURCES.items() if not source.folder]
             raise ValueError(
-                f"data.source is {self.source} and data.path is {self.path}; {', '.join(needs)} "
-                f"needs a folder in data.path, {', '.join(takes)} takes none."
+                f"data.source is {self.source} and data.path is {self.path}; {' and '.join(needs)} "
+                f"need a folder in data.path, {', '.join(takes)} takes none."
             )
-        if self.environment is None:
-            object.__setattr__(self, "environment", SOURCES[self.source].environment)
         known = SOURCES[self.source].environments
-        if known and self.environment not in known:
+        if known and self.where not in known:
             raise ValueError(
                 f"data.environment is {self.environment!r}; it must be one of {', '.join(known)}."
             )
-        if self.alpha is not None and self.environment != "noniid":
+        if self.alpha is not None and self.where != "noniid":
             raise ValueError(
-                f"data.alpha is {self.alpha}, but data.environment {self.environment}; only noniid "
+                f"data.alpha is {self.alpha}, but data.environment {self.where}; only noniid "
                 "draws shares."
             )
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -187,6 +185,11 @@ class DataSettings:
         if not 0 <= self.holdout < 1:
             raise ValueError(f"data.holdout is {self.holdout}; it must lie in [0, 1).")
         _at_least("data.seed", self.seed, 0)
+
+    @property
+    def where(self) -> Environment:
+        """The environment, or the source's usual one."""
+        return self.environment or SOURCES[self.source].environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +338,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         tables.check("method", self.method)
+        # said in full, as it is stored and shown
+        object.__setattr__(self, "data", replace(self.data, environment=self.data.where))
         if self.train.local_steps > 1 and not self.spec.local_steps:
             several = [name for name, method in METHODS.items() if method.local_steps]
             raise ValueError(

@@ -16,6 +16,8 @@ from csifiles import images, save, save_v73
 
 from csipipe.channels import cache, matfile
 from csipipe.channels.cache import cache_folder, converted
+from csipipe.channels.doctor import examine
+from csipipe.channels.synthetic import SyntheticSource
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +155,7 @@ def test_a_full_disk_is_noticed_before(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(
         OSError,
-        match=rf"{folder}/\w+\.v1\.npy can't be written: No space left .* 163,840 bytes, and 1,000 "
+        match=rf"{folder}/\w+\.v2\.npy can't be written: No space left .* 163,840 bytes, and 1,000 "
         r"are free.*CSIPIPE_CACHE",
     ):
         converted(source)
@@ -201,3 +203,75 @@ def test_a_source_that_changes_meanwhile_is_refused(
 def test_a_missing_source_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         converted(Path("/nowhere/DATA_Htestin.mat"))
+
+
+def test_a_replaced_source_is_always_noticed(source: Path) -> None:
+    """Of the same size and time of modification, whatever way it came."""
+    rows = [images(20, seed).reshape(20, -1) for seed in range(5)]
+    state = source.stat()
+
+    def in_place(values: Any) -> None:
+        content = save(source.with_name("other"), values).read_bytes()
+        with source.open("rb+") as file:
+            file.write(content)
+
+    def renamed(values: Any) -> None:
+        os.replace(save(source.with_name("other"), values), source)
+
+    def removed_first(values: Any) -> None:
+        source.unlink()
+        save(source, values)
+
+    def linked(values: Any) -> None:
+        new = save(source.with_name(f"new{values[0, 0]}"), values)
+        os.utime(new, ns=(state.st_atime_ns, state.st_mtime_ns))
+        source.unlink()
+        source.symlink_to(new)
+
+    ways = (in_place, renamed, removed_first, linked)
+    np.testing.assert_array_equal(converted(source).open(), rows[0])
+    digests = {cache.digest(source)}
+    for way, values in zip(ways, rows[1:], strict=True):
+        way(values)
+        os.utime(source, ns=(state.st_atime_ns, state.st_mtime_ns))
+        now = source.stat()
+        assert (now.st_size, now.st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+        np.testing.assert_array_equal(converted(source).open(), values, err_msg=way.__name__)
+        digests.add(cache.digest(source))
+    assert len(digests) == 5
+
+
+def test_values_a_rounding_apart_are_clipped_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = images(70).reshape(70, -1).astype(np.float64)
+    rows[3, 7], rows[4, 8], rows[5, 9] = np.nextafter(1.0, 2.0), -1e-17, 1 + 1.2e-7
+    source = save(tmp_path / "DATA_Htestin.mat", rows)
+    copy = converted(source)
+    assert copy.open()[3, 7] == copy.open()[5, 9] == 1.0
+    assert copy.open()[4, 8] == 0.0
+    said = capsys.readouterr().err
+    assert "DATA_Htestin.mat: 3 value(s) a rounding outside of [0, 1] were clipped" in said
+    rows[3, 7] = 1 + 2e-6
+    with pytest.raises(ValueError, match=r"lies in \[-1e-17, 1\.000002\]"):
+        converted(save(source, rows))
+
+
+def test_what_check_calls_suspicious_is_said_at_conversion_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = SyntheticSource(0, 32, 32).rows("indoor", "test", 0, 100)
+    peaks = np.random.default_rng(0).uniform(0.05, 1, (100, 1, 1, 1))
+    other = (made - 0.5) * peaks  # a channel, scaled from the least to the greatest value of all
+    low, high = other.min(), other.max()
+    source = save(
+        tmp_path / "DATA_Htestin.mat", ((other - low) / (high - low + 0.2)).reshape(100, -1)
+    )
+    converted(source)
+    said = capsys.readouterr().err
+    found = [f"{f.verdict}: {f.what}" for f in examine(source).findings]
+    assert any("the median, which stands for zero" in one for one in found)
+    for one in found:
+        assert one in said
+    converted(source)
+    assert not capsys.readouterr().err

@@ -10,12 +10,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from csifiles import save_v73
 from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import checkup
 from csipipe.channels.csinet import SUFFIX
 from csipipe.channels.doctor import Examined, examine
+from csipipe.channels.matfile import count_rows
 from csipipe.channels.source import Images, Site
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.channels.transform import to_complex, to_unit
@@ -264,3 +266,72 @@ def test_cost_2100_files_are_good(site: Site, cost2100: Path) -> None:
     assert {part: words(file) for part, file in checked.files.items()} == dict.fromkeys(
         ("train", "val", "test"), ""
     )
+
+
+ORDERS = {
+    "channels last": (0, 2, 3, 1),
+    "parts between": (0, 2, 1, 3),
+    "samples last": (1, 2, 3, 0),
+    "samples last, parts before": (2, 3, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_axes_in_another_order_need_a_transpose(rows: Images, tmp_path: Path, name: str) -> None:
+    """Of four dimensions the shape tells; training names the same transpose as `check`."""
+    order = ORDERS[name]
+    given = rows.transpose(order)
+    path = save(tmp_path / "DATA_Htrainin.mat", given)
+    back = tuple(int(place) for place in np.argsort(order))
+    seen = examine(path)
+    assert seen.verdict == "unusable"
+    assert f"save numpy.transpose(HT, ({', '.join(map(str, back))}))" in words(seen)
+    np.testing.assert_array_equal(given.transpose(back), rows)
+    assert seen.images is not None
+    np.testing.assert_array_equal(seen.images, rows)
+    axes = " ".join(str(place + 1) for place in back)
+    with pytest.raises(ValueError, match=rf"numpy.transpose\(HT, .*permute\(HT, \[{axes}\]\)"):
+        count_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("order", "what"),
+    [
+        ((0, 2, 3, 1), "real and imaginary parts alternate instead"),
+        ((0, 2, 1, 3), "real and imaginary parts alternate line by line"),
+        ((0, 1, 3, 2), "the axes look swapped, delays before angles"),
+        ((0, 3, 2, 1), "alternate.*the axes look swapped"),  # MATLAB's own flattening
+    ],
+)
+def test_flat_rows_in_another_order_are_suspicious(
+    rows: Images, tmp_path: Path, order: tuple[int, ...], what: str
+) -> None:
+    given = rows.transpose(order)
+    seen = examine(save(tmp_path / "a.mat", flat(given)))
+    assert seen.verdict == "suspicious"
+    assert re.search(what, words(seen))
+    again = flat(given)
+    repairs = [f.repair for f in seen.findings if "HT.reshape" in f.repair]
+    for repair in repairs:  # each repair follows those before
+        found = re.search(r"HT(\.reshape\(.*\))", repair)
+        assert found is not None
+        again = eval(f"HT{found[1]}", {"HT": again})  # the line that a user would paste
+    np.testing.assert_array_equal(again, flat(rows))
+
+
+def test_what_octave_and_version_4_have(tmp_path: Path) -> None:
+    old = save(tmp_path / "DATA_Htrainin.mat", np.full((2, 2048), 0.5), format="4")
+    half = save_v73(tmp_path / "DATA_Hvalin.mat", np.full((3, 2048), 0.5, np.float16))
+    octave = tmp_path / "DATA_Htestin.mat"
+    with h5py.File(octave, "w") as file:
+        group = file.create_group("HT")
+        group["type"], group["value"] = np.bytes_("matrix"), np.full((2048, 3), 0.5)
+    for path, message in (
+        (old, r"version 4.*Octave with save -v7 DATA_Htrainin\.mat HT"),
+        (octave, r"Octave's save -hdf5.*save -v7 DATA_Htestin\.mat HT"),
+        (half, r"float16"),
+    ):
+        assert examine(path).verdict == "unusable"
+        assert re.search(message, words(examine(path))), path
+        with pytest.raises(ValueError, match=message):
+            count_rows(path)

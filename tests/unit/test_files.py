@@ -15,7 +15,8 @@ import pytest
 from csipipe.channels import common_test, deal, load_test, load_ue, manifest_of, open_source
 from csipipe.channels.format import NAME, Description, Set, Stored
 from csipipe.channels.writer import Writer
-from csipipe.settings.config import DataSettings
+from csipipe.settings import commandline
+from csipipe.settings.config import DataSettings, Settings
 
 A, D, K = 6, 4, 9
 SIZES = {("office", "train"): 30, ("office", "val"): 10, ("office", "test"): 8}
@@ -72,6 +73,12 @@ def test_an_environment_by_default_is_all_of_them(tmp_path: Path) -> None:
     assert [sum(span.size for span in spans) for spans in dealt.ues] == [11, 11, 10, 10]
     assert len(load_test(source, dealt)) == 10
     manifest_of(dealt, 0.1, source).write(tmp_path)
+    assert Settings(data=data).data.environment == "all"
+    assert Settings().data.environment == "indoor"
+    parsed, _ = commandline.settings(
+        commandline.parser("t"), ["--data.source=files", "--data.path=x"]
+    )
+    assert parsed.data.environment == "all"
     with pytest.raises(ValueError, match=r"data.environment is c; the data has a b, ü"):
         common_test(
             DataSettings(source="files", path="x", environment="c"),

@@ -65,7 +65,7 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.micro_batches", "0"], "train.micro_batches is 0"),
         (["--topology.stages", "0"], "topology.stages is 0"),
         (["--topology.partition", "halves"], "'halves'; expected uniform, parameters"),
-        (["--data.source", "csinet"], "csinet needs a folder in data.path"),
+        (["--data.source", "csinet"], "csinet and files need a folder in data.path"),
         (["--data.path", "x"], "synthetic takes none"),
         (["--data.holdout", "1"], r"must lie in \[0, 1\)"),
         (["--data.train_samples", "0"], "data.train_samples is 0"),
