@@ -48,6 +48,7 @@ setup(
         "docs": ["mkdocs-material>=9.6"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
+        "sionna": ["sionna-no-rt>=2.2"],  # channels generate --model umi, uma, cdl-a … cdl-e
         "test": ["hypothesis>=6", "pytest>=8", "ruff", "mypy", "types-PyYAML"],
     },
 )

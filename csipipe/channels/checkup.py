@@ -186,8 +186,11 @@ def converted_report(folder: Path, said: Description, tally: Tally) -> Iterator[
     planar = ""
     if said.planar:
         planar = f" ({said.columns} x {said.rows} columns and rows, {said.polarisations} pol.)"
-    size = f"{said.angles} angles{planar} x {said.delays} delays"
+    axes = ("ports", "subbands") if said.scaling == "unit" else ("angles", "delays")
+    size = f"{said.angles} {axes[0]}{planar} x {said.delays} {axes[1]}"
     lost = f"{tally.lost:.2%} of a row's energy lost"
+    if said.scaling == "unit":
+        lost = "eigenvectors of norm 1"
     if said.subcarriers is not None and said.subcarriers > said.delays:
         shift, least = tally.best_shift(said.delays)
         size += f" of {said.subcarriers}"
@@ -201,6 +204,5 @@ def converted_report(folder: Path, said: Description, tally: Tally) -> Iterator[
     yield f"written: {folder}"
     yield (
         f"train:   torchrun --nproc_per_node=4 launch/train.py --data.source files --data.path "
-        f"{shlex.quote(str(folder))} --model.angles {said.angles} --model.delays {said.delays}"
-        f"{several}"
+        f"{shlex.quote(str(folder))}{several}"
     )

@@ -16,9 +16,12 @@ from jsonargparse import ArgumentParser
 from csipipe import channels
 from csipipe.channels import checkup, export, profileplot, statistics
 from csipipe.channels import convert as converting
+from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
+from csipipe.channels.eigenvectors import SUBBANDS
 from csipipe.channels.format import SetPart
 from csipipe.channels.layout import ANGLES, DELAYS
+from csipipe.channels.scene import Scene
 from csipipe.channels.source import Site
 from csipipe.channels.split import own_environment
 from csipipe.channels.transform import Geometry
@@ -38,17 +41,77 @@ def generate(
     val: int = 1000,
     test: int = 1000,
     seed: int = 0,
+    model: str | None = None,
+    array: str = "32x1x1",
+    receive: int = 1,
+    carrier: float = Scene.carrier_ghz,
+    bandwidth: float = Scene.bandwidth_mhz,
+    subcarriers: int = Scene.subcarriers,
+    spread: float = Scene.delay_spread_ns,
+    speed: float = Scene.speed_kmh,
+    snapshots: int = 1,
+    interval: float = Scene.interval_ms,
+    delays: int | None = None,
+    shift: int = 4,
+    eigenvectors: bool = False,
+    subbands: int = SUBBANDS,
 ) -> bool:
-    """Write generated channels as CsiNet's files; nothing is overwritten.
+    """Write generated channels: CsiNet's files, or with --model a folder for --data.source files.
+
+    Nothing is overwritten.
 
     Args:
         folder: where to write; created if it doesn't exist.
-        environment: indoor or outdoor.
-        train: rows of DATA_Htrain…; CsiNet has 100,000.
-        val: rows of DATA_Hval…; CsiNet has 30,000.
-        test: rows of DATA_Htest… and of DATA_HtestF…_all (for ρ); CsiNet has 20,000.
+        environment: of CsiNet's files: indoor or outdoor.
+        train: training rows; with --model: UEs. CsiNet has 100,000.
+        val: validation rows; CsiNet has 30,000.
+        test: test rows, with their untruncated channels (for ρ); CsiNet has 20,000.
         seed: of the channels; the same seed makes the same rows, however many are asked for.
+        model: umi, uma, cdl-a … cdl-e (3GPP TR 38.901, by Sionna), or the package's own clusters,
+            indoor or outdoor, on any array. null: CsiNet's files. The rest is for these.
+        array: columns x rows x polarisations of the BTS's array.
+        receive: receive antennas of a UE; each is a row.
+        carrier: GHz.
+        bandwidth: MHz.
+        subcarriers: over the bandwidth.
+        spread: RMS delay spread of cdl-a … cdl-e, ns.
+        speed: km/h, the highest.
+        snapshots: of each UE; each is a row.
+        interval: ms between snapshots.
+        delays: delay bins to keep; null: 32, or all if there are fewer.
+        shift: by how much delays are rolled before truncation.
+        eigenvectors: images of principal eigenvectors per subband, of all receive antennas.
+        subbands: of eigenvectors.
     """
+    if model is not None:
+        sizes = _sizes(array)
+        scene = Scene(
+            columns=sizes["columns"],
+            rows=sizes["rows"],
+            polarisations=sizes["polarisations"],
+            receive=receive,
+            carrier_ghz=carrier,
+            bandwidth_mhz=bandwidth,
+            subcarriers=subcarriers,
+            delay_spread_ns=spread,
+            speed_kmh=speed,
+            snapshots=snapshots,
+            interval_ms=interval,
+        )
+        plan = converting.Plan(
+            axes=generating.AXES,
+            geometry=Geometry(
+                columns=scene.columns, rows=scene.rows, polarisations=scene.polarisations
+            ),
+            delays=delays or 0,
+            shift=shift,
+            seed=seed,
+            subbands=subbands if eigenvectors else None,
+        )
+        users: dict[SetPart, int] = {"train": train, "val": val, "test": test}
+        described, tally = generating.generate(Path(folder), model, scene, users, plan)
+        print("\n".join(converted_report(Path(folder), described, tally)))
+        return True
     for file in export.write_files(
         Path(folder), environment, train=train, val=val, test=test, seed=seed
     ):
@@ -103,6 +166,8 @@ def convert(
     receive: Literal["rows", "strongest"] = "rows",
     time: Literal["samples", "first"] = "samples",
     offset: float | None = None,
+    eigenvectors: bool = False,
+    subbands: int = SUBBANDS,
 ) -> bool:
     """Convert arrays (.npy .npz .mat .h5 .csv .pt) to a folder for --data.source files.
 
@@ -126,6 +191,9 @@ def convert(
         receive: several receive antennas become rows each, or the strongest one does.
         time: time samples become rows each, or the first one does.
         offset: the value that stands for zero; null: 0, or 0.5 for pairs of reals in [0, 1].
+        eigenvectors: principal eigenvectors per subband instead of angles and delays: of all
+            receive antennas together, over ports, of norm 1, stored as 0.5 + v/2.
+        subbands: of eigenvectors; 3GPP's studies commonly have 13.
     """
     if len(files) < 2:
         raise ValueError(f"convert {files[0]}: expected files, and last the folder to write.")
@@ -153,6 +221,7 @@ def convert(
         offset=offset,
         split=_shares(split),
         seed=seed,
+        subbands=subbands if eigenvectors else None,
     )
     described, tally = converting.convert(inputs, Path(folder), plan)
     print("\n".join(converted_report(Path(folder), described, tally)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from csipipe import __version__
 from csipipe.channels import doctor, rawarray
 from csipipe.channels.axes import Axes, parse
 from csipipe.channels.cache import digest
+from csipipe.channels.eigenvectors import images_of
+from csipipe.channels.eigenvectors import to_image as to_vectors
 from csipipe.channels.format import Description, SetPart
 from csipipe.channels.rawarray import RawArray
 from csipipe.channels.reading import guess
@@ -62,6 +64,8 @@ class Plan:
     time: Literal["samples", "first"] = "samples"
     offset: float | None = None
     """The value that stands for zero; None: 0, or 0.5 where pairs of reals lie in [0, 1]."""
+    subbands: int | None = None
+    """Eigenvectors of so many subbands instead of angles and delays, see `eigenvectors`."""
     split: tuple[float, ...] = (0.8, 0.1, 0.1)
     """Shares of training, validation (if there are three) and test rows, by user."""
     seed: int = 0
@@ -122,8 +126,13 @@ class _Opened:
     """(users,) which of `PARTS` a user's rows go to."""
 
 
-def convert(inputs: Sequence[Input], folder: Path, plan: Plan) -> tuple[Description, Tally]:
+def convert(
+    inputs: Sequence[Input], folder: Path, plan: Plan, about: Mapping[str, Any] | None = None
+) -> tuple[Description, Tally]:
     """Convert files into a folder, which appears when it is complete.
+
+    Args:
+        about: what else the description says about how it was made.
 
     Raises:
         FileNotFoundError, FileExistsError, BlockingIOError, OSError: see `writer`, `rawarray`.
@@ -147,12 +156,16 @@ def convert(inputs: Sequence[Input], folder: Path, plan: Plan) -> tuple[Descript
         delays = plan.delays or min(KEPT, frequencies)
         plan = replace(plan, delays=delays, geometry=plan.geometry.of(ports))
         in_angle, in_delay = _domain(first)
+        if plan.subbands is not None:
+            _check_vectors(first, plan.subbands, frequencies)
+            delays = plan.subbands
         if delays > frequencies:
             raise ValueError(
                 f"{first.array}: --delays {delays}, but there are {frequencies} subcarriers or "
                 f"delays. Set it to 1 … {frequencies}."
             )
-        subcarriers = None if in_delay and delays == frequencies else frequencies
+        unknown = plan.subbands or (in_delay and delays == frequencies)
+        subcarriers = None if unknown else frequencies
         common = None
         if plan.scaling == "set":
             with _bar(opened, "measuring") as bar:
@@ -179,7 +192,10 @@ def convert(inputs: Sequence[Input], folder: Path, plan: Plan) -> tuple[Descript
                 _add(one, plan, out, tally, common, subcarriers, bar)
         if not tally.rows:
             raise ValueError(f"none of the {tally.empty_rows} rows has energy; expected channels.")
-        findings = doctor.judge(np.concatenate(tally.looked_at), linear=not plan.geometry.planar)
+        findings = []  # what the doctor knows is about angles and delays
+        if plan.subbands is None:
+            looked_at = np.concatenate(tally.looked_at)
+            findings = doctor.judge(looked_at, linear=not plan.geometry.planar)
         described = out.finish(
             lambda sets: Description(
                 angles=ports,
@@ -190,8 +206,9 @@ def convert(inputs: Sequence[Input], folder: Path, plan: Plan) -> tuple[Descript
                 polarisations=plan.geometry.polarisations,
                 subcarriers=subcarriers,
                 shift=plan.shift,
-                scaling=plan.scaling,
-                made=_made(plan, tally, findings),
+                kind="eigenvectors" if plan.subbands is not None else "channel",
+                scaling="unit" if plan.subbands is not None else plan.scaling,
+                made=_made(plan, tally, findings) | dict(about or {}),
             )
         )
     return described, tally
@@ -303,7 +320,12 @@ def _blocks(one: _Opened, plan: Plan, bar: Any) -> Iterator[tuple[Complex, NDArr
             best = power.argmax(axis=4)[..., None]
             channel = np.take_along_axis(channel, best[..., None, None], axis=4)
             users = users[..., :1]
-        yield channel.reshape(-1, *channel.shape[5:]), users.reshape(-1)
+        if plan.subbands is not None:  # those of all receive antennas together
+            users = users[..., 0]
+            channel = channel.reshape(-1, *channel.shape[4:])
+        else:
+            channel = channel.reshape(-1, *channel.shape[5:])
+        yield channel, users.reshape(-1)
         bar.update(values.nbytes)
 
 
@@ -333,6 +355,9 @@ def _add(
     alive = np.zeros(len(one.part_of), bool)
     before = one.given.path.stat()
     for rows, users in _blocks(one, plan, bar):
+        if plan.subbands is not None:
+            _add_vectors(one, plan, rows, users, out, tally, alive)
+            continue
         made = to_image(rows, plan.geometry, plan.delays, plan.shift, in_angle, in_delay)
         peak = np.abs(made.image).max(axis=(1, 2))
         good = peak > 0
@@ -383,6 +408,49 @@ def _add(
             "offset": one.zero,
         }
     )
+
+
+def _check_vectors(one: _Opened, subbands: int, frequencies: int) -> None:
+    """Refuse (ValueError) what has no eigenvectors of so many subbands."""
+    if any(_domain(one)):
+        raise ValueError(
+            f"{one.array}, --axes {one.axes.text!r}: eigenvectors are of ports and subcarriers; "
+            "give channels over tx and subcarrier."
+        )
+    if not 1 <= subbands <= frequencies:
+        there = f"there are {frequencies} subcarriers" if subbands > 0 else "expected at least one"
+        raise ValueError(
+            f"{one.array}: {subbands} subbands, but {there}. Set --subbands to 1 … {frequencies}."
+        )
+
+
+def _add_vectors(
+    one: _Opened,
+    plan: Plan,
+    rows: Complex,
+    users: NDArray[np.int64],
+    out: Writer,
+    tally: Tally,
+    alive: NDArray[np.bool_],
+) -> None:
+    """Add eigenvectors of (n, rx, ports, subcarriers) rows; with a silent subband: dropped."""
+    assert plan.subbands is not None
+    silent = [(part == 0).all(axis=(1, 2, 3)) for part in np.array_split(rows, plan.subbands, 3)]
+    good = ~np.any(silent, axis=0)
+    tally.empty_rows += int((~good).sum())
+    mine = users[good]
+    alive[mine] = True
+    flat = rows[good].reshape(-1, *rows.shape[2:])
+    ordered = plan.geometry.angles(flat, in_angle=True).reshape(-1, *rows.shape[1:])
+    images = to_vectors(images_of(ordered, plan.subbands))
+    tally.rows += len(images)
+    tally.kept += len(images)
+    parts = one.part_of[mine]
+    for number, part in enumerate(PARTS):
+        if (parts == number).any():
+            out.add(one.given.environment, part, images[parts == number])
+            key = one.given.environment, part
+            tally.parts[key] = tally.parts.get(key, 0) + int((parts == number).sum())
 
 
 def _bar(opened: Sequence[_Opened], what: str) -> Any:
