@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from csipipe.channels.cache import digest
 from csipipe.channels.convert import Tally
 from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
@@ -89,6 +90,15 @@ def _sets(files: dict[str, Examined]) -> tuple[Images, Images] | None:
     return four_fifths(train) if test is None else (train, test)
 
 
+def is_csinets(folder: Path) -> bool:
+    """Whether a folder has any of CsiNet's files."""
+    return any(
+        (folder / f"DATA_H{part}{suffix}.mat").is_file()
+        for part in PARTS
+        for suffix in SUFFIX.values()
+    )
+
+
 def environments(folder: Path) -> list[Site]:
     """The environments for which a folder has files.
 
@@ -151,6 +161,8 @@ def report(checked: Checked) -> Iterator[str]:
     """Lines about each file: what it contains, and the verdict."""
     for part, file in checked.files.items():
         yield f"{file.path.name}: {file.verdict.upper()}"
+        if file.path.is_file():
+            yield f"  SHA-256 {digest(file.path)}"
         if file.name:
             yield f"  {file.name} {file.shape} {file.dtype}, from {file.low:.4g} to {file.high:.4g}"
         if file.images is not None:

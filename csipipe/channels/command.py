@@ -14,7 +14,7 @@ from typing import Literal, cast
 from jsonargparse import ArgumentParser
 
 from csipipe import channels
-from csipipe.channels import checkup, export, profileplot, statistics
+from csipipe.channels import checkup, export, profileplot, rawcheck, statistics
 from csipipe.channels import convert as converting
 from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
@@ -127,16 +127,25 @@ def check(
     beside: str | None = None,
     seed: int = 0,
 ) -> bool:
-    """Examine CsiNet's files: layout, range, scaling, domain, duplicates; with a verdict.
+    """Examine channels: layout, range, scaling, domain, duplicates; with a verdict.
 
-    Exits with status 1 unless every file is good.
+    Of arrays that must be converted first, it says how. Exits with status 1 unless all is good.
 
     Args:
-        source: folder with DATA_Htrainin.mat and its siblings, or synthetic.
+        source: folder with DATA_Htrainin.mat and its siblings, or a converted one; an array's file,
+            or a folder of them; or synthetic.
         environment: indoor or outdoor; by default both, as far as there are files.
         beside: another folder, or synthetic, whose statistics go into a second column.
         seed: seed of synthetic channels.
     """
+    place = Path(source)
+    if source not in BUILT_IN and rawcheck.is_converted(place):
+        return _check_converted(place)
+    if place.is_file() or (source not in BUILT_IN and not checkup.is_csinets(place)):
+        files = rawcheck.raw_files(place)
+        if files:
+            print("\n".join(rawcheck.raw_report(files)))
+            return False
     good = True
     for site in _sites(source, environment):
         checked = _channels(source, site, seed)
@@ -228,6 +237,20 @@ def convert(
     return True
 
 
+def _check_converted(folder: Path) -> bool:
+    good = True
+    columns = {}
+    for name, rows in rawcheck.sets_of(folder).items():
+        found = rawcheck.converted_findings(folder, rows)
+        print(f"{name}: {'SUSPICIOUS' if found else 'GOOD'}")
+        for finding in found:
+            print(f"  {finding.verdict}: {finding.what}\n    repair: {finding.repair}")
+        columns[name] = statistics.measure(rows[0]), statistics.pca_db(*rows)
+        good = good and not found
+    print(f"\n{statistics.table(columns)}\n", flush=True)
+    return good
+
+
 def look(
     source: str, output: str = "channels.png", environment: Place | None = None, seed: int = 0
 ) -> bool:
@@ -240,6 +263,12 @@ def look(
         seed: seed of synthetic channels.
     """
     sets = {}
+    if source not in BUILT_IN and rawcheck.is_converted(Path(source)):
+        for name, (_, test) in rawcheck.sets_of(Path(source)).items():
+            sets[f"{name} ({_title(source)}, {len(test):,} test rows)"] = test
+        profileplot.draw(sets, Path(output))
+        print(f"{output}: {', '.join(sets)}")
+        return True
     for site in _sites(source, environment):
         found = _channels(source, site, seed).sets
         if found is not None:

@@ -225,7 +225,7 @@ def _parts_elsewhere(
     what = "real and imaginary parts alternate instead of filling one half of a row each"
 
     def even(shape: tuple[int, ...], axis: int) -> float:
-        """How alike the peaks of rows are: 1 where each was scaled by its own, pairs being right."""
+        """How alike the peaks of rows are: 1 if each was scaled by its own, and pairs are right."""
         parts = np.moveaxis(size.reshape(-1, *shape), axis + 1, 0)
         peaks = np.square(parts).sum(axis=0).reshape(len(size), -1).max(axis=1)
         return float(np.quantile(peaks, 0.05) / peaks.max())

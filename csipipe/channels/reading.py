@@ -53,7 +53,7 @@ def guess(array: RawArray) -> Axes:
         )
     raise ValueError(
         f"{array}: no reading of its axes fits. Say what they are, for example --axes "
-        f"{_example(array)!r} (words: user sample time bts rx tx angle subcarrier delay part)."
+        f"{example(array)!r} (words: user sample time bts rx tx angle subcarrier delay part)."
     )
 
 
@@ -120,7 +120,8 @@ def _share(rows: NDArray[np.complex64]) -> float:
     return float(power[:, :quarter].sum(axis=1).mean())
 
 
-def _example(array: RawArray) -> str:
+def example(array: RawArray) -> str:
+    """Axes that an array of so many could have."""
     words = {2: "sample (tx=32 subcarrier)", 3: "sample tx subcarrier"}
     words |= {4: "sample rx tx subcarrier", 5: "sample rx tx subcarrier part"}
     words |= {7: "user user rx bts tx time subcarrier"}

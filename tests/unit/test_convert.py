@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import convert as converting
-from csipipe.channels import open_source, rawarray
+from csipipe.channels import eigenvectors, open_source, rawarray
 from csipipe.channels.axes import parse
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
@@ -282,6 +283,41 @@ def test_sets_environments_and_ues(tmp_path: Path) -> None:
     ]
     assert run(*files, tmp_path / "b", *axes, "--ues", "true", "--split", "0.5/0.5") == 0
     assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
+
+
+def test_eigenvectors_over_all_receive_antennas(tmp_path: Path) -> None:
+    h = channels()
+    h[4] = 0
+    file = saved(tmp_path / "h.npy", h)
+    words = ["--axes", "sample rx tx subcarrier", "--sets", "test", "--eigenvectors", "true"]
+    assert run(file, tmp_path / "o", *words, "--subbands", 6) == 0
+    opened = source(tmp_path / "o")
+    assert (opened.kind, opened.size) == ("eigenvectors", (P, 6))
+    rows = opened.rows("all", "test", 0, N - 1)
+    expected = eigenvectors.to_image(eigenvectors.images_of(np.delete(h, 4, 0), 6))
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    assert isinstance(opened.frequency_rows("all", "test", 0, 1), str)
+
+
+def test_check_says_how_to_convert_and_what_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved(tmp_path / "h.npy", channels(100))
+    assert main(["check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "h.npy: UNUSABLE as it is" in said
+    [line] = [line for line in said.splitlines() if "convert it:" in line]
+    *_, command = line.partition("convert it: ")
+    words = shlex.split(command.replace("DIR", str(tmp_path / "out")))
+    assert words[:4] == ["python", "-m", "csipipe", "channels"]
+    assert main(words[4:]) == 0
+    assert main(["check", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "all: GOOD" in said
+    assert "energy in the first 4" in said
+    assert main(["look", str(tmp_path / "out"), "--output", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert main(["check", str(file)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""What `channels check` says of arrays that must be converted first, and of converted folders."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from csipipe.channels import doctor, rawarray
+from csipipe.channels.filesource import FilesSource
+from csipipe.channels.format import NAME, Description
+from csipipe.channels.reading import example, guess
+from csipipe.channels.source import Images
+from csipipe.channels.statistics import MOST_ROWS, four_fifths
+
+ENDINGS = (".npy", ".npz", ".mat", ".h5", ".hdf5", ".csv", ".txt", ".pt", ".pth")
+
+
+def raw_files(place: Path) -> list[Path]:
+    """The file, or those of a folder that may hold arrays."""
+    if place.is_file():
+        return [place]
+    return sorted(path for path in place.glob("*") if path.suffix.lower() in ENDINGS)
+
+
+def raw_report(files: list[Path]) -> Iterator[str]:
+    """Lines about arrays: what they are, and the command that converts them."""
+    for file in files:
+        yield f"{file.name}: UNUSABLE as it is"
+        try:
+            with rawarray.opened(file) as array:
+                text = example(array)
+                yield f"  {array.key or 'array'} {array.dtype} {array.shape}" + (
+                    f"; {array.note}" if array.note else ""
+                )
+                try:
+                    text = guess(array).text
+                    yield f"  the values say that the axes are: {text}"
+                except ValueError as error:
+                    yield f"  {str(error).removeprefix(f'{array}: ')}"
+        except (ValueError, OSError) as error:
+            yield f"  {error}"
+            continue
+        words = ["python", "-m", "csipipe", "channels", "convert", str(file), "DIR", "--axes", text]
+        yield f"  convert it: {shlex.join(words)}"
+
+
+def is_converted(place: Path) -> bool:
+    """Whether it is a folder of csipipe's own format."""
+    return (place / NAME).is_file()
+
+
+def sets_of(folder: Path) -> dict[str, tuple[Images, Images]]:
+    """Training and test rows of each environment, some of them; see `FilesSource.rows`."""
+    source, said = FilesSource(folder, 0), Description.read(folder)
+    found = {}
+    for environment in said.environments:
+        some = []
+        for part, names in (("train", ("train", "val")), ("test", ("test",))):
+            if said.of(environment, *names):
+                count = source.available(environment, "train" if part == "train" else "test")
+                most = min(count, MOST_ROWS)
+                some.append(
+                    source.rows(environment, "train" if part == "train" else "test", 0, most)
+                )
+        found[environment] = (some[0], some[1]) if len(some) == 2 else four_fifths(some[0])
+    return found
+
+
+def converted_findings(folder: Path, rows: tuple[Images, Images]) -> list[doctor.Finding]:
+    """What is suspicious about converted rows."""
+    said = Description.read(folder)
+    if said.kind != "channel":
+        return []
+    found = doctor.judge(rows[0], linear=not said.planar)
+    known = {row.tobytes() for row in rows[0]}
+    common = sum(row.tobytes() in known for row in rows[1])
+    if common:
+        what = f"{common:,} of {len(rows[1]):,} test rows are also training rows"
+        found.append(doctor.Finding("suspicious", what, "convert with --split, by user"))
+    outside = [np.isnan(part).any() or part.min() < 0 or part.max() > 1 for part in rows]
+    if any(outside):
+        found.append(doctor.Finding("unusable", "values outside of [0, 1]", "convert again"))
+    return found
