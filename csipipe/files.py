@@ -51,6 +51,14 @@ def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[objec
     write_file(file, text.getvalue())
 
 
+def cache_folder() -> Path:
+    """What may be deleted at any time: $CSIPIPE_CACHE, else csipipe in $XDG_CACHE_HOME or
+    ~/.cache."""
+    if chosen := os.environ.get("CSIPIPE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csipipe"
+
+
 def lock(descriptor: int, wait: bool = False) -> bool:
     """Lock an open file until it is closed or this process ends; returns whether that succeeded.
 

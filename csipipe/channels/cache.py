@@ -57,7 +57,7 @@ class Copy:
 
     def file(self) -> Path:
         """Where the copy is."""
-        return cache_folder() / f"{self.sha256}.v{_VERSION}.npy"
+        return files.cache_folder() / f"{self.sha256}.v{_VERSION}.npy"
 
     def is_whole(self) -> bool:
         """Whether the copy exists, with all its bytes."""
@@ -80,13 +80,6 @@ class Copy:
         offset = len(_header(self.rows))
         mapped = np.memmap(self.file(), np.float32, "c", offset, (self.rows, HT.width))
         return np.asarray(mapped)
-
-
-def cache_folder() -> Path:
-    """Folder of the copies: $CSIPIPE_CACHE, else csipipe in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get("CSIPIPE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csipipe"
 
 
 def converted(source: Path) -> Copy:
@@ -255,7 +248,7 @@ def _explained(file: Path, size: int) -> Iterator[None]:
 @contextmanager
 def _locked() -> Iterator[None]:
     """Hold the cache's lock until the end, or until this process is gone."""
-    file = cache_folder() / "lock"
+    file = files.cache_folder() / "lock"
     with ExitStack() as opened:
         with _explained(file, 0):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +259,7 @@ def _locked() -> Iterator[None]:
 
 def _note_file(source: Path) -> Path:
     name = hashlib.sha256(os.fsencode(source)).hexdigest()[:32]
-    return cache_folder() / f"{name}.json"
+    return files.cache_folder() / f"{name}.json"
 
 
 def _noted(source: Path) -> Copy | None:

@@ -14,6 +14,7 @@ from csipipe.comm.world import World
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import Figures
 from csipipe.measure.probe import Probe
+from csipipe.methods.adam import Adam
 from csipipe.methods.state import Unit
 from csipipe.settings.config import TrainSettings
 
@@ -75,9 +76,9 @@ Builder = Callable[[World], Worker]
 """What a method prepares on a rank before the ranks meet."""
 
 
-def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> torch.optim.Adam:
+def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> Adam:
     """The optimiser of every part (paper, eqs. 6–8); the loop sets the rate per iteration."""
-    return torch.optim.Adam(list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True)
+    return Adam(list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

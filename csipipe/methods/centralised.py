@@ -166,7 +166,7 @@ class Centralised:
             models.accumulate(models.joined(self.pending))
             self.pending.clear()
             clock.begin("compute", "encode backward")
-            torch.autograd.backward(z_UBC, [z.grad for z in leaves])
+            models.backward(z_UBC, [z.grad for z in leaves if z.grad is not None])
         return sums.cpu()
 
     def agree(self, decision: bool) -> bool:

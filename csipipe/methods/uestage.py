@@ -182,7 +182,7 @@ class UeStage:
         rows = self._rows(self._batches[-1])
         dz_UBC = [part.flatten(0, 1) for part in torch.split(dz_MRC, rows, dim=1)]
         z_UBC = self._z_UBC
-        torch.autograd.backward(
+        models.backward(
             [z_UBC[u] for u in self.taking],
             [dz_UBC[u].to(z_UBC[u].dtype) for u in self.taking],
         )

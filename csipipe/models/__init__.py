@@ -1,5 +1,6 @@
 """The autoencoder's three parts: encoder, decoder tail (a list of layers), decoder head."""
 
+from csipipe.models.backward import backward
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels import plain_layers
 from csipipe.models.layers import Pending, accumulate, joined, put_off
@@ -19,6 +20,7 @@ __all__ = [
     "CRBlock",
     "Pending",
     "accumulate",
+    "backward",
     "build_encoder",
     "build_head",
     "build_tail",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from csipipe.models import kernels
+from csipipe.models.backward import backward
 from csipipe.models.kernels import Backend
 from csipipe.settings.config import KernelsBy
 
@@ -277,7 +278,7 @@ def accumulate(pending: Iterable[Pending]) -> None:
     """Add postponed gradients to those of the weights, calling the parameters' hooks."""
     for entry in pending:
         for parameter, gradient in entry.gradients():
-            torch.autograd.backward(parameter, gradient.to(parameter.dtype))
+            backward([parameter], [gradient.to(parameter.dtype)])
 
 
 def joined(pending: Iterable[Pending]) -> list[Pending]:

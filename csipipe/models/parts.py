@@ -7,20 +7,25 @@ angles, D delays.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from csipipe.models.crblock import CRBlock
-from csipipe.models.kernels import describe
+from csipipe.models.kernels import describe, plain_layers
 from csipipe.settings.config import ModelSettings
 from csipipe.settings.tables import MODELS, found
 
 PARTS = ("encoder", "tail", "head")
 _NAME = "model.name"
+_NOWHERE = torch.device("meta")
+_SMALL = 2**16
+"""Values of an image."""
 
 
 def build_encoder(model: ModelSettings, seed: int) -> nn.Module:
@@ -59,7 +64,7 @@ def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
 
 
 def check(model: ModelSettings) -> None:
-    """Refuse a model whose parts don't fit together; takes no memory.
+    """Refuse a model whose parts don't fit together; takes little memory, the user's own none.
 
     Raises:
         ValueError: the user's own code can't be imported, fails, or gives other shapes.
@@ -72,7 +77,7 @@ def check(model: ModelSettings) -> None:
     ]
     for part, (before, after) in zip(PARTS, ends, strict=True):
         try:
-            gives = tuple(_shapes(_layers(part, model), before)[-1])
+            gives = _shapes(part, model, before)[-1]
         except Exception as error:  # the user's own code may raise anything
             raise ValueError(
                 f"{_NAME} is {model.name!r}, whose {part} can't be built or run on a row of shape "
@@ -98,22 +103,29 @@ def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
 
 def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:
     """Shape of one row before each tail layer and after the last: 9 shapes for 8 layers."""
-    return _shapes(_layers("tail", model), (model.c1,))
+    return list(_shapes("tail", model, (model.c1,)))
 
 
-def _shapes(layers: Iterable[nn.Module], row: tuple[int, ...]) -> list[tuple[int, ...]]:
-    shapes = [row]
-    with torch.device("meta"), torch.no_grad():
-        x: Tensor = torch.empty(1, *row)
-        for layer in layers:
+@functools.cache
+def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shape of one row before each of a part's layers and after the last.
+
+    A model of csipipe's that is small computes the row: without values, PyTorch would first load
+    its compiler, for three seconds of CPU.
+    """
+    small = model.name in MODELS and math.prod(model.image) <= _SMALL
+    shapes, device = [row], torch.device("cpu") if small else _NOWHERE
+    with device, torch.no_grad(), plain_layers():
+        x = torch.zeros(1, *row)
+        for layer in _layers(part, model, device):
             x = layer.eval()(x)
             shapes.append(tuple(x.shape[1:]))
-    return shapes
+    return tuple(shapes)
 
 
-def _layers(part: str, model: ModelSettings) -> list[nn.Module]:
-    """A part's layers, without memory."""
-    with torch.device("meta"):
+def _layers(part: str, model: ModelSettings, device: torch.device = _NOWHERE) -> list[nn.Module]:
+    """A part's layers; by default without memory."""
+    with device:
         built = _seeded(part, model, 0)
     return list(built) if part == "tail" else [built]
 

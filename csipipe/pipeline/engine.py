@@ -27,7 +27,7 @@ from csipipe.comm import trust
 from csipipe.comm.channel import Ports
 from csipipe.device import computable
 from csipipe.measure.clock import Clock
-from csipipe.models import Pending, accumulate, put_off
+from csipipe.models import Pending, accumulate, backward, put_off
 from csipipe.pipeline import subworld
 from csipipe.pipeline.schedule import Instruction, Op, Plan, execute, held
 from csipipe.pipeline.settings import with_batches
@@ -204,7 +204,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
     def _backward_micro_batch(self, m: int) -> None:
         output, gradient = self._outputs.pop(m), self._some(self._gradients.pop(m))
         with self._allowed():
-            torch.autograd.backward(output, gradient.to(output.dtype))
+            backward([output], [gradient.to(output.dtype)])
         self._weights[m] = self._pending.copy()
         self._pending.clear()
 

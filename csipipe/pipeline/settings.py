@@ -101,9 +101,11 @@ def _check(file: Path, keys: dict[str, Any], precision: Precision) -> None:
 
 
 def with_batches(keys: dict[str, Any], rows: int, micro_batches: int) -> dict[str, Any]:
-    """The same with the batch keys: `rows` per micro-batch over all UEs."""
+    """The same with the batch keys: `rows` per micro-batch over all UEs; and with our Adam, which
+    computes what PyTorch's does, allowed under ZeRO."""
     return {
         **keys,
+        "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": rows * micro_batches,

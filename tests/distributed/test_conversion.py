@@ -14,7 +14,8 @@ import pytest
 from scipy import io
 
 from csipipe.channels import cache, matfile, open_source
-from csipipe.channels.cache import cache_folder, converted
+from csipipe.channels.cache import converted
+from csipipe.files import cache_folder
 from csipipe.settings.config import DataSettings
 
 _CONTEXT = multiprocessing.get_context("spawn")

@@ -15,9 +15,10 @@ import pytest
 from csifiles import images, save, save_v73
 
 from csipipe.channels import cache, matfile
-from csipipe.channels.cache import cache_folder, converted
+from csipipe.channels.cache import converted
 from csipipe.channels.doctor import examine
 from csipipe.channels.synthetic import SyntheticSource
+from csipipe.files import cache_folder
 
 
 @pytest.fixture(autouse=True)

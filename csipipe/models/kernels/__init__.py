@@ -186,7 +186,8 @@ def _layers(module: nn.Module, x: Tensor, dy: Tensor, dtype: torch.dtype) -> lis
     with plain_layers(), torch.enable_grad(), coarse:
         leaf = x.float().requires_grad_()
         y = module(leaf)
-        gradients = torch.autograd.grad(y, [leaf, *module.parameters()], dy.to(y.dtype))
+        end = (y * dy.to(y.dtype)).sum()  # as in `backward`, without SymPy
+        gradients = torch.autograd.grad(end, [leaf, *module.parameters()])
     return [y, *gradients, *module.buffers()]
 
 

@@ -137,9 +137,10 @@ def fill(f: Function, frame: Frame, to: Array, values: Callable[[Place], Load]) 
     with f.loop(0, frame.channels) as c:
         load = values(c)
         with f.loop(0, frame.image.angles) as a:
-            for d, lanes in frame.image.columns(f):
-                value = load(a * frame.image.delays + d, lanes)
-                to.store(frame.place(c, a, d), value.only(lanes))
+            row, place = to.at(frame.place(c, a, 0)), a * frame.image.delays
+            for d in range(0, frame.image.delays, f.lanes):
+                lanes = min(f.lanes, frame.image.delays - d)
+                row.store(d, load(place + d, lanes).only(lanes))
 
 
 def groups(outputs: int, registers: int) -> list[int]:
@@ -182,10 +183,11 @@ def convolve(
                     ]
                     for o in range(width)
                 ]
+                here = f.array("frame").at(frame.place(0, a, d))
                 with f.loop(0, len(frame.taps)) as t:
-                    window = f.array("frame").at(f.integers("taps")[t * 2])
+                    window = here.at(f.integers("taps")[t * 2])
                     factors = f.array("weights").at(f.integers("taps")[t * 2 + 1])
-                    x = [window.load(frame.place(0, a + r, d)) for r in range(rows)]
+                    x = [window.load(r * frame.row) for r in range(rows)]
                     for o in range(width):
                         factor = factors.everywhere((first + o) * stride)
                         for r in range(rows):
@@ -223,12 +225,15 @@ def correlate(f: Function, frame: Frame, plain: Frame, next_image: Sequence[Ahea
                 for o in range(width)
             ]
             cells = [[Sum(f, sums.load(place)) for place in row] for row in at]
-            with f.loop(0, image.angles) as a, f.loop(0, image.delays, f.lanes) as d:
-                x = [window.load(frame.place(0, a, d)) for window in windows]
-                for o in range(width):
-                    g = f.array("plain").load(plain.place(first + o, a, d))
-                    for j in range(TOGETHER):
-                        cells[o][j].add(g * x[j])
+            with f.loop(0, image.angles) as a:
+                rows = [window.at(frame.place(0, a, 0)) for window in windows]
+                given = f.array("plain").at(plain.place(first, a, 0))
+                for d in range(0, image.delays, f.lanes):
+                    x = [row.load(d) for row in rows]
+                    for o in range(width):
+                        g = given.load(o * plain.channel + d)
+                        for j in range(TOGETHER):
+                            cells[o][j].add(g * x[j])
             for o in range(width):
                 for j in range(TOGETHER):
                     sums.store(at[o][j], cells[o][j].value)

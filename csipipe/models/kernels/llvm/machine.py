@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import __version__, binding, ir
 from torch import Tensor
 
+from csipipe.models.kernels.llvm import objects
 from csipipe.models.kernels.llvm.language import Function
+from csipipe.models.kernels.llvm.objects import Compiled
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,26 @@ def optimised(text: str, compiler: Any) -> Any:
     return module
 
 
+def compiled(machine: Machine, describe: Describe, *constants: object) -> Compiled:
+    """A kernel's machine code: from the cache, or compiled now."""
+    of = repr((describe.__name__, constants, machine, __version__, binding.llvm_version_info))
+    kernel = objects.load(of)
+    if kernel is None:
+        text, arrays = described(machine, describe, *constants)
+        compiler = target(machine)
+        kernel = Compiled(arrays, compiler.emit_object(optimised(text, compiler)))
+        objects.store(of, kernel)
+    return kernel
+
+
 class Kernel:
     """A compiled kernel. While it runs, so can other threads."""
 
     def __init__(self, machine: Machine, describe: Describe, *constants: object) -> None:
-        text, self.arrays = described(machine, describe, *constants)
-        self._engine = binding.create_mcjit_compiler(
-            optimised(text, target(machine)), target(machine)
-        )
+        kernel = compiled(machine, describe, *constants)
+        self.arrays = kernel.arrays
+        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target(machine))
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(kernel.code))
         self._engine.finalize_object()
         self._table = ctypes.c_void_p * len(self.arrays)
         signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
