@@ -7,6 +7,8 @@ weights and rates, and the same number of cores.
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,14 +33,17 @@ ABOUT = {
     "torch-1f1b": "torch.distributed.pipelining, Schedule1F1B",
     "one-process": "the unsplit model in one process, on the same micro-batches",
     "one-piece": "the unsplit model in one process, the whole mini-batch at once",
+    "one-compiled": "one-process whose tail, of plain layers, goes through torch.compile",
 }
 """Candidates by name, in the order in which they are started and shown."""
 TOGETHER = ("ours-together", "ours-one-rank")
 """Candidates whose ranks have two roles."""
-USUAL = tuple(name for name in ABOUT if name not in (*SCHEDULES, *TOGETHER))
+COMPILED = "one-compiled"
+"""It needs a C++ compiler, and a minute or two before the first round."""
+USUAL = tuple(name for name in ABOUT if name not in (*SCHEDULES, *TOGETHER, COMPILED))
 """Candidates by default: ours has the schedule that train.schedule names."""
-PEERS = tuple(name for name in ABOUT if not name.startswith("ours"))
-"""Candidates that can be given plain layers."""
+PEERS = tuple(name for name in ABOUT if not name.startswith("ours") and name != COMPILED)
+"""Candidates that can be given plain layers or ours."""
 OTHER_NORMS = ("one-piece",)
 """Candidates whose BatchNorms see all rows at once, so that their losses rightly differ."""
 
@@ -78,12 +83,17 @@ def choose(only: str | None) -> list[str]:
     """Names from a comma-separated list, in our order; None: the usual ones.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or one that can't run here.
     """
     wanted = list(USUAL) if only is None else [name.strip() for name in only.split(",")]
     for name in wanted:
         if name not in ABOUT:
             raise ValueError(f"--only names {name!r}; expected some of {', '.join(ABOUT)}.")
+    if COMPILED in wanted and shutil.which(compiler()) is None:
+        raise ValueError(
+            f"--only names {COMPILED}: torch.compile needs a C++ compiler, and there is no "
+            f"{compiler()} here; install one, set CXX to it, or leave {COMPILED} out."
+        )
     return [name for name in ABOUT if name in wanted]
 
 
@@ -108,10 +118,11 @@ def line_up(
             "the benchmark trains with all UEs; leave it out."
         )
     model = MODELS.get(settings.model.name)
-    if "plain" in layers and set(names) & set(PEERS) and (model is None or not model.plain):
+    plain = "plain" in layers and bool(set(names) & set(PEERS))
+    if (plain or COMPILED in names) and (model is None or not model.plain):
         raise ValueError(
             f"model.name is {settings.model.name}, which has no tail of plain layers; leave "
-            "--layers out."
+            f"--layers and {COMPILED} out."
         )
     if not 1 <= ue_ranks <= settings.topology.ues:
         raise ValueError(
@@ -123,6 +134,7 @@ def line_up(
     for name in names:
         for kind in layers if name in PEERS else ("ours",):
             label = name if kind == "ours" or len(layers) == 1 else f"{name} (plain)"
+            kind = "plain" if name == COMPILED else kind
             found.append(_candidate(name, settings, ue_ranks, kind, label))
     return found
 
@@ -139,6 +151,11 @@ def csilocal(settings: Settings, ue_ranks: int, name: str, label: str) -> Candid
     ranks = settings.stages + (0 if together else ue_ranks)
     threads = settings.train.threads or max(1, cores() // ranks)
     return Candidate(name=name, settings=settings, ranks=ranks, threads=threads, label=label)
+
+
+def compiler() -> str:
+    """The C++ compiler that torch.compile takes."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def cores() -> int:

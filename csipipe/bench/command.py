@@ -14,7 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from csipipe import channels
-from csipipe.bench import candidates, growth, race, table
+from csipipe.bench import candidates, growth, race, roofline, table
 from csipipe.files import write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
@@ -95,6 +95,7 @@ def measure(settings: Settings, options: Namespace) -> int:
 def report(contest: race.Race, growing: bool, target: Path | None) -> None:
     """Print the tables of what was measured, and write `target`, whole or not at all."""
 
+    reached = {} if growing else roofline.measure(contest)
     if contest.rounds:
         first = contest.candidates[0]
         shares = [table.share_table(contest, c) for c in contest.candidates if not growing]
@@ -103,10 +104,12 @@ def report(contest: race.Race, growing: bool, target: Path | None) -> None:
             table.seconds_table(contest) if not growing else growth.table(contest),
             table.ratio_table(contest) if not growing else "",
             *shares,
+            roofline.table(reached),
         ]
         print("\n" + "\n\n".join(part for part in parts if part), flush=True)
     for why in contest.failures.values():
         print(f"\ncsipipe: error: {why}", file=sys.stderr)
     if target is not None and contest.rounds:
-        write_file(target, json.dumps(table.as_json(contest), indent=1) + "\n")
+        found = table.as_json(contest) | {"roofline": reached}
+        write_file(target, json.dumps(found, indent=1) + "\n")
         print(f"\nwritten: {target}")

@@ -46,6 +46,7 @@ class Race:
         losses: the paper's loss per iteration and UE, by candidate.
         beside: the largest relative difference found, by candidate.
         failures: why a candidate can't continue, by candidate.
+        parts: first tail layer of every stage, then the number of layers, by candidate.
     """
 
     candidates: Sequence[Candidate]
@@ -56,6 +57,7 @@ class Race:
     losses: dict[str, list[list[float]]] = field(default_factory=dict)
     beside: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, list[int]] = field(default_factory=dict)
     _residents: dict[str, Resident] = field(default_factory=dict)
     _done: int = 0
 
@@ -87,7 +89,10 @@ class Race:
         except CandidateFailed as error:
             self._fail(resident.candidate.label, str(error))
             return {}
-        return {} if parts is None else {stages: parts}
+        if parts is None:
+            return {}
+        self.parts[resident.candidate.label] = parts
+        return {stages: parts}
 
     def warm_up(self, available: int | None = None) -> dict[str, Turn]:
         """Untimed rounds, which measure the memory that each needs and allocate it if it may stay.

@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from csipipe import methods
 from csipipe.bench import memory
-from csipipe.bench.candidates import Candidate
+from csipipe.bench.candidates import COMPILED, Candidate
 from csipipe.bench.peerstage import Choice, PeerStage, tail_of
 from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
@@ -227,6 +227,8 @@ def _prepare_unsplit(
         if spec.choice.layers == "plain":
             trainer.tail = nn.Sequential(*tail_of(settings, "plain")).to(device)
             trainer.optimizer = adam(trainer.tail.parameters(), settings.train)
+        if spec.name == COMPILED:
+            trainer.tail.compile(dynamic=False)
         return trainer
 
     return build

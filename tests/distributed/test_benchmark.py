@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
         assert min(shares.values()) > 0
         assert 0.5 < sum(shares.values()) < 1.01  # the rest: between an iteration's end and start
     assert found["ours_over"]["torch-1f1b"]["rounds"] == contest.ratios("ours", "torch-1f1b")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which(candidates.compiler()) is None, reason="no C++ compiler")
+def test_a_compiled_tail_does_the_same_arithmetic() -> None:
+    contest = line_up("one-process", "one-compiled")
+    race.run(contest, 1, say=quiet)
+    assert not contest.failures
+    assert contest.beside["one-compiled"] < 1e-5
 
 
 @pytest.mark.long

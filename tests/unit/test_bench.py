@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from csipipe import models
-from csipipe.bench import candidates, growth, memory, plain, race, table
+from csipipe.bench import candidates, growth, memory, plain, race, roofline, table
 from csipipe.bench.conductor import Turn
 from csipipe.bench.rank import END, Order
 from csipipe.pipeline.schedule import bubble
@@ -61,6 +62,19 @@ def test_what_cannot_be_compared_is_refused() -> None:
         candidates.line_up(Settings(), 5, ["ours"], ("ours",))
     with pytest.raises(ValueError, match="method is centralised"):
         candidates.line_up(Settings(method="centralised"), 1, ["ours"], ("ours",))
+
+
+def test_torch_compile_takes_part_on_request_and_where_there_is_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert candidates.COMPILED not in candidates.choose(None)
+    monkeypatch.setenv("CXX", sys.executable)  # some program
+    names = candidates.choose("ours,one-compiled")
+    _, compiled = candidates.line_up(Settings(), 2, names, candidates.LAYERS)
+    assert [compiled.label, compiled.layers, compiled.ranks] == ["one-compiled", "plain", 1]
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler.* no /nowhere/c\+\+ here"):
+        candidates.choose("ours,one-compiled")
 
 
 def test_plain_layers_compute_the_same() -> None:
@@ -175,3 +189,46 @@ def test_others_are_compared_with_the_first_that_is_left() -> None:
     contest.failures["ours"] = "gone"
     assert contest.reference is None
     assert replace(contest, failures={}).reference == "ours"
+
+
+def test_work_is_that_of_all_passes() -> None:
+    model = ModelSettings(c1=3, c2=5, angles=4, delays=6)
+    work = roofline.of_layers(models.build_tail(model, 0), torch.zeros(1, 3))
+    products = 2 * 7 * 9 + 2 * 7 * 7 * 9 + 2 * 7 * 5 + 7 * 7 * 5 + 14 * 2
+    assert [w.flop for w in work] == [
+        3 * 2 * n for n in (3 * 48, 0, 2 * 2 * 9 * 24, 0, products * 24, products * 24, 0, 48 * 5)
+    ]
+    assert work[0].bytes == 3 * 4 * (3 + 48)
+    assert work[1].bytes == 0
+    assert work[3].bytes == 3 * 4 * (48 + 48)
+
+
+def test_ranks_share_the_work_of_one_process() -> None:
+    settings = Settings(topology=TopologySettings(ues=5), train=TrainSettings(batch_size=8))
+    found = candidates.line_up(settings, 2, ["ours", "ours-together", "one-process"], ("ours",))
+    ours, together, one = (
+        sum((roofline.of_rank(c, [0, 5, 8], rank) for rank in range(c.ranks)), roofline.Work())
+        for c in found
+    )
+    assert ours == together == one
+    assert one.flop > 0
+
+
+def test_what_ranks_reach_stands_beside_the_machines_peaks() -> None:
+    contest = finished(ours=[2.0, 4.0], deepspeed=[1.0, 1.0])
+    contest.parts["ours"] = [0, 5, 8]
+    for turns in contest.rounds:
+        compute = {"compute": turns["ours"].seconds / 2}
+        turns["ours"] = replace(turns["ours"], spent=[compute] * 4)
+    found = roofline.measure(contest)
+    assert list(found) == ["ours"]  # the other has no clock
+    stage = found["ours"]["ranks"]["stage 0"]
+    assert stage["seconds"] == 1.5
+    assert stage["gflops"] == pytest.approx(stage["gflop"] / 1.5)
+    assert found["ours"]["peak_gflops"] > 0
+    assert found["ours"]["peak_gbytes"] > 0
+    lines = roofline.table(found).splitlines()
+    assert len(lines) == 7
+    share = stage["gflops"] / found["ours"]["peak_gflops"]
+    assert lines[2].split()[:4] == ["stage", "0", f"{stage['gflops']:.1f}", f"{share:.0%}"]
+    assert roofline.table({}) == ""
