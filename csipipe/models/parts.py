@@ -8,7 +8,6 @@ angles, D delays.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,7 +112,7 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
     A model of csipipe's that is small computes the row: without values, PyTorch would first load
     its compiler, for three seconds of CPU.
     """
-    small = model.name in MODELS and math.prod(model.image) <= _SMALL
+    small = model.name in MODELS and model.reals <= _SMALL
     shapes, device = [row], torch.device("cpu") if small else _NOWHERE
     with device, torch.no_grad(), plain_layers():
         x = torch.zeros(1, *row)

@@ -58,7 +58,7 @@ import torch
 from csipipe import models
 from csipipe.methods.base import adam
 from csipipe.settings.config import ModelSettings, TrainSettings
-model = ModelSettings(kernels_by="torch")
+model = ModelSettings(angles=32, delays=32, kernels_by="torch")
 models.check(model)
 models.tail_shapes(model)
 encoder = models.build_encoder(model, 0)

@@ -204,7 +204,11 @@ def test_work_is_that_of_all_passes() -> None:
 
 
 def test_ranks_share_the_work_of_one_process() -> None:
-    settings = Settings(topology=TopologySettings(ues=5), train=TrainSettings(batch_size=8))
+    settings = Settings(
+        model=ModelSettings(angles=32, delays=32),
+        topology=TopologySettings(ues=5),
+        train=TrainSettings(batch_size=8),
+    )
     found = candidates.line_up(settings, 2, ["ours", "ours-together", "one-process"], ("ours",))
     ours, together, one = (
         sum((roofline.of_rank(c, [0, 5, 8], rank) for rank in range(c.ranks)), roofline.Work())
@@ -217,6 +221,10 @@ def test_ranks_share_the_work_of_one_process() -> None:
 def test_what_ranks_reach_stands_beside_the_machines_peaks() -> None:
     contest = finished(ours=[2.0, 4.0], deepspeed=[1.0, 1.0])
     contest.parts["ours"] = [0, 5, 8]
+    model = ModelSettings(angles=32, delays=32)
+    contest.candidates = [
+        replace(c, settings=replace(c.settings, model=model)) for c in contest.candidates
+    ]
     for turns in contest.rounds:
         compute = {"compute": turns["ours"].seconds / 2}
         turns["ours"] = replace(turns["ours"], spent=[compute] * 4)

@@ -28,7 +28,7 @@ def test_the_choice_is_said() -> None:
     cpu = torch.device("cpu")
     notes = models.kernels_notes(ModelSettings(angles=4, delays=4), cpu)
     assert notes == ["CRBlocks are computed by fused kernels (llvm)"]
-    plain = models.kernels_notes(ModelSettings(kernels_by="torch"), cpu)
+    plain = models.kernels_notes(ModelSettings(angles=4, delays=4, kernels_by="torch"), cpu)
     assert plain == ["CRBlocks are computed by PyTorch's layers (model.kernels_by is torch)"]
 
 
