@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csipipe import checkpoint
+from csipipe import channels, checkpoint
 from csipipe.gpucheck.findings import Step
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
@@ -25,8 +25,8 @@ _TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def settings(folder: Path, arguments: dict[str, Any]) -> Settings:
-    """What a run with those arguments has."""
-    return commandline.settings(commandline.parser(""), line(folder, arguments))[0]
+    """What a run with those arguments has, on channels of known size."""
+    return channels.sized(commandline.settings(commandline.parser(""), line(folder, arguments))[0])
 
 
 def line(folder: Path, arguments: dict[str, Any]) -> list[str]:

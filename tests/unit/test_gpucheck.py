@@ -11,9 +11,14 @@ import torch
 
 from csipipe.gpucheck import command
 from csipipe.gpucheck.findings import Findings, Step
+from csipipe.gpucheck.runs import settings
 from csipipe.gpucheck.steps import STEPS, Planned
 
 VERSIONS = next(step for step in STEPS if step.name == "versions")
+
+
+def test_its_runs_know_the_size_of_their_images(tmp_path: Path) -> None:
+    assert settings(tmp_path, {"model.c1": 16}).model.image == (2, 32, 32)
 
 
 def test_an_unknown_step_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
