@@ -60,7 +60,8 @@ class PeerStage(Half):
     def __init__(self, seat: Seat, role: int, engine: ModuleType, choice: Choice) -> None:
         super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
-        timeout, wire, model = settings.run.timeout, self.wire, settings.model
+        timeout, wire = settings.run.timeout, self.wire
+        up, down = models.widths(settings.model)
         self.group = world.bts_group(topology.stages, device, timeout)
         engine.open_subworld(self.group, timeout)
         self.parts = choice.parts or self._cut(engine)
@@ -68,11 +69,11 @@ class PeerStage(Half):
         self.rows = wire.rows * topology.ues
         self.first, self.last = role == 0, role == topology.last_stage
         if self.first:
-            self.smashed = wire.link(Kind.SMASHED, model.c1)
-            self.smashed_gradient = wire.link(Kind.SMASHED_GRADIENT, model.c1)
+            self.smashed = wire.link(Kind.SMASHED, up)
+            self.smashed_gradient = wire.link(Kind.SMASHED_GRADIENT, up)
         if self.last:
-            self.output = wire.link(Kind.OUTPUT, model.c2)
-            self.output_gradient = wire.link(Kind.OUTPUT_GRADIENT, model.c2)
+            self.output = wire.link(Kind.OUTPUT, down)
+            self.output_gradient = wire.link(Kind.OUTPUT_GRADIENT, down)
         self._received = self._returned = self._scored = 0
         layers = tail_of(settings, choice.layers)
         if self.first:

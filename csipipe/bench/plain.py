@@ -62,5 +62,5 @@ def tail(model: ModelSettings) -> list[nn.Module]:
         PlainCRBlock(model.kernels),
         PlainCRBlock(model.kernels),
         nn.Flatten(),
-        nn.Linear(model.reals, model.c2),
+        nn.Linear(model.reals, model.c2 or model.c1),
     ]

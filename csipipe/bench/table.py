@@ -14,6 +14,7 @@ from csipipe.bench.candidates import OTHER_NORMS, Candidate, cores
 from csipipe.bench.race import TOLERANCE, Race
 from csipipe.device import processor
 from csipipe.measure.clock import ACTIVITIES
+from csipipe.models import widths
 from csipipe.pipeline.schedule import bubble
 from csipipe.settings.config import Settings
 
@@ -41,9 +42,9 @@ def machine() -> dict[str, Any]:
 
 def title(settings: Settings, ranks: int) -> str:
     """One line that says what was measured, and on what."""
-    model, train, here = settings.model, settings.train, machine()
+    (up, down), train, here = widths(settings.model), settings.train, machine()
     return (
-        f"{settings.topology.ues} UEs × {train.batch_size} samples, c1 {model.c1}, c2 {model.c2}, "
+        f"{settings.topology.ues} UEs × {train.batch_size} samples, c1 {up}, c2 {down}, "
         f"{train.micro_batches} micro-batches, {settings.stages} BTS stage(s) and "
         f"{ranks - settings.stages} UE rank(s); {here['cores']} cores, torch {here['torch']}"
     )

@@ -6,7 +6,7 @@ doesn't matter. Shapes: B rows, A angles, D delays; everything linear except PCA
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,8 @@ def measure(images: Images) -> Statistics:
     )
 
 
-def pca_db(train: Images, test: Images) -> dict[int, float]:
-    """Centred NMSE in dB that the first 64, 128, 256 principal components leave.
+def pca_db(train: Images, test: Images, components: Sequence[int] = COMPONENTS) -> dict[int, float]:
+    """Centred NMSE in dB that the first so many principal components leave.
 
     It is what the best linear code of that many reals reaches; a model worth training does better.
 
@@ -94,7 +94,7 @@ def pca_db(train: Images, test: Images) -> dict[int, float]:
     """
     return {
         n: to_db(float(centred_nmse(torch.from_numpy(again), torch.from_numpy(of)).double().mean()))
-        for n, again, of in by_components(train, test)
+        for n, again, of in by_components(train, test, components)
     }
 
 
@@ -106,7 +106,9 @@ def pca_sgcs(train: Images, test: Images) -> dict[int, float]:
     }
 
 
-def by_components(train: Images, test: Images) -> Iterator[tuple[int, Images, Images]]:
+def by_components(
+    train: Images, test: Images, components: Sequence[int] = COMPONENTS
+) -> Iterator[tuple[int, Images, Images]]:
     """How many principal components, what they make of the test rows, and those rows.
 
     The components are those of `train`, around its mean; only numbers below half of `train`'s
@@ -116,7 +118,7 @@ def by_components(train: Images, test: Images) -> Iterator[tuple[int, Images, Im
     known = train.reshape(len(train), -1)
     mean = known.mean(axis=0)
     known = known - mean
-    counts = [n for n in COMPONENTS if 2 * n < len(known) and n < known.shape[1]]
+    counts = [n for n in components if 2 * n < len(known) and n < known.shape[1]]
     if not counts or not len(test):
         return
     wide = known.shape[1] > len(known)  # then the rows' products are the smaller matrix

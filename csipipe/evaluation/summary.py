@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csipipe.evaluation.samples import COLUMNS
 from csipipe.measure.metrics import to_db
+from csipipe.models import widths
 from csipipe.run.trained import Trained
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -56,14 +57,15 @@ class Evaluated:
     def to_json(self) -> dict[str, Any]:
         """An entry of `figures.json`."""
         settings = self.run.settings
+        up, down = widths(settings.model)
         return {
             "run": str(self.run.folder),
             "method": settings.method,
             "status": self.run.status,
             "weights": str(self.run.source),
             "iteration": self.run.iteration,
-            "c1": settings.model.c1,
-            "c2": settings.model.c2,
+            "c1": up,
+            "c2": down,
             "mean": self.mean(),
             "per_ue": self.per_ue(),
             "percentiles": self.distribution(),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from csipipe.evaluation.summary import PERCENTILES, SHOWN, Evaluated
+from csipipe.models import widths
 from csipipe.plotting import name_of
 
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
@@ -42,26 +43,27 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
     head = ["run", "method", "c1", "c2", "UEs", "iteration", *_HEADS.values(), "best … worst UE"]
     cells = [head]
     for name, evaluated in runs:
-        model, mean = evaluated.run.settings.model, evaluated.mean()
+        mean = evaluated.mean()
+        up, down = widths(evaluated.run.settings.model)
         ues = [row["nmse_db"] for row in evaluated.per_ue()]
         band = "—" if None in ues else f"{min(ues):.2f} … {max(ues):.2f}"
         cells.append(
             [
                 name,
                 name_of(evaluated.run.settings.method),
-                str(model.c1),
-                str(model.c2),
+                str(up),
+                str(down),
                 str(len(ues)),
                 str(evaluated.run.iteration or evaluated.run.source.name),
                 *(_cell(figure, mean[figure]).strip() for figure in SHOWN),
                 band,
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            for i, (cell, w) in enumerate(zip(line, wide, strict=True))
         ).rstrip()
         for line in cells
     )

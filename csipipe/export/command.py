@@ -23,6 +23,7 @@ from csipipe.export import check, folder, formats
 from csipipe.export.learning import learn
 from csipipe.export.parts import Pair, nmse_db, operations, parameters, run
 from csipipe.export.quantiser import BITS, Quantiser
+from csipipe.models import widths
 from csipipe.run import trained
 from csipipe.run.trained import Trained
 from csipipe.settings import commandline
@@ -136,7 +137,7 @@ def _quantise(source: Trained, ue: int, pair: Pair) -> Callable[[int], Quantiser
 def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) -> dict[str, Any]:
     """What `export.json` says before anything is written."""
     model = source.settings.model
-    codeword = run(pair.encoder, h_BAD[:2])
+    codeword, (entries, _) = run(pair.encoder, h_BAD[:2]), widths(model)
     inputs = {"encoder": h_BAD, "decoder": codeword}
     return {
         "csipipe": __version__,
@@ -146,10 +147,10 @@ def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) ->
         "finished": source.status == "finished",
         "ue": options.ue,
         "row": [2, model.angles, model.delays],
-        "entries": model.c1,
+        "entries": entries,
         "trained_in": source.settings.train.precision,
         "bits_per_entry": options.bits,
-        "bits_per_channel": model.c1 * (options.bits or 32),
+        "bits_per_channel": entries * (options.bits or 32),
         "parts": {
             end: {
                 "parameters": parameters(module),

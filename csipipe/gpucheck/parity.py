@@ -18,6 +18,7 @@ from csipipe.files import shipped
 from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.runs import Run, relative, same_bits, settings, start
 from csipipe.methods.centralised import Centralised
+from csipipe.models import widths
 
 ITERATIONS = 20
 TOLERANCE = 1e-5
@@ -102,7 +103,7 @@ def _ledger(step: Step, run: Run) -> None:
     """What crossed, by both ends' count, beside the paper's formula."""
     made = settings(run.folder, run.arguments)
     rows = made.train.iterations * made.train.batch_size * made.topology.ues
-    scalars = rows * (made.model.c1 + made.model.c2)
+    scalars = rows * sum(widths(made.model))
     exchanged = run.summary["exchanged"]
     want = {
         "scalars": {"up": scalars, "down": scalars},

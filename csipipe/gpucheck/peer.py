@@ -64,7 +64,7 @@ def encoder(model: ModelSettings) -> nn.Sequential:
 def head(model: ModelSettings) -> nn.Sequential:
     """The decoder head of stock layers."""
     return nn.Sequential(
-        nn.Linear(model.c2, model.reals),
+        nn.Linear(model.c2 or model.c1, model.reals),
         nn.Unflatten(1, model.image),
         nn.Hardsigmoid(),
     )

@@ -6,7 +6,7 @@ means one exchange. BatchNorm's running statistics aren't included.
 
 from __future__ import annotations
 
-from csipipe.models import count_parts
+from csipipe.models import count_parts, widths
 from csipipe.settings import tables
 from csipipe.settings.config import Settings
 
@@ -22,7 +22,7 @@ def split(settings: Settings) -> int:
 
     As much comes down: the tail's output and the gradient at the encoder's output.
     """
-    return settings.train.batch_size * (settings.model.c1 + settings.model.c2)
+    return settings.train.batch_size * sum(widths(settings.model))
 
 
 def shared_parts(settings: Settings) -> int:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from csipipe import models
 from csipipe.comm.topology import Topology
 from csipipe.methods import rank as ranks
 from csipipe.methods.base import Builder
@@ -22,6 +23,7 @@ from csipipe.settings.config import Settings
 
 def prepare(settings: Settings, rank: int, world_size: int, device: torch.device) -> Builder:
     """As `csipipe.methods.prepare`."""
+    models.check_stages(settings.model, settings.stages)
     return ranks.prepare(_role, _plans, settings, rank, world_size, device)
 
 

@@ -57,6 +57,12 @@ class BtsHalf(Half):
         cuts = self._measure(tail) if settings.partition == "measured" else None
         with self.autocast():
             seat.notes += models.kernels_notes(settings.model, device)
+        if uncut := models.whole_backward(tail) if train.schedule == "zerobubble" else []:
+            seat.notes.append(
+                f"train.schedule zerobubble: {', '.join(uncut)} in the tail can't put off weight "
+                "gradients, which are computed with the backward pass; Linear and Conv2d of "
+                "csipipe.models.layers can."
+            )
         module = engine.TailModule(tail, topology.stages, settings.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts
@@ -205,8 +211,9 @@ class BtsHalf(Half):
         Forward and backward have a group each: NCCL executes the transfers between two ranks in one
         order, and there is no common order for the two directions.
         """
-        model, wire, stage = self.settings.model, self.wire, self.role
-        topology, shapes = self.topology, models.tail_shapes(self.settings.model)
+        wire, stage, topology = self.wire, self.role, self.topology
+        model = self.settings.model
+        shapes, (up, down) = models.tail_shapes(model), models.widths(model)
         dtype = stage_dtype(self.settings.train.precision, self.device)
         groups = [world.bts_group(topology.stages, self.device, timeout) for _ in range(2)]
         for group, backward in zip(groups, (False, True), strict=True):
@@ -218,16 +225,16 @@ class BtsHalf(Half):
         start, stop = self.parts[stage], self.parts[stage + 1]
         first, last = stage == 0, stage == topology.last_stage
         return Ports(
-            forward_in=wire.link(Kind.SMASHED, model.c1)
+            forward_in=wire.link(Kind.SMASHED, up)
             if first
             else near(Kind.ACTIVATION, stage - 1, start, 0),
-            backward_out=wire.link(Kind.SMASHED_GRADIENT, model.c1)
+            backward_out=wire.link(Kind.SMASHED_GRADIENT, up)
             if first
             else near(Kind.ACTIVATION_GRADIENT, stage - 1, start, 1),
-            forward_out=wire.link(Kind.OUTPUT, model.c2)
+            forward_out=wire.link(Kind.OUTPUT, down)
             if last
             else near(Kind.ACTIVATION, stage + 1, stop, 0),
-            backward_in=wire.link(Kind.OUTPUT_GRADIENT, model.c2)
+            backward_in=wire.link(Kind.OUTPUT_GRADIENT, down)
             if last
             else near(Kind.ACTIVATION_GRADIENT, stage + 1, stop, 1),
         )

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from csipipe import models
 from csipipe.comm.channel import Ports
 from csipipe.comm.ledger import Kind
 from csipipe.measure.clock import Clock
@@ -32,12 +33,12 @@ class UeHalf(UeSide):
 
     def __init__(self, seat: Seat, role: int, ues: list[UserEquipment], test: Tensor) -> None:
         super().__init__(seat, role, ues, test)
-        model, train = self.settings.model, self.settings.train
+        (up, down), train = models.widths(self.settings.model), self.settings.train
         self.ports = Ports(
-            forward_out=self.wire.link(Kind.SMASHED, model.c1),
-            forward_in=self.wire.link(Kind.OUTPUT, model.c2),
-            backward_out=self.wire.link(Kind.OUTPUT_GRADIENT, model.c2),
-            backward_in=self.wire.link(Kind.SMASHED_GRADIENT, model.c1),
+            forward_out=self.wire.link(Kind.SMASHED, up),
+            forward_in=self.wire.link(Kind.OUTPUT, down),
+            backward_out=self.wire.link(Kind.OUTPUT_GRADIENT, down),
+            backward_in=self.wire.link(Kind.SMASHED_GRADIENT, up),
         )
         self.stage = UeStage(
             ues,

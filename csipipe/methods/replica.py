@@ -45,6 +45,7 @@ class Replica:
         self.probe = Probe()
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
+        models.belong(self.tail, ue.number)
         ue.optimizer.add_param_group({"params": list(self.tail.parameters())})
         self.parts = {"encoder": ue.encoder, "tail": self.tail, "head": ue.head}
         names = settings.spec.shared

@@ -19,7 +19,7 @@ from csipipe.measure.metrics import floor_loss
 from csipipe.methods.base import adam
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
-from csipipe.models import build_encoder, build_head
+from csipipe.models import belong, build_encoder, build_head
 from csipipe.settings.config import Settings
 
 _DRAWS = 1000  # distinct from the seeds of the model's parts
@@ -47,6 +47,7 @@ class UserEquipment:
         self.holdout = torch.from_numpy(holdout).to(device)
         self.encoder = build_encoder(model, seed).to(device)
         self.head = build_head(model, seed).to(device)
+        belong((self.encoder, self.head), number)
         self.optimizer = adam([*self.encoder.parameters(), *self.head.parameters()], settings.train)
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))

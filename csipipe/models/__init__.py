@@ -2,6 +2,7 @@
 
 from csipipe.models.backward import backward
 from csipipe.models.crblock import CRBlock
+from csipipe.models.draws import belong
 from csipipe.models.kernels import plain_layers
 from csipipe.models.layers import Pending, accumulate, joined, put_off
 from csipipe.models.parts import (
@@ -9,22 +10,27 @@ from csipipe.models.parts import (
     build_head,
     build_tail,
     check,
+    check_stages,
     count_parameters,
     count_parts,
     count_statistics,
     kernels_notes,
     tail_shapes,
+    widths,
 )
+from csipipe.models.requirements import whole_backward
 
 __all__ = [
     "CRBlock",
     "Pending",
     "accumulate",
     "backward",
+    "belong",
     "build_encoder",
     "build_head",
     "build_tail",
     "check",
+    "check_stages",
     "count_parameters",
     "count_parts",
     "count_statistics",
@@ -33,4 +39,6 @@ __all__ = [
     "plain_layers",
     "put_off",
     "tail_shapes",
+    "whole_backward",
+    "widths",
 ]

@@ -20,7 +20,7 @@ SLOPE = 0.3
 """Negative slope of every LeakyReLU in the model."""
 
 
-def _conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
+def conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
     """Convolution that keeps the image's size, then BatchNorm (which makes a bias unnecessary)."""
     return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), BatchNorm2d(outputs))
 
@@ -56,7 +56,7 @@ class CRBlock(Deferring):
         for i, kernel in enumerate(kernels):
             if i:  # an activation between convolutions; the one after the path is applied jointly
                 layers.append(nn.LeakyReLU(SLOPE, inplace=True))
-            layers.append(_conv_bn(CHANNELS if i else 2, CHANNELS, kernel))
+            layers.append(conv_bn(CHANNELS if i else 2, CHANNELS, kernel))
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

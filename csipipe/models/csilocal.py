@@ -35,7 +35,7 @@ def tail(model: ModelSettings) -> list[nn.Module]:
         CRBlock(model.kernels, model.kernels_by),
         CRBlock(model.kernels, model.kernels_by),
         nn.Flatten(),
-        Linear(model.reals, model.c2),
+        Linear(model.reals, model.c2 or model.c1),
     ]
 
 
@@ -46,7 +46,7 @@ def head(model: ModelSettings) -> nn.Sequential:
     PyTorch's usual range, which the paper leaves open: the first reconstructions are then close to
     0.5, an empty channel, instead of noise that takes hundreds of iterations to unlearn.
     """
-    last = Linear(model.c2, model.reals)
+    last = Linear(model.c2 or model.c1, model.reals)
     with torch.no_grad():
         last.weight.mul_(0.1)
         last.bias.mul_(0.1)

@@ -56,10 +56,10 @@ class LayerGradients(Pending):
 
 
 class Linear(Deferring, nn.Linear):
-    """(B, I) → (B, O)."""
+    """(B, …, I) → (B, …, O)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, I) → (B, O)."""
+        """(B, …, I) → (B, …, O)."""
         return _apply(self, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,6 +72,7 @@ class Linear(Deferring, nn.Linear):
 
     def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of weight and bias."""
+        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         return gradient.t() @ x, None if self.bias is None else gradient.sum(0)
 
 

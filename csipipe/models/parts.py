@@ -15,8 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from csipipe.models import requirements
 from csipipe.models.crblock import CRBlock
+from csipipe.models.cut import Unsplittable, cut
+from csipipe.models.draws import Watch, reseed
 from csipipe.models.kernels import describe, plain_layers
+from csipipe.models.layers import Linear
 from csipipe.settings.config import ModelSettings
 from csipipe.settings.tables import MODELS, found
 
@@ -25,6 +29,7 @@ _NAME = "model.name"
 _NOWHERE = torch.device("meta")
 _SMALL = 2**16
 """Values of an image."""
+_DRAWS = 2000  # distinct from the seeds of the parts' weights and of the UEs' mini-batches
 
 
 def build_encoder(model: ModelSettings, seed: int) -> nn.Module:
@@ -34,17 +39,36 @@ def build_encoder(model: ModelSettings, seed: int) -> nn.Module:
 
 
 def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
-    """Decoder tail F2 as a list of layers: (B, c1) → (B, c2)."""
+    """Decoder tail F2 as a list of layers: rows of as many reals as `widths` says."""
     return list(_seeded("tail", model, seed))
 
 
 def build_head(model: ModelSettings, seed: int) -> nn.Module:
-    """Decoder head F3: (B, c2) → (B, 2, A, D) in [0, 1]."""
+    """Decoder head F3: what the tail makes → (B, 2, A, D)."""
     head: nn.Module = _seeded("head", model, seed)
     return head
 
 
 def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
+    """Build a part; the user's own random layers draw from the seed too."""
+    built = _cut(part, model, seed)
+    if model.name in MODELS:  # none of them draws
+        return built
+    for number, layer in enumerate(requirements.layers(part, built)):
+        if _draws(part, model)[number]:
+            reseed(layer, (seed, _DRAWS + PARTS.index(part), number))
+    return built
+
+
+def _cut(part: str, model: ModelSettings, seed: int) -> Any:
+    """Build a part as `model.split` cuts it."""
+    if model.split is None:
+        return _drawn(part, model, seed)
+    every = [requirements.layers(name, _drawn(name, model, seed)) for name in PARTS]
+    return cut(every, model.split, model.image)[PARTS.index(part)]
+
+
+def _drawn(part: str, model: ModelSettings, seed: int) -> Any:
     """Build with torch's generator seeded for this part, and leave the global one as it was."""
     build = _builder(part, model)
     with torch.random.fork_rng(devices=[]):
@@ -55,39 +79,83 @@ def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
 
 def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
     spec = MODELS.get(model.name)
-    if spec is not None:
-        build = found(getattr(spec, part))
+    if spec is None:
+        whole = found(model.name, _NAME)
+        return lambda: whole(*model.image[1:], model.c1, model.c2)[PARTS.index(part)]
+    build, inserted = found(getattr(spec, part)), None if spec.own_c2 else model.c2
+    if inserted is None:
         return lambda: build(model)
-    whole = found(model.name, _NAME)
-    return lambda: whole(*model.image[1:], model.c1, model.c2)[PARTS.index(part)]
+    reals = model.reals
+    around: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: build(model),
+        "tail": lambda: [*build(model), Linear(reals, inserted)],
+        "head": lambda: nn.Sequential(Linear(inserted, reals), *build(model)),
+    }
+    return around[part]
+
+
+@functools.cache
+def _draws(part: str, model: ModelSettings) -> list[bool]:
+    """Whether each layer of a part draws random numbers in training."""
+    shape: tuple[int, ...] = model.image
+    for before in PARTS[: PARTS.index(part)]:
+        shape = _shapes(before, model, shape)[-1]
+    draws = []
+    with torch.device("meta"), torch.no_grad():
+        x = torch.empty(2, *shape)
+        for layer in _bare(part, model):
+            with Watch() as watch:
+                x = layer.train()(x)
+            draws.append(watch.drawn)
+    return draws
+
+
+def widths(model: ModelSettings) -> tuple[int, int]:
+    """Reals per sample that cross: what the encoder makes, and what the tail makes."""
+    shapes = tail_shapes(model)
+    return shapes[0][0], shapes[-1][0]
 
 
 def check(model: ModelSettings) -> None:
     """Refuse a model whose parts don't fit together; takes little memory, the user's own none.
 
     Raises:
-        ValueError: the user's own code can't be imported, fails, or gives other shapes.
+        ValueError: the user's own code can't be imported, fails, or gives other shapes; or
+            `model.split` doesn't fit.
     """
-    row, codeword, output = model.image, (model.c1,), (model.c2,)
-    ends: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-        (row, codeword),
-        (codeword, output),
-        (output, row),
-    ]
-    for part, (before, after) in zip(PARTS, ends, strict=True):
+    row: tuple[int, ...] = model.image
+    output = None if model.c2 is None else (model.c2,)
+    wanted = ((model.c1,), output, row) if model.split is None else (None, None, row)
+    gives = row
+    for part, after in zip(PARTS, wanted, strict=True):
+        before = gives
         try:
+            requirements.check(part, _layers(part, model, _where(model)))
             gives = _shapes(part, model, before)[-1]
+        except Unsplittable:
+            raise
         except Exception as error:  # the user's own code may raise anything
             raise ValueError(
                 f"{_NAME} is {model.name!r}, whose {part} can't be built or run on a row of shape "
                 f"{before}: {type(error).__name__}: {error}"
             ) from error
-        if gives != after:
+        if len(gives) != 1 if after is None else gives != after:
+            expected = "(reals,), a row that can cross" if after is None else after
             raise ValueError(
                 f"{_NAME} is {model.name!r}, whose {part} makes {gives} from a row of shape "
-                f"{before}; it must be {after}, from model.c1, model.c2, model.angles and "
+                f"{before}; it must be {expected}, from model.c1, model.c2, model.angles and "
                 "model.delays."
             )
+
+
+def check_stages(model: ModelSettings, stages: int) -> None:
+    """Refuse (ValueError) more BTS stages than the tail has layers with parameters."""
+    heavy = sum(count_parameters([layer]) > 0 for layer in _layers("tail", model))
+    if stages > heavy:
+        raise ValueError(
+            f"topology.stages is {stages}, but only {heavy} layer(s) of the tail of {model.name} "
+            "have parameters, and every stage needs one; use fewer stages."
+        )
 
 
 def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
@@ -102,7 +170,10 @@ def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
 
 def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:
     """Shape of one row before each tail layer and after the last: 9 shapes for 8 layers."""
-    return list(_shapes("tail", model, (model.c1,)))
+    crosses: tuple[int, ...] = (model.c1,)
+    if model.split is not None:
+        crosses = _shapes("encoder", model, model.image)[-1]
+    return list(_shapes("tail", model, crosses))
 
 
 @functools.cache
@@ -112,8 +183,7 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
     A model of csipipe's that is small computes the row: without values, PyTorch would first load
     its compiler, for three seconds of CPU.
     """
-    small = model.name in MODELS and model.reals <= _SMALL
-    shapes, device = [row], torch.device("cpu") if small else _NOWHERE
+    shapes, device = [row], _where(model)
     with device, torch.no_grad(), plain_layers():
         x = torch.zeros(1, *row)
         for layer in _layers(part, model, device):
@@ -122,11 +192,21 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
     return tuple(shapes)
 
 
+def _where(model: ModelSettings) -> torch.device:
+    """Where shapes are found."""
+    return torch.device("cpu") if model.name in MODELS and model.reals <= _SMALL else _NOWHERE
+
+
 def _layers(part: str, model: ModelSettings, device: torch.device = _NOWHERE) -> list[nn.Module]:
     """A part's layers; by default without memory."""
     with device:
-        built = _seeded(part, model, 0)
-    return list(built) if part == "tail" else [built]
+        return requirements.layers(part, _seeded(part, model, 0))
+
+
+def _bare(part: str, model: ModelSettings) -> list[nn.Module]:
+    """The same before its random layers are known."""
+    with _NOWHERE:
+        return requirements.layers(part, _cut(part, model, 0))
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:

@@ -59,7 +59,7 @@ def measure(
     for layer in layers:
         layer.to(device).train()
     for _ in range(_WARM_UP + _ROUNDS):
-        x = torch.randn(rows, model.c1, device=device)
+        x = torch.randn(rows, models.widths(model)[0], device=device)
         for layer, seconds in zip(layers, times, strict=True):
             x, elapsed = _timed(layer, x, precision, device)
             seconds.append(elapsed)

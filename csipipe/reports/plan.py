@@ -10,7 +10,7 @@ from pathlib import Path
 from csipipe import channels
 from csipipe.files import write_file, write_table
 from csipipe.methods.cost import exchanged_per_iteration, shared_parts
-from csipipe.models import count_parts
+from csipipe.models import count_parts, widths
 from csipipe.plotting import name_of
 from csipipe.reports import pages
 from csipipe.reports import preset as presets
@@ -122,14 +122,14 @@ def _row(settings: Settings) -> Row:
         scalars=total,
         bytes=total * size,
         seconds={rate: total * size * 8 / (rate * 1e6) for rate in LINKS},
-        break_even=shared / (settings.model.c1 + settings.model.c2) if shared else None,
+        break_even=shared / sum(widths(settings.model)) if shared else None,
     )
 
 
 def page(settings: Settings, rows: list[Row]) -> str:
     """The plan as Markdown."""
-    model, train, ues = settings.model, settings.train, settings.topology.ues
-    sizes = count_parts(model)
+    train, ues = settings.train, settings.topology.ues
+    sizes, (up, down) = count_parts(settings.model), widths(settings.model)
     d = sum(sizes.values())
     heads = [
         "method",
@@ -155,8 +155,8 @@ def page(settings: Settings, rows: list[Row]) -> str:
     )
     return pages.page(
         "Plan: what each method exchanges",
-        f"{ues} UEs, B = {train.batch_size} samples per UE and step, c1 = {model.c1}, "
-        f"c2 = {model.c2}, {train.iterations:,} iterations, {train.precision}. The model has "
+        f"{ues} UEs, B = {train.batch_size} samples per UE and step, c1 = {up}, "
+        f"c2 = {down}, {train.iterations:,} iterations, {train.precision}. The model has "
         f"d = {d:,} parameters (" + ", ".join(f"{part} {n:,}" for part, n in sizes.items()) + ").",
         table,
         "Scalars and bytes are those of training, over all UEs and both directions (the paper's "

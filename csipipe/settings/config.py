@@ -44,8 +44,13 @@ class ModelSettings:
     """Which autoencoder."""
     c1: int = 256
     """Codeword dimension: reals per sample that the encoder outputs (smashed data)."""
-    c2: int = 256
-    """Tail-output dimension: reals per sample that the BTS sends to the decoder heads."""
+    c2: int | None = None
+    """Tail-output dimension: reals per sample that the BTS sends to the decoder heads. null: the
+    model as published (csilocal: as many as c1; the others: an image's 2·angles·delays). A number
+    inserts a bottleneck of that width: a linear layer at the tail's end, one before the head."""
+    split: tuple[int, int] | None = None
+    """[i, j]: the model's layers before i are computed at the UE as encoder, those before j at the
+    BTS as tail, the others at the UE as head. null: as the model says."""
     angles: int | None = None
     """Angular bins (or ports) of the images. null: the data's own. Fewer: as a smaller array of
     that many antennas would have measured, where the source can tell."""
@@ -103,8 +108,8 @@ class TopologySettings:
     and stay as they are. null: all."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
-    measured: by the time that each layer takes on this machine. null: as the model says,
-    type:CRBlock."""
+    measured: by the time that each layer takes on this machine. null: as the model says, for
+    example type:CRBlock; of a model of your own, parameters."""
     profile: str | None = None
     """File for the times of partition measured: read if it exists, else written. null: none."""
 

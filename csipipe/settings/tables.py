@@ -42,11 +42,14 @@ class ModelSpec:
     encoder: str
     """A module: (B, 2, A, D) → (B, c1)."""
     tail: str
-    """A list of modules, from which stages are cut: (B, c1) → (B, c2)."""
+    """A list of modules, from which stages are cut: (B, c1) → (B, 2·A·D), or (B, c2)."""
     head: str
-    """A module: (B, c2) → (B, 2, A, D) in [0, 1]."""
+    """A module: what the tail makes → (B, 2, A, D). It may have no parameters."""
     partition: str
     """How the tail is cut by default, see topology.partition."""
+    own_c2: bool = False
+    """Whether its builders put in the second bottleneck, of c2 reals (null: as many as c1). Else
+    one is inserted, two linear layers, where model.c2 is a number."""
     plain: str | None = None
     """The same tail of PyTorch's own layers, for the benchmark; None: there is none."""
 
@@ -163,7 +166,43 @@ MODELS: dict[str, ModelSpec] = {
         tail="csipipe.models.csilocal:tail",
         head="csipipe.models.csilocal:head",
         partition="type:CRBlock",
+        own_c2=True,
         plain="csipipe.bench.plain:tail",
+    ),
+    "csinet": ModelSpec(
+        about="CsiNet (2018): a convolution, two RefineNet blocks",
+        encoder="csipipe.models.csinet:encoder",
+        tail="csipipe.models.csinet:tail",
+        head="csipipe.models.csinet:head",
+        partition="type:RefineBlock",
+    ),
+    "crnet": ModelSpec(
+        about="CRNet (2020): convolutions of several resolutions, two CRBlocks",
+        encoder="csipipe.models.crnet:encoder",
+        tail="csipipe.models.crnet:tail",
+        head="csipipe.models.crnet:head",
+        partition="type:CRBlock",
+    ),
+    "clnet": ModelSpec(
+        about="CLNet (2021): CRNet with attention in the encoder and smaller CRBlocks",
+        encoder="csipipe.models.clnet:encoder",
+        tail="csipipe.models.clnet:tail",
+        head="csipipe.models.clnet:head",
+        partition="type:CRBlock",
+    ),
+    "transnet": ModelSpec(
+        about="TransNet (2022): transformer layers, attention within a sample",
+        encoder="csipipe.models.transnet:encoder",
+        tail="csipipe.models.transnet:tail",
+        head="csipipe.models.transnet:head",
+        partition="type:DecoderLayer",
+    ),
+    "linear": ModelSpec(
+        about="linear layers only, to compare with: no better than PCA",
+        encoder="csipipe.models.linear:encoder",
+        tail="csipipe.models.linear:tail",
+        head="csipipe.models.linear:head",
+        partition="uniform",
     ),
 }
 

@@ -51,12 +51,12 @@ def encoder(model: ModelSettings) -> nn.Module:
 
 
 def tail(model: ModelSettings) -> list[nn.Module]:
-    return [nn.Linear(model.c1, model.c2), nn.Linear(model.c2, model.c2)]
+    return [nn.Linear(model.c1, model.c2 or 0), nn.Linear(model.c2 or 0, model.c2 or 0)]
 
 
 def head(model: ModelSettings) -> nn.Module:
     image, reals = model.image, model.reals
-    return nn.Sequential(nn.Linear(model.c2, reals), nn.Unflatten(1, image), nn.Sigmoid())
+    return nn.Sequential(nn.Linear(model.c2 or 0, reals), nn.Unflatten(1, image), nn.Sigmoid())
 
 
 def build(angles: int, delays: int, c1: int, c2: int) -> Any:
@@ -101,7 +101,7 @@ def registered() -> Iterator[None]:
     """The three rows, for a while."""
     about = "thrown away"
     cost = "csipipe.methods.cost:shared_parts"
-    parts = {part: f"{__name__}:{part}" for part in ("encoder", "tail", "head")}
+    parts: dict[str, Any] = {part: f"{__name__}:{part}" for part in ("encoder", "tail", "head")}
     source = SourceSpec(
         about=about,
         open=f"{__name__}:open_source",
@@ -121,7 +121,7 @@ def registered() -> Iterator[None]:
                 shared=("encoder", "tail", "head"),
             ),
         )
-        patch.setitem(MODELS, "linear", ModelSpec(about=about, partition="uniform", **parts))
+        patch.setitem(MODELS, "thrown-away", ModelSpec(about=about, partition="uniform", **parts))
         patch.setitem(SOURCES, "one-angle", source)
         yield
 
@@ -168,7 +168,7 @@ def test_a_new_model_is_split_as_the_unsplit_one_computes() -> None:
     with registered():
         settings = {
             name: small(model={"name": name}, topology={"partition": None})
-            for name in ("linear", f"{__name__}:build")
+            for name in ("thrown-away", f"{__name__}:build")
         }
         results = run_world(3, train_models, settings)
         for name, one in settings.items():
@@ -180,5 +180,7 @@ def test_a_new_model_is_split_as_the_unsplit_one_computes() -> None:
             assert split["parameters"].keys() == whole["parameters"].keys()
             for key, value in whole["parameters"].items():
                 torch.testing.assert_close(split["parameters"][key], value, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"model\.name is 'linear'; it must be one of csilocal"):
-        ModelSettings(name="linear")
+    with pytest.raises(
+        ValueError, match=r"model\.name is 'thrown-away'; it must be one of csilocal"
+    ):
+        ModelSettings(name="thrown-away")

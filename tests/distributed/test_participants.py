@@ -85,8 +85,8 @@ def test_who_takes_no_part_is_not_counted() -> None:
     training = ledger[PHASES.index("training")]
     for kind, width in (
         (Kind.SMASHED, settings.model.c1),
-        (Kind.OUTPUT, settings.model.c2),
-        (Kind.OUTPUT_GRADIENT, settings.model.c2),
+        (Kind.OUTPUT, 16),
+        (Kind.OUTPUT_GRADIENT, 16),
         (Kind.SMASHED_GRADIENT, settings.model.c1),
     ):
         for ue in range(UES):

@@ -109,6 +109,8 @@ CSILOCAL = {
     "fp32": small(train={"iterations": 2 * HALF}),
     "bf16": small(train={"iterations": 2 * HALF, "precision": "bf16"}),
     "some": small(train={"iterations": 2 * HALF}, topology={"participants": 2}),
+    "random": small(model={"name": "randommodel:build"}, train={"iterations": 2 * HALF}),
+    "transnet": small(model={"name": "transnet"}, train={"iterations": 2 * HALF}),
     "zero1": small(
         train={"iterations": 2 * HALF, "deepspeed": str(ROOT / "ds_configs" / "zero1.json")}
     ),
@@ -140,7 +142,7 @@ def saved_csilocal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     ("placement", "stages", "size", "names"),
     [
         ("apart", 2, 4, ["zero1"]),
-        ("apart", 1, 5, ["fp32", "bf16", "some"]),
+        ("apart", 1, 5, ["fp32", "bf16", "some", "random", "transnet"]),
         ("apart", 3, 4, ["fp32"]),
         ("together", 1, 1, ["fp32", "some"]),
         ("together", 2, 2, ["zero1"]),

@@ -24,6 +24,7 @@ from csipipe import __version__
 from csipipe.__main__ import COMMANDS
 from csipipe.bench import command as benchmark
 from csipipe.channels import command as channels
+from csipipe.compare import command as comparison
 from csipipe.evaluation import command as evaluation
 from csipipe.export import command as export
 from csipipe.gpucheck import command as gpucheck
@@ -75,6 +76,10 @@ def check_benchmark(words: list[str]) -> None:
     commandline.settings(benchmark.parser(), words)
 
 
+def check_compare(words: list[str]) -> None:
+    check_settings(comparison.parser().parse_known_args(words)[1])
+
+
 def check_channels(words: list[str]) -> None:
     channels.parser().parse_args(words)
 
@@ -101,6 +106,7 @@ def check_gpucheck(words: list[str]) -> None:
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "train": check_settings,
     "evaluate": check_run_command(evaluation),
+    "compare": check_compare,
     "export": check_run_command(export),
     "benchmark": check_benchmark,
     "channels": check_channels,

@@ -14,7 +14,7 @@ import reportruns
 import yaml
 from reportruns import FLOOR, finish
 
-from csipipe.models import count_parts
+from csipipe.models import count_parts, widths
 from csipipe.reports import fig5, fig6, headline, plan, runs, search
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Found, Report
@@ -283,7 +283,7 @@ def test_the_laptop_has_the_papers_ratio_of_samples_to_parameters(panel: str) ->
         preset = presets.load(name, user=["--data.source", "csinet", "--data.path", "x"])
         settings = preset.settings("csilocal", *PANELS[panel], 0)
         d = sum(count_parts(settings.model).values())
-        share[name] = settings.train.batch_size * (settings.model.c1 + settings.model.c2) / d
+        share[name] = settings.train.batch_size * sum(widths(settings.model)) / d
     assert share["laptop"] == pytest.approx(share["paper"], rel=0.02)
 
 

@@ -24,6 +24,7 @@ LEVELS = [
     {"bench", "profiling"},
     {"run"},
     {"reports", "evaluation", "export", "gpucheck"},
+    {"compare"},
     {"launch", "__main__"},
 ]
 

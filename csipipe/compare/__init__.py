@@ -1,0 +1,1 @@
+"""Several models and codeword sizes on the same data, seed and budget: table and picture."""

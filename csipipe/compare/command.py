@@ -1,0 +1,142 @@
+"""What `csipipe compare` does: train what is missing, measure all on one test set, show it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from csipipe import channels, plotting
+from csipipe.compare import figures, page, plan
+from csipipe.evaluation import testset
+from csipipe.files import write_file
+from csipipe.reports.runs import Run
+from csipipe.run import trained
+from csipipe.run.resuming import CONFIG
+from csipipe.settings import commandline
+from csipipe.settings.config import Settings
+from csipipe.settings.tables import MODELS
+
+ABOUT = """Trains several models with several codeword sizes on the same data, seed and budget, one
+after the other, and shows NMSE, ρ and SGCS beside what each costs: table.md, table.csv and
+picture.png in --out. Started again, it continues. All other arguments are settings of training, for
+example --data.source csinet --data.path DIR."""
+
+
+def main(arguments: list[str]) -> int:
+    """Compare; returns the exit code."""
+    options, rest = parser().parse_known_args(arguments)
+    try:
+        run(options, rest)
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"csipipe: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's own options; settings are what is left."""
+    parser = argparse.ArgumentParser("python -m csipipe compare", None, ABOUT, allow_abbrev=False)
+    names = ",".join(MODELS)
+    parser.add_argument(
+        "--models", default=names, help=f"comma-separated, or your own as model.name; {names}"
+    )
+    parser.add_argument(
+        "--c", default="512,256", help="codeword sizes c1, comma-separated: 512,256"
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--minutes", type=float, help="train each model as long: its speed is measured first"
+    )
+    budget.add_argument(
+        "--samples", type=int, help="train each model on as many samples, over all UEs"
+    )
+    parser.add_argument("--processes", type=int, default=4, help="ranks of a run, at most (4)")
+    parser.add_argument(
+        "--out", default="comparison", help="folder of runs and results (comparison)"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help="start nothing; show the runs that are finished"
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    """Train, measure, write.
+
+    Raises:
+        ValueError, OSError: options, settings, models or data that can't be used; runs that failed.
+    """
+    settings, _ = commandline.settings(commandline.parser(""), rest)
+    sizes = _numbers(options.c)
+    _check(options, settings)
+    out = Path(options.out)
+    if options.samples is not None:
+        each = settings.topology.ues * settings.train.batch_size
+        train = replace(settings.train, iterations=max(1, options.samples // each))
+        settings = replace(settings, train=train)
+    settings = channels.sized(settings)
+    wanted = plan.runs(settings, options.models.split(","), sizes, out)
+    rows = testset.load(settings)
+    if not options.collect:
+        if options.minutes is not None:
+            wanted = plan.within(wanted, options.minutes, out, options.processes)
+        plan.complete(wanted, out, options.processes)
+    else:
+        wanted = [one for one in wanted if _finished(one)]
+        if not wanted:
+            raise ValueError(f"{out} has no finished run of this comparison; leave --collect out.")
+    found = [figures.measure(one, rows) for one in wanted]
+    lines = figures.pca(settings, rows, sorted({n for f in found for n in (f.c1, f.ceiling) if n}))
+    text = page.text(found, lines, _about(settings, options, rows.name))
+    print(text)
+    write_file(out / "table.md", text)
+    page.write_csv(out / "table.csv", found)
+    plotting.save(page.draw(found, lines), out / "picture.png")
+    print(f"written:      {out}/table.md, table.csv, picture.png")
+
+
+def _finished(one: Run) -> bool:
+    there = (one.folder / CONFIG).is_file()
+    return there and trained.read(one.folder).status == "finished"
+
+
+def _numbers(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) for word in words):
+        raise ValueError(
+            f"--c is {text!r}; expected positive numbers with commas, such as 512,256."
+        )
+    return [int(word) for word in words]
+
+
+def _check(options: argparse.Namespace, settings: Settings) -> None:
+    for name in ("minutes", "samples"):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name} is {value}; it must be a positive number.")
+    if options.processes < 1:
+        raise ValueError(f"--processes is {options.processes}; it must be at least 1.")
+    if settings.run.dir is not None:
+        raise ValueError(
+            f"run.dir is {settings.run.dir!r}, but there are several runs; use --out for all."
+        )
+
+
+def _about(settings: Settings, options: argparse.Namespace, rows: str) -> str:
+    """What was trained, in a paragraph."""
+    train = settings.train
+    budget = f"{train.iterations:,} iterations each"
+    if options.minutes is not None:
+        budget = f"{options.minutes:g} minutes each, in iterations by each model's own speed"
+    elif options.samples is not None:
+        budget = f"{options.samples:,} samples each"
+    return (
+        f"Method {settings.method}, {settings.topology.ues} UEs × {train.batch_size} samples, "
+        f"seed {train.seed}, {budget}. Test set: {rows}."
+    )

@@ -1,0 +1,89 @@
+"""What a comparison shows of each run: quality on the test set, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from csipipe import channels, models
+from csipipe.channels import statistics
+from csipipe.evaluation import samples
+from csipipe.evaluation.testset import Rows
+from csipipe.export.parts import operations
+from csipipe.models.ceiling import ceiling
+from csipipe.reports.runs import Run
+from csipipe.run import trained
+from csipipe.settings.config import Settings
+
+BITS = {"fp32": 32, "bf16": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One run."""
+
+    model: str
+    c1: int
+    iterations: int
+    nmse_db: float
+    """Centred; mean over samples and UEs of linear values."""
+    rho: float
+    sgcs: float
+    """NaN, as ρ, where the data have no HF_all."""
+    parameters: int
+    """Of encoder, tail and head."""
+    macs_at_ue: int
+    """Multiply-accumulates of encoder and head per sample."""
+    feedback_bits: int
+    """Per sample: the codeword as it is sent, not quantised further."""
+    seconds: float
+    """Of training: iterations times the median of one, without evaluations."""
+    ceiling: int | None
+    """Components of a PCA that it can't beat; None: its decoder ends with something not linear."""
+
+
+def measure(run: Run, rows: Rows) -> Figures:
+    """Figures of a finished run.
+
+    Raises:
+        ValueError: weights that are missing or damaged.
+    """
+    found = trained.read(run.folder)
+    settings, mine = found.settings, found.models()
+    distinct = list(dict.fromkeys(mine))
+    device, precision = torch.device("cpu"), settings.train.precision
+    per_model = samples.measure(distinct, rows, precision, device)
+    places = torch.tensor([distinct.index(model) for model in mine])
+    mean = per_model[places].nanmean(1).mean(0).tolist()
+    values = dict(zip(samples.COLUMNS, mean, strict=True))
+    first, h_BAD = mine[0], rows.h_BAD[:1]
+    with torch.no_grad():
+        y = first.tail(first.encoder(h_BAD))
+    summary = json.loads((run.folder / "summary.json").read_text())
+    up, _ = models.widths(settings.model)
+    return Figures(
+        model=settings.model.name,
+        c1=up,
+        iterations=summary["iterations"],
+        nmse_db=10 * float(torch.tensor(values["nmse"]).log10()),
+        rho=values["rho"],
+        sgcs=values["sgcs"],
+        parameters=sum(models.count_parts(settings.model).values()),
+        macs_at_ue=operations(first.encoder, h_BAD) + operations(first.head, y),
+        feedback_bits=up * BITS[precision],
+        seconds=summary["seconds_per_iteration"] * summary["iterations"],
+        ceiling=ceiling([*first.tail, first.head]),
+    )
+
+
+def pca(settings: Settings, rows: Rows, components: Sequence[int]) -> dict[int, float]:
+    """NMSE in dB of PCA by its number of components, learnt from the training rows."""
+    data, model = settings.data, settings.model
+    source = channels.open_source(data, model.angles, model.delays)
+    deal = channels.deal(data, settings.topology.ues, source.available, source.environments)
+    spans = [span for ue in range(settings.topology.ues) for span in deal.train(ue)]
+    known = channels.rows_of(source, tuple(spans))
+    return statistics.pca_db(known, rows.h_BAD.numpy(), components)

@@ -1,0 +1,101 @@
+"""A comparison as table, CSV and picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from csipipe.compare.figures import Figures
+from csipipe.files import write_table
+from csipipe.reports import pages
+
+QUALITY = {"nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
+COSTS = {
+    "parameters": "parameters",
+    "macs_at_ue": "multiply-accumulates at the UE",
+    "feedback_bits": "feedback bits",
+    "seconds": "training time (s)",
+}
+_MARKS, _COLOURS = "osD^vP*X", ("black", "#0059b3", "#c0392b", "#4d9900", "0.5", "#8e44ad")
+
+
+def text(found: Sequence[Figures], pca: Mapping[int, float], about: str) -> str:
+    """The Markdown page."""
+    head = ["model", "c1", *QUALITY.values(), *COSTS.values(), "iterations", "ceiling"]
+    rows = [
+        [
+            f.model,
+            str(f.c1),
+            f"{f.nmse_db:.2f}",
+            *("—" if math.isnan(v) else f"{v:.4f}" for v in (f.rho, f.sgcs)),
+            *(f"{v:,}" for v in (f.parameters, f.macs_at_ue, f.feedback_bits)),
+            f"{f.seconds:,.0f}",
+            f"{f.iterations:,}",
+            "—" if f.ceiling is None else f"PCA-{f.ceiling}",
+        ]
+        for f in found
+    ]
+    empty = ["—"] * (len(head) - 3)
+    rows += [[f"PCA-{n}", str(n), f"{db:.2f}", *empty] for n, db in sorted(pca.items())]
+    rows.append(["floor: a constant 0.5", "0", "0.00", *empty])
+    return pages.page(
+        "Models compared",
+        about,
+        pages.table(head, rows),
+        "NMSE is centred. Ceiling: the decoder ends with linear layers, so that its reconstruction "
+        "(before its output function) lies in a space of so many dimensions, and PCA with as many "
+        "components can't be beaten. Feedback bits are those of the codeword as it crosses, not "
+        "quantised further. PCA knows the training rows of all UEs, at most 6,500 of them.",
+    )
+
+
+def write_csv(file: Path, found: Sequence[Figures]) -> None:
+    """A line per run."""
+    write_table(file, [f.name for f in fields(Figures)], [astuple(f) for f in found])
+
+
+def draw(found: Sequence[Figures], pca: Mapping[int, float]) -> Figure:
+    """A panel for each pair of quality and cost; a colour per model, a mark per codeword size."""
+    measured = [key for key in QUALITY if not all(math.isnan(getattr(f, key)) for f in found)]
+    figure = Figure(figsize=(3.4 * len(COSTS), 3.1 * len(measured)), layout="constrained")
+    grid = figure.subplots(len(measured), len(COSTS), squeeze=False, sharey="row", sharex="col")
+    names, sizes = list(dict.fromkeys(f.model for f in found)), sorted({f.c1 for f in found})
+    for line, quality in zip(grid, measured, strict=True):
+        for axes, cost in zip(line, COSTS, strict=True):
+            if quality == "nmse_db":
+                for n, db in pca.items():
+                    axes.axhline(db, color="0.5", linestyle=":", linewidth=1)
+                    axes.annotate(
+                        f"PCA-{n}",
+                        (1, db),
+                        xycoords=("axes fraction", "data"),
+                        ha="right",
+                        va="bottom",
+                        fontsize=7,
+                        color="0.4",
+                    )
+                axes.axhline(0, color="0.5", linewidth=1)
+            for f in found:
+                axes.plot(
+                    getattr(f, cost),
+                    getattr(f, quality),
+                    marker=_MARKS[sizes.index(f.c1) % len(_MARKS)],
+                    color=_COLOURS[names.index(f.model) % len(_COLOURS)],
+                    linestyle="none",
+                    label=f"{f.model}, c1 = {f.c1}",
+                )
+            if cost != "seconds":
+                axes.set_xscale("log")
+            axes.grid(alpha=0.25)
+        line[0].set_ylabel(QUALITY[quality])
+    for axes, cost in zip(grid[-1], COSTS, strict=True):
+        axes.set_xlabel(COSTS[cost])
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8
+    )
+    return figure

@@ -1,0 +1,8 @@
+"""Several models side by side: python launch/compare.py --models crnet,clnet --minutes 10"""
+
+import sys
+
+from csipipe.compare.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""A user's own models, good and bad, as builders of (angles, delays, c1, c2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Noisy(nn.Module):
+    """Draws without being one of PyTorch's random layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 0.1 * torch.randn_like(x)) if self.training else x
+
+
+class Own(nn.Module):
+    """Draws from a generator that it owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(x.shape, device=x.device, generator=self.generator)
+
+
+def random(angles: int, delays: int, c1: int, c2: int | None) -> tuple[Any, Any, Any]:
+    """Dropout in the encoder, two random layers in the tail, one in the head, LayerNorm."""
+    reals, width = 2 * angles * delays, c2 or c1
+    encoder = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(reals, c1))
+    tail = [
+        nn.Linear(c1, 40),
+        nn.LayerNorm(40),
+        nn.Dropout(0.3),
+        nn.Sequential(nn.Linear(40, 40), nn.ReLU(), Noisy()),
+        nn.BatchNorm1d(40),
+        nn.Linear(40, width),
+    ]
+    head = nn.Sequential(
+        nn.Dropout(0.1), nn.Linear(width, reals), nn.Unflatten(1, (2, angles, delays)), nn.Sigmoid()
+    )
+    return encoder, tail, head
+
+
+def _with(**parts: Any) -> Any:
+    def build(angles: int, delays: int, c1: int, c2: int | None) -> Any:
+        found = dict(zip(("encoder", "tail", "head"), random(angles, delays, c1, c2), strict=True))
+        return tuple((found | parts).values())
+
+    return build
+
+
+def _buffer() -> nn.Module:
+    layer = nn.Linear(12, 12)
+    layer.register_buffer("mask", torch.ones(12, dtype=torch.bool))
+    return layer
+
+
+def function_as_layer(*sizes: Any) -> Any:
+    return _with(tail=[functional.relu])(*sizes)
+
+
+def no_list(*sizes: Any) -> Any:
+    return _with(tail=nn.Linear(12, 12))(*sizes)
+
+
+def nothing_to_train(*sizes: Any) -> Any:
+    return _with(encoder=nn.Flatten())(*sizes)
+
+
+def half(*sizes: Any) -> Any:
+    return _with(tail=[nn.Linear(12, 12).half()])(*sizes)
+
+
+def strange_buffer(*sizes: Any) -> Any:
+    return _with(tail=[_buffer()])(*sizes)
+
+
+def own_generator(*sizes: Any) -> Any:
+    return _with(tail=[nn.Linear(12, 12), Own()])(*sizes)
+
+
+def wide(*sizes: Any) -> Any:
+    return _with(tail=[nn.Linear(12, 12), nn.Unflatten(1, (3, 4))])(*sizes)

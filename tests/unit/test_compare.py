@@ -1,0 +1,127 @@
+"""Models side by side: what is shown of them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from csipipe import models
+from csipipe.compare import command, figures, page, plan
+from csipipe.compare.figures import Figures
+from csipipe.evaluation import testset
+from csipipe.models.ceiling import ceiling
+from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
+
+SMALL = ModelSettings(c1=12, angles=6, delays=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "c2", "wanted"),
+    [
+        ("csilocal", None, 12),
+        ("csilocal", 5, 5),
+        ("crnet", None, None),
+        ("crnet", 5, 5),
+        ("csinet", 5, None),  # a convolution follows
+        ("transnet", 5, 5),
+        ("linear", None, 12),
+        ("linear", 5, 5),
+    ],
+)
+def test_a_ceiling_is_the_narrowest_of_the_last_linear_layers(
+    name: str, c2: int | None, wanted: int | None
+) -> None:
+    model = ModelSettings(name=name, c1=12, c2=c2, angles=6, delays=4)
+    assert ceiling([*models.build_tail(model, 0), models.build_head(model, 0)]) == wanted
+
+
+def test_a_wide_layer_is_no_ceiling() -> None:
+    assert ceiling([nn.Linear(4, 8), nn.ReLU(), nn.Linear(9, 8)]) is None
+
+
+def some(model: str, c1: int, **values: float) -> Figures:
+    known = {"nmse_db": -3.0, "rho": 0.9, "sgcs": 0.8, "seconds": 60.0} | values
+    return Figures(
+        model=model,
+        c1=c1,
+        iterations=10,
+        parameters=1000,
+        macs_at_ue=500,
+        feedback_bits=32 * c1,
+        ceiling=None,
+        **known,
+    )
+
+
+def test_the_page_has_a_line_per_run_and_pca_and_the_floor(tmp_path: Path) -> None:
+    found = [some("crnet", 64), some("linear", 64, rho=math.nan, sgcs=math.nan)]
+    text = page.text(found, {64: -2.5}, "tried")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert (
+        lines[2] == "| crnet | 64 | -3.00 | 0.9000 | 0.8000 | 1,000 | 500 | 2,048 | 60 | 10 | — |"
+    )
+    assert "| linear | 64 | -3.00 | — | — |" in lines[3]
+    assert lines[4].startswith("| PCA-64 | 64 | -2.50 |")
+    assert lines[5].startswith("| floor: a constant 0.5 | 0 | 0.00 |")
+    axes = page.draw(found, {64: -2.5}).axes
+    assert len(axes) == 12
+    assert len(page.draw([found[1]], {}).axes) == 4  # without ρ and SGCS
+    assert "PCA-64" in [t.get_text() for t in axes[0].texts]
+    page.write_csv(tmp_path / "table.csv", found)
+    assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("crnet,64,10,-3.0")
+
+
+def test_pca_of_all_training_rows_is_no_worse_with_more_components() -> None:
+    settings = Settings(
+        model=SMALL,
+        topology=TopologySettings(ues=2),
+        data=DataSettings(train_samples=60, test_samples=10),
+    )
+    found = figures.pca(settings, testset.load(settings), [2, 8, 40])
+    assert list(found) == [2, 8]  # 40 would be fitted to single rows
+    assert found[8] < found[2] < 0
+
+
+def test_runs_differ_in_model_and_codeword_alone(tmp_path: Path) -> None:
+    wanted = plan.runs(Settings(model=SMALL), ["crnet", "linear"], [8, 4], tmp_path)
+    assert [run.name for run in wanted] == ["crnet-c8", "crnet-c4", "linear-c8", "linear-c4"]
+    assert [(run.settings.model.name, run.settings.model.c1) for run in wanted][1] == ("crnet", 4)
+    assert wanted[0].folder == tmp_path / "runs" / "crnet-c8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--c", "12,none"], "--c is '12,none'; expected positive numbers"),
+        (["--models", "crnet,magic"], "model.name is 'magic'; it must be one of csilocal"),
+        (["--minutes", "0"], "--minutes is 0.0; it must be a positive number"),
+        (["--run.dir", "x"], "run.dir is 'x', but there are several runs; use --out"),
+        (["--collect"], "has no finished run of this comparison; leave --collect out"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--model.angles", "6", "--model.delays", "4", "--c", "8", "--out", str(tmp_path)]
+    assert command.main([*small, "--data.test_samples", "8", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_two_models_are_trained_and_shown(tmp_path: Path) -> None:
+    arguments = "--models linear,csilocal --c 8 --minutes 0.02 --processes 2 --topology.stages 1"
+    small = "--model.angles 6 --model.delays 4 --topology.ues 2 --model.kernels_by torch"
+    data = "--data.train_samples 60 --data.test_samples 8 --train.threads 1"
+    every = [*f"{arguments} {small} {data}".split(), "--out", str(tmp_path)]
+    assert command.main(every) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| linear | 8 |" in table
+    assert "PCA-8" in table
+    made = json.loads((tmp_path / "runs" / "linear-c8" / "summary.json").read_text())
+    assert made["iterations"] != plan.PROBED
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert command.main([*every, "--collect"]) == 0  # and again, from what there is
