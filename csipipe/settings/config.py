@@ -105,7 +105,7 @@ class TopologySettings:
     """UEs, numbered from 0 and assigned in order to the ranks that host them."""
     participants: int | None = None
     """UEs that take part in an iteration, drawn by train.seed; the others send and receive nothing
-    and stay as they are. null: all."""
+    and stay as they are. csilocal only. null: all."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
     measured: by the time that each layer takes on this machine. null: as the model says, for
