@@ -319,6 +319,7 @@ def options() -> set[str]:
         run_options,
         also_export,
         benchmark.parser(),
+        comparison.parser(),
         *subcommands(reproduce.parser()),
         *subcommands(channels.parser()),
         scripts.parser(),
