@@ -52,7 +52,7 @@ def build_head(model: ModelSettings, seed: int) -> nn.Module:
 def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
     """Build a part; the user's own random layers draw from the seed too."""
     built = _cut(part, model, seed)
-    if model.name in MODELS:  # none of them draws
+    if MODELS.get(model.name):  # none of them draws
         return built
     for number, layer in enumerate(requirements.layers(part, built)):
         if _draws(part, model)[number]:
@@ -194,7 +194,8 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
 
 def _where(model: ModelSettings) -> torch.device:
     """Where shapes are found."""
-    return torch.device("cpu") if model.name in MODELS and model.reals <= _SMALL else _NOWHERE
+    ours = MODELS.get(model.name) is not None
+    return torch.device("cpu") if ours and model.reals <= _SMALL else _NOWHERE
 
 
 def _layers(part: str, model: ModelSettings, device: torch.device = _NOWHERE) -> list[nn.Module]:
