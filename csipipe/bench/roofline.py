@@ -96,10 +96,11 @@ def of_rank(candidate: Candidate, parts: Sequence[int] | None, rank: int) -> Wor
 
 def _of_model(model: ModelSettings) -> tuple[list[Work], Work]:
     """Of every tail layer; of encoder and head together."""
-    h, z = torch.zeros(1, *model.image), torch.zeros(1, model.c1)
+    up, down = models.widths(model)
+    h, z = torch.zeros(1, *model.image), torch.zeros(1, up)
     tail = of_layers(models.build_tail(model, 0), z)
     encoder = of_layers([models.build_encoder(model, 0)], h)
-    head = of_layers([models.build_head(model, 0)], torch.zeros(1, model.c2))
+    head = of_layers([models.build_head(model, 0)], torch.zeros(1, down))
     return tail, sum([*encoder, *head], Work())
 
 
