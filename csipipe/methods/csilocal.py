@@ -14,6 +14,7 @@ from csipipe.methods import rank as ranks
 from csipipe.methods.base import Builder
 from csipipe.methods.csilocal_bts import BtsHalf
 from csipipe.methods.csilocal_ue import UeHalf
+from csipipe.methods.ends import decide
 from csipipe.methods.rows import load
 from csipipe.pipeline import schedule
 from csipipe.pipeline import settings as deepspeed_settings
@@ -28,12 +29,13 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
 
 
 def _role(settings: Settings, topology: Topology, role: int, device: torch.device) -> ranks.Role:
+    way = decide(settings, topology, device)
     if topology.is_bts(role):
         deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
         deepspeed = deepspeed_settings.on(deepspeed, device)
-        return partial(BtsHalf, deepspeed=deepspeed, engine=import_engine(device))
+        return partial(BtsHalf, deepspeed=deepspeed, engine=import_engine(device), way=way)
     ues, test = load(settings, topology.ues_of(role), device)
-    return partial(UeHalf, ues=ues, test=test)
+    return partial(UeHalf, ues=ues, test=test, way=way)
 
 
 def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:

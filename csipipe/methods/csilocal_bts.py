@@ -28,6 +28,7 @@ from csipipe.comm.world import World
 from csipipe.device import stage_dtype
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import EvalRows, adam, set_rate
+from csipipe.methods.ends import Way
 from csipipe.methods.half import Evaluation, Half
 from csipipe.methods.roster import keep_buffers
 from csipipe.methods.seat import Seat
@@ -43,10 +44,16 @@ class BtsHalf(Half):
     Args:
         deepspeed: DeepSpeed's settings, without batch keys.
         engine: `csipipe.pipeline.engine`, which UE ranks never import.
+        way: how the UEs are computed, for the notes.
     """
 
     def __init__(
-        self, seat: Seat, role: int, deepspeed: dict[str, object], engine: ModuleType
+        self,
+        seat: Seat,
+        role: int,
+        deepspeed: dict[str, object],
+        engine: ModuleType,
+        way: Way,
     ) -> None:
         super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
@@ -63,6 +70,7 @@ class BtsHalf(Half):
                 "gradients, which are computed with the backward pass; Linear and Conv2d of "
                 "csipipe.models.layers can."
             )
+        seat.notes.append(way.note)
         module = engine.TailModule(tail, topology.stages, settings.partition, cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts

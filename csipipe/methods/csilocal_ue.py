@@ -16,7 +16,8 @@ from csipipe.comm.channel import Ports
 from csipipe.comm.ledger import Kind
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH
-from csipipe.methods.base import EvalRows, padded, set_rate
+from csipipe.methods.base import EvalRows, padded
+from csipipe.methods.ends import Way, ends
 from csipipe.methods.half import Evaluation, UeSide
 from csipipe.methods.objective import Objective
 from csipipe.methods.roster import AGREED, keep_buffers
@@ -29,9 +30,15 @@ from csipipe.pipeline.schedule import Instruction, Op, Plan
 
 
 class UeHalf(UeSide):
-    """Some of the UEs; arguments as `UeSide`."""
+    """Some of the UEs; other arguments as `UeSide`.
 
-    def __init__(self, seat: Seat, role: int, ues: list[UserEquipment], test: Tensor) -> None:
+    Args:
+        way: how they are computed.
+    """
+
+    def __init__(
+        self, seat: Seat, role: int, ues: list[UserEquipment], test: Tensor, way: Way
+    ) -> None:
         super().__init__(seat, role, ues, test)
         (up, down), train = models.widths(self.settings.model), self.settings.train
         self.ports = Ports(
@@ -40,8 +47,10 @@ class UeHalf(UeSide):
             backward_out=self.wire.link(Kind.OUTPUT_GRADIENT, down),
             backward_in=self.wire.link(Kind.SMASHED_GRADIENT, up),
         )
+        self.ends = ends(ues, self.probe, self.settings, way)
         self.stage = UeStage(
             ues,
+            self.ends,
             self.ports,
             train.micro_batches,
             train.precision,
@@ -59,12 +68,11 @@ class UeHalf(UeSide):
     def begin(self, iteration: int) -> None:
         """Lines 3 and 8–10 of Algorithm 1 follow."""
         self.clock.begin("compute", "draw mini-batches")
-        train, present = self.settings.train, self.seat.roster.present
-        ues = [self.ues[at] for at in self._places(present)]
-        for ue in ues:
-            ue.train(True)
-            set_rate(ue.optimizer, train.lr_at(iteration))
-        self.stage.load(ues, [ue.draw(train.batch_size) for ue in ues])
+        train, places = self.settings.train, self._places(self.seat.roster.present)
+        ues = [self.ues[at] for at in places]
+        self.stage.load(places, [ue.draw(train.batch_size) for ue in ues])
+        self.ends.train(True)
+        self.ends.set_rate(train.lr_at(iteration))
         if self.tolerant:
             self._restore = [keep_buffers([ue.encoder, ue.head]) for ue in ues]
 
@@ -82,14 +90,13 @@ class UeHalf(UeSide):
         super().execute(plan if self.stage.ues else [i for i in plan if i.op in AGREED], clock)
 
     def undo(self) -> None:
-        for ue in self.stage.ues:
-            ue.optimizer.zero_grad()
+        self.ends.clear()
 
     def end(self) -> None:
         """A UE that is left out stays as it was, including BatchNorm's statistics."""
         self.seat.leave_out(self.stage.faults)
         for u in self.stage.idle:
-            self.stage.ues[u].optimizer.zero_grad()
+            self.stage.ues[u].parts.zero_grad()
             self._restore[u]()
         self.clock.begin("send", "finish sending")
         # of all UEs, so that a rank without any in this iteration doesn't hurry ahead
@@ -112,11 +119,12 @@ class UeHalf(UeSide):
         """
         size, batches = self.settings.train.batch_size, self.seat.batches[part]
         micro_batches = self.wire.micro_batches
-        rows = [self.test if part == "test" else ue.holdout for ue in self.ues]
+        places = self._places(self.seat.roster.present)
+        rows = [self.test if part == "test" else self.ues[at].holdout for at in places]
         sums = torch.zeros(len(self.ues), WIDTH, dtype=torch.float64, device=self.device)
         self.wire.ledger.phase = "evaluation"
-        for ue in self.ues:
-            ue.train(False)
+        self.stage.load(places, [])  # none yet
+        self.ends.train(False)
         self.ports.forward_in.post()  # before any send: the BTS keeps few messages in flight
         for k in range(batches + 1):
             # not after the next batch was sent: who takes it may wait for this rank's stage
@@ -124,14 +132,15 @@ class UeHalf(UeSide):
             if k < batches:
                 start = k * size
                 self.stage.load(
-                    self.ues,
+                    places,
                     [padded(h, start, size) for h in rows],
                     [min(size, max(0, len(h) - start)) for h in rows],
                 )
                 self.execute(schedule.ue_encoding(micro_batches), Clock())
             if k:
                 self.execute(schedule.ue_decoding(micro_batches), Clock())
-                sums += self.stage.sums()
+                if places:
+                    sums[places] += self.stage.sums()
             if 0 < k < batches:
                 self.ports.forward_in.post()
             if k < batches:

@@ -81,13 +81,22 @@ class UserEquipment:
         """Encoder and head."""
         return nn.ModuleDict({"encoder": self.encoder, "head": self.head})
 
+    def check(self, loss: Tensor) -> None:
+        """Refuse (FloatingPointError) a loss or gradients that aren't finite, before the step."""
+        self.check_loss(loss)
+        self.check_gradients()
+
+    def check_gradients(self) -> None:
+        """Refuse (FloatingPointError) gradients that aren't finite."""
+        trust.check_gradients(f"UE {self.number}'s", self.parts.named_parameters())
+
     def step(self) -> None:
         """Adam on encoder and head (eqs. 6 and 8).
 
         Raises:
             FloatingPointError: a gradient isn't finite; nothing was changed.
         """
-        trust.check_gradients(f"UE {self.number}'s", self.parts.named_parameters())
+        self.check_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csipipe import models
 from csipipe.comm.channel import Ports
 from csipipe.device import autocast, computable
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss
 from csipipe.measure.probe import Probe
+from csipipe.methods.ends import Ends
 from csipipe.methods.objective import Objective
 from csipipe.methods.ue import UserEquipment
 from csipipe.pipeline.schedule import Op
@@ -42,6 +42,7 @@ class UeStage:
 
     Args:
         ues: those of this rank, ascending.
+        ends: computes their encoders and heads.
         ports: where messages come from and go to; forward comes in from the last BTS stage, and
             goes out to the first.
         micro_batches: micro-batches per iteration.
@@ -59,6 +60,7 @@ class UeStage:
     def __init__(
         self,
         ues: Sequence[UserEquipment],
+        ends: Ends,
         ports: Ports,
         micro_batches: int,
         precision: Precision,
@@ -67,7 +69,8 @@ class UeStage:
         tolerant: bool,
         calls: Mapping[Op, Callable[[], None]],
     ) -> None:
-        self.ues = ues
+        self.everyone = self.ues = ues
+        self.ends = ends
         self.ports = ports
         self.micro_batches = micro_batches
         self.precision = precision
@@ -78,11 +81,9 @@ class UeStage:
         self.taking = list(range(len(ues)))
         self.idle: set[int] = set()
         self.faults: dict[int, str] = {}
-        self._pending = models.put_off(ue.head for ue in ues)
         self._batches: deque[_Batch] = (
             deque()
         )  # the last one is encoded, the first one reconstructed
-        self._z_UBC: list[Tensor] = []
         self._z_MRC: list[Tensor] = []
         self._y: dict[int, Tensor] = {}
         self._dy: dict[int, Tensor] = {}
@@ -90,19 +91,22 @@ class UeStage:
 
     def load(
         self,
-        ues: Sequence[UserEquipment],
+        places: Sequence[int],
         h_UBAD: Sequence[Tensor],
         valid: Sequence[int] | None = None,
     ) -> None:
         """Add a (B, 2, A, D) mini-batch of each of some UEs; `sums` removes it.
 
         Args:
+            places: where those UEs stand among the rank's, ascending.
             valid: rows of each UE that are counted in `sums`, the rest is padding; None: all.
         """
-        self.ues = ues
-        self.taking = list(range(len(ues)))
+        self.ues = [self.everyone[at] for at in places]
+        self.taking = list(range(len(places)))
         self.idle, self.faults = set(), {}
-        if ues:
+        if places:
+            self.ends.take(places)
+        if h_UBAD:
             h = torch.stack(list(h_UBAD))
             counted = [h.shape[1]] * len(h) if valid is None else valid
             zeros = (h.new_zeros(h.shape[:2]) for _ in range(2))
@@ -126,9 +130,8 @@ class UeStage:
     def _encode(self) -> None:
         batch = self._batches[-1]
         with self._autocast():
-            self._z_UBC = [ue.encoder(h) for ue, h in zip(self.ues, batch.h_UBAD, strict=True)]
+            by_ue = self.ends.encode(batch.h_UBAD)
         # rows of a micro-batch, UE by UE
-        by_ue = torch.stack(self._z_UBC).detach()
         by_ue = by_ue.view(len(self.ues), self.micro_batches, self._rows(batch), -1)
         self._z_MRC = list(by_ue.transpose(0, 1).flatten(1, 2))
 
@@ -148,31 +151,29 @@ class UeStage:
         if not self.taking:
             self._dy[m] = torch.zeros_like(y)
             return
-        y_URC = torch.split(y, rows)
         with self._autocast():
-            h_hats = [self.ues[u].head(y_URC[u]) for u in self.taking]
+            h_hat = self.ends.heads(torch.split(y, rows), self.taking)
         # what has no weights is done for all UEs at once
         everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
         originals = batch.h_UBAD[some, part].flatten(0, 1)
-        minimised, loss, sgcs = self.objective(torch.cat(h_hats), originals)
-        batch.loss_UB[some, part] = loss.view(len(h_hats), -1)
+        minimised, loss, sgcs = self.objective(h_hat, originals)
+        batch.loss_UB[some, part] = loss.view(len(self.taking), -1)
         if sgcs is not None:
-            batch.sgcs_UB[some, part] = sgcs.view(len(h_hats), -1)
+            batch.sgcs_UB[some, part] = sgcs.view(len(self.taking), -1)
         if not training:
-            self._show(batch, m, h_hats)
+            self._show(batch, m, h_hat)
         if training:
             # a UE's loss is the mean over its whole mini-batch
             torch.autograd.backward(minimised.sum() / batch.h_UBAD.shape[1])
             assert y.grad is not None
-            self._dy[m] = y.grad
+            self._dy[m] = self._of_taking(y.grad, rows)
 
     def _send_backward(self, m: int) -> None:
         self.ports.backward_out.send(m, self._dy.pop(m))
 
     def _weight_gradients(self) -> None:
-        models.accumulate(models.joined(self._pending))
-        self._pending.clear()
+        self.ends.weight_gradients()
 
     def _receive_backward(self, m: int) -> None:
         self._dz[m] = self.ports.backward_in.receive(m)
@@ -181,33 +182,28 @@ class UeStage:
         dz_MRC = torch.stack([self._dz[m] for m in range(self.micro_batches)])
         rows = self._rows(self._batches[-1])
         dz_UBC = [part.flatten(0, 1) for part in torch.split(dz_MRC, rows, dim=1)]
-        z_UBC = self._z_UBC
-        models.backward(
-            [z_UBC[u] for u in self.taking],
-            [dz_UBC[u].to(z_UBC[u].dtype) for u in self.taking],
-        )
+        self.ends.encode_backward(dz_UBC, self.taking)
 
     def _step(self) -> None:
         self.idle = set(range(len(self.ues))) - set(self.taking)
-        for u in self.taking:
-            ue = self.ues[u]
-            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
-            try:
-                ue.check_loss(self._batches[0].loss_UB[u])
-                ue.step()
-            except FloatingPointError as error:
-                if not self.tolerant:
-                    raise
-                self.faults[ue.number] = str(error)
-                self.idle.add(u)
+        faults = self.ends.step(self.taking, self._batches[0].loss_UB, self.tolerant)
+        self.idle |= set(faults)
+        self.faults |= {self.ues[u].number: fault for u, fault in faults.items()}
 
-    def _show(self, batch: _Batch, m: int, h_hats: list[Tensor]) -> None:
+    def _of_taking(self, rows_of_all: Tensor, rows: int) -> Tensor:
+        """The same with zeros for UEs that are left out, whose own may be anything."""
+        for u in set(range(len(self.ues))) - set(self.taking):
+            rows_of_all[u * rows : (u + 1) * rows] = 0
+        return rows_of_all
+
+    def _show(self, batch: _Batch, m: int, h_hat: Tensor) -> None:
         """Show reconstructions of micro-batch `m` to the probe."""
         rows = self._rows(batch)
         first = m * rows
-        for ue, h, h_hat, n in zip(self.ues, batch.h_UBAD, h_hats, batch.valid, strict=True):
+        shown = zip(self.ues, batch.h_UBAD, torch.split(h_hat, rows), batch.valid, strict=True)
+        for ue, h, reconstructed, n in shown:
             counted = min(rows, max(0, n - first))
-            self.probe.reconstructed(ue.number, h[first : first + counted], h_hat[:counted])
+            self.probe.reconstructed(ue.number, h[first : first + counted], reconstructed[:counted])
 
     def _rows(self, batch: _Batch) -> int:
         """Rows of a UE in a micro-batch."""

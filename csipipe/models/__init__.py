@@ -16,6 +16,7 @@ from csipipe.models.parts import (
     count_statistics,
     kernels_notes,
     tail_shapes,
+    unstackable,
     widths,
 )
 from csipipe.models.requirements import whole_backward
@@ -39,6 +40,7 @@ __all__ = [
     "plain_layers",
     "put_off",
     "tail_shapes",
+    "unstackable",
     "whole_backward",
     "widths",
 ]

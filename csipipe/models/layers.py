@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,34 @@ class Deferring(nn.Module):
 
     pending: list[Pending] | None = None
     """Where they go; None: computed at once."""
+    rows = 0
+    """Which axis of the input the rows are."""
+
+
+class Splittable(Protocol):
+    """A layer whose backward pass comes in two parts."""
+
+    weight: Any
+    bias: Any
+    rows: int
+    """Which axis of its input the rows are."""
+    pending: list[Pending] | None
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Forward pass."""
+
+    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient at the input, shape of `x`."""
+
+    def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of weight and bias."""
 
 
 @dataclass
 class LayerGradients(Pending):
     """A layer's, from its input and the gradient at its output."""
 
-    layer: Linear | Conv2d
+    layer: Splittable
     x: Tensor
     gradient: Tensor
 
@@ -60,7 +81,7 @@ class Linear(Deferring, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …, I) → (B, …, O)."""
-        return _apply(self, x)
+        return apply(self, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Forward pass."""
@@ -103,7 +124,7 @@ class Conv2d(Deferring, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, A, D) → (B, O, A, D)."""
         backend = kernels.choose(self, x).backend
-        return _apply(self, x) if backend is None else fused(self, backend, x)
+        return apply(self, x) if backend is None else fused(self, backend, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.conv2d(x, weight, bias, padding=self.padding)
@@ -176,7 +197,8 @@ class Pointwise(Conv2d):
         return found.view(len(x), len(weight), *x.shape[2:])
 
 
-def _apply(layer: Linear | Conv2d, x: Tensor) -> Tensor:
+def apply(layer: Splittable, x: Tensor) -> Tensor:
+    """A layer's output, its weight gradients now or later."""
     if not torch.is_grad_enabled():
         return layer.run(x, layer.weight, layer.bias)
     if torch.is_autocast_enabled(x.device.type):
@@ -195,7 +217,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Linear | Conv2d
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Splittable
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
@@ -204,7 +226,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (gradient,) = ctx.saved_tensors, gradients
-        layer: Linear | Conv2d = ctx.layer
+        layer: Splittable = ctx.layer
         weight = bias = None
         if ctx.needs_input_grad[1]:
             weight, bias = layer.weight_gradients(x, gradient)
@@ -233,7 +255,7 @@ def fused(module: Deferring, backend: Backend, x: Tensor) -> Tensor:
     x = kernels.computed(x)
     if not torch.is_grad_enabled():
         return backend.forward(module, x, module.training)[0]
-    # as in `_apply`: out of autograd's sight where they wait
+    # as in `apply`: out of autograd's sight where they wait
     seen = () if module.pending is not None else tuple(module.parameters())
     y: Tensor = _Fused.apply(x, module, backend, *seen)  # type: ignore[no-untyped-call]
     return y
@@ -288,13 +310,14 @@ def joined(pending: Iterable[Pending]) -> list[Pending]:
     What isn't a single layer's stays as it is.
     """
     whole: list[Pending] = []
-    of_layer: dict[Linear | Conv2d, list[LayerGradients]] = {}
+    of_layer: dict[Splittable, list[LayerGradients]] = {}
     for entry in pending:
         if isinstance(entry, LayerGradients):
             of_layer.setdefault(entry.layer, []).append(entry)
         else:
             whole.append(entry)
     for layer, entries in of_layer.items():
-        x = torch.cat([entry.x for entry in entries])
-        whole.append(LayerGradients(layer, x, torch.cat([entry.gradient for entry in entries])))
+        x = torch.cat([entry.x for entry in entries], layer.rows)
+        gradient = torch.cat([entry.gradient for entry in entries], layer.rows)
+        whole.append(LayerGradients(layer, x, gradient))
     return whole

@@ -21,6 +21,7 @@ from csipipe.models.cut import Unsplittable, cut
 from csipipe.models.draws import Watch, reseed
 from csipipe.models.kernels import describe, plain_layers
 from csipipe.models.layers import Linear
+from csipipe.models.stacked import Unstackable, check_stackable
 from csipipe.settings.config import ModelSettings
 from csipipe.settings.tables import MODELS, found
 
@@ -166,6 +167,16 @@ def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
         return []
     x = torch.zeros(2, *model.image, device=device)
     return [describe(block.fresh().to(device), x)]
+
+
+def unstackable(model: ModelSettings) -> str | None:
+    """Why encoders and heads of several UEs can't be computed as one; None if they can."""
+    try:
+        for part in ("encoder", "head"):
+            check_stackable(_layers(part, model))
+    except Unstackable as error:
+        return str(error)
+    return None
 
 
 def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:

@@ -31,6 +31,7 @@ FREE = (
     "train.device",
     "train.threads",
     "train.schedule",
+    "train.stacked",
 )
 """Settings, or prefixes of them, that decide where and how fast, not what is computed."""
 BEFORE: dict[str, Any] = {"data.kind": "channel"}

@@ -242,6 +242,10 @@ class TrainSettings:
     """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
+    stacked: Literal["auto", "always", "never"] = "auto"
+    """csilocal: compute the encoders and heads of a rank's UEs as one, by grouped convolutions and
+    batched products, instead of one after the other: the same but for rounding. auto: where that
+    is faster."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
     """What to do when a UE sends values that aren't finite or exceed train.max_rms. stop: end the
     run and name the UE. drop: compute the iteration as if the UE had not taken part.
@@ -361,6 +365,11 @@ class Settings:
             raise ValueError(
                 f"train.loss is {loss}, which needs images of data.kind {', '.join(kinds)}, but "
                 f"these are of kind {self.data.kind}; use another train.loss, or convert the data."
+            )
+        if self.train.stacked == "always" and not self.spec.pipelined:
+            raise ValueError(
+                f"train.stacked is always, but {self.method} has no UEs whose encoders and heads "
+                "could be computed as one; leave it at auto."
             )
         last = self.run.profile_after + self.run.profile_iterations
         if self.run.profile and last > self.train.iterations:

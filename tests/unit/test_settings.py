@@ -171,3 +171,8 @@ def test_an_unknown_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(deepspeed, "version", lambda package: "9.9.9")
     with pytest.raises(ValueError, match=r"DeepSpeed 9\.9\.9 is installed; csipipe knows 0\.19\.8"):
         deepspeed.load(None, "fp32")
+
+
+def test_stacking_is_for_csilocal() -> None:
+    with pytest.raises(ValueError, match=r"train.stacked is always, but fedavg has no UEs whose"):
+        Settings(method="fedavg", train=TrainSettings(stacked="always"))

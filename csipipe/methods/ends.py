@@ -1,0 +1,270 @@
+"""Encoders and heads of a rank's UEs, computed UE by UE or stacked: the same but for rounding.
+
+Shapes: U UEs, B rows of a mini-batch, R rows per UE and micro-batch, A angles, D delays, C = c1 or
+c2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from csipipe import models
+from csipipe.comm.topology import Topology
+from csipipe.measure.probe import Probe
+from csipipe.methods.base import adam, set_rate
+from csipipe.methods.ue import UserEquipment
+from csipipe.models.stacked import Stack, Unstackable, check_stackable
+from csipipe.settings.config import Settings, TrainSettings
+
+SMALL = 2**16
+"""Reals of a UE's mini-batch, up to which stacking was measured to be faster on a CPU."""
+FEW = 8
+"""UEs of an iteration from which on they are stacked. Of the whole run, not of a rank, so that a
+placement changes no bit; with fewer, even a rank with one UE computes the same bits."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the UEs of a rank are computed, and why, in words."""
+
+    stacked: bool
+    why: str
+
+    @property
+    def note(self) -> str:
+        """What a run says of it."""
+        how = "stacked" if self.stacked else "one after the other"
+        return f"UEs of a rank are computed {how} ({self.why})"
+
+
+def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
+    """How the UEs of every rank are computed: by the settings alone, the same everywhere.
+
+    Raises:
+        ValueError: they are to be stacked, and can't.
+    """
+    wanted = settings.train.stacked
+    if wanted == "never":
+        return Way(False, "train.stacked is never")
+    reason = models.unstackable(settings.model)
+    if wanted == "always":
+        if reason is not None:
+            raise ValueError(
+                f"train.stacked is always, but model.name {settings.model.name} can't be stacked: "
+                f"{reason}. Use train.stacked auto or never."
+            )
+        return Way(True, "train.stacked is always")
+    if reason is not None:
+        return Way(False, reason)
+    if device.type != "cpu":
+        return Way(False, "train.stacked auto: on a GPU it hasn't been measured")
+    hosted = (len(topology.ues_of(role)) for role in topology.ue_roles)
+    if min(hosted) < 2 or settings.participants < FEW:
+        return Way(False, "train.stacked auto: they are few")
+    reals = settings.train.batch_size * settings.model.reals
+    if reals > SMALL:
+        return Way(False, f"train.stacked auto: {reals:,} reals of each are many")
+    return Way(True, f"train.stacked auto: only {reals:,} reals of each in an iteration")
+
+
+def ends(ues: Sequence[UserEquipment], probe: Probe, settings: Settings, way: Way) -> Ends:
+    """What computes the UEs of a rank.
+
+    Raises:
+        ValueError: they are to be stacked, and their models differ.
+    """
+    if not way.stacked:
+        return Singly(ues, probe)
+    try:
+        return Stacked(ues, probe, settings.train)
+    except Unstackable as error:
+        if settings.train.stacked == "always":
+            raise ValueError(
+                f"train.stacked is always, but the UEs' models can't be stacked: {error}. Use "
+                "train.stacked auto or never."
+            ) from error
+        return Singly(ues, probe)
+
+
+class Ends(Protocol):
+    """What the UEs of a rank compute with weights of their own; which of them is chosen."""
+
+    def take(self, chosen: Sequence[int]) -> None:
+        """From now on compute for these UEs, by their places on the rank, ascending."""
+
+    def train(self, mode: bool) -> None:
+        """Put their parts into training or evaluation mode."""
+
+    def set_rate(self, lr: float) -> None:
+        """Adam's rate for the next step."""
+
+    def encode(self, h_UBAD: Tensor) -> Tensor:
+        """(U, B, 2, A, D) → (U, B, C), without a graph: that is kept for `encode_backward`."""
+
+    def heads(self, y_URC: Sequence[Tensor], taking: Sequence[int]) -> Tensor:
+        """(R, C) of each chosen UE → (T·R, 2, A, D) of the T among them in `taking`."""
+
+    def weight_gradients(self) -> None:
+        """The heads', which were put off."""
+
+    def encode_backward(self, dz_UBC: Sequence[Tensor], taking: Sequence[int]) -> None:
+        """The encoders' gradients, from those at their output."""
+
+    def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
+        """Adam on encoders and heads of the UEs in `taking`.
+
+        Returns:
+            Why some of them couldn't step, by place among the chosen.
+
+        Raises:
+            FloatingPointError: instead, unless `tolerant`.
+        """
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+
+
+class _Both:
+    """What the two ways share."""
+
+    def __init__(self, ues: Sequence[UserEquipment], probe: Probe) -> None:
+        self.everyone = ues
+        self.ues = ues
+        self.probe = probe
+        self._pending: list[models.Pending] = []
+
+    def take(self, chosen: Sequence[int]) -> None:
+        self.ues = [self.everyone[u] for u in chosen]
+
+    def weight_gradients(self) -> None:
+        models.accumulate(models.joined(self._pending))
+        self._pending.clear()
+
+
+class Singly(_Both):
+    """One UE after the other."""
+
+    def __init__(self, ues: Sequence[UserEquipment], probe: Probe) -> None:
+        super().__init__(ues, probe)
+        self._pending = models.put_off(ue.head for ue in ues)
+        self._z_UBC: list[Tensor] = []
+
+    def train(self, mode: bool) -> None:
+        for ue in self.ues:
+            ue.train(mode)
+
+    def set_rate(self, lr: float) -> None:
+        for ue in self.ues:
+            set_rate(ue.optimizer, lr)
+
+    def encode(self, h_UBAD: Tensor) -> Tensor:
+        self._z_UBC = [ue.encoder(h) for ue, h in zip(self.ues, h_UBAD, strict=True)]
+        return torch.stack(self._z_UBC).detach()
+
+    def heads(self, y_URC: Sequence[Tensor], taking: Sequence[int]) -> Tensor:
+        return torch.cat([self.ues[u].head(y_URC[u]) for u in taking])
+
+    def encode_backward(self, dz_UBC: Sequence[Tensor], taking: Sequence[int]) -> None:
+        z_UBC = self._z_UBC
+        if not taking:
+            return
+        models.backward([z_UBC[u] for u in taking], [dz_UBC[u].to(z_UBC[u].dtype) for u in taking])
+
+    def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
+        faults = {}
+        for u in taking:
+            ue = self.ues[u]
+            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
+            try:
+                ue.check_loss(loss_UB[u])
+                ue.step()
+            except FloatingPointError as error:
+                if not tolerant:
+                    raise
+                faults[u] = str(error)
+        return faults
+
+    def clear(self) -> None:
+        for ue in self.ues:
+            ue.optimizer.zero_grad()
+
+
+class Stacked(_Both):
+    """All at once; a UE that is left out is computed all the same, and nothing of it is changed.
+
+    Raises:
+        Unstackable: their model holds layers that aren't known, or their models differ.
+    """
+
+    def __init__(self, ues: Sequence[UserEquipment], probe: Probe, train: TrainSettings) -> None:
+        super().__init__(ues, probe)
+        encoders, heads = [ue.encoder for ue in ues], [ue.head for ue in ues]
+        for modules in (encoders, heads):  # before anything is changed
+            check_stackable(modules)
+        self._encoders, self._heads = Stack(encoders), Stack(heads)
+        self._heads.put_off(self._pending)
+        # one for all: its parameters are the UEs' own, each with moments and steps of its own
+        self._optimizer = adam([p for ue in ues for p in ue.parts.parameters()], train)
+        for ue in ues:
+            ue.optimizer = self._optimizer
+        self._z_UBC: Tensor | None = None
+
+    def take(self, chosen: Sequence[int]) -> None:
+        super().take(chosen)
+        self._encoders.take(chosen)
+        self._heads.take(chosen)
+
+    def train(self, mode: bool) -> None:
+        self.everyone[0].train(mode)
+
+    def set_rate(self, lr: float) -> None:
+        set_rate(self._optimizer, lr)
+
+    def encode(self, h_UBAD: Tensor) -> Tensor:
+        self._z_UBC = self._encoders(h_UBAD)
+        return self._z_UBC.detach()
+
+    def heads(self, y_URC: Sequence[Tensor], taking: Sequence[int]) -> Tensor:
+        h_hat = self._heads(torch.stack(list(y_URC)))
+        some = h_hat if len(taking) == len(h_hat) else h_hat[list(taking)]
+        return some.flatten(0, 1)
+
+    def encode_backward(self, dz_UBC: Sequence[Tensor], taking: Sequence[int]) -> None:
+        z_UBC, self._z_UBC = self._z_UBC, None
+        assert z_UBC is not None
+        models.backward([z_UBC], [torch.stack(list(dz_UBC)).to(z_UBC.dtype)])
+
+    def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
+        if not taking:
+            self.clear()
+            return {}
+        norms = [part.gradient_norms() for part in (self._encoders, self._heads)]
+        norms_U = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        sound = (norms_U.isfinite() & loss_UB.isfinite().all(1)).tolist()
+        self._encoders.hand_out(taking)
+        self._heads.hand_out(taking)
+        faults: dict[int, str] = {}
+        for u in taking:
+            ue = self.ues[u]
+            if self.probe.gradients_wanted:
+                self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
+            if not sound[u]:
+                try:
+                    ue.check(loss_UB[u])
+                except FloatingPointError as error:
+                    if not tolerant:
+                        raise
+                    faults[u] = str(error)
+                    ue.parts.zero_grad()
+        self._optimizer.step()
+        self.clear()
+        return faults
+
+    def clear(self) -> None:
+        self._encoders.clear()
+        self._heads.clear()

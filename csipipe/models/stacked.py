@@ -1,0 +1,299 @@
+"""Several modules of one make, each with weights of its own, computed as one.
+
+Convolutions and BatchNorms become grouped ones, linear layers batched products, so that the number
+of calls doesn't grow with the number of modules. The modules stay what they are: their weights,
+gradients and buffers become views of the stack's, so that whoever knows a module by itself (an
+optimiser, a checkpoint) needn't know that there is a stack.
+
+Shapes: U modules, B rows each, I and O inputs and outputs (of images: channels), A angles, D
+delays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from csipipe.models import layers
+from csipipe.models.layers import Deferring
+from csipipe.models.norm import BatchNorm2d
+
+
+class Unstackable(ValueError):
+    """Modules that can't be stacked, and why."""
+
+
+class _Linear(Deferring):
+    """(U, B, …, I) → (U, B, …, O), with weights (U, O, I) and biases (U, O)."""
+
+    rows = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = layers.apply(self, x.flatten(1, -2))
+        return flat.view(*x.shape[:-1], -1)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.mT
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+
+    def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        return torch.bmm(gradient, self.weight.to(gradient.dtype))
+
+    def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.bmm(gradient.mT, x), None if self.bias is None else gradient.sum(1)
+
+
+class _Conv2d(nn.Module):
+    """(U, B, I, A, D) → (U, B, O, A, D); weights (U, O, I, KH, KW), biases (U, O)."""
+
+    def __init__(self, like: layers.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.padding, self.weight, self.bias = like.padding, weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.flatten()
+        weight, groups = self.weight.flatten(0, 1), len(x)
+        beside = functional.conv2d(_beside(x), weight, bias, padding=self.padding, groups=groups)
+        return _apart(beside, groups)
+
+
+class _BatchNorm2d(nn.Module):
+    """(U, B, C, A, D) → the same shape; weights, biases and running statistics (U, C)."""
+
+    def __init__(self, like: nn.BatchNorm2d, of: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.like, self.of = like, of
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = {name: self.of[name].flatten() for name in ("weight", "bias")}
+        if self.like.training:
+            self.of["num_batches_tracked"].add_(1)
+        beside = functional.batch_norm(
+            _beside(x),
+            self.of["running_mean"].view(-1),  # views, which follow
+            self.of["running_var"].view(-1),
+            **flat,
+            training=self.like.training,
+            momentum=cast(float, self.like.momentum),
+            eps=self.like.eps,
+        )
+        return _apart(beside, len(x))
+
+
+def _beside(x: Tensor) -> Tensor:
+    """(U, B, C, A, D) → (B, U·C, A, D): copied only where it doesn't lie like that."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _apart(x: Tensor, modules: int) -> Tensor:
+    """(B, U·C, A, D) → (U, B, C, A, D), a view."""
+    return x.view(len(x), modules, -1, *x.shape[2:]).transpose(0, 1)
+
+
+def _same_for_all(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    return like
+
+
+def _linear(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    return _Linear(of["weight"], of.get("bias"))
+
+
+def _convolution(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    return _Conv2d(cast(layers.Conv2d, like), of["weight"], of.get("bias"))
+
+
+def _norm(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    return _BatchNorm2d(cast(nn.BatchNorm2d, like), of)
+
+
+def _flatten(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    flatten = cast(nn.Flatten, like)
+    last = flatten.end_dim
+    return nn.Flatten(flatten.start_dim + 1, last if last < 0 else last + 1)
+
+
+def _unflatten(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    unflatten = cast(Any, like)
+    return nn.Unflatten(unflatten.dim + 1, unflatten.unflattened_size)
+
+
+_MAKERS: dict[type[nn.Module], Callable[[nn.Module, dict[str, Tensor]], nn.Module]] = {
+    layers.Linear: _linear,
+    nn.Linear: _linear,
+    layers.Conv2d: _convolution,
+    BatchNorm2d: _norm,
+    nn.BatchNorm2d: _norm,
+    nn.Flatten: _flatten,
+    nn.Unflatten: _unflatten,
+    nn.LeakyReLU: _same_for_all,
+    nn.Hardsigmoid: _same_for_all,
+    nn.Sigmoid: _same_for_all,
+}
+"""How a layer becomes one for several modules, given theirs stacked."""
+
+
+class Stack:
+    """Modules that are computed together, all or some of them.
+
+    Training or evaluation mode is that of the first one.
+
+    Args:
+        modules: `Sequential`s of the same layers; the weights are theirs.
+
+    Raises:
+        Unstackable: they hold other layers than those that are known here, or differ.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self._places = [_Place(same) for same in _places(modules)]
+        self._pending: list[layers.Pending] | None = None
+        self._chosen: Sequence[int] = ()
+        self._layers: list[nn.Module] = []
+        self.take(range(len(modules)))
+
+    def take(self, chosen: Sequence[int]) -> None:
+        """From now on compute these, ascending, with the weights that they have now."""
+        if self._layers and len(chosen) == len(self._chosen) == len(self.modules):
+            return
+        self._chosen = chosen
+        self._layers = [place.take(chosen) for place in self._places]
+        if self._pending is not None:
+            self.put_off(self._pending)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(U, B, …) → (U, B, …): each of the chosen modules its rows."""
+        for layer in self._layers:
+            x = layer(x)
+        if self.modules[0].training:
+            for place in self._places:
+                place.keep_buffers()
+        return x
+
+    def put_off(self, pending: list[layers.Pending]) -> None:
+        """As `csipipe.models.put_off`, into a list of the caller's."""
+        self._pending = pending
+        for layer in self._layers:
+            if isinstance(layer, Deferring):
+                layer.pending = pending
+
+    def hand_out(self, which: Iterable[int]) -> None:
+        """Give modules their gradients, by their places among the chosen; the others get none."""
+        places = list(which)
+        for place in self._places:
+            for name, leaf in place.leaves():
+                if leaf.grad is not None:
+                    views, own = leaf.grad.unbind(), place.own[name]
+                    for u in places:
+                        own[self._chosen[u]].grad = views[u]
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for place in self._places:
+            for name, leaf in place.leaves():
+                leaf.grad = None
+                for u in self._chosen:
+                    place.own[name][u].grad = None
+
+    def gradient_norms(self) -> Tensor:
+        """(U,) L2 norm of each chosen module's gradient."""
+        leaves = [leaf for place in self._places for _, leaf in place.leaves()]
+        norms = [
+            torch.linalg.vector_norm(leaf.grad.flatten(1), dim=1)
+            for leaf in leaves
+            if leaf.grad is not None
+        ]
+        found: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return found
+
+
+class _Place:
+    """One layer of all modules.
+
+    Attributes:
+        own: each module's parameters and buffers, by name; views of the stacked ones.
+    """
+
+    def __init__(self, same: Sequence[nn.Module]) -> None:
+        self.like = same[0]
+        self.own: dict[str, list[Tensor]] = {}
+        self._all: dict[str, Tensor] = {}
+        self._now: dict[str, Tensor] = {}
+        self._copied: Tensor | None = None
+        for name in [*self.like._parameters, *self.like._buffers]:
+            own = [getattr(layer, name) for layer in same]
+            if own[0] is not None:
+                self._all[name] = torch.stack([tensor.detach() for tensor in own])
+                self.own[name] = own
+                for tensor, view in zip(own, self._all[name].unbind(), strict=True):
+                    tensor.data = view
+
+    def take(self, chosen: Sequence[int]) -> nn.Module:
+        """The layer of the chosen modules: without copying where they lie side by side."""
+        first, end = chosen[0], chosen[-1] + 1
+        beside = list(chosen) == list(range(first, end))
+        device = next(iter(self._all.values())).device if self._all else None
+        self._copied = None if beside else torch.tensor(chosen, device=device)
+        self._now = {}
+        for name, of_all in self._all.items():
+            some = of_all[first:end] if beside else of_all[self._copied]
+            self._now[name] = some.requires_grad_(self.own[name][0].requires_grad)
+        return _MAKERS[type(self.like)](self.like, self._now)
+
+    def leaves(self) -> list[tuple[str, Tensor]]:
+        """The parameters that are computed with, by name."""
+        return [(name, tensor) for name, tensor in self._now.items() if tensor.requires_grad]
+
+    def keep_buffers(self) -> None:
+        """Write back the buffers that were copied."""
+        if self._copied is not None:
+            for name, tensor in self._now.items():
+                if not isinstance(self.own[name][0], nn.Parameter):
+                    self._all[name][self._copied] = tensor
+
+
+def check_stackable(modules: Sequence[nn.Module]) -> None:
+    """Raises as `Stack`, and changes nothing."""
+    _places(modules)
+
+
+def _places(modules: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
+    """The layers of all modules, place by place; raises as `Stack`."""
+    rows = [list(_in_order(module)) for module in modules]
+    for layer in rows[0]:
+        if type(layer) not in _MAKERS:
+            known = ", ".join(sorted(kind.__name__ for kind in _MAKERS))
+            raise Unstackable(
+                f"{type(layer).__name__} can't be computed for several UEs at once, only a "
+                f"Sequential of {known} can"
+            )
+        if isinstance(layer, nn.BatchNorm2d) and (
+            not layer.affine or not layer.track_running_stats or layer.momentum is None
+        ):
+            raise Unstackable("a BatchNorm2d needs weights, running statistics and a momentum")
+    make = [(repr(layer), _shapes(layer)) for layer in rows[0]]
+    for number, row in enumerate(rows):
+        if [(repr(layer), _shapes(layer)) for layer in row] != make:
+            raise Unstackable(f"the layers of module {number} aren't those of the first")
+    return list(zip(*rows, strict=True))
+
+
+def _in_order(module: nn.Module) -> Iterable[nn.Module]:
+    """The layers of nested `Sequential`s."""
+    if type(module) is nn.Sequential:
+        for child in module:
+            yield from _in_order(child)
+    else:
+        yield module
+
+
+def _shapes(layer: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()]

@@ -1,0 +1,206 @@
+"""Several modules computed as one: the same numbers, and each one's weights are still its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from csipipe import models
+from csipipe.comm.topology import Topology
+from csipipe.measure.metrics import paper_loss
+from csipipe.methods.base import adam
+from csipipe.methods.ends import Way, decide
+from csipipe.models.stacked import Stack, Unstackable
+from csipipe.settings.config import ModelSettings, Settings, TopologySettings, TrainSettings
+
+MODEL = ModelSettings(c1=12, c2=10, angles=6, delays=5, kernels_by="torch")
+ROWS, STEPS, TOLERANCE = 8, 4, 1e-6
+
+
+def parts(ues: int) -> list[nn.Module]:
+    """Encoder and head of some UEs, whose weights differ."""
+    found = []
+    for ue in range(ues):
+        found += [models.build_encoder(MODEL, ue), models.build_head(MODEL, ue)]
+    return found
+
+
+def rows(ues: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(U, B, 2, A, D) images, and what a tail might add to smashed data."""
+    draws = torch.Generator().manual_seed(seed)
+    h = torch.rand(ues, ROWS, 2, 6, 5, generator=draws)
+    return h, torch.randn(ues, ROWS, 10, generator=draws)
+
+
+def trained(
+    ues: int, step_of: str, dtype: torch.dtype, left_out: Sequence[int] = ()
+) -> list[nn.Module]:
+    """Encoders and heads after some Adam steps, one after the other or stacked, gradients kept.
+
+    Weight gradients of the heads are put off, as on a UE rank, and joined over micro-batches.
+    """
+    found = [part.to(dtype) for part in parts(ues)]
+    encoders, heads = found[::2], found[1::2]
+    optimizer = adam([p for part in found for p in part.parameters()], TrainSettings())
+    taking = [ue for ue in range(ues) if ue not in left_out]
+    stacks = [Stack(encoders), Stack(heads)] if step_of == "stacked" else []
+    pending: list[models.Pending] = [] if stacks else models.put_off(heads)
+    if stacks:
+        stacks[1].put_off(pending)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        h, noise = (tensor.to(dtype) for tensor in rows(ues, step))
+        if stacks:
+            for stack in stacks:
+                stack.clear()
+                stack.take(taking)
+            z = stacks[0](h[taking])
+        else:
+            z = torch.stack([encoders[ue](h[ue]) for ue in taking])
+        y = (z[..., :10] + noise[taking]).detach().requires_grad_()
+        for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS)):
+            leaf = y[:, part].detach().requires_grad_()
+            if stacks:
+                h_hat = stacks[1](leaf)
+            else:
+                h_hat = torch.stack([heads[ue](leaf[at]) for at, ue in enumerate(taking)])
+            loss = paper_loss(h_hat.flatten(0, 1), h[taking, part].flatten(0, 1))
+            torch.autograd.backward(loss.sum())
+            assert leaf.grad is not None
+        models.accumulate(models.joined(pending))
+        pending.clear()
+        dz = torch.randn(z.shape, generator=torch.Generator().manual_seed(step))
+        torch.autograd.backward(z, dz.to(dtype))
+        for stack in stacks:
+            stack.hand_out(range(len(taking)))
+        optimizer.step()
+    return found
+
+
+def differences(found: list[nn.Module], wanted: list[nn.Module]) -> dict[str, float]:
+    """Largest ‖difference‖ / ‖tensor‖ of gradients, weights and running variances.
+
+    Not of the bias before BatchNorm, whose true gradient is zero, nor of the mean that it moves.
+    """
+    worst: dict[str, float] = {}
+    for place, (module, other) in enumerate(zip(found, wanted, strict=True)):
+        mine, theirs = named(module), named(other)
+        assert mine.keys() == theirs.keys()
+        noise = ("0.bias", "0.bias.grad", "1.running_mean") if place % 2 == 0 else ()
+        for name in mine.keys() - {*noise}:
+            away = (mine[name].double() - theirs[name]).norm() / theirs[name].double().norm()
+            worst[name] = max(worst.get(name, 0.0), float(away.nan_to_num()))
+    return worst
+
+
+def named(module: nn.Module) -> dict[str, Tensor]:
+    """State and gradients."""
+    found = dict(module.state_dict())
+    return found | {f"{n}.grad": p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("left_out", [(), (1,), (0, 3)])
+def test_stacked_modules_train_as_they_do_one_after_the_other(left_out: Sequence[int]) -> None:
+    """Exactly so in double; in single what differs is rounding."""
+    exact = differences(
+        trained(5, "stacked", torch.float64, left_out),
+        trained(5, "singly", torch.float64, left_out),
+    )
+    assert max(exact.values()) < 1e-13, exact
+    rounded = differences(
+        trained(5, "stacked", torch.float32, left_out),
+        trained(5, "singly", torch.float32, left_out),
+    )
+    print(rounded)
+    assert max(rounded.values()) < TOLERANCE, rounded
+
+
+def test_modules_that_take_no_part_stay_as_they_are() -> None:
+    untouched, trained_ones = parts(5), trained(5, "stacked", torch.float32, (0, 3))
+    for ue in (0, 3):
+        for place in (2 * ue, 2 * ue + 1):
+            before, after = named(untouched[place]), named(trained_ones[place])
+            assert before.keys() == after.keys()  # no gradients
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_module_can_be_loaded_and_used_by_itself() -> None:
+    """Its weights are views: what is loaded into it is what the stack computes with."""
+    encoders = [models.build_encoder(MODEL, ue) for ue in range(3)]
+    stack = Stack(encoders)
+    encoders[1].load_state_dict(models.build_encoder(MODEL, 7).state_dict())
+    h, _ = rows(3, 0)
+    for encoder in encoders:
+        encoder.eval()
+    with torch.no_grad():
+        together = stack(h)
+        alone = torch.stack([encoder(x) for encoder, x in zip(encoders, h, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_the_same_bits_whoever_else_is_in_the_stack() -> None:
+    """A placement changes no bit as long as there are two UEs on every rank."""
+    h, _ = rows(7, 0)
+    encoders = [models.build_encoder(MODEL, ue) for ue in range(7)]
+    with torch.no_grad():
+        apart = torch.cat([Stack(encoders[:3])(h[:3]), Stack(encoders[3:])(h[3:])])
+        assert torch.equal(Stack(encoders)(h), apart)
+
+
+def test_what_cant_be_stacked_is_named_and_left_alone() -> None:
+    plain = [nn.Sequential(nn.Linear(4, 3), nn.GELU()) for _ in range(2)]
+    weight = plain[1][0].weight
+    with pytest.raises(Unstackable, match="GELU can't be computed for several UEs at once"):
+        Stack(plain)
+    with pytest.raises(Unstackable, match="the layers of module 1 aren't those of the first"):
+        Stack([nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(5, 3))])
+    assert plain[1][0].weight is weight
+    assert models.unstackable(MODEL) is None
+
+
+def run(ues: int, ranks: int, rows: int = 32, **train: Any) -> Way:
+    settings = Settings(
+        model=ModelSettings(angles=16, delays=8),
+        topology=TopologySettings(ues=ues, placement="together", stages=1),
+        train=TrainSettings(batch_size=rows, **train),
+    )
+    return decide(settings, Topology.of(settings, ranks), torch.device("cpu"))
+
+
+def test_auto_stacks_where_that_is_faster_whatever_the_placement() -> None:
+    assert run(64, 1).stacked
+    assert run(64, 32).stacked
+    assert not run(64, 33).stacked  # one rank has a single UE
+    assert not run(4, 1).stacked
+    assert not run(64, 1, rows=512).stacked
+    assert run(64, 1, rows=512, stacked="always").stacked
+    assert not run(64, 1, stacked="never").stacked
+    assert run(64, 1).note == (
+        "UEs of a rank are computed stacked (train.stacked auto: only 8,192 reals of each in an "
+        "iteration)"
+    )
+
+
+def own(angles: int, delays: int, c1: int, c2: int) -> tuple[nn.Module, list[nn.Module], nn.Module]:
+    """A model of somebody's own, with a layer that can't be stacked."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(2 * angles * delays, c1), nn.GELU())
+    head = nn.Sequential(
+        nn.Linear(c2, 2 * angles * delays), nn.Unflatten(1, (2, angles, delays)), nn.Sigmoid()
+    )
+    return encoder, [nn.Linear(c1, c2)], head
+
+
+def test_a_model_that_cant_be_stacked_is_refused_or_done_without() -> None:
+    settings = Settings(
+        model=ModelSettings(name=f"{__name__}:own", c1=12, c2=10, angles=6, delays=5),
+        topology=TopologySettings(ues=10, stages=1),
+    )
+    topology, cpu = Topology.of(settings, 2), torch.device("cpu")
+    assert decide(settings, topology, cpu).why.startswith("GELU can't be computed for several UEs")
+    with pytest.raises(ValueError, match=r"train.stacked is always, but model.name .*own can't be"):
+        decide(replace(settings, train=TrainSettings(stacked="always")), topology, cpu)
