@@ -26,18 +26,14 @@ def settings(stages: int, **topology: Any) -> Settings:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, dict[str, Any]]:
-    """By the number of ranks: a stage and a UE rank; two stages, cut elsewhere, and a UE rank."""
-    one = run_world(2, splits, {"one": settings(1)})
-    two = {
-        "uniform": settings(2),
-        "parameters": settings(2, partition="parameters"),
-        "moved": settings(3, placement="together"),
-    }
-    return {
-        name: joined([rank[name] for rank in world])
-        for world in (one, run_world(3, splits, two))
-        for name in world[0]
-    }
+    """A stage and a UE rank; two stages, cut in two ways, and a UE rank; three ranks as both."""
+    two = {"uniform": settings(2), "parameters": settings(2, partition="parameters")}
+    worlds = [
+        run_world(2, splits, {"one": settings(1)}),
+        run_world(3, splits, two),
+        run_world(3, splits, {"moved": settings(3, placement="together")}),
+    ]
+    return {name: joined([rank[name] for rank in world]) for world in worlds for name in world[0]}
 
 
 def test_random_layers_draw_the_same_wherever_they_are(runs: dict[str, dict[str, Any]]) -> None:
