@@ -7,6 +7,7 @@ csipipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # module load python/3.11 cuda/12.6
 CSIPIPE_VENV=${CSIPIPE_VENV:-$csipipe/.venv}
 # export CSIPIPE_CACHE=$SCRATCH/csipipe     # converted data, if $HOME is small
+CSIPIPE_REQUEUES=${CSIPIPE_REQUEUES:-10}     # how often a job that loses a node is requeued
 # ------------------------------------------------------------------------------------------------------
 
 fail() {
@@ -14,26 +15,36 @@ fail() {
     exit 1
 }
 
-[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job for SLURM; submit it with: sbatch $0 $*"
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job for SLURM; submit it with: sbatch$(printf ' %q' "$0" "$@")"
 # shellcheck disable=SC1091
 [ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
 python -c "import csipipe.run.slurm" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
     $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, create the environment with
     python3 -m venv $csipipe/.venv and install csipipe in it; modules go into common.sh."
 
+# the same with GPUs, but that a step inherits from the job, whatever its environment
+for name in "${!SLURM_GPUS_PER_TASK@}" "${!SLURM_TRES_PER_TASK@}"; do
+    case "$name=${!name}" in
+    SLURM_GPUS_PER_TASK* | *gpu*) fail "$name is ${!name}, but one task per node starts all of its ranks, and would get a
+    single rank's GPUs; submit it with --gpus-per-node, for all of a node's ranks, instead of --gpus-per-task" ;;
+    esac
+done
+
 # USR1, by the scheduler before the limit or by `scancel --batch --signal=USR1 JOB`: save and requeue
 asked='' run=''
 trap 'asked=yes; [ -z "$run" ] || touch "$run/stop"' USR1
 
-# srun with a task on every node of the job, which has all of the job's share of the node.
+# srun with a task on every node of the job, which has all of the job's share of the node, and this environment.
 on_each_node() (
     unset "${!SLURM_NTASKS@}" "${!SLURM_NPROCS@}" "${!SLURM_TASKS_PER_NODE@}"
-    exec srun ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
+    # a rank's share of the CPUs, which would become the share of all ranks of a node
+    unset "${!SRUN_CPUS_PER_TASK@}" "${!SLURM_CPUS_PER_TASK@}" "${!SLURM_TRES_PER_TASK@}" "${!SLURM_EXACT@}"
+    exec srun --export=ALL ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
 )
 
 # Train with csipipe train's arguments on all nodes of the job, and exit with its status.
 train() {
-    local step code
+    local step code trained=''
     run=$(python -m csipipe.run.slurm plan "$@") || exit 1
     [ -z "$asked" ] || touch "$run/stop"
     on_each_node --kill-on-bad-exit=1 python -m csipipe.run.slurm node "$run" & # a torchrun each
@@ -44,11 +55,15 @@ train() {
         wait "$step"
         code=$?
     done
+    [ "$run/config.yaml" -nt "$run/slurm.json" ] && trained=yes # written when training begins
     rm -f "$run/slurm.json"
     if [ -n "$asked" ] && [ "$code" -eq 0 ] && grep -qs '"status": "stopped"' "$run/summary.json"; then
         scontrol requeue "$SLURM_JOB_ID" || echo "csipipe: saved; to resume, submit it with --run.dir $run" >&2
     elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node --overlap true; then
         # ranks notice a dead node sooner than SLURM, which would requeue the job for it
+        [ -n "$trained" ] || fail "a node of the job doesn't answer; not requeued, since nothing was trained yet"
+        [ "${SLURM_RESTART_COUNT:-0}" -lt "$CSIPIPE_REQUEUES" ] ||
+            fail "a node of the job doesn't answer, again; it was requeued $CSIPIPE_REQUEUES times: see CSIPIPE_REQUEUES"
         echo "csipipe: a node of the job is gone; the job is requeued on others" >&2
         scontrol requeue "$SLURM_JOB_ID"
     fi

@@ -15,7 +15,7 @@ import cluster as clusters
 import pytest
 import yaml
 from cluster import Cluster
-from jobs import ROOT, Job, environment, results, submit, train
+from jobs import ROOT, SETTINGS, Job, environment, results, submit, train, words
 
 pytestmark = [
     pytest.mark.slurm,
@@ -149,6 +149,71 @@ def test_a_script_outside_slurm_says_how_to_submit_it(script: Path, tmp_path: Pa
     [line] = done.stderr.splitlines()
     assert line.startswith("csipipe: error: ")
     assert line.endswith(f"sbatch {script} --x 1")
+
+
+def clone(folder: Path, *activate: str) -> Path:
+    """csipipe's scripts in a folder of their own, with an environment beside them."""
+    shutil.copytree(ROOT / "slurm", folder / "slurm")
+    lines = [f"PATH={Path(sys.executable).parent}:$PATH", f"export PATH PYTHONPATH={ROOT}"]
+    place = folder / ".venv" / "bin" / "activate"
+    place.parent.mkdir(parents=True)
+    place.write_text("\n".join([*lines, *activate, ""]))
+    return folder
+
+
+def submit_there(slurm: Cluster, folder: Path, *line: str, **changes: str) -> Job:
+    """`sbatch …` as somebody types it in a folder, with nothing of this process's environment."""
+    folder.mkdir(exist_ok=True)
+    inside = ["env", "-C", str(folder), "sbatch", "--parsable", "--output=%j.out", *line]
+    return Job(slurm, slurm.run(*inside, CSIPIPE_VENV="", **changes).strip(), folder)
+
+
+def test_a_script_is_found_from_elsewhere_and_needs_no_environment(
+    slurm: Cluster, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    clone(tmp_path / "a clone")
+    chosen = words(SETTINGS | {"run.dir": "run"})
+    script = "../a clone/slurm/multi_node.sbatch"
+    job = submit_there(slurm, tmp_path / "here", "--export=NONE", script, *chosen)
+    job.completed()
+    assert results(job.run) == wanted
+
+
+@pytest.mark.parametrize(
+    ("trains", "message", "restarts"),
+    [
+        ("true", "not requeued, since nothing was trained yet", "0"),
+        ("touch run/config.yaml", "again; it was requeued 1 times", "1"),
+    ],
+    ids=["never trained", "again and again"],
+)
+def test_requeues_end(
+    trains: str, message: str, restarts: str, slurm: Cluster, tmp_path: Path
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "srun").write_text(f"#!/bin/sh\n{trains}\nexit 1\n")  # no node answers
+    (programs / "srun").chmod(0o755)
+    place = clone(tmp_path / "clone", f"PATH={programs}:$PATH", "CSIPIPE_REQUEUES=1")
+    script = str(place / "slurm" / "multi_node.sbatch")
+    job = submit_there(slurm, tmp_path / "here", script, "--run.dir", "run")
+    job.failed()
+    assert message in job.output()
+    assert job.facts()["Restarts"] == restarts
+
+
+def test_a_step_has_all_that_the_job_has(slurm: Cluster, tmp_path: Path) -> None:
+    place = clone(tmp_path / "clone")
+    look = """'echo "$SLURM_CPUS_ON_NODE CPUs, GPUs $CUDA_VISIBLE_DEVICES"'"""
+    script = tmp_path / "look.sbatch"
+    script.write_text(f"#!/bin/bash\n. {place}/slurm/common.sh\non_each_node sh -c {look}\n")
+    ranks = "--ntasks-per-node=2"
+    asked = (ranks, "--cpus-per-task=4", "--gpus-per-node=2", str(script))
+    job = submit_there(slurm, tmp_path / "here", *asked, SRUN_CPUS_PER_TASK="4")
+    assert job.completed().endswith("8 CPUs, GPUs 0,1\n")
+    job = submit_there(slurm, tmp_path / "here", ranks, "--gpus-per-task=1", str(script))
+    [line, _] = job.failed()
+    assert line.startswith("csipipe: error: SLURM_GPUS_PER_TASK is 1, but one task per node")
 
 
 TINY = {
