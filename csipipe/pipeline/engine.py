@@ -80,14 +80,18 @@ def check_partition(layers: list[nn.Module], parts: list[int], method: str) -> N
     Raises:
         ValueError: a stage without layers or without parameters.
     """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    stages, most = len(parts) - 1, sum(map(bool, sizes))
     for stage, (start, stop) in enumerate(itertools.pairwise(parts)):
-        parameters = sum(p.numel() for layer in layers[start:stop] for p in layer.parameters())
-        if not parameters:
+        if not any(sizes[start:stop]):
             what = "parameters" if stop > start else "layers"
+            other = "parameters" if method == "uniform" else "uniform"
+            remedy = f"use fewer stages or another partition, for example {other}."
+            if stages > most:
+                remedy = f"only {most} of its layers have any: use {most} stages or fewer."
             raise ValueError(
-                f"topology.partition {method!r} with topology.stages {len(parts) - 1} leaves BTS "
-                f"stage {stage} without {what}; use fewer stages or another partition, for "
-                "example uniform."
+                f"topology.partition {method!r} with topology.stages {stages} leaves BTS stage "
+                f"{stage} without {what}; {remedy}"
             )
 
 

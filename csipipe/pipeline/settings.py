@@ -15,6 +15,27 @@ from csipipe.settings.config import Precision, Settings
 
 KNOWN_VERSIONS = ("0.19.8",)
 """DeepSpeed releases that csipipe was tested with; it relies on their internals."""
+ANY_SIZE = "an integer above 0"
+"""Instead of the values of a key that sizes something."""
+ALLOWED: dict[str, tuple[object, ...] | str] = {
+    "gradient_clipping": (0.0,),
+    "steps_per_print": ANY_SIZE,
+    "wall_clock_breakdown": (False,),
+    "bf16.enabled": (False,),
+    "bfloat16.enabled": (False,),
+    "fp16.enabled": (False,),
+    "torch_autocast.enabled": (False, True),
+    "torch_autocast.dtype": ("bfloat16",),
+    "zero_optimization.stage": (0, 1),
+    "zero_optimization.allgather_partitions": (False, True),
+    "zero_optimization.contiguous_gradients": (False, True),
+    "zero_optimization.overlap_comm": (False, True),
+    "zero_optimization.reduce_bucket_size": ANY_SIZE,
+    "zero_optimization.reduce_scatter": (False, True),
+}
+"""Keys that a file may have, with their values; each is known to change nothing that it shouldn't
+(`tests/distributed/test_deepspeed_keys.py`). Any other might, in silence."""
+_OBJECTS = {key.partition(".")[0] for key in ALLOWED if "." in key}
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -24,7 +45,7 @@ def load(path: str | None, precision: Precision) -> dict[str, Any]:
     Raises:
         ValueError, OSError: a DeepSpeed release that csipipe doesn't know; not a JSON object,
             batch keys of its own, gradient clipping, an optimiser or a precision that csipipe
-            decides.
+            decides, a key or a value that isn't in `ALLOWED`.
     """
     if version("deepspeed") not in KNOWN_VERSIONS:
         raise ValueError(
@@ -97,6 +118,34 @@ def _check(file: Path, keys: dict[str, Any], precision: Precision) -> None:
         raise ValueError(
             f"train.deepspeed: {file} has zero_optimization {zero}; pipelines work with stages 0 "
             "and 1, without offloading (which compiles an optimiser)."
+        )
+    for name, value in keys.items():
+        if name in _OBJECTS and isinstance(value, dict):
+            for key, inner in value.items():
+                _check_allowed(file, f"{name}.{key}", inner)
+        else:
+            _check_allowed(file, name, value)
+
+
+def _check_allowed(file: Path, key: str, value: Any) -> None:
+    """Refuse (ValueError) what could change results, or fail inside DeepSpeed."""
+    if key not in ALLOWED:
+        raise ValueError(
+            f"train.deepspeed: {file} sets {key!r}; csipipe runs DeepSpeed's stages in an order of "
+            "its own, and takes only keys that were seen to change no result there: "
+            f"{', '.join(ALLOWED)}. Remove it."
+        )
+    values = ALLOWED[key]
+    # 1 is not true, though they are equal
+    fits = (
+        type(value) in (int, float) and value > 0 and value % 1 == 0  # 5e8 is usual
+        if isinstance(values, str)
+        else any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
+    )
+    if not fits:
+        wanted = values if isinstance(values, str) else " or ".join(map(json.dumps, values))
+        raise ValueError(
+            f"train.deepspeed: {file} has {key} {json.dumps(value)}; csipipe takes {wanted}."
         )
 
 
