@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from csipipe.entry import start
+
 COMMANDS = {
     "train": ("csipipe.run.command", "one run of one method, under torchrun or alone"),
     "evaluate": ("csipipe.evaluation.command", "figures of a run's weights"),
@@ -35,4 +37,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(main))

@@ -91,6 +91,10 @@ def memory_explained(settings: Settings, ranks_on_node: int) -> Iterator[None]:
         ) from error
 
 
+_PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Variables that make OpenMP choose cores for its threads."""
+
+
 def set_threads(wanted: int | None, ranks_on_node: int) -> int:
     """Set this rank's CPU threads and return their number.
 
@@ -108,6 +112,20 @@ def set_threads(wanted: int | None, ranks_on_node: int) -> int:
         )
     torch.set_num_threads(wanted)
     return wanted
+
+
+def thread_notes(ranks_on_node: int) -> list[str]:
+    """A note for the user if OpenMP was told to pin threads, which it does rank by rank."""
+    told = [name for name in _PINNING if os.environ.get(name, "false").lower() != "false"]
+    here, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    if not told or ranks_on_node == 1 or here == cores:
+        return []
+    words = " ".join(f"{name}={os.environ[name]}" for name in told)
+    return [
+        f"{words} makes OpenMP pin every rank for itself, and all {ranks_on_node} of this node to "
+        f"the same {here} of {cores} core(s). Unset it: ranks are faster where the system places "
+        "them."
+    ]
 
 
 def set_arithmetic(tf32: bool) -> None:

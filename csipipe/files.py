@@ -53,10 +53,20 @@ def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 def cache_folder() -> Path:
     """What may be deleted at any time: $CSIPIPE_CACHE, else csipipe in $XDG_CACHE_HOME or
-    ~/.cache."""
-    if chosen := os.environ.get("CSIPIPE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csipipe"
+    ~/.cache.
+
+    Raises:
+        OSError: this user has no home directory.
+    """
+    chosen = os.environ.get("CSIPIPE_CACHE")
+    around = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(chosen).expanduser() if chosen else Path(around).expanduser() / "csipipe"
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            "there is no home directory for what is kept between runs (HOME isn't set); set "
+            "CSIPIPE_CACHE to a folder that can be written."
+        ) from error
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:

@@ -3,6 +3,7 @@
 import sys
 
 from csipipe.bench.command import main
+from csipipe.entry import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(main))

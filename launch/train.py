@@ -2,7 +2,8 @@
 
 import sys
 
+from csipipe.entry import start
 from csipipe.run.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start(main))

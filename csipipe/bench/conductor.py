@@ -26,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from csipipe.bench.candidates import Candidate
 from csipipe.bench.rank import END, Order, Spec
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 _POLL = 0.02
 _LAST_LINES = 12
 _SPEAKING = 3.0  # seconds for a rank to show its error
@@ -200,7 +201,11 @@ class Conductor:
 
     def __enter__(self) -> Conductor:
         self._folder = Path(tempfile.mkdtemp(prefix="csipipe-"))
-        self._former = signal.signal(signal.SIGTERM, _interrupt)
+        self._former = {
+            number: signal.signal(number, _interrupt)
+            for number in ENDING
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
         return self
 
     def start(self, candidate: Candidate, parts: list[int] | None = None) -> Resident:
@@ -215,9 +220,10 @@ class Conductor:
         for resident in self._residents:
             resident.end(patience=0)
         shutil.rmtree(self._folder, ignore_errors=True)
-        signal.signal(signal.SIGTERM, self._former)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:
-    """Treat SIGTERM as Ctrl-C: end what was started, keep what was measured."""
+    """Treat it as Ctrl-C: end what was started, keep what was measured."""
     raise KeyboardInterrupt

@@ -1,7 +1,8 @@
 """The processes of one run: how they find each other, start together and end together.
 
-Start: every rank connects to torchrun's key-value store, sets itself up, and waits for the others
-in `World.ready`. End: a rank that fails publishes its error in the store before it exits. The first
+Start: every rank connects to torchrun's key-value store (rank 0 holds it where DeepSpeed's launcher
+started them), agrees with the others which attempt this is, sets itself up, and waits for them in
+`World.ready`. End: a rank that fails publishes its error in the store before it exits. The first
 one to publish shows its error; the others exit silently, since their own errors (a closed
 connection, a timeout) only follow from the first. A rank that gave up waiting publishes whom it
 waited for, and names the rank at the end of the chain: its neighbour may be waiting as well, only
@@ -12,6 +13,7 @@ publishes whom its own rank waits for; a frozen process can't.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -22,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # missing
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from csipipe.comm import blame
+from csipipe.comm import blame, meeting, orphans
 from csipipe.comm.patience import group_timeout
 
 SETUP_TIMEOUT = 1800.0
@@ -40,11 +42,31 @@ POLL = 0.02
 _SPEAKING = 3.0
 _LOOK = 1.0  # seconds between two checks whether a rank gave up
 _GRACE = 4.0  # a rank that also waits publishes it after `_LOOK`; on a busy machine, later
+_LOCAL_SIZE = {"torchrun": "LOCAL_WORLD_SIZE", "deepspeed": "LOCAL_SIZE"}
 _GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up publishes it at once
 
 
 class PeerFailed(Exception):
     """Another rank failed and reported it; there is nothing to add."""
+
+
+class _Alive:
+    """Watches the signs of life that a rank gives, if it gives any."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._key = store, f"alive/{rank}"
+        self._looked = self._since = time.monotonic()
+        self._beat = b""
+
+    def silent(self) -> float:
+        """Seconds since the last one."""
+        now = time.monotonic()
+        if now - self._looked > _LOOK:
+            self._looked = now
+            beat = self._store.get(self._key) if self._store.check([self._key]) else b"none yet"
+            if beat != self._beat:
+                self._beat, self._since = beat, now
+        return now - self._since if self._beat != b"none yet" else 0.0
 
 
 @dataclass
@@ -56,10 +78,12 @@ class World:
         rank, size: this process and how many there are.
         local_rank, local_size: the same on this node.
         lasting: a store that outlives a restart by torchrun; `store` starts empty.
-        attempt: how often torchrun has restarted the run.
+        attempt: how often the run has been started again, as the ranks agreed.
+        holds_store: the store ends with this process, which is therefore the last one to end.
         doing: what this rank is, for messages; empty before it has a role.
         role: gives a rank's human-readable name.
         grace: how long a rank that gave up checks whether its peer waits too, in seconds.
+        silence: how long a rank that is waited for may give no sign of life, in seconds.
         told: how often this rank published something, by name.
     """
 
@@ -70,31 +94,40 @@ class World:
     local_size: int
     lasting: Store | None = None
     attempt: int = 0
+    holds_store: bool = False
     doing: str = ""
     role: Callable[[int], str] = "rank {}".format
     grace: float = _GRACE
+    silence: float = 60.0
     told: Counter[str] = field(default_factory=Counter)
     _left: threading.Event = field(default_factory=threading.Event)
-    _answering: threading.Thread | None = None
+    _attending: threading.Thread | None = None
 
     @classmethod
-    def from_torchrun(cls) -> World:
-        """Connect to the store of the torchrun that started this process."""
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Ctrl-C reaches every rank: avoid their tracebacks
-        store, rank, size = next(iter(rendezvous("env://")))
+    def launched(cls, by: Literal["torchrun", "deepspeed"]) -> World:
+        """Connect to the other ranks that this launcher started.
+
+        Raises:
+            ValueError: the first node's name doesn't resolve.
+            OSError: the store can't be reached; PeerLost, a rank did not arrive.
+        """
+        # Ctrl-C reaches every rank: avoid their tracebacks
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        meeting.resolve(os.environ["MASTER_ADDR"])
+        try:
+            store, rank, size = next(iter(rendezvous("env://")))
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+            reason = str(error).splitlines()[0]
+            raise OSError(f"the ranks can't meet at {where}: {reason}") from error
+        local = (int(os.environ["LOCAL_RANK"]), int(os.environ[_LOCAL_SIZE[by]]))
+        orphans.watch(os.getppid(), by, speaks=local[0] == 0)
+        if by == "deepspeed":  # never restarts
+            return cls(store, rank, size, *local, holds_store=rank == 0)
         # a restarted run finds the same store, with what the last attempt left in it
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(
-            PrefixStore(f"attempt {attempt}", store),
-            rank,
-            size,
-            int(os.environ["LOCAL_RANK"]),
-            int(os.environ["LOCAL_WORLD_SIZE"]),
-            PrefixStore("all attempts", store),
-            int(attempt),
-        )
+        attempt = meeting.attempt(PrefixStore("meeting", store), rank, size, SETUP_TIMEOUT)
+        mine, lasting = (PrefixStore(n, store) for n in (f"attempt {attempt}", "all attempts"))
+        return cls(mine, rank, size, *local, lasting, attempt)
 
     @classmethod
     def alone(cls) -> World:
@@ -115,15 +148,19 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout),
         )
-        if self.size == 1:  # nobody waits for it
+        self.attend()
+
+    def attend(self) -> None:
+        """From here on, give signs of life, and say whom this rank waits for when one gives up."""
+        if self.size == 1 or self._attending is not None:  # nobody waits for it
             return
         # a connection of its own: one that waits for an answer blocks others
-        self._answering = threading.Thread(
-            target=self._answer,
+        self._attending = threading.Thread(
+            target=self._attend,
             args=(self.store.clone(),),  # type: ignore[attr-defined]  # missing in its stub
             daemon=True,
         )
-        self._answering.start()
+        self._attending.start()
 
     def bts_group(self, stages: int, device: torch.device, timeout: float) -> dist.ProcessGroup:
         """Process group of the BTS ranks: NCCL where each of them owns a GPU, else gloo.
@@ -205,13 +242,17 @@ class World:
             poll: seconds between two looks.
         """
         deadline = time.monotonic() + limit
+        alive = _Alive(self.store, rank)
         with blame.waiting(rank, what):
             while not self.store.check([key]):
                 if self.store.check(["failure"]):
                     raise PeerFailed
-                if time.monotonic() > deadline:
+                reason = f"Timed out after {limit:g} s" if time.monotonic() > deadline else ""
+                if alive.silent() > self.silence:
+                    reason = f"Timed out: no sign of life for {self.silence:g} s"
+                if reason:
                     doing = f"waiting for {what} from {self.role(rank)}"
-                    raise blame.PeerLost(doing, rank, what, f"Timed out after {limit:g} s")
+                    raise blame.PeerLost(doing, rank, what, reason)
                 time.sleep(poll)
         return str(self.store.get(key).decode())
 
@@ -226,11 +267,28 @@ class World:
         self._hush()
         dist.destroy_process_group()
 
+    def part(self) -> None:
+        """This rank needs the others no more."""
+        self._hush()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Where rank 0 holds the store, it ends when nobody needs that any more."""
+        if self.lasting is not None or self.size == 1:
+            return  # torchrun holds it, or nobody else is there
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"parted/{self.rank}", "")
+            keys = [f"parted/{rank}" for rank in range(self.size)] if self.holds_store else []
+            deadline = time.monotonic() + _SPEAKING
+            while not self.store.check(keys) and time.monotonic() < deadline:
+                time.sleep(POLL)
+
     def fail(self, error: BaseException, debug: bool) -> NoReturn:
         """Publish `error`, show it if no other rank did so before, and exit with status 1.
 
         Exits without tearing down the process group: destructors wait for peers that are gone.
         """
+        orphans.leave()  # a store that went with its torchrun explains this error
         text = str(error) or type(error).__name__
         if not isinstance(error, ValueError | OSError):
             text = f"{type(error).__name__}: {text}"
@@ -274,21 +332,26 @@ class World:
         text = self.store.get(key).decode() if self.store.check([key]) else ""
         return blame.Wait.from_json(text) if text else None
 
-    def _answer(self, store: Store) -> None:
-        """Once a rank gave up, publish what this one waits for; runs on a thread of its own."""
+    def _attend(self, store: Store) -> None:
+        """A thread of its own: count seconds, and once a rank gave up, publish whom this one waits
+        for.
+        """
         pause = _LOOK
         with contextlib.suppress(RuntimeError):  # the store may go with its torchrun
-            while not self._left.wait(pause):
+            for beat in itertools.count():
+                store.set(f"alive/{self.rank}", str(beat))
+                if self._left.wait(pause):
+                    return
                 if store.check(["gave up"]):
                     wait = blame.now(self.doing)
                     store.set(f"waiting/{self.rank}", wait.to_json() if wait else "")
                     pause = POLL
 
     def _hush(self) -> None:
-        """Stop the thread that publishes what this rank waits for."""
+        """Stop the thread that speaks for this rank."""
         self._left.set()
-        if self._answering is not None:
-            self._answering.join()
+        if self._attending is not None:
+            self._attending.join()
 
     def _let_speak(self) -> NoReturn:
         """Exit once the first failed rank has shown its error: torchrun ends all when one exits."""
@@ -297,7 +360,7 @@ class World:
             time.sleep(POLL)
         self._exit()
 
-    @staticmethod
-    def _exit() -> NoReturn:
+    def _exit(self) -> NoReturn:
         sys.stdout.flush()
+        self._linger()
         os._exit(1)

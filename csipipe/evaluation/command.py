@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from csipipe.evaluation.summary import Evaluated
 from csipipe.files import write_file
 from csipipe.run import trained
 from csipipe.run.trained import Trained
-from csipipe.settings import commandline
+from csipipe.settings import commandline, launcher
 
 ABOUT = """Evaluates the weights of the run in directory RUN: the paper's loss, centred NMSE, ρ and
 SGCS, per UE, mean and over samples. A run in progress, or an interrupted one, is evaluated from its
@@ -30,18 +29,30 @@ MANY = 8
 
 def main(arguments: list[str]) -> int:
     """Evaluate, as the only process or as a rank of a torchrun; returns the exit code."""
-    rank = os.environ.get("RANK")
-    if {"-h", "--help"} & set(arguments) and rank not in (None, "0"):
+    launch = launcher.launched(arguments)
+    arguments = launch.arguments
+    if {"-h", "--help"} & set(arguments) and not launch.speaks:
         return 0
+    if launch.leftover:
+        print(
+            f"csipipe: {launch.leftover} is ignored: neither torchrun nor DeepSpeed's launcher "
+            "started this process, so it works alone.",
+            file=sys.stderr,
+        )
     parser = commandline.RunParser("python -m csipipe evaluate", ABOUT)
     add_arguments(parser)
-    world = None if rank is None else World.from_torchrun()
+    world = None
     try:
+        world = World.launched(launch.by) if launch.by else None
         options, settings = parser.parse(arguments)
         run(options, settings, world)
+        if world is not None:
+            world.part()
     except Exception as error:
         if world is not None:
             world.fail(error, "--debug" in arguments)
+        if not launch.speaks_here:
+            return 1
         if "--debug" in arguments or not isinstance(error, ValueError | OSError):
             raise
         print(f"csipipe: error: {error}", file=sys.stderr)

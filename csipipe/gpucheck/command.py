@@ -114,7 +114,9 @@ def main(arguments: list[str]) -> int:
         return 2
     work = options.work or options.out / "work"
     check = Check(options.out, work, options.device, 60 * options.minutes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         for step in STEPS:
             if step.name in wanted and there(step):

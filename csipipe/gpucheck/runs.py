@@ -61,7 +61,8 @@ class Run:
     def __post_init__(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = self.folder.with_suffix(".log")
-        start = [*_TORCHRUN, "--standalone", f"--nproc_per_node={self.ranks}", *self.script]
+        start = [*_TORCHRUN, "--standalone", "--local-addr=127.0.0.1"]
+        start += [f"--nproc_per_node={self.ranks}", *self.script]
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
         self.began = time.monotonic()
         with open(self.log, "wb") as log:

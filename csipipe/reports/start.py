@@ -51,7 +51,7 @@ def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict
     failed: dict[str, str] = {}
     waiting, going, done = list(runs), list[_Started](), 0
     began = time.monotonic()
-    with _alone(out), _ended_by_sigterm():
+    with _alone(out), _ended_by_signals():
         try:
             while waiting or going:
                 while waiting and len(going) < jobs:
@@ -73,7 +73,9 @@ def command(run: Run, config: Path, processes: int) -> list[str]:
     settings = run.settings
     ranks = min(processes, settings.stages + settings.topology.ues)
     ranks = max(ranks, settings.stages + 1) if settings.stages else 1
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # a port of its own
+    # a port of its own, and no look-up of this machine's name, which may have no address
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *alone]
     train = ["-m", "csipipe", "train", "--config", str(config)]
     return [*launcher, f"--nproc_per_node={ranks}", *train]
 
@@ -136,12 +138,19 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _ended_by_signals() -> Iterator[None]:
+    """Treat SIGTERM, and SIGHUP of a closed terminal, as Ctrl-C: the runs end with this process."""
+
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import threading
 import time
 from collections.abc import Iterable
@@ -112,7 +113,7 @@ def _in_use(file: Path) -> ValueError:
     return ValueError(
         f"run.dir: {file.parent} is in use by a live run (process {holder.get('pid', '?')} on "
         f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, stop it with "
-        f"`touch {file.parent}/stop`, or choose another run.dir."
+        f"`touch {shlex.quote(str(file.parent / 'stop'))}`, or choose another run.dir."
     )
 
 

@@ -42,7 +42,7 @@ CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed"
 """Key of a checkpoint's manifest: what the file of `train.deepspeed` held; null: not used."""
 _FILE = "train.deepspeed"
-_NO_PATH = ("auto", "never")
+NO_PATH = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def decide(settings: Settings, folder: Path, again: bool) -> Start:
         )
     if held and (again or asked == "auto" or _begun_from(folder) == Path(asked).resolve()):
         return _go_on(settings, folder)
-    if asked in _NO_PATH:
+    if asked in NO_PATH:
         return Start(folder)
     return _from(checkpoint.find(Path(asked)), settings, folder, held)
 
@@ -119,7 +119,7 @@ def source_of(theirs: dict[str, Any]) -> str | None:
     """The path in `run.resume` of a run's settings; None: it names none."""
     run = theirs.get("run")
     named = run.get("resume") if isinstance(run, dict) else None
-    return None if named is None or named in _NO_PATH else str(named)
+    return None if named is None or named in NO_PATH else str(named)
 
 
 def _begun_from(folder: Path) -> Path | None:

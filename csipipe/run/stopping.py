@@ -1,9 +1,9 @@
 """A run that is asked to stop: all ranks end after the same iteration, with everything saved.
 
-A run is stopped by SIGTERM or SIGUSR1 to any rank, or by a file called `stop` in its directory.
-Rank 0 then names the iteration after its current one. No rank can be further, since each needs
-messages from rank 0 in every iteration; so all of them read the name in time, by looking into the
-store once per iteration.
+A run is stopped by SIGTERM, SIGUSR1 or SIGHUP (a closed terminal, a lost ssh) to any rank, or by a
+file called `stop` in its directory. Rank 0 then names the iteration after its current one. No
+rank can be further, since each needs messages from rank 0 in every iteration; so all of them read
+the name in time, by looking into the store once per iteration.
 
 A signal may also mean that torchrun is ending everything because a rank died. A rank that waits
 for the dead one doesn't run Python's handlers; so signals wake a thread, which ends a rank that
@@ -25,7 +25,7 @@ from typing import Any
 
 from csipipe.comm.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE = "stop"
 GRACE = 5.0
 """Seconds beyond the longest iteration so far after which a signalled rank ends."""
@@ -59,7 +59,9 @@ class Stopping:
         threading.Thread(target=self._watch, args=(self._reading,), daemon=True).start()
         self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._writing = writing
-        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        # under nohup SIGHUP is ignored already, and shall be
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, _ignore) for number in heard}
         return self
 
     def __exit__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -20,6 +22,7 @@ from csipipe.device import (
     precision_notes,
     set_arithmetic,
     set_threads,
+    thread_notes,
 )
 from csipipe.files import write_file
 from csipipe.measure.probe import Probe
@@ -27,14 +30,14 @@ from csipipe.methods import Worker, manifest, prepare
 from csipipe.methods.state import ue_name
 from csipipe.run import handshake
 from csipipe.run.lock import Lock
-from csipipe.run.resuming import CONFIG, Start, decide, source_of, written
+from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, source_of, written
 from csipipe.run.saving import Saver, restore
 from csipipe.run.stopping import Stopping
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
 
-_NAME, _BEGUN = "run.dir", "run.dir is begun"
+_BEGUN = "run.dir"
 
 
 def launch(world: World, settings: Settings) -> None:
@@ -45,6 +48,8 @@ def launch(world: World, settings: Settings) -> None:
         OSError: a GPU's memory is full.
     """
     settings = settings.on(world.size)
+    world.silence = settings.run.timeout
+    world.attend()
     with memory_explained(settings, world.local_size):
         _launch(world, settings)
 
@@ -74,11 +79,13 @@ def _launch(world: World, settings: Settings) -> None:
     world.ready("state")
     tracker = held = None
     if world.rank == 0:
-        held = claim(start, settings, world)
+        start, held = claim(start, settings, world)
         tracker = Tracker(start.folder, settings, start.iteration)
         _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
-        for note in [*worker.notes, *precision_notes(settings.train.precision, device)]:
+        notes = precision_notes(settings.train.precision, device)
+        for note in [*worker.notes, *notes, *thread_notes(world.local_size)]:
             tracker.say(note)
+    start = replace(start, folder=Path(world.shared("folder", str(start.folder))))
     world.ready("training")
     if dealt is not None:
         dealt.write(start.folder)
@@ -101,8 +108,9 @@ def _begin(world: World, settings: Settings) -> Start:
     """How this run begins, decided by rank 0 and the same on every rank."""
     mine = ""
     if world.rank == 0:
-        folder = Path(world.remembered(_NAME, str(new_folder(settings))))
-        mine = decide(settings, folder, again=world.remembered(_BEGUN, "") != "").to_text()
+        begun = world.remembered(_BEGUN, "")
+        folder = Path(begun) if begun else new_folder(settings)
+        mine = decide(settings, folder, again=begun != "").to_text()
     return Start.from_text(world.shared("start", mine))
 
 
@@ -131,29 +139,48 @@ def _same_rows(dealt: Manifest, before: Path) -> None:
 
 
 def new_folder(settings: Settings) -> Path:
-    """Name of the run's directory."""
+    """Name of the run's directory; a new one unless it was given."""
     if settings.run.dir is not None:
         return Path(settings.run.dir)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{settings.method}-{settings.data.environment}-{now}"
+    name = Path("runs") / f"{settings.method}-{settings.data.environment}-{now}"
+    others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([name], others) if not folder.exists())
 
 
-def claim(start: Start, settings: Settings, world: World) -> Lock:
+def claim(start: Start, settings: Settings, world: World) -> tuple[Start, Lock]:
     """Make the run's directory this run's own, and write `config.yaml` into it.
+
+    If another run was faster to take a directory named by the clock, this one gets another.
 
     Raises:
         ValueError: a live run has it, or another run was faster.
         OSError: it can't be written.
     """
-    folder = start.folder
+    while True:
+        try:
+            lock = _claim(start, settings)
+            break
+        except ValueError:
+            if settings.run.dir is not None or start.exists:
+                raise
+            start = replace(start, folder=new_folder(settings))
+    world.remembered(_BEGUN, str(start.folder))
+    return start, lock
+
+
+def _claim(start: Start, settings: Settings) -> Lock:
+    folder, lock = start.folder, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder)
         if not start.exists:
             with open(folder / CONFIG, "x") as file:
-                file.write(commandline.to_yaml(settings))
+                file.write(commandline.to_yaml(anywhere(settings)))
             _take_best_along(start)
     except FileExistsError as error:
+        if lock is not None:
+            lock.release()
         raise ValueError(
             f"run.dir: {folder} already holds a run, or is a file; nothing was overwritten. "
             "Choose another run.dir."
@@ -162,8 +189,17 @@ def claim(start: Start, settings: Settings, world: World) -> Lock:
         raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
     if start.exists:
         reopen(start, settings)
-    world.remembered(_BEGUN, "yes")
     return lock
+
+
+def anywhere(settings: Settings) -> Settings:
+    """The same with absolute paths, so that they can be followed from any folder."""
+    data, run = settings.data, settings.run
+    if data.path is not None:
+        data = replace(data, path=os.path.abspath(data.path))
+    if run.resume not in NO_PATH:
+        run = replace(run, resume=os.path.abspath(run.resume))
+    return replace(settings, data=data, run=run)
 
 
 def reopen(start: Start, settings: Settings) -> None:
@@ -179,9 +215,9 @@ def reopen(start: Start, settings: Settings) -> None:
         )
     # a run that hasn't saved yet still has to start from the source that was named first
     named = source_of(written(folder))
-    if settings.run.resume in ("auto", "never") and named is not None:
+    if settings.run.resume in NO_PATH and named is not None:
         settings = replace(settings, run=replace(settings.run, resume=named))
-    write_file(folder / CONFIG, commandline.to_yaml(settings))
+    write_file(folder / CONFIG, commandline.to_yaml(anywhere(settings)))
     (folder / "summary.json").unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
 import yaml
@@ -17,6 +17,13 @@ from csipipe.files import given_or_shipped
 from csipipe.settings import manual
 from csipipe.settings.config import Settings
 
+PATHS = {
+    "topology": ("profile",),
+    "data": ("path",),
+    "train": ("deepspeed",),
+    "run": ("dir", "resume"),
+}
+"""Settings that are paths, by section."""
 TRAIN = "torchrun --nproc_per_node=4 -m csipipe train"
 
 
@@ -89,7 +96,18 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         values = parser.instantiate(parser.parse_args(list(_with_shipped(arguments))))
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for the settings.") from error
-    return Settings(**{name: values[name] for name in Settings.__dataclass_fields__}), values
+    found = Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
+    return _at_home(found), values
+
+
+def _at_home(settings: Settings) -> Settings:
+    """The same with `~` expanded, which no shell does in a file."""
+    for section, names in PATHS.items():
+        part = getattr(settings, section)
+        given = {name: value for name in names if (value := getattr(part, name)) is not None}
+        home = {name: os.path.expanduser(value) for name, value in given.items()}
+        settings = replace(settings, **{section: replace(part, **home)})
+    return settings
 
 
 def _with_shipped(arguments: Sequence[str]) -> Iterator[str]:
@@ -146,11 +164,14 @@ class RunParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help.")
 
 
-def print_if_asked(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Print help or the configuration and exit, if asked; of torchrun's ranks, only 0 prints."""
+def print_if_asked(parser: ArgumentParser, arguments: Sequence[str], speaks: bool) -> None:
+    """Print help or the configuration and exit, if asked.
+
+    Args:
+        speaks: this is the rank that prints.
+    """
     asked = _asks_for_help(arguments) or any(a.startswith("--print_config") for a in arguments)
-    rank = os.environ.get("RANK")
-    if asked and rank not in (None, "0"):
+    if asked and not speaks:
         sys.exit(0)
     if asked:
         try:

@@ -7,6 +7,7 @@ its own section of the settings, never all of them.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -129,6 +130,15 @@ class TopologySettings:
                 f"topology.partition is {self.partition!r}; expected {', '.join(named)} or "
                 "type:REGEX, for example type:CRBlock."
             )
+        if cut is not None and cut.startswith("type:"):
+            try:
+                re.compile(cut.removeprefix("type:"))
+            except re.error as error:
+                raise ValueError(
+                    f"topology.partition is {cut!r}; after type: comes a regular expression for "
+                    f"names of layers, and this is none ({error}). Expected for example "
+                    "type:CRBlock."
+                ) from error
         if self.profile is not None and self.partition != "measured":
             raise ValueError(
                 f"topology.profile is {self.profile!r}, but topology.partition {self.partition!r} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,6 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
         f"{summary['seconds_total']:.0f} s in all",
         *stopped,
         f"run:          {folder}",
-        f"look at it:   tensorboard --logdir {folder}",
+        f"look at it:   tensorboard --logdir {shlex.quote(str(folder))}",
     ]
     return "\n".join(lines)

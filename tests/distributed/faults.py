@@ -35,18 +35,19 @@ class Fault:
         what: at an instruction: raise, kill, freeze, hang, full (from here on no file of this rank
             grows beyond 10 kB, as on a full disk). With a message: drop, corrupt, shorten,
             lengthen; kill and freeze happen before it is sent.
-        at: the instruction's `Op`, or the message's `Kind`.
+        at: the instruction's `Op`, or the message's `Kind`; None: while its parts are built.
         micro_batch: of a message; of an instruction it is the first with that `Op`.
     """
 
     rank: int
     what: str
-    at: Op | Kind
+    at: Op | Kind | None
     iteration: int = 3
     micro_batch: int = 0
 
     def __str__(self) -> str:
-        return f"{self.what} rank {self.rank} at {self.at.name.lower()}, iteration {self.iteration}"
+        place = f"{self.at.name.lower()}, iteration {self.iteration}" if self.at else "building"
+        return f"{self.what} rank {self.rank} at {place}"
 
 
 def install(fault: Fault, note: Path) -> None:
@@ -55,7 +56,9 @@ def install(fault: Fault, note: Path) -> None:
     def happens() -> None:
         note.write_text(str(time.monotonic()))
 
-    if isinstance(fault.at, Op):
+    if fault.at is None:
+        _at_building(fault, happens)
+    elif isinstance(fault.at, Op):
         _at_instruction(fault, fault.at, happens)
     else:
         _at_message(fault, fault.at, note, happens)
@@ -70,6 +73,19 @@ def _act(what: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         return
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[what])
+
+
+def _at_building(fault: Fault, happens: Callable[[], None]) -> None:
+    from csipipe.run import training
+
+    count = training.set_threads  # type: ignore[attr-defined]  # imported there, as we need it
+
+    def spoiled(wanted: int | None, ranks_on_node: int) -> int:
+        happens()
+        _act(fault.what)
+        return count(wanted, ranks_on_node)
+
+    training.set_threads = spoiled  # type: ignore[attr-defined]
 
 
 def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:

@@ -113,9 +113,16 @@ class Program:
 
     Args:
         fault: what one of the ranks does wrong.
+        restarts: what torchrun tells each rank of its restarts; none unless given.
     """
 
-    def __init__(self, size: int, arguments: Sequence[str], fault: Fault | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        arguments: Sequence[str],
+        fault: Fault | None = None,
+        restarts: Sequence[int] = (),
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
@@ -128,7 +135,10 @@ class Program:
                     self._store.port,
                     self._folder.name,
                     arguments,
-                    {**os.environ},
+                    {
+                        **os.environ,
+                        "TORCHELASTIC_RESTART_COUNT": str(restarts[rank] if restarts else 0),
+                    },
                     fault if fault and fault.rank == rank else None,
                 ),
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from faults import Fault
-from harness import ROOT, Program, run_world
+from harness import ROOT, Program, errors, run_world
 from runs import CPU, small
 from test_resume import whole
 from test_run import arguments
@@ -67,8 +67,9 @@ from torch.distributed import HashStore
 from csipipe.run import stopping
 from csipipe.comm.world import World
 stopping.GRACE = 0.3
+number = getattr(signal, sys.argv[3])
 with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])) as listening:
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     with listening.unhurried() if sys.argv[2] == "unhurried" else contextlib.nullcontext():
         time.sleep(1.5)
     assert listening.after(1) is False  # one more iteration, which all ranks do
@@ -77,13 +78,28 @@ with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])
 
 
 @pytest.mark.parametrize(
-    ("work", "code"), [pytest.param("unhurried", 0, marks=pytest.mark.long), ("standstill", 1)]
+    ("work", "number", "code"),
+    [
+        pytest.param("unhurried", "SIGTERM", 0, marks=pytest.mark.long),
+        ("unhurried", "SIGHUP", 0),
+        ("standstill", "SIGUSR1", 1),
+    ],
 )
-def test_long_work_that_is_announced_is_no_standstill(work: str, code: int, tmp_path: Path) -> None:
-    line = [sys.executable, "-c", SLOW_WORK, str(tmp_path), work]
+def test_long_work_that_is_announced_is_no_standstill(
+    work: str, number: str, code: int, tmp_path: Path
+) -> None:
+    line = [sys.executable, "-c", SLOW_WORK, str(tmp_path), work, number]
     ended = subprocess.run(line, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert ended.returncode == code, ended.stderr
     assert ("no progress" in ended.stderr) == bool(code)
+
+
+def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    never = SLOW_WORK.replace("after(2) is True", "after(2) is False")
+    line = [sys.executable, "-c", ignored + never, str(tmp_path), "unhurried", "SIGHUP"]
+    ended = subprocess.run(line, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def asked_while_evaluating(world: World, folder: str) -> str:
@@ -166,6 +182,56 @@ def test_torchrun_ends_soon_after_the_ranks(what: str, place: int, tmp_path: Pat
     assert ended < gone + 45
     assert (tmp_path / "log").read_text().count("csipipe: error:") <= 1
     whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["freeze", pytest.param("kill", marks=pytest.mark.long)])
+def test_a_rank_that_is_lost_while_parts_are_built_is_named(what: str, tmp_path: Path) -> None:
+    fault = Fault(2, what, None)
+    with Program(3, arguments(tmp_path / "run", run__timeout="3"), fault) as program:
+        program.wait_for_fault()
+        ended = program.join(timeout=60, without=2)
+    assert [rank.code for rank in ended[:2]] == [1, 1]
+    [message] = errors(ended)
+    assert "rank 2 is silent: " in message
+    assert "waited for it to be ready (data)" in message
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["SIGUSR1", "SIGKILL", "SIGHUP"])
+def test_a_signal_to_torchrun_itself(what: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3"]
+    with open(tmp_path / "log", "w") as log:
+        agent = subprocess.Popen(
+            [*line, "launch/train.py", *endless(tmp_path / "run")], cwd=ROOT, stdout=log, stderr=log
+        )
+    ranks: list[int] = []
+    try:
+        deadline = time.monotonic() + 300
+        while checkpoint.newest(tmp_path / "run" / "checkpoints") is None:
+            assert time.monotonic() < deadline
+            assert agent.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        ranks = children(agent.pid)
+        before = len((tmp_path / "log").read_text().splitlines())
+        agent.send_signal(getattr(signal, what))
+        agent.wait(timeout=60)
+        deadline = time.monotonic() + 20
+        while any(alive(pid) for pid in ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        agent.kill()
+        for pid in ranks:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text().splitlines()
+    print("\n".join(said[before:]))
+    whole(tmp_path / "run")
+    if what == "SIGHUP":  # torchrun passes it on
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+    else:
+        assert sum("torchrun, which started this run, is gone" in line for line in said) == 1
+        assert len(said) - before < 8
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -158,3 +159,28 @@ def test_stages_that_share_a_gpu_say_so(
     found = World.detours(stages, torch.device(name), object())  # type: ignore[arg-type]
     assert len(found) == lines
     assert all("through the host (gloo)" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("variable", "ranks", "cores", "said"),
+    [
+        ("OMP_PROC_BIND=close", 3, 1, True),
+        ("OMP_PLACES=cores", 3, 1, True),
+        ("OMP_PROC_BIND=false", 3, 1, False),
+        ("OMP_PROC_BIND=close", 1, 1, False),  # nobody else is there
+        ("OMP_PROC_BIND=close", 3, 4, False),  # it had no effect
+        ("OTHER=close", 3, 1, False),  # a job's share of its node
+    ],
+)
+def test_ranks_that_openmp_pins_to_one_core_are_told(
+    variable: str, ranks: int, cores: int, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, value = variable.partition("=")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    notes = device.thread_notes(ranks)
+    assert bool(notes) == said
+    if said:
+        assert notes[0].startswith(f"{variable} makes OpenMP pin every rank")
+        assert "all 3 of this node to the same 1 of 4 core(s)" in notes[0]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,19 @@ import torch
 from safetensors.torch import load_file
 
 from csipipe import checkpoint
+from csipipe.comm.world import World
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
 from csipipe.run.resuming import DEEPSPEED, Start, decide
-from csipipe.run.training import reopen
+from csipipe.run.training import anywhere, claim, new_folder, reopen
 from csipipe.settings import commandline
-from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
+from csipipe.settings.config import (
+    DataSettings,
+    RunSettings,
+    Settings,
+    TopologySettings,
+    TrainSettings,
+)
 
 
 def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
@@ -333,3 +341,45 @@ def test_a_lock_of_another_node_is_watched(tmp_path: Path, monkeypatch: pytest.M
     ended.set()
     thread.join()
     lock.Lock(tmp_path).release()  # it shows no life any more
+
+
+def test_two_runs_of_one_second_get_a_directory_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    name = new_folder(settings)
+    one, first = claim(Start(name), settings, World.alone())
+    assert one.folder == name
+    # both looked before either took it, or the second a moment later
+    other, second = claim(Start(name), settings, World.alone())
+    assert len({name, other.folder, new_folder(settings)}) == 3
+    assert (other.folder / "config.yaml").is_file()
+    first.release()
+    third = claim(Start(name), settings, World.alone())[1]  # held a run, which has ended
+    lock.check(name)  # and is left alone
+    for held in (second, third):
+        held.release()
+    given = replace(settings, run=RunSettings(dir=str(name)))
+    with pytest.raises(ValueError, match="already holds a run"):
+        claim(Start(name), given, World.alone())
+
+
+def test_paths_are_kept_so_that_they_can_be_followed_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = DataSettings(source="csinet", path="files")
+    kept = anywhere(Settings(data=data, run=RunSettings(resume="old")))
+    assert (kept.data.path, kept.run.resume) == (f"{tmp_path}/files", f"{tmp_path}/old")
+    assert anywhere(Settings()) == Settings()
+
+
+def test_paths_are_quoted_where_they_are_to_be_typed(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    held = lock.Lock(folder)
+    with pytest.raises(ValueError, match="in use") as refusal:
+        lock.Lock(folder)
+    held.release()
+    assert f"`touch '{folder}/stop'`" in str(refusal.value)

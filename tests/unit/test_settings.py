@@ -64,6 +64,7 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.micro_batches", "5"], "32 is not divisible by train.micro_batches 5"),
         (["--train.micro_batches", "0"], "train.micro_batches is 0"),
         (["--topology.stages", "0"], "topology.stages is 0"),
+        (["--topology.partition", "type:["], r"topology\.partition is 'type:\['; after type:"),
         (["--topology.partition", "halves"], "'halves'; expected uniform, parameters"),
         (["--data.source", "csinet"], "csinet and files need a folder in data.path"),
         (["--data.path", "x"], "synthetic takes none"),
@@ -151,6 +152,23 @@ def test_every_deepspeed_file_switches_clipping_off() -> None:
             '{"gradient_clipping": 0.0, "zero_optimization": {"offload_optimizer": {}}}',
             "without offloading",
         ),
+        (
+            '{"gradient_clipping": 0.0, "communication_data_type": "fp16"}',
+            "communication_data_type",
+        ),
+        ('{"gradient_clipping": 0.0, "activation_checkpointing": {}}', "activation_checkpointing"),
+        (
+            '{"gradient_clipping": 0.0, "flops_profiler": {"enabled": true}}',
+            "sets .flops_profiler.",
+        ),
+        ('{"gradient_clipping": 0.0, "wall_clock_breakdown": true}', "takes false"),
+        ('{"gradient_clipping": 0.0, "steps_per_print": 0}', "an integer above 0"),
+        ('{"gradient_clipping": 0.0, "steps_per_print": {}}', "an integer above 0"),
+        ('{"gradient_clipping": 0.0, "zero_optimization": {"stage": true}}', "takes 0 or 1"),
+        (
+            '{"gradient_clipping": 0.0, "torch_autocast": {"lower_precision_safe_modules": []}}',
+            "lower_precision_safe_modules",
+        ),
         ("{", "is not JSON"),
         ("[]", "no JSON object"),
     ],
@@ -176,3 +194,12 @@ def test_an_unknown_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_stacking_is_for_csilocal() -> None:
     with pytest.raises(ValueError, match=r"train.stacked is always, but fedavg has no UEs whose"):
         Settings(method="fedavg", train=TrainSettings(stacked="always"))
+
+
+def test_a_tilde_is_home_in_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "mine.yaml"
+    file.write_text("run: {dir: ~/x, resume: ~/y}\ntrain: {deepspeed: ~/z.json}\n")
+    found = parse("--config", str(file), "--run.dir=~/w")
+    assert (found.run.dir, found.run.resume) == ("/home/me/w", "/home/me/y")
+    assert found.train.deepspeed == "/home/me/z.json"

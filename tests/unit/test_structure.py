@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"files", "__version__"},
+    {"entry", "files", "__version__"},
     {"settings", "measure", "checkpoint", "plotting"},
     {"models", "channels", "device"},
     {"comm"},
@@ -102,6 +102,7 @@ def test_only_comm_moves_tensors_between_ues_and_bts() -> None:
     assert users == {
         "csipipe/comm/channel.py",
         "csipipe/comm/collectives.py",
+        "csipipe/comm/meeting.py",
         "csipipe/comm/wire.py",
         "csipipe/comm/world.py",
         "csipipe/pipeline/engine.py",
@@ -126,7 +127,7 @@ def test_ue_code_loads_no_deepspeed() -> None:
 def test_scripts_are_commands() -> None:
     for script in (ROOT / "launch").glob("*.py"):
         module, _ = COMMANDS[script.stem]
-        assert set(imports(script)) == {"sys", f"{module}.main"}
+        assert set(imports(script)) == {"sys", "csipipe.entry.start", f"{module}.main"}
 
 
 def test_a_command_is_chosen_without_importing_another() -> None:

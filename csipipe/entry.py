@@ -1,0 +1,66 @@
+"""What all commands have in common: the shell's words, and a screen that may not take everything.
+
+A screen that can't take what is printed costs characters or lines, never a result.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class _Raw(io.FileIO):
+    """An open descriptor; when nobody reads it any more, or its disk is full, text is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._lost = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            if not self._lost:
+                return super().write(data) or 0
+        except OSError as error:
+            self._lost = True
+            if error.errno != errno.EPIPE:  # `… | head` asked for no more
+                _say(self.fileno(), f"csipipe: what was printed is lost: {error.strerror}\n")
+        return len(data)
+
+
+def _say(descriptor: int, line: str) -> None:
+    try:
+        os.write(2 if descriptor != 2 else 1, line.encode())
+    except OSError:
+        return  # neither can take it
+
+
+def start(main: Callable[[list[str]], int]) -> int:
+    """Run a command with this process's arguments; returns its exit code, whatever the screen.
+
+    Characters that the screen's encoding doesn't have are replaced.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before we started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the end
+            continue
+        replaced = io.TextIOWrapper(
+            io.BufferedWriter(_Raw(stream.fileno())),
+            encoding=stream.encoding,
+            errors="replace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        stream.flush()
+        setattr(sys, name, replaced)
+    return main([_expanded(word) for word in sys.argv[1:]])
+
+
+def _expanded(word: str) -> str:
+    """`--option=~/…` as a shell would have expanded `--option ~/…`."""
+    option, is_pair, value = word.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if is_pair and value[:1] == "~" else word

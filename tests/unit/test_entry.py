@@ -1,0 +1,92 @@
+"""What a shell and a screen do to a command; a launcher that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from csipipe import entry
+
+ROOT = Path(__file__).parents[2]
+LINE = [sys.executable, "-m", "csipipe", "--help"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_screen_without_a_character_shows_another(encoding: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    ended = subprocess.run(LINE, env=environment, capture_output=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert b"csipipe COMMAND ?, each" in ended.stdout
+    assert not ended.stderr
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_full_disk_behind_the_screen_fails_no_command(both: bool) -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            LINE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=full if both else subprocess.PIPE,
+            timeout=60,
+        )
+    assert ended.returncode == 0
+    lost = b"csipipe: what was printed is lost: No space left on device\n"
+    assert ended.stderr == (None if both else lost)
+
+
+def test_a_reader_who_left_fails_no_command() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        LINE, env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_tilde_after_an_equals_sign_is_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["csipipe", "--out=~/x", "--a", "b=~", "~", "--c=x~"])
+    found: list[str] = []
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # closed
+    assert entry.start(lambda words: found.extend(words) or 0) == 0  # type: ignore[func-returns-value]
+    assert found == ["--out=/home/me/x", "--a", "b=/home/me", "~", "--c=x~"]
+
+
+LAUNCHER = """
+import os, sys, time
+from csipipe.comm import orphans
+me = os.getpid()
+for rank in range(2):
+    if os.fork() == 0:
+        orphans.watch(me, "torchrun", speaks=rank == 0)
+        os.write(1, b"watching\\n")
+        time.sleep(60)
+time.sleep(60)
+"""
+
+
+def test_ranks_end_with_one_line_when_their_launcher_is_killed() -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert launcher.stdout is not None
+    assert [launcher.stdout.readline() for _ in range(2)] == ["watching\n"] * 2
+    time.sleep(0.2)
+    launcher.send_signal(signal.SIGKILL)
+    _, said = launcher.communicate(timeout=20)  # until no rank holds the pipe
+    [line] = said.splitlines()[1:]
+    assert line.startswith("csipipe: error: torchrun, which started this run, is gone")
