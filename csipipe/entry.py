@@ -5,6 +5,7 @@ A screen that can't take what is printed costs characters or lines, never a resu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -27,15 +28,10 @@ class _Raw(io.FileIO):
         except OSError as error:
             self._lost = True
             if error.errno != errno.EPIPE:  # `… | head` asked for no more
-                _say(self.fileno(), f"csipipe: what was printed is lost: {error.strerror}\n")
+                line = f"csipipe: what was printed is lost: {error.strerror}\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, line.encode())
         return len(data)
-
-
-def _say(descriptor: int, line: str) -> None:
-    try:
-        os.write(2 if descriptor != 2 else 1, line.encode())
-    except OSError:
-        return  # neither can take it
 
 
 def start(main: Callable[[list[str]], int]) -> int:
@@ -49,7 +45,8 @@ def start(main: Callable[[list[str]], int]) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the end
             continue
         replaced = io.TextIOWrapper(
-            io.BufferedWriter(_Raw(stream.fileno())),
+            # of its own: the stream that is replaced may close its descriptor
+            io.BufferedWriter(_Raw(os.dup(stream.fileno()))),
             encoding=stream.encoding,
             errors="replace",
             line_buffering=stream.line_buffering,
