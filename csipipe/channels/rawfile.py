@@ -23,16 +23,10 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     Raises:
         ValueError: neither MAT v5 nor v7.3 (HDF5), damaged, or none of that name among several.
     """
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head in mat5.VERSION_4:
-        raise Unfit(
-            f"it is a MAT file of version 4; save it again, in Octave with save -v7 {path.name} "
-            f"{layout.key}"
-        )
     try:
         if h5py.is_hdf5(path):
             return _from_hdf5(path, layout)
+        _refuse_version_4(path, layout)
         found = {variable.name: variable for variable in mat5.variables(path)}
         name = _choose(layout, list(found))
         with mat5.opened(path, found[name]) as stored:
@@ -50,6 +44,16 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
 
 class _NoVariableError(ValueError):
     pass
+
+
+def _refuse_version_4(path: Path, layout: Layout) -> None:
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head in mat5.VERSION_4:
+        raise Unfit(
+            f"it is a MAT file of version 4; save it again, in Octave with save -v7 {path.name} "
+            f"{layout.key}"
+        )
 
 
 def _choose(layout: Layout, found: list[str]) -> str:

@@ -35,7 +35,7 @@ from csipipe.settings.config import Precision, RunSettings, Settings
 
 ROOT = Path(__file__).parents[2]
 CASES = pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.long)])
-FEWER = pytest.mark.parametrize("cases", [25, pytest.param(10_000, marks=pytest.mark.long)])
+FEWER = pytest.mark.parametrize("cases", [60, pytest.param(10_000, marks=pytest.mark.long)])
 """Of what takes milliseconds each."""
 PARSER = commandline.parser("test")
 DIGITS = b"0123456789"
