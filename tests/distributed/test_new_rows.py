@@ -109,6 +109,7 @@ def registered() -> Iterator[None]:
         train_samples=40,
         test_samples=12,
     )
+    model = ModelSpec(about=about, partition="uniform", own_c2=True, **parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             METHODS,
@@ -121,7 +122,7 @@ def registered() -> Iterator[None]:
                 shared=("encoder", "tail", "head"),
             ),
         )
-        patch.setitem(MODELS, "thrown-away", ModelSpec(about=about, partition="uniform", **parts))
+        patch.setitem(MODELS, "thrown-away", model)
         patch.setitem(SOURCES, "one-angle", source)
         yield
 
