@@ -4,6 +4,7 @@ None of them writes into the user's cache.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that is started would ignore it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -325,12 +325,28 @@ def test_deepspeed_files_are_read_or_refused(cases: int, tmp_path: Path) -> None
     inner = st.dictionaries(
         st.sampled_from(["enabled", "dtype", "stage", "offload_optimizer"]), JSON, max_size=3
     )
+    fitting = [
+        (key, value)
+        for key, values in deepspeed.ALLOWED.items()
+        for value in (values if isinstance(values, tuple) else (7,))
+    ]
 
     accepted = []
 
-    @repeat(cases // 2, st.dictionaries(names, JSON | inner, max_size=4))
-    def check(keys: dict[str, Any]) -> None:
-        file.write_text(json.dumps({"gradient_clipping": 0.0} | keys))
+    @repeat(
+        cases // 2,
+        st.lists(st.sampled_from(fitting), max_size=3),
+        st.just({}) | st.dictionaries(names, JSON | inner, max_size=2),
+    )
+    def check(good: list[tuple[str, Any]], keys: dict[str, Any]) -> None:
+        content: dict[str, Any] = {"gradient_clipping": 0.0}
+        for name, value in good:
+            first, _, inside = name.partition(".")
+            if inside:
+                content.setdefault(first, {})[inside] = value
+            else:
+                content[first] = value
+        file.write_text(json.dumps(content | keys))
         try:
             accepted.append(deepspeed.load(str(file), "fp32"))
         except (ValueError, OSError) as refusal:
