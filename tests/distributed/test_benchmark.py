@@ -109,7 +109,7 @@ def test_a_wrong_peer_and_one_that_cannot_start_are_errors_and_not_figures() -> 
     ]
     race.run(contest, 1, conductor=forked(), say=quiet)
     assert sorted(contest.failures) == ["one-piece", "one-process"]
-    assert "one-process: computes something else than ours" in contest.failures["one-process"]
+    assert "one-process doesn't compute the same as ours" in contest.failures["one-process"]
     assert "one-piece: rank 0: data.path is /nowhere" in contest.failures["one-piece"]
     assert "the end of its log" in contest.failures["one-piece"]
     assert list(contest.seconds) == ["ours"]
