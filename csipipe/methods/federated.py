@@ -77,17 +77,15 @@ def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]
 
 
 def sizes(settings: Settings) -> dict[Kind, int]:
-    """Scalars of each vector that crosses."""
+    """Scalars of each vector that crosses; a model without BatchNorm has no statistics."""
     update, statistics = (
         sum(count(settings.model)[part] for part in settings.spec.shared)
         for count in (models.count_parts, models.count_statistics)
     )
-    return {
-        Kind.UPDATE: update,
-        Kind.MEAN_UPDATE: update,
-        Kind.STATISTICS: statistics,
-        Kind.MEAN_STATISTICS: statistics,
-    }
+    found = {Kind.UPDATE: update, Kind.MEAN_UPDATE: update}
+    if statistics:
+        found |= {Kind.STATISTICS: statistics, Kind.MEAN_STATISTICS: statistics}
+    return found
 
 
 class UeHalf(UeSide):
@@ -111,7 +109,10 @@ class UeHalf(UeSide):
         self.replicas = {ue.number: replica(ue, settings, self.device) for ue in ues}
         for each in self.replicas.values():
             each.probe = self.probe
-        self.statistics = {n: Agreed(r.statistics) for n, r in self.replicas.items()}
+        # of models that have some
+        self.statistics = {
+            n: Agreed(r.statistics) for n, r in self.replicas.items() if r.statistics
+        }
         self.lines = {
             ue.number: {
                 kind: self.wire.vector(kind, scalars, range(ue.number, ue.number + 1))
@@ -137,8 +138,9 @@ class UeHalf(UeSide):
     def begin(self, iteration: int) -> None:
         self._iteration, self._sums = iteration, []
         for line in self.lines.values():
-            line[Kind.MEAN_UPDATE].post()
-            line[Kind.MEAN_STATISTICS].post()
+            for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS):
+                if kind in line:
+                    line[kind].post()
 
     def end(self) -> None:
         self.clock.begin("send", "send figures")
@@ -163,19 +165,23 @@ class UeHalf(UeSide):
 
     def _send(self, ue: int) -> None:
         self.lines[ue][Kind.UPDATE].send(0, self._update[None])
-        self.lines[ue][Kind.STATISTICS].send(0, self.statistics[ue].change()[None])
+        if ue in self.statistics:
+            self.lines[ue][Kind.STATISTICS].send(0, self.statistics[ue].change()[None])
 
     def _receive(self, ue: int) -> None:
         line = self.lines[ue]
         self._mean = line[Kind.MEAN_UPDATE].receive(0)[0].float()
-        self._change = line[Kind.MEAN_STATISTICS].receive(0)[0].float()
+        if ue in self.statistics:
+            self._change = line[Kind.MEAN_STATISTICS].receive(0)[0].float()
 
     def _apply(self, ue: int) -> None:
         self.replicas[ue].apply(self._mean)
-        self.statistics[ue].apply(self._change)
+        if ue in self.statistics:
+            self.statistics[ue].apply(self._change)
         self.clock.begin("send", "finish upload of UE", ue)
-        self.lines[ue][Kind.UPDATE].finish()
-        self.lines[ue][Kind.STATISTICS].finish()
+        for kind in (Kind.UPDATE, Kind.STATISTICS):
+            if kind in self.lines[ue]:
+                self.lines[ue][kind].finish()
 
     def evaluation(self, part: EvalRows) -> Evaluation:
         """Every UE's model on its held-out rows or on the test set, one batch of each at a time."""
@@ -204,8 +210,9 @@ class UeHalf(UeSide):
         """The whole model of every UE, which includes the agreed values."""
         units = {}
         for ue, replica in self.replicas.items():
-            steps = [replica.agreed] if replica.agreed else []
-            units[ue_name(ue)] = replica.unit([self.statistics[ue], *steps])
+            agreed = [self.statistics[ue]] if ue in self.statistics else []
+            agreed += [replica.agreed] if replica.agreed else []
+            units[ue_name(ue)] = replica.unit(agreed)
         return units
 
     def _report(self, sums: list[Tensor]) -> None:
@@ -225,12 +232,13 @@ class BtsHalf(Half):
             seat.notes += models.kernels_notes(self.settings.model, self.device)
         ues = range(self.topology.ues)
         found = sizes(self.settings)
-        self.up = {kind: found[kind] for kind in (Kind.UPDATE, Kind.STATISTICS)}
+        self.up = {k: found[k] for k in (Kind.UPDATE, Kind.STATISTICS) if k in found}
         for kind, scalars in self.up.items():  # one vector in memory at a time, later
             self.wire.expect(kind, ues, (1, scalars), 1)
         self.down = {
             kind: self.wire.vector(kind, found[kind], ues)
             for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
+            if kind in found
         }
         self.whole = {Op.SEND_MEAN: self._send_mean}
         self.each = {Op.RECEIVE_UPDATE: self._receive, Op.AGGREGATE: self._add}

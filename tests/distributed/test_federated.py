@@ -258,6 +258,20 @@ def test_with_one_ue_every_method_is_centralised_training() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
 
 
+def test_a_model_without_batchnorm_exchanges_no_statistics() -> None:
+    run = federated("fedavg", ues=1, local_steps=1, micro_batches=1)
+    run = replace(run, model=replace(run.model, name="linear"))
+    found = joined([rank[""] for rank in run_world(2, splits, {"": run})])
+    central = replace(run, method="centralised", topology=replace(run.topology, stages=None))
+    torch.set_num_threads(1)
+    wanted = follow(Centralised(central, *methods.load(central, range(1), CPU), CPU), 2)
+    for losses, others in zip(found["losses"], wanted["losses"], strict=True):
+        assert losses == pytest.approx(others, rel=1e-5)
+    counts = found["ledger"].sum(dim=(0, 2))[..., 0]
+    crossed = {kind for kind, scalars in zip(COUNTED, counts.tolist(), strict=True) if scalars}
+    assert crossed == {Kind.UPDATE, Kind.MEAN_UPDATE}
+
+
 def test_personal_encoders_stay_and_everything_else_is_one() -> None:
     for name, run in found().items():
         states = [state_of(run, ue) for ue in range(4)]
