@@ -97,6 +97,12 @@ def choose(only: str | None) -> list[str]:
     return [name for name in ABOUT if name in wanted]
 
 
+def has_plain(settings: Settings) -> bool:
+    """Whether the model has a tail of PyTorch's own layers."""
+    model = MODELS.get(settings.model.name)
+    return model is not None and model.plain is not None
+
+
 def line_up(
     settings: Settings, ue_ranks: int, names: Sequence[str], layers: Sequence[Layers]
 ) -> list[Candidate]:
@@ -117,12 +123,11 @@ def line_up(
             f"topology.participants is {settings.topology.participants}, but every candidate of "
             "the benchmark trains with all UEs; leave it out."
         )
-    model = MODELS.get(settings.model.name)
     plain = "plain" in layers and bool(set(names) & set(PEERS))
-    if (plain or COMPILED in names) and (model is None or not model.plain):
+    if (plain or COMPILED in names) and not has_plain(settings):
         raise ValueError(
             f"model.name is {settings.model.name}, which has no tail of plain layers; leave "
-            f"--layers and {COMPILED} out."
+            f"--layers plain and {COMPILED} out."
         )
     if not 1 <= ue_ranks <= settings.topology.ues:
         raise ValueError(

@@ -40,7 +40,8 @@ def parser() -> ArgumentParser:
         "--layers",
         choices=("both", "ours", "plain"),
         default="both",
-        help="layers of the peers' tail: ours compares schedules, plain compares everything",
+        help="layers of the peers' tail: ours compares schedules, plain compares everything; both: "
+        "ours alone where the model has no tail of plain layers",
     )
     parser.add_argument(
         "--growth", action="store_true", help="time ours with 2 to 64 UEs instead: cost and memory"
@@ -74,7 +75,8 @@ def measure(settings: Settings, options: Namespace) -> int:
     if options.growth:
         found = growth.candidates(settings, options.ue_ranks)
     else:
-        layers = candidates.LAYERS if options.layers == "both" else (options.layers,)
+        both = candidates.LAYERS if candidates.has_plain(settings) else ("ours",)
+        layers = both if options.layers == "both" else (options.layers,)
         names = candidates.choose(options.only)
         found = candidates.line_up(settings, options.ue_ranks, names, layers)
     contest = race.Race(found, iterations=options.per_turn, same=not options.growth)

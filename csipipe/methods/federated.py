@@ -232,7 +232,8 @@ class BtsHalf(Half):
             seat.notes += models.kernels_notes(self.settings.model, self.device)
         ues = range(self.topology.ues)
         found = sizes(self.settings)
-        self.up = {k: found[k] for k in (Kind.UPDATE, Kind.STATISTICS) if k in found}
+        up = (Kind.UPDATE, Kind.STATISTICS)
+        self.up: dict[Kind, int] = {kind: found[kind] for kind in up if kind in found}
         for kind, scalars in self.up.items():  # one vector in memory at a time, later
             self.wire.expect(kind, ues, (1, scalars), 1)
         self.down = {

@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_wheel import RUN
+from test_wheel import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "own_model"
-MODEL = ("--model.name", "mymodel:build")
+RUN = ["--model.name", "mymodel:build"] + [
+    word
+    for name, value in SETTINGS.items()
+    if name != "model.c2"  # the example has no second bottleneck
+    for word in (f"--{name}", value)
+]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=4")
 pytestmark = pytest.mark.long
 
@@ -34,7 +39,7 @@ def python(folder: Path, *words: str) -> str:
 
 
 def test_it_trains_resumes_and_is_evaluated_exported_and_benchmarked(tmp_path: Path) -> None:
-    train = (*TORCHRUN, "-m", "csipipe", "train", *MODEL, *RUN, "--run.save_every", "1")
+    train = (*TORCHRUN, "-m", "csipipe", "train", *RUN, "--run.save_every", "1")
     assert "NMSE (dB)" in python(tmp_path, *train, "--run.dir", "first")
     there = str(tmp_path / "first" / "checkpoints" / "1")
     python(tmp_path, *train, "--run.dir", "second", "--run.resume", there)
@@ -43,6 +48,6 @@ def test_it_trains_resumes_and_is_evaluated_exported_and_benchmarked(tmp_path: P
     assert "percentile" in python(tmp_path, "-m", "csipipe", "evaluate", "first")
     line = ("export", "first", "--ue", "0", "--formats", "pt2", "--out", "exported")
     assert "feedback per channel" in python(tmp_path, "-m", "csipipe", *line)
-    line = ("benchmark", "--rounds", "1", "--only", "ours,one-process", "--json", "figures.json")
-    python(tmp_path, "-m", "csipipe", *line, *MODEL, *RUN)
+    race = ("benchmark", "--rounds", "1", "--only", "ours,one-process", "--json", "figures.json")
+    python(tmp_path, "-m", "csipipe", *race, *RUN)
     assert json.loads((tmp_path / "figures.json").read_text())
