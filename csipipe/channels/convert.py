@@ -152,10 +152,13 @@ def convert(
                     "their own."
                 )
             if _domain(one) != _domain(first):
-                raise ValueError(f"{one.array} is in {_domain(one)}, {first.array.path} isn't.")
+                raise ValueError(
+                    f"{one.array} has axes {one.axes.text!r}, {first.array.path} "
+                    f"{first.axes.text!r}; expected both over tx or both over angle, and both over "
+                    "subcarrier or both over delay. Convert them into folders of their own."
+                )
         delays = plan.delays or min(KEPT, frequencies)
         plan = replace(plan, delays=delays, geometry=plan.geometry.of(ports))
-        in_angle, in_delay = _domain(first)
         if plan.subbands is not None:
             _check_vectors(first, plan.subbands, frequencies)
             delays = plan.subbands
@@ -164,28 +167,11 @@ def convert(
                 f"{first.array}: --delays {delays}, but there are {frequencies} subcarriers or "
                 f"delays. Set it to 1 … {frequencies}."
             )
-        unknown = plan.subbands or (in_delay and delays == frequencies)
+        unknown = plan.subbands or (first.axes.has("delay") and delays == frequencies)
         subcarriers = None if unknown else frequencies
         common = None
-        if plan.scaling == "set":
-            with _bar(opened, "measuring") as bar:
-                common = (
-                    max(
-                        (
-                            float(
-                                np.abs(
-                                    to_image(
-                                        rows, plan.geometry, delays, plan.shift, in_angle, in_delay
-                                    ).image
-                                ).max(initial=0.0)
-                            )
-                            for one in opened
-                            for rows, _ in _blocks(one, plan, bar)
-                        ),
-                        default=0.0,
-                    )
-                    / RADIUS
-                )
+        if plan.scaling == "set" and plan.subbands is None:
+            common = _largest(opened, plan) / RADIUS
         tally = Tally()
         with _bar(opened, "converting") as bar:
             for one in opened:
@@ -329,6 +315,17 @@ def _blocks(one: _Opened, plan: Plan, bar: Any) -> Iterator[tuple[Complex, NDArr
         bar.update(values.nbytes)
 
 
+def _largest(opened: Sequence[_Opened], plan: Plan) -> float:
+    """The largest magnitude in the images of all rows."""
+    largest = 0.0
+    with _bar(opened, "measuring") as bar:
+        for one in opened:
+            for rows, _ in _blocks(one, plan, bar):
+                image = to_image(rows, plan.geometry, plan.delays, plan.shift, *_domain(one)).image
+                largest = max(largest, float(np.abs(image).max(initial=0.0)))
+    return largest
+
+
 def _check_finite(array: RawArray, values: NDArray[Any], axis: int, start: int) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         total = values.sum(dtype=np.complex128)
@@ -376,18 +373,11 @@ def _add(
         np.clip(images, 0, 1, out=images)  # rounding may put the peak one ulp outside
         mine = users[good]
         alive[mine] = True
-        parts = one.part_of[mine]
-        for number, part in enumerate(PARTS):
-            chosen = parts == number
-            if not chosen.any():
-                continue
+        for part, chosen in _by_part(one, mine, tally):
             frequency = None
             if part == "test" and subcarriers is not None:
                 frequency = np.fft.fft(made.delays[good][chosen], axis=-1).astype(np.complex64)
-            environment = one.given.environment
-            out.add(environment, part, images[chosen], scale[chosen], frequency)
-            key = environment, part
-            tally.parts[key] = tally.parts.get(key, 0) + int(chosen.sum())
+            out.add(one.given.environment, part, images[chosen], scale[chosen], frequency)
         if sum(map(len, tally.looked_at)) < LOOKED_AT:
             tally.looked_at.append(images[:: max(1, len(images) // 256)])
     after = one.given.path.stat()
@@ -445,12 +435,21 @@ def _add_vectors(
     images = to_vectors(images_of(ordered, plan.subbands))
     tally.rows += len(images)
     tally.kept += len(images)
-    parts = one.part_of[mine]
+    for part, chosen in _by_part(one, mine, tally):
+        out.add(one.given.environment, part, images[chosen])
+
+
+def _by_part(
+    one: _Opened, users: NDArray[np.int64], tally: Tally
+) -> Iterator[tuple[SetPart, NDArray[np.bool_]]]:
+    """Each set that rows of these users go to, and which rows; counts them."""
+    parts = one.part_of[users]
     for number, part in enumerate(PARTS):
-        if (parts == number).any():
-            out.add(one.given.environment, part, images[parts == number])
+        chosen = parts == number
+        if chosen.any():
             key = one.given.environment, part
-            tally.parts[key] = tally.parts.get(key, 0) + int((parts == number).sum())
+            tally.parts[key] = tally.parts.get(key, 0) + int(chosen.sum())
+            yield part, chosen
 
 
 def _bar(opened: Sequence[_Opened], what: str) -> Any:

@@ -137,6 +137,16 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def training_ranks(agent: subprocess.Popen[bytes], folder: Path) -> list[int]:
+    """The ranks of torchrun, once they have saved a checkpoint of the run in `folder`."""
+    deadline = time.monotonic() + 300
+    while checkpoint.newest(folder / "run" / "checkpoints") is None:
+        assert time.monotonic() < deadline
+        assert agent.poll() is None, (folder / "log").read_text()
+        time.sleep(0.05)
+    return children(agent.pid)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
@@ -156,12 +166,7 @@ def test_torchrun_ends_soon_after_the_ranks(what: str, place: int, tmp_path: Pat
         )
     ranks: list[int] = []
     try:
-        deadline = time.monotonic() + 300
-        while checkpoint.newest(tmp_path / "run" / "checkpoints") is None:
-            assert time.monotonic() < deadline
-            assert agent.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        ranks = children(agent.pid)
+        ranks = training_ranks(agent, tmp_path)
         assert len(ranks) == 4
         started = time.monotonic()
         os.kill(ranks[place], getattr(signal, what))
@@ -206,12 +211,7 @@ def test_a_signal_to_torchrun_itself(what: str, tmp_path: Path) -> None:
         )
     ranks: list[int] = []
     try:
-        deadline = time.monotonic() + 300
-        while checkpoint.newest(tmp_path / "run" / "checkpoints") is None:
-            assert time.monotonic() < deadline
-            assert agent.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        ranks = children(agent.pid)
+        ranks = training_ranks(agent, tmp_path)
         before = len((tmp_path / "log").read_text().splitlines())
         agent.send_signal(getattr(signal, what))
         agent.wait(timeout=60)

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from randommodel import build as random
 from torch import Tensor, nn
 from torch.nn import functional
-
-
-class Noisy(nn.Module):
-    """Draws without being one of PyTorch's random layers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (1 + 0.1 * torch.randn_like(x)) if self.training else x
 
 
 class Own(nn.Module):
@@ -25,24 +19,6 @@ class Own(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.rand(x.shape, device=x.device, generator=self.generator)
-
-
-def random(angles: int, delays: int, c1: int, c2: int | None) -> tuple[Any, Any, Any]:
-    """Dropout in the encoder, two random layers in the tail, one in the head, LayerNorm."""
-    reals, width = 2 * angles * delays, c2 or c1
-    encoder = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(reals, c1))
-    tail = [
-        nn.Linear(c1, 40),
-        nn.LayerNorm(40),
-        nn.Dropout(0.3),
-        nn.Sequential(nn.Linear(40, 40), nn.ReLU(), Noisy()),
-        nn.BatchNorm1d(40),
-        nn.Linear(40, width),
-    ]
-    head = nn.Sequential(
-        nn.Dropout(0.1), nn.Linear(width, reals), nn.Unflatten(1, (2, angles, delays)), nn.Sigmoid()
-    )
-    return encoder, tail, head
 
 
 def _with(**parts: Any) -> Any:

@@ -416,6 +416,13 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
             [good, saved(folder / "s.npy", h[:, :4]), *axes],
             "4 ports x 48 .*has 8 x 48. Convert them into folders",
         ),
+        "domains": (
+            [
+                saved(folder / "square.npy", channels(40, 1, 32, 32)[:, 0]),
+                saved(folder / "flat.npy", np.full((40, 2048), 0.5, np.float32)),
+            ],
+            "flat.npy .*'sample .*'sample tx subcarrier'; expected both over tx or both over angle",
+        ),
         "delays": ([good, *axes, "--delays", 49], "--delays 49, but there are 48 .*1 … 48"),
         "ports": ([good, *axes, "--array", "3x2"], "--array 3x2x1 has 6 ports; the data has 8"),
         "array": ([good, *axes, "--array", "8"], "expected columns x rows"),
@@ -449,6 +456,18 @@ def test_bad_input_is_named_and_leaves_nothing(
         assert said.startswith("csipipe: error:"), name
         assert re.search(message, said), (name, said)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["in"], name
+
+
+def test_the_better_shift_is_the_same_whatever_shift_was_taken(tmp_path: Path) -> None:
+    late = channels() * np.exp(-2j * np.pi * 40 * np.arange(K) / K).astype(np.complex64)
+    given = converting.Input(saved(tmp_path / "late.npy", late), "all", None)
+    found = []
+    for shift in (0, 3):
+        plan = converting.Plan(axes="sample rx tx subcarrier", delays=16, shift=shift)
+        _, tally = converting.convert([given], tmp_path / str(shift), plan)
+        found.append(tally.best_shift(16)[0])
+    assert found[0] == found[1]
+    assert 8 <= found[0] <= 16, "the echoes from bin 40 on come first, or nearly"
 
 
 def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
