@@ -84,17 +84,26 @@ def measure(images: Images) -> Statistics:
     )
 
 
-def pca_db(train: Images, test: Images, components: Sequence[int] = COMPONENTS) -> dict[int, float]:
+def pca_db(
+    train: Images,
+    test: Images,
+    components: Sequence[int] = COMPONENTS,
+    most: int = MOST_ROWS,
+    weighted: bool = False,
+) -> dict[int, float]:
     """Centred NMSE in dB that the first so many principal components leave.
 
     It is what the best linear code of that many reals reaches; a model worth training does better.
+
+    Args:
+        most, weighted: see `by_components`.
 
     Returns:
         Components to dB; see `by_components`.
     """
     return {
         n: to_db(float(centred_nmse(torch.from_numpy(again), torch.from_numpy(of)).double().mean()))
-        for n, again, of in by_components(train, test, components)
+        for n, again, of in by_components(train, test, components, most, weighted)
     }
 
 
@@ -107,17 +116,31 @@ def pca_sgcs(train: Images, test: Images) -> dict[int, float]:
 
 
 def by_components(
-    train: Images, test: Images, components: Sequence[int] = COMPONENTS
+    train: Images,
+    test: Images,
+    components: Sequence[int] = COMPONENTS,
+    most: int = MOST_ROWS,
+    weighted: bool = False,
 ) -> Iterator[tuple[int, Images, Images]]:
     """How many principal components, what they make of the test rows, and those rows.
 
     The components are those of `train`, around its mean; only numbers below half of `train`'s
     rows, as more would be fitted to single rows.
+
+    Args:
+        most: rows of each set that are looked at, evenly spaced.
+        weighted: what is smallest is the mean NMSE of `train`, in which every row weighs as one
+            over its energy; else its mean squared error.
     """
-    train, test = spaced(train, MOST_ROWS), spaced(test, MOST_ROWS)
+    train, test = spaced(train, most), spaced(test, most)
     known = train.reshape(len(train), -1)
-    mean = known.mean(axis=0)
-    known = known - mean
+    weight_B1 = np.ones((len(known), 1), known.dtype)
+    if weighted:
+        size_B1 = np.linalg.norm(known - np.float32(ZERO), axis=1, keepdims=True)
+        weight_B1 = np.divide(1, size_B1, out=np.zeros_like(size_B1), where=size_B1 > 0)
+    mean = np.average(known, axis=0, weights=weight_B1[:, 0].astype(np.float64) ** 2 + 1e-30)
+    mean = mean.astype(known.dtype)
+    known = (known - mean) * weight_B1
     counts = [n for n in components if 2 * n < len(known) and n < known.shape[1]]
     if not counts or not len(test):
         return

@@ -13,7 +13,7 @@ from csipipe.compare import figures, page, plan
 from csipipe.evaluation import testset
 from csipipe.files import write_file
 from csipipe.reports.runs import Run
-from csipipe.run import trained
+from csipipe.run import ceiling, trained
 from csipipe.run.resuming import CONFIG
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
@@ -92,7 +92,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         if not wanted:
             raise ValueError(f"{out} has no finished run of this comparison; leave --collect out.")
     found = [figures.measure(one, rows) for one in wanted]
-    lines = figures.pca(settings, rows, sorted({n for f in found for n in (f.c1, f.ceiling) if n}))
+    counts = sorted({n for f in found for n in (f.c1, f.ceiling) if n})
+    lines = ceiling.pca(settings, rows.h_BAD.numpy(), counts)
     text = page.text(found, lines, _about(settings, options, rows.name))
     print(text)
     write_file(out / "table.md", text)

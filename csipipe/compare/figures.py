@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from csipipe import channels, models
-from csipipe.channels import statistics
+from csipipe import models
 from csipipe.evaluation import samples
 from csipipe.evaluation.testset import Rows
 from csipipe.export.parts import operations
-from csipipe.models.ceiling import ceiling
 from csipipe.reports.runs import Run
 from csipipe.run import trained
-from csipipe.settings.config import Settings
 
 BITS = {"fp32": 32, "bf16": 16}
 
@@ -75,15 +71,5 @@ def measure(run: Run, rows: Rows) -> Figures:
         macs_at_ue=operations(first.encoder, h_BAD) + operations(first.head, y),
         feedback_bits=up * BITS[precision],
         seconds=summary["seconds_per_iteration"] * summary["iterations"],
-        ceiling=ceiling([*first.tail, first.head]),
+        ceiling=models.ceiling(settings.model),
     )
-
-
-def pca(settings: Settings, rows: Rows, components: Sequence[int]) -> dict[int, float]:
-    """NMSE in dB of PCA by its number of components, learnt from the training rows."""
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    deal = channels.deal(data, settings.topology.ues, source.available, source.environments)
-    spans = [span for ue in range(settings.topology.ues) for span in deal.train(ue)]
-    known = channels.rows_of(source, tuple(spans))
-    return statistics.pca_db(known, rows.h_BAD.numpy(), components)

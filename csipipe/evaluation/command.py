@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from csipipe.device import pick_device, set_threads
 from csipipe.evaluation import distribution, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
 from csipipe.files import write_file
-from csipipe.run import trained
+from csipipe.run import ceiling, trained
+from csipipe.run.ceiling import Ceiling
 from csipipe.run.trained import Trained
 from csipipe.settings import commandline, launcher
 
@@ -105,7 +107,18 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
     if world:
         world.leave()  # before the report: nobody has to wait while it is drawn
     if rank == 0:
+        found = [replace(one, pca=_pca(one, rows)) for one in found]
         _report(list(zip(_names(runs), found, strict=True)), rows, options)
+
+
+def _pca(one: Evaluated, rows: testset.Rows) -> Ceiling | None:
+    """The PCA of the rows that a run was trained on; None: they can't be read here, too."""
+    if one.run.settings.data == one.run.own.data and (noted := ceiling.noted(one.run.folder)):
+        return noted
+    try:
+        return ceiling.find(one.run.own, rows.h_BAD.numpy())
+    except (ValueError, OSError):
+        return None
 
 
 def _read(options: Namespace, changes: Sequence[str]) -> list[Trained]:

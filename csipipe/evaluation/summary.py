@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from csipipe.evaluation.samples import COLUMNS
 from csipipe.measure.metrics import to_db
 from csipipe.models import widths
+from csipipe.run.ceiling import Ceiling
 from csipipe.run.trained import Trained
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -25,10 +26,13 @@ class Evaluated:
 
     Attributes:
         samples: (UEs, B, COLUMNS) float64.
+        pca: fitted to the run's own training rows, on this test set; None: it has too few of them,
+            or they can't be read any more.
     """
 
     run: Trained
     samples: Tensor
+    pca: Ceiling | None = None
 
     def per_ue(self) -> list[dict[str, Any]]:
         """Means over a UE's samples; NMSE: of linear values, then dB. None: there is none."""
@@ -69,6 +73,7 @@ class Evaluated:
             "mean": self.mean(),
             "per_ue": self.per_ue(),
             "percentiles": self.distribution(),
+            "ceiling": self.pca and asdict(self.pca),
         }
 
     def _means(self) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from csipipe.evaluation.summary import PERCENTILES, SHOWN, Evaluated
 from csipipe.models import widths
 from csipipe.plotting import name_of
+from csipipe.tracking import ceiling_note
 
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
 _FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}
@@ -29,6 +31,7 @@ def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
         _row("mean", mean, width),
         _row("0.5", floor, width) + "   a constant 0.5: the floor",
         _row("H", images, width) + "   the images themselves: the ceiling",
+        *_pca(evaluated, width),
         "",
         _line("percentile", {p: f"{p} %" for p in PERCENTILES}, width) + "   of all UEs' samples",
     ]
@@ -41,6 +44,7 @@ def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
 def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
     """A line per run: what it is, its mean figures, and the UEs' NMSE from best to worst."""
     head = ["run", "method", "c1", "c2", "UEs", "iteration", *_HEADS.values(), "best … worst UE"]
+    head.append("ceiling (dB)")
     cells = [head]
     for name, evaluated in runs:
         mean = evaluated.mean()
@@ -57,6 +61,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
                 str(evaluated.run.iteration or evaluated.run.source.name),
                 *(_cell(figure, mean[figure]).strip() for figure in SHOWN),
                 band,
+                _bound(evaluated),
             ]
         )
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -67,6 +72,21 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
         ).rstrip()
         for line in cells
     )
+
+
+def _bound(evaluated: Evaluated) -> str:
+    """The NMSE that the run's model can't beat, if it is known."""
+    pca = evaluated.pca
+    return "—" if pca is None else f"{pca.nmse_db:.2f}" if pca.bound else "none"
+
+
+def _pca(evaluated: Evaluated, width: int) -> list[str]:
+    """The line of the PCA that the run is compared with, if there is one."""
+    if evaluated.pca is None:
+        return []
+    name, nmse_db = f"PCA-{evaluated.pca.components}", evaluated.pca.nmse_db
+    figures = dict.fromkeys(SHOWN) | {"nmse_db": nmse_db}
+    return [_row(name, figures, width) + f"   {ceiling_note(asdict(evaluated.pca))}"]
 
 
 def _pair(best: tuple[float, float] | None) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """The autoencoder's three parts: encoder, decoder tail (a list of layers), decoder head."""
 
 from csipipe.models.backward import backward
+from csipipe.models.ceiling import ceiling
 from csipipe.models.crblock import CRBlock
 from csipipe.models.draws import belong
 from csipipe.models.kernels import plain_layers
@@ -30,6 +31,7 @@ __all__ = [
     "build_encoder",
     "build_head",
     "build_tail",
+    "ceiling",
     "check",
     "check_stages",
     "count_parameters",

@@ -6,12 +6,20 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from csipipe.models.parts import layers
+from csipipe.settings.config import ModelSettings
+
 _OUTPUTS = (nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Identity)
 """Functions of each pixel alone, by which a decoder may end."""
 _SHAPES = (nn.Flatten, nn.Unflatten)
 
 
-def ceiling(decoder: list[nn.Module]) -> int | None:
+def ceiling(model: ModelSettings) -> int | None:
+    """As `confined`, of the model that the settings name."""
+    return confined([*layers("tail", model), *layers("head", model)])
+
+
+def confined(decoder: list[nn.Module]) -> int | None:
     """Fewest inputs of the linear layers by which a decoder ends; None: it ends otherwise.
 
     Before its output function the reconstruction lies in an affine space of as many dimensions,

@@ -42,6 +42,8 @@ def tail(model: ModelSettings) -> list[nn.Module]:
 def head(model: ModelSettings) -> nn.Sequential:
     """Decoder head F3: (B, c2) → (B, 2, A, D) in [0, 1]. 526,336 parameters at c2 = 256.
 
+    With `model.head` crblock, a CRBlock refines the linear layer's image.
+
     The hard-sigmoid is PyTorch's, clamp(x/6 + 1/2, 0, 1). The layer before it starts at a tenth of
     PyTorch's usual range, which the paper leaves open: the first reconstructions are then close to
     0.5, an empty channel, instead of noise that takes hundreds of iterations to unlearn.
@@ -50,4 +52,11 @@ def head(model: ModelSettings) -> nn.Sequential:
     with torch.no_grad():
         last.weight.mul_(0.1)
         last.bias.mul_(0.1)
-    return nn.Sequential(last, nn.Unflatten(1, model.image), nn.Hardsigmoid())
+    image: list[nn.Module] = [last, nn.Unflatten(1, model.image)]
+    if model.head == "crblock":
+        block = CRBlock(model.kernels, model.kernels_by)
+        norm = block.join[-1]
+        assert isinstance(norm, BatchNorm2d)
+        nn.init.zeros_(norm.weight)  # its branch begins at zero, not with noise of order 1
+        image.append(block)
+    return nn.Sequential(*image, nn.Hardsigmoid())

@@ -131,7 +131,7 @@ def check(model: ModelSettings) -> None:
     for part, after in zip(PARTS, wanted, strict=True):
         before = gives
         try:
-            requirements.check(part, _layers(part, model, _where(model)))
+            requirements.check(part, layers(part, model, _where(model)))
             gives = _shapes(part, model, before)[-1]
         except Unsplittable:
             raise
@@ -151,7 +151,7 @@ def check(model: ModelSettings) -> None:
 
 def check_stages(model: ModelSettings, stages: int) -> None:
     """Refuse (ValueError) more BTS stages than the tail has layers with parameters."""
-    heavy = sum(count_parameters([layer]) > 0 for layer in _layers("tail", model))
+    heavy = sum(count_parameters([layer]) > 0 for layer in layers("tail", model))
     if stages > heavy:
         raise ValueError(
             f"topology.stages is {stages}, but only {heavy} layer(s) of the tail of {model.name} "
@@ -161,7 +161,7 @@ def check_stages(model: ModelSettings, stages: int) -> None:
 
 def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
     """Who computes a model's CRBlocks on a device, in words, if it has any; and make them ready."""
-    blocks = (b for layer in _layers("tail", model) for b in layer.modules())
+    blocks = (b for layer in layers("tail", model) for b in layer.modules())
     block = next((b for b in blocks if isinstance(b, CRBlock)), None)
     if block is None:
         return []
@@ -173,7 +173,7 @@ def unstackable(model: ModelSettings) -> str | None:
     """Why encoders and heads of several UEs can't be computed as one; None if they can."""
     try:
         for part in ("encoder", "head"):
-            check_stackable(_layers(part, model))
+            check_stackable(layers(part, model))
     except Unstackable as error:
         return str(error)
     return None
@@ -197,7 +197,7 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
     shapes, device = [row], _where(model)
     with device, torch.no_grad(), plain_layers():
         x = torch.zeros(1, *row)
-        for layer in _layers(part, model, device):
+        for layer in layers(part, model, device):
             x = layer.eval()(x)
             shapes.append(tuple(x.shape[1:]))
     return tuple(shapes)
@@ -209,7 +209,7 @@ def _where(model: ModelSettings) -> torch.device:
     return torch.device("cpu") if ours and model.reals <= _SMALL else _NOWHERE
 
 
-def _layers(part: str, model: ModelSettings, device: torch.device = _NOWHERE) -> list[nn.Module]:
+def layers(part: str, model: ModelSettings, device: torch.device = _NOWHERE) -> list[nn.Module]:
     """A part's layers; by default without memory."""
     with device:
         return requirements.layers(part, _seeded(part, model, 0))
@@ -228,7 +228,7 @@ def count_parameters(modules: Iterable[nn.Module]) -> int:
 
 def count_parts(model: ModelSettings) -> dict[str, int]:
     """Trainable scalars of `encoder`, `tail` and `head`."""
-    return {part: count_parameters(_layers(part, model)) for part in PARTS}
+    return {part: count_parameters(layers(part, model)) for part in PARTS}
 
 
 def count_statistics(model: ModelSettings) -> dict[str, int]:
@@ -236,7 +236,7 @@ def count_statistics(model: ModelSettings) -> dict[str, int]:
     return {
         part: sum(
             b.numel()
-            for layer in _layers(part, model)
+            for layer in layers(part, model)
             for b in layer.buffers()
             if b.is_floating_point()
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from csipipe.models import layers
+from csipipe.models.crblock import CRBlock
 from csipipe.models.layers import Deferring
 from csipipe.models.norm import BatchNorm2d
 
@@ -88,6 +89,31 @@ class _BatchNorm2d(nn.Module):
         return _apart(beside, len(x))
 
 
+class _CRBlock(nn.Module):
+    """(U, B, 2, A, D) → the same shape, by layers that are grouped ones."""
+
+    def __init__(self, like: CRBlock, of: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(_chain(p, of, f"paths.{n}.") for n, p in enumerate(like.paths))
+        self.act, self.join = like.act, _chain(like.join, of, "join.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = self.join(self.act(torch.cat([path(x) for path in self.paths], dim=2)))
+        out: Tensor = self.act(joined + x)
+        return out
+
+
+def _chain(like: nn.Module, of: dict[str, Tensor], prefix: str) -> nn.Sequential:
+    """The layers of a Sequential within a layer, whose tensors' names begin with `prefix`."""
+    names = {id(module): name for name, module in like.named_modules()}
+    chain = []
+    for layer in _in_order(like):
+        start = f"{prefix}{names[id(layer)]}."
+        mine = {n.removeprefix(start): t for n, t in of.items() if n.startswith(start)}
+        chain.append(_MAKERS[type(layer)](layer, mine))
+    return nn.Sequential(*chain)
+
+
 def _beside(x: Tensor) -> Tensor:
     """(U, B, C, A, D) → (B, U·C, A, D): copied only where it doesn't lie like that."""
     return x.transpose(0, 1).flatten(1, 2)
@@ -110,6 +136,10 @@ def _convolution(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
     return _Conv2d(cast(layers.Conv2d, like), of["weight"], of.get("bias"))
 
 
+def _crblock(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
+    return _CRBlock(cast(CRBlock, like), of)
+
+
 def _norm(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
     return _BatchNorm2d(cast(nn.BatchNorm2d, like), of)
 
@@ -129,6 +159,8 @@ _MAKERS: dict[type[nn.Module], Callable[[nn.Module, dict[str, Tensor]], nn.Modul
     layers.Linear: _linear,
     nn.Linear: _linear,
     layers.Conv2d: _convolution,
+    layers.Pointwise: _convolution,
+    CRBlock: _crblock,
     BatchNorm2d: _norm,
     nn.BatchNorm2d: _norm,
     nn.Flatten: _flatten,
@@ -228,13 +260,13 @@ class _Place:
         self._all: dict[str, Tensor] = {}
         self._now: dict[str, Tensor] = {}
         self._copied: Tensor | None = None
-        for name in [*self.like._parameters, *self.like._buffers]:
-            own = [getattr(layer, name) for layer in same]
-            if own[0] is not None:
-                self._all[name] = torch.stack([tensor.detach() for tensor in own])
-                self.own[name] = own
-                for tensor, view in zip(own, self._all[name].unbind(), strict=True):
-                    tensor.data = view
+        tensors = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in same]
+        for name in tensors[0]:
+            own = [of_one[name] for of_one in tensors]
+            self._all[name] = torch.stack([tensor.detach() for tensor in own])
+            self.own[name] = own
+            for tensor, view in zip(own, self._all[name].unbind(), strict=True):
+                tensor.data = view
 
     def take(self, chosen: Sequence[int]) -> nn.Module:
         """The layer of the chosen modules: without copying where they lie side by side."""

@@ -46,6 +46,7 @@ class Trained:
     Attributes:
         folder: the run's directory.
         settings: the run's, with the caller's changes.
+        own: the run's.
         source: where the weights are: a folder of weights, or of a checkpoint.
         iteration: after which they were taken; None: unknown (`checkpoints/best`, or weights
             without a summary).
@@ -54,6 +55,7 @@ class Trained:
 
     folder: Path
     settings: Settings
+    own: Settings
     source: Path
     iteration: int | None
     status: str
@@ -135,11 +137,8 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no {CONFIG}.")
-    parser = commandline.parser("")
-    given = ["--config", str(folder / CONFIG), *changes]
-    settings, _ = commandline.settings(parser, given)
-    settings = replace(
-        settings, data=replace(settings.data, kind=settings.data.kind or BEFORE["data.kind"])
+    settings, own = (
+        _settings(["--config", str(folder / CONFIG), *given]) for given in (changes, ())
     )
     ended = _ended(folder)
     status = ended[0] if ended else "unfinished"
@@ -150,20 +149,26 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
                 f"{folder} has no best weights: with data.holdout 0, or before the first "
                 "evaluation, none are chosen. Leave --weights out for the last ones."
             )
-        return Trained(folder, settings, checkpoints / BEST, None, status)
+        return Trained(folder, settings, own, checkpoints / BEST, None, status)
     if weights != LAST:
-        return Trained(folder, settings, _numbered(checkpoints, weights), int(weights), status)
+        return Trained(folder, settings, own, _numbered(checkpoints, weights), int(weights), status)
     if ended:
-        return Trained(folder, settings, folder / "weights", ended[1], status)
+        return Trained(folder, settings, own, folder / "weights", ended[1], status)
     newest = checkpoint.newest(checkpoints)
     if newest is not None:
-        return Trained(folder, settings, newest, int(newest.name), status)
+        return Trained(folder, settings, own, newest, int(newest.name), status)
     if not (folder / "weights").is_dir():
         raise ValueError(
             f"{folder} has no weights and no complete checkpoint yet; a run writes its first one "
             f"after run.save_every ({settings.save_every}) iterations."
         )
-    return Trained(folder, settings, folder / "weights", None, "of unknown state")
+    return Trained(folder, settings, own, folder / "weights", None, "of unknown state")
+
+
+def _settings(arguments: list[str]) -> Settings:
+    settings, _ = commandline.settings(commandline.parser(""), arguments)
+    kind = settings.data.kind or BEFORE["data.kind"]
+    return replace(settings, data=replace(settings.data, kind=kind))
 
 
 def _numbered(checkpoints: Path, number: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from csipipe import checkpoint
 from csipipe.channels import Manifest
 from csipipe.comm.ledger import Ledger
+from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.device import (
     keep_memory,
@@ -28,7 +30,7 @@ from csipipe.files import write_file
 from csipipe.measure.probe import Probe
 from csipipe.methods import Worker, manifest, prepare
 from csipipe.methods.state import ue_name
-from csipipe.run import handshake
+from csipipe.run import ceiling, handshake
 from csipipe.run.lock import Lock
 from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, source_of, written
 from csipipe.run.saving import Saver, restore
@@ -296,9 +298,10 @@ def run(
         mine.close()
         with stopping.unhurried():
             worker.save_weights(start.folder / "weights")
+            pca = _ceiling(settings, world) if done == iterations else None
         ledger = worker.exchanged()
         if tracker is not None:
-            tracker.finish(_summary(worker, settings, tracker, ledger, done, world.size))
+            tracker.finish(_summary(worker, settings, tracker, ledger, done, world.size, pca))
             stopping.answered()
 
 
@@ -318,15 +321,36 @@ def _settle(saver: Saver, tracker: Tracker | None, done: int) -> OSError | None:
     return error
 
 
+def _ceiling(settings: Settings, world: World) -> dict[str, Any] | None:
+    """The PCA to compare a finished run with, found where there is data; collective."""
+    host, mine = Topology.first_host(settings, world.size), ""
+    if world.rank == host:
+        found = ceiling.find(settings)
+        mine = json.dumps(found and asdict(found))
+    shared: dict[str, Any] | None = json.loads(world.shared("ceiling", mine, origin=host))
+    return shared
+
+
 def _summary(
-    worker: Worker, settings: Settings, tracker: Tracker, ledger: Ledger, done: int, ranks: int
+    worker: Worker,
+    settings: Settings,
+    tracker: Tracker,
+    ledger: Ledger,
+    done: int,
+    ranks: int,
+    pca: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """`summary.json`; `test` is the last evaluation, null where a run stopped before its first."""
+    """`summary.json`; `test` is the last evaluation, null where a run stopped before its first.
+
+    Args:
+        pca: `csipipe.run.ceiling.Ceiling` as a dict; None: none, or the run isn't finished.
+    """
     return {
         "method": settings.method,
         "status": "finished" if done == settings.train.iterations else "stopped",
         "iterations": done,
         "test": tracker.history[-1]["test"] if tracker.history else None,
+        "ceiling": pca,
         **exchanged_summary(ledger),
         "dropped": worker.dropped,
         "seconds_per_iteration": tracker.seconds_per_iteration,

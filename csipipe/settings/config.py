@@ -29,6 +29,7 @@ Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
 KernelsBy = Literal["auto", "llvm", "triton", "torch"]
 LossName = Literal["paper", "nmse", "sgcs"]
+HeadName = Literal["linear", "crblock"]
 ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
 
 
@@ -49,6 +50,9 @@ class ModelSettings:
     """Tail-output dimension: reals per sample that the BTS sends to the decoder heads. null: the
     model as published (csilocal: as many as c1; the others: an image's 2·angles·delays). A number
     inserts a bottleneck of that width: a linear layer at the tail's end, one before the head."""
+    head: HeadName = "linear"
+    """csilocal's decoder head. linear: the paper's, one linear layer, which can do no better than
+    PCA with c2 components. crblock: a CRBlock behind it, 1,425 parameters more at the UE."""
     split: tuple[int, int] | None = None
     """[i, j]: the model's layers before i are computed at the UE as encoder, those before j at the
     BTS as tail, the others at the UE as head. null: as the model says."""
@@ -65,6 +69,12 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         tables.check("model.name", self.name)
+        if self.head != "linear" and (self.name not in MODELS or not MODELS[self.name].heads):
+            several = [name for name, spec in MODELS.items() if spec.heads]
+            raise ValueError(
+                f"model.head is {self.head}, but {self.name} has a decoder head of its own; leave "
+                f"it out, or use model.name {', '.join(several)}."
+            )
         for name in ("c1", "c2", "angles", "delays"):
             if getattr(self, name) is not None:
                 _at_least(f"model.{name}", getattr(self, name), 1)

@@ -50,6 +50,8 @@ class ModelSpec:
     own_c2: bool = False
     """Whether its builders put in the second bottleneck, of c2 reals (null: as many as c1). Else
     one is inserted, two linear layers, where model.c2 is a number."""
+    heads: bool = False
+    """Whether model.head chooses its decoder head."""
     plain: str | None = None
     """The same tail of PyTorch's own layers, for the benchmark; None: there is none."""
 
@@ -167,6 +169,7 @@ MODELS: dict[str, ModelSpec] = {
         head="csipipe.models.csilocal:head",
         partition="type:CRBlock",
         own_c2=True,
+        heads=True,
         plain="csipipe.bench.plain:tail",
     ),
     "csinet": ModelSpec(

@@ -6,7 +6,7 @@ rank has a `RankTracker` for what it alone knows, under `ranks/`.
 
 from csipipe.tracking.events import Events
 from csipipe.tracking.rank import RankTracker
-from csipipe.tracking.tables import exchanged_summary, test_table
+from csipipe.tracking.tables import ceiling_note, exchanged_summary, test_table
 from csipipe.tracking.tracker import BEGINNING, HISTORY, Tracker
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Events",
     "RankTracker",
     "Tracker",
+    "ceiling_note",
     "exchanged_summary",
     "test_table",
 ]

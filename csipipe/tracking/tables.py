@@ -33,21 +33,34 @@ def exchanged_summary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
     }
 
 
-def test_table(test: dict[str, Any]) -> str:
-    """Figures on a test set, per UE and mean, with the floor (of `Figures.summary`)."""
+def ceiling_note(pca: dict[str, Any]) -> str:
+    """What a PCA (`csipipe.run.ceiling.Ceiling`, as a dict) is to the model beside it."""
+    of = f"of {pca['rows']:,} training rows"
+    if pca["bound"]:
+        return f"{of}: the ceiling, this model can't beat it"
+    return f"{of}: no bound, this model can beat it"
+
+
+def test_table(test: dict[str, Any], pca: dict[str, Any] | None) -> str:
+    """Figures on a test set, per UE and mean, with the floor (of `Figures.summary`) and a PCA."""
     shown = [name for name in _FORMS if name in test]
     floor = {"loss": test["floor_loss"], "nmse_db": 0.0, "sgcs": 0.0}
     rows = [*((f"UE {row['ue']}", row) for row in test["per_ue"]), ("mean", test), ("0.5", floor)]
     lines = ["  ".join([f"{'test set':>10}", *(f"{_HEADS[name]:>10}" for name in shown)])]
     for title, row in rows:
         lines.append("  ".join([f"{title:>10}", *(_FORMS[n].format(row[n]) for n in shown)]))
-    return "\n".join(lines) + "   a constant 0.5: the floor"
+    lines[-1] += "   a constant 0.5: the floor"
+    if pca is not None:
+        cells = [_FORMS[n].format(pca[n]) if n in pca else f"{'—':>10}" for n in shown]
+        lines.append("  ".join([f"{'PCA-' + str(pca['components']):>10}", *cells]))
+        lines[-1] += f"   {ceiling_note(pca)}"
+    return "\n".join(lines)
 
 
 def closing_table(summary: dict[str, Any], folder: Path) -> str:
     """What a finished run prints."""
     crossed = summary["exchanged"]
-    lines = ["", test_table(summary["test"])] if summary["test"] else []
+    lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

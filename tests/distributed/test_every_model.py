@@ -16,17 +16,19 @@ from csipipe.settings.tables import MODELS
 
 NAMES = [name for name in MODELS if not MODELS[name].plain]
 """All but the one that the other tests train."""
+MODELS_OF = {name: {"name": name} for name in NAMES} | {"crblock": {"head": "crblock"}}
+"""What is trained here, by its name in this file."""
 
 
 def runs(stages: int) -> dict[str, Settings]:
     return {
         name: small(
-            model={"name": name, "c1": 12, "c2": None},
+            model={**model, "c1": 12, "c2": None},
             topology={"ues": 2, "stages": stages, "partition": None if stages > 1 else "uniform"},
             data={"train_samples": 24, "test_samples": 6},
             train={"iterations": 4, "batch_size": 4, "micro_batches": 2},
         )
-        for name in NAMES
+        for name, model in MODELS_OF.items()
     }
 
 
@@ -35,7 +37,7 @@ def world(stages: int) -> list[dict[str, Any]]:
     return run_world(stages + 1, splits, runs(stages), timeout=180)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS_OF)
 def test_one_stage_and_two_are_the_unsplit_model(name: str) -> None:
     one, two = (joined([rank[name] for rank in world(stages)]) for stages in (1, 2))
     assert_same(one, two, "losses", "parameters", "evaluations", "ledger")

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch import nn
 
-from csipipe import models
-from csipipe.compare import command, figures, page, plan
+from csipipe import channels, models
+from csipipe.channels import statistics
+from csipipe.compare import command, page, plan
 from csipipe.compare.figures import Figures
 from csipipe.evaluation import testset
-from csipipe.models.ceiling import ceiling
+from csipipe.models.ceiling import confined
+from csipipe.run import ceiling
 from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
 
 SMALL = ModelSettings(c1=12, angles=6, delays=4)
 
 
 @pytest.mark.parametrize(
-    ("name", "c2", "wanted"),
+    ("model", "wanted"),
     [
-        ("csilocal", None, 12),
-        ("csilocal", 5, 5),
-        ("crnet", None, None),
-        ("crnet", 5, 5),
-        ("csinet", 5, None),  # a convolution follows
-        ("transnet", 5, 5),
-        ("linear", None, 12),
-        ("linear", 5, 5),
+        (SMALL, 12),
+        (replace(SMALL, c2=5), 5),
+        (replace(SMALL, c2=5, head="crblock"), None),
+        (replace(SMALL, name="crnet"), None),
+        (replace(SMALL, name="crnet", c2=5), 5),
+        (replace(SMALL, name="csinet", c2=5), None),  # a convolution follows
+        (replace(SMALL, name="transnet", c2=5), 5),
+        (replace(SMALL, name="linear"), 12),
+        (replace(SMALL, name="linear", c2=5), 5),
     ],
 )
 def test_a_ceiling_is_the_narrowest_of_the_last_linear_layers(
-    name: str, c2: int | None, wanted: int | None
+    model: ModelSettings, wanted: int | None
 ) -> None:
-    model = ModelSettings(name=name, c1=12, c2=c2, angles=6, delays=4)
-    assert ceiling([*models.build_tail(model, 0), models.build_head(model, 0)]) == wanted
+    assert models.ceiling(model) == wanted
 
 
 def test_a_wide_layer_is_no_ceiling() -> None:
-    assert ceiling([nn.Linear(4, 8), nn.ReLU(), nn.Linear(9, 8)]) is None
+    assert confined([nn.Linear(4, 8), nn.ReLU(), nn.Linear(9, 8)]) is None
 
 
 def some(model: str, c1: int, **values: float) -> Figures:
@@ -81,9 +84,31 @@ def test_pca_of_all_training_rows_is_no_worse_with_more_components() -> None:
         topology=TopologySettings(ues=2),
         data=DataSettings(train_samples=60, test_samples=10),
     )
-    found = figures.pca(settings, testset.load(settings), [2, 8, 40])
+    found = ceiling.pca(settings, testset.load(settings).h_BAD.numpy(), [2, 8, 40])
     assert list(found) == [2, 8]  # 40 would be fitted to single rows
     assert found[8] < found[2] < 0
+
+
+def test_the_ceiling_is_fitted_to_the_nmse_of_all_training_rows() -> None:
+    settings = Settings(
+        model=replace(SMALL, c1=12, c2=8),
+        topology=TopologySettings(ues=2),
+        data=DataSettings(train_samples=60, test_samples=10),
+    )
+    found = ceiling.find(settings)
+    assert found is not None
+    assert (found.components, found.bound, found.rows) == (8, True, 60)
+    beyond = ceiling.find(replace(settings, model=replace(settings.model, head="crblock")))
+    assert beyond is not None
+    assert (beyond.components, beyond.bound) == (12, False)
+    assert beyond.nmse_db < found.nmse_db
+    # where it was fitted, its NMSE is below that of a fit to the squared error
+    source = channels.open_source(settings.data, 6, 4)
+    rows = source.rows("indoor", "train", 0, 60)
+    fitted = statistics.pca_db(rows, rows, [8])[8]
+    assert statistics.pca_db(rows, rows, [8], weighted=True)[8] < fitted - 0.01
+    few = replace(settings, data=replace(settings.data, train_samples=16))
+    assert ceiling.find(few) is None
 
 
 def test_runs_differ_in_model_and_codeword_alone(tmp_path: Path) -> None:

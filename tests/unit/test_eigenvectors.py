@@ -143,7 +143,7 @@ def test_sgcs_is_on_the_screen_and_in_the_closing_table(
     tracker = Tracker(tmp_path, Settings(data=VECTORS), 0)
     tracker.iteration(1, figures, 0.1, 0.5)
     assert "SGCS 0.8500" in capfd.readouterr().err
-    lines = tables.test_table(figures.summary(similarity=True)).splitlines()
+    lines = tables.test_table(figures.summary(similarity=True), None).splitlines()
     assert lines[0].split() == ["test", "set", "loss", "NMSE", "(dB)", "SGCS"]
     assert lines[1].split() == ["UE", "0", "1.000e-01", "-3.01", "0.8500"]
 

@@ -51,7 +51,7 @@ def rows(count: int, empty: int | None = None) -> Rows:
 
 
 def evaluated(models: list[nn.Module], test: Rows) -> Evaluated:
-    run = trained.Trained(Path("run"), Settings(), Path("run/weights"), 500, "finished")
+    run = trained.Trained(Path("run"), Settings(), Settings(), Path("run/weights"), 500, "finished")
     return Evaluated(run, samples.measure(models, test, "fp32", CPU))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +26,20 @@ def test_parameters_are_the_papers(c: int, encoder: int, tail: int, head: int, w
 
 def test_a_crblock_has_1425_parameters() -> None:
     assert models.count_parameters([models.CRBlock(ModelSettings().kernels)]) == 1425
+
+
+def test_a_head_with_a_crblock_begins_where_the_linear_one_does() -> None:
+    """It costs a CRBlock's parameters; its branch begins at zero."""
+    linear = ModelSettings(c1=12, c2=20, angles=32, delays=32)
+    beyond = replace(linear, head="crblock")
+    found, wanted = models.count_parts(beyond), models.count_parts(linear)
+    assert found == wanted | {"head": wanted["head"] + 1425}
+    y = torch.rand(8, 20)
+    ours, theirs = models.build_head(beyond, 3), models.build_head(linear, 3)
+    assert torch.equal(ours[0].weight, theirs[0].weight)
+    assert ours(y).shape == (8, 2, 32, 32)
+    with pytest.raises(ValueError, match=r"model\.head is crblock, but crnet has a decoder head"):
+        replace(beyond, name="crnet")
 
 
 def test_sizes_and_kernels_are_settings() -> None:

@@ -22,11 +22,11 @@ MODEL = ModelSettings(c1=12, c2=10, angles=6, delays=5, kernels_by="torch")
 ROWS, STEPS, TOLERANCE = 8, 4, 1e-6
 
 
-def parts(ues: int) -> list[nn.Module]:
+def parts(ues: int, model: ModelSettings) -> list[nn.Module]:
     """Encoder and head of some UEs, whose weights differ."""
     found = []
     for ue in range(ues):
-        found += [models.build_encoder(MODEL, ue), models.build_head(MODEL, ue)]
+        found += [models.build_encoder(model, ue), models.build_head(model, ue)]
     return found
 
 
@@ -38,13 +38,17 @@ def rows(ues: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(
-    ues: int, step_of: str, dtype: torch.dtype, left_out: Sequence[int] = ()
+    ues: int,
+    step_of: str,
+    dtype: torch.dtype,
+    left_out: Sequence[int] = (),
+    model: ModelSettings = MODEL,
 ) -> list[nn.Module]:
     """Encoders and heads after some Adam steps, one after the other or stacked, gradients kept.
 
     Weight gradients of the heads are put off, as on a UE rank, and joined over micro-batches.
     """
-    found = [part.to(dtype) for part in parts(ues)]
+    found = [part.to(dtype) for part in parts(ues, model)]
     encoders, heads = found[::2], found[1::2]
     optimizer = adam([p for part in found for p in part.parameters()], TrainSettings())
     taking = [ue for ue in range(ues) if ue not in left_out]
@@ -120,8 +124,18 @@ def test_stacked_modules_train_as_they_do_one_after_the_other(left_out: Sequence
     assert max(rounded.values()) < TOLERANCE, rounded
 
 
+def test_a_head_with_a_crblock_is_stacked_too() -> None:
+    model = replace(MODEL, head="crblock")
+    exact = differences(
+        trained(4, "stacked", torch.float64, (1,), model),
+        trained(4, "singly", torch.float64, (1,), model),
+    )
+    assert any("2.join.1.running_var" in name for name in exact)
+    assert max(exact.values()) < 1e-12, exact
+
+
 def test_modules_that_take_no_part_stay_as_they_are() -> None:
-    untouched, trained_ones = parts(5), trained(5, "stacked", torch.float32, (0, 3))
+    untouched, trained_ones = parts(5, MODEL), trained(5, "stacked", torch.float32, (0, 3))
     for ue in (0, 3):
         for place in (2 * ue, 2 * ue + 1):
             before, after = named(untouched[place]), named(trained_ones[place])
