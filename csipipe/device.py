@@ -158,11 +158,6 @@ def keep_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def wire_dtype(precision: Precision) -> torch.dtype:
-    """Type of what crosses between UEs and BTS."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
 def computes_in(precision: Precision, device: torch.device) -> Precision:
     """Arithmetic of a precision on a device: fp32 on a CPU.
 
@@ -175,7 +170,7 @@ def computes_in(precision: Precision, device: torch.device) -> Precision:
 
 def stage_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Type of what crosses between stages: that of the arithmetic, rounded nowhere else."""
-    return wire_dtype(computes_in(precision, device))
+    return torch.bfloat16 if computes_in(precision, device) == "bf16" else torch.float32
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
@@ -185,7 +180,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def computable(x: Tensor) -> Tensor:
-    """What was received in `wire_dtype`, in a type in which its device computes."""
+    """What was received, in a type in which its device computes."""
     return x.float() if x.device.type == "cpu" else x
 
 

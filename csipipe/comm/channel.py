@@ -1,4 +1,4 @@
-"""One kind of message between this rank and its peers: posted, checked, counted.
+"""One kind of message between this rank and its peers: encoded, posted, checked, counted.
 
 A message carries the rows of one micro-batch that one rank owns; its tag says which kind of
 message and which micro-batch it is, so that a smashed-data tensor can't be taken for a gradient.
@@ -6,6 +6,7 @@ message and which micro-batch it is, so that a smashed-data tensor can't be take
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from csipipe.comm import patience, trust
 from csipipe.comm.blame import watch
+from csipipe.comm.codec import Codec, Residual, Rounding
 from csipipe.comm.ledger import COUNTED, UP, Kind, Ledger
 from csipipe.comm.loopback import Awaited, Handed, Loopback
 from csipipe.device import download, host_buffer, upload
 from csipipe.measure.clock import Clock
 
 _NAMES = {Kind.SMASHED: "smashed data", Kind.OUTPUT: "tail output"}
+_ALL = 1 << 20  # nobody's number: owns a message that all UEs get
 SLOTS = 1 << 20
 """Tags: kind * SLOTS + micro-batch."""
 
@@ -58,11 +61,14 @@ class Channel:
     Args:
         shape: rows of one micro-batch at this end over all peers, then the shape of one row.
         slots: micro-batches per iteration.
+        codec: how a message is written.
         limit: root mean square of a sound message; None: what arrives isn't checked.
         clock: this rank's; when it records, waits are named after the peer.
         timeout: longest wait for a message if the group is NCCL's, which doesn't end a wait itself.
+        rounding: the noise with which messages are encoded; None: none.
 
     Attributes:
+        residual: what the messages that were sent in training have lost, if that is made up for.
         tolerant: instead of raising an error, note UEs whose messages aren't sound in `bad` and
             replace their values by zeros.
         bad: those UEs, with what was wrong.
@@ -75,19 +81,22 @@ class Channel:
         peers: Sequence[Peer],
         shape: tuple[int, ...],
         slots: int,
-        dtype: torch.dtype,
+        codec: Codec,
         device: torch.device,
         ledger: Ledger | None = None,
         group: dist.ProcessGroup | None = None,
         limit: float | None = None,
         clock: Clock | None = None,
         timeout: float | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         self.kind = kind
         self.peers = peers
         self.shape = shape
         self.slots = self.window = slots
-        self.dtype = dtype
+        self.codec = codec
+        self.rounding = Rounding(0, stochastic=False) if rounding is None else rounding
+        self.residual: Residual | None = None
         self.device = device
         self.ledger = ledger if kind in COUNTED else None
         self.group = group
@@ -130,10 +139,11 @@ class Channel:
         """
         self._ahead = min(self.slots if ahead is None else ahead, self.slots)
         self._memory += [self._buffer() for _ in range(self._ahead - len(self._memory))]
+        rows = self.codec.shape(self.shape)[0]
         for m in range(self._ahead):
-            if len(self._memory[m]) < self.shape[0]:
+            if len(self._memory[m]) < rows:
                 self._memory[m] = self._buffer()
-        self._buffers = [memory[: self.shape[0]] for memory in self._memory]
+        self._buffers = [memory[:rows] for memory in self._memory]
         for m in range(self._ahead):
             self._post(m)
 
@@ -144,7 +154,7 @@ class Channel:
             PeerLost: a peer is gone, or silent for longer than the group's timeout.
             BadMessage: what it sent isn't sound.
         """
-        buffer = self._buffers[m % self._ahead]
+        payload = self._buffers[m % self._ahead]
         for peer, work in zip(self.peers, self._receives.pop(m), strict=True):
             with self._receiving(m, peer):
                 if self.clock.recorder is None:
@@ -152,12 +162,15 @@ class Channel:
                 else:
                     wait = partial(patience.wait, work, self._timeout)
                     self.clock.recorder.within(f"wait for {peer.role}", wait)
-            self._count(peer, buffer)
-            if self.limit is not None and not trust.sound(buffer[peer.rows], self.limit):
-                self._judge(m, peer, buffer[peer.rows], self.limit)
+            self._count(peer, payload)
+        message = self.codec.decode(payload)
+        if self.limit is not None:
+            for peer in self.peers:
+                if not trust.sound(message[peer.rows], self.limit):
+                    self._judge(m, peer, message[peer.rows], self.limit)
         if self._thread is None:
-            return buffer
-        tensor, self._uploaded[m % self._ahead] = upload(buffer, self.device)
+            return message
+        tensor, self._uploaded[m % self._ahead] = upload(message, self.device)
         return tensor
 
     def release(self, m: int) -> None:
@@ -174,18 +187,32 @@ class Channel:
         assert tensor.shape == self.shape, (self.kind, tuple(tensor.shape), self.shape)
         while len(self._sends) >= self.window:
             self._settle()
-        tensor = tensor.detach().to(self.dtype)
+        payload = self._encode(m, tensor.detach())
         if self._thread is None:
-            self._sends.append(self._start(m, tensor.contiguous()))
+            self._sends.append(self._start(m, payload))
         else:
-            self._sends.append(self._thread.submit(self._start, m, *download(tensor)))
+            self._sends.append(self._thread.submit(self._start, m, *download(payload)))
         for peer in self.peers:
-            self._count(peer, tensor)
+            self._count(peer, payload)
 
     def finish(self) -> None:
         """Wait for the sends since the last `finish`; raises as `receive`."""
         while self._sends:
             self._settle()
+
+    def _encode(self, m: int, message: Tensor) -> Tensor:
+        """The payload of micro-batch `m`, with what the messages before have lost."""
+        training, shares = self.rounding.iteration is not None, len(message) // self.codec.share
+        owners = [ue for peer in self.peers for ue in peer.ues]
+        if len(owners) != shares:
+            owners = [_ALL] * shares
+        noise = self.rounding.noise(self.kind.value, m, owners, message.numel() // shares)
+        if self.residual is None or not training:
+            return self.codec.encode(message, noise)
+        message = self.residual.add(message)
+        payload = self.codec.encode(message, noise)
+        self.residual.keep(message, self.codec.decode(payload))
+        return payload
 
     def _start(
         self, m: int, tensor: Tensor, downloaded: Callable[[], None] | None = None
@@ -196,7 +223,7 @@ class Channel:
         works: _Works = []  # with the tensor, which must live until it is sent
         for peer in self.peers:
             with self._sending(peer):
-                works.append((self._isend(tensor[peer.rows], peer, m), peer, tensor))
+                works.append((self._isend(self._of(peer, tensor), peer, m), peer, tensor))
         return works
 
     def _settle(self) -> None:
@@ -212,9 +239,11 @@ class Channel:
             self._uploaded.pop(place)()
         if self.limit is not None:
             for peer in self.peers:
-                for share in self._shares(peer, self._buffers[place][peer.rows]):
+                for share in self._shares(peer, self._of(peer, self._buffers[place])):
                     trust.mark(share)
-        self._receives[m] = [self._irecv(self._buffers[place][p.rows], p, m) for p in self.peers]
+        self._receives[m] = [
+            self._irecv(self._of(peer, self._buffers[place]), peer, m) for peer in self.peers
+        ]
 
     def _judge(self, m: int, peer: Peer, rows: Tensor, limit: float) -> None:
         """Find the UEs whose share of a message isn't sound."""
@@ -229,8 +258,13 @@ class Channel:
         if not ues:
             raise trust.BadMessage(f"{self._name(m)} from {peer.role} {trust.fault(rows, limit)}.")
 
+    def _of(self, peer: Peer, payload: Tensor) -> Tensor:
+        """What crosses between this rank and one of its peers."""
+        share = self.codec.share
+        return payload[peer.rows.start // share : peer.rows.stop // share]
+
     def _shares(self, peer: Peer, rows: Tensor) -> Sequence[Tensor]:
-        """A message's rows by UE, where UEs sent it."""
+        """A message's rows, or its payload's, by UE, where UEs sent it."""
         return rows.chunk(len(peer.ues)) if self.from_ues and peer.ues else [rows]
 
     @property
@@ -239,9 +273,10 @@ class Channel:
         return self.kind in UP
 
     def _buffer(self) -> Tensor:
+        shape, dtype = self.codec.shape(self.shape), self.codec.dtype
         if self._thread is not None or self.device.type == "cpu":
-            return host_buffer(self.shape, self.dtype, self.device).zero_()
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            return host_buffer(shape, dtype, self.device).zero_()
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _isend(self, rows: Tensor, peer: Peer, m: int) -> _Work:
         if peer.loop is not None:
@@ -273,9 +308,11 @@ class Channel:
         name = _NAMES.get(self.kind, self.kind.name.lower().replace("_", " "))
         return name if m is None or self.slots == 1 else f"{name} of micro-batch {m}"
 
-    def _count(self, peer: Peer, tensor: Tensor) -> None:
+    def _count(self, peer: Peer, payload: Tensor) -> None:
         if self.ledger is not None:
-            self.ledger.count(self.kind, peer.ues, tensor[peer.rows])
+            rows = peer.rows.stop - peer.rows.start
+            scalars, bytes_ = rows * math.prod(self.shape[1:]), self._of(peer, payload).nbytes
+            self.ledger.count(self.kind, peer.ues, scalars, bytes_)
 
 
 def rows_of(peers: Sequence[Peer]) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from enum import Enum
 
 import torch
-from torch import Tensor
 
 
 class Kind(Enum):
@@ -58,11 +57,13 @@ class Ledger:
         self.counts = torch.zeros(len(PHASES), len(COUNTED), ues, 2, dtype=torch.int64)
         self.phase = "training"
 
-    def count(self, kind: Kind, ues: Sequence[int], tensor: Tensor) -> None:
-        """Note a message that holds the rows of `ues`, in equal parts."""
+    def count(self, kind: Kind, ues: Sequence[int], scalars: int, size: int) -> None:
+        """Note a message of so many scalars and bytes that holds the rows of `ues`, in equal parts.
+
+        Scalars are those that it says, however it is written; bytes are those that cross.
+        """
         cell = self.counts[PHASES.index(self.phase), COUNTED.index(kind)]
-        scalars = tensor.numel() // len(ues)
-        cell[list(ues)] += torch.tensor([scalars, scalars * tensor.element_size()])
+        cell[list(ues)] += torch.tensor([scalars // len(ues), size // len(ues)])
 
     def total(self, phase: str, kinds: Sequence[Kind]) -> tuple[int, int]:
         """Scalars and bytes of some kinds over all UEs."""

@@ -1,8 +1,9 @@
 """Whether a tensor from another party may be used: finite, and not absurdly large.
 
 Its shape and type are those of the receive that was posted for it. A message that is too short
-leaves the NaN that `mark` put at the end of the buffer. One pass over the values is enough: the
-norm is finite only if all of them are (and, in fp32, none is above 1e19).
+leaves the NaN that `mark` put at the end of the buffer, and a codec makes its scalars NaN. One pass
+over the values is enough: the norm is finite only if all of them are (and, in fp32, none is above
+1e19).
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ class BadMessage(ConnectionError):
 
 
 def mark(rows: Tensor) -> None:
-    """Make the last scalar of a buffer NaN, until a whole message overwrites it."""
-    rows.view(-1)[-1:].fill_(float("nan"))
+    """Make the last scalar of a buffer NaN, until a whole message overwrites it.
+
+    Bytes end with a number in fp32.
+    """
+    flat = rows.view(-1)
+    last = flat[-1:] if rows.is_floating_point() else flat[-4:].view(torch.float32)
+    last.fill_(float("nan"))
 
 
 def rms(rows: Tensor) -> float:

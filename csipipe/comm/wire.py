@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from csipipe.comm import codec as codecs
 from csipipe.comm.channel import Channel, Peer, rows_of
+from csipipe.comm.codec import Plain, Rounding
 from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.loopback import Loopback
 from csipipe.comm.topology import Topology
 from csipipe.measure.clock import Clock
+from csipipe.settings.config import CommSettings, Precision
 
 _LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the first stage
 
@@ -29,15 +32,18 @@ class Wire:
         role: this role, see `Topology`.
         rows: rows of one UE in one micro-batch.
         micro_batches: micro-batches per iteration.
-        dtype: type of what crosses between UEs and BTS (figures are always float64).
+        comm: how what crosses between UEs and BTS is written (figures are always float64).
+        usual: the codec of what `comm` doesn't name.
         limit: root mean square above which what crosses isn't sound.
         clock: counts this rank's time; None: one of the wire's own.
         loop: reaches this rank's other role, if it has one.
+        seed: of stochastic rounding.
 
     Attributes:
         terms: a line for every kind of message that one of this rank's UEs, or the BTS with a UE,
             exchanges; both ends must have the same ones.
         ledger: what this role sends and receives.
+        rounding: of the messages that this role sends.
     """
 
     def __init__(
@@ -46,11 +52,13 @@ class Wire:
         role: int,
         rows: int,
         micro_batches: int,
-        dtype: torch.dtype,
+        comm: CommSettings,
+        usual: Precision,
         device: torch.device,
         limit: float,
         clock: Clock | None = None,
         loop: Loopback | None = None,
+        seed: int = 0,
     ) -> None:
         self.limit = limit
         self.terms: set[str] = set()
@@ -58,7 +66,9 @@ class Wire:
         self.role = role
         self.rows = rows
         self.micro_batches = micro_batches
-        self.dtype = dtype
+        self.comm = comm
+        self.usual = usual
+        self.rounding = Rounding(seed, comm.rounding == "stochastic")
         self.device = device
         self.ledger = Ledger(topology.ues)
         self.clock = Clock() if clock is None else clock
@@ -78,7 +88,7 @@ class Wire:
 
     def link(self, kind: Kind, width: int) -> Channel:
         """Messages between UEs and a BTS stage, `width` scalars per row, ordered by UE number."""
-        peers = self._across(kind, self.rows)
+        peers, name = self._across(kind, self.rows), self._codec(kind)
         for peer in peers:
             self.expect(kind, peer.ues, (self.rows, width), self.micro_batches)
         channel = Channel(
@@ -86,22 +96,21 @@ class Wire:
             peers,
             (rows_of(peers), width),
             self.micro_batches,
-            self.dtype,
+            codecs.of_rows(name, self.comm, self.rows, width),
             self.device,
             self.ledger,
             limit=self.limit,
             clock=self.clock,
+            rounding=self.rounding,
         )
         self._laid.append((channel, lambda: self._across(kind, self.rows)))
         return channel
 
     def expect(self, kind: Kind, ues: Sequence[int], shape: tuple[int, int], messages: int) -> None:
         """Note messages that each of `ues` exchanges with the BTS, `messages` per iteration."""
-        rows, width = shape
+        (rows, width), name = shape, self._codec(kind)
         for ue in ues:
-            self.terms.add(
-                f"UE {ue}: {messages} × {kind.name.lower()} of {rows} × {width} {self.dtype}"
-            )
+            self.terms.add(f"UE {ue}: {messages} × {kind.name.lower()} of {rows} × {width} {name}")
 
     def reports(self, width: int) -> Channel:
         """Figures of every UE, `width` each, to rank 0: float64, on the host."""
@@ -149,7 +158,7 @@ class Wire:
             peers(),
             (rows_of(peers()), *shape),
             self.micro_batches,
-            dtype,
+            Plain(dtype),
             self.device,
             group=group,
             clock=self.clock,
@@ -171,11 +180,12 @@ class Wire:
             peers,
             (1, scalars),
             1,
-            self.dtype,
+            codecs.of_vector(self._codec(kind), self.comm, scalars),
             self.device,
             self.ledger,
             limit=self.limit,
             clock=self.clock,
+            rounding=self.rounding,
         )
 
     def vectors(self, sizes: Mapping[Kind, int], ue: int, tolerant: bool) -> list[Tensor] | str:
@@ -191,6 +201,10 @@ class Wire:
         tensors = [channel.receive(0) for channel in channels]
         faults = [text for channel in channels for text in channel.bad.values()]
         return faults[0] if faults else tensors
+
+    def _codec(self, kind: Kind) -> str:
+        """Name of the codec of a kind of message."""
+        return codecs.chosen(self.comm, self.usual).get(kind.name.lower(), self.usual)
 
     def _across(self, kind: Kind, rows: int) -> list[Peer]:
         """The other side of the UE–BTS boundary, `rows` per UE that is present."""
@@ -213,4 +227,4 @@ class Wire:
 
     @staticmethod
     def _host_channel(kind: Kind, peers: list[Peer], shape: tuple[int, ...]) -> Channel:
-        return Channel(kind, peers, shape, 1, torch.float64, torch.device("cpu"))
+        return Channel(kind, peers, shape, 1, Plain(torch.float64), torch.device("cpu"))

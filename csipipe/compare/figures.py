@@ -11,10 +11,9 @@ from csipipe import models
 from csipipe.evaluation import samples
 from csipipe.evaluation.testset import Rows
 from csipipe.export.parts import operations
+from csipipe.methods.cost import feedback_bits
 from csipipe.reports.runs import Run
 from csipipe.run import trained
-
-BITS = {"fp32": 32, "bf16": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def measure(run: Run, rows: Rows) -> Figures:
         sgcs=values["sgcs"],
         parameters=sum(models.count_parts(settings.model).values()),
         macs_at_ue=operations(first.encoder, h_BAD) + operations(first.head, y),
-        feedback_bits=up * BITS[precision],
+        feedback_bits=feedback_bits(settings),
         seconds=summary["seconds_per_iteration"] * summary["iterations"],
         ceiling=models.ceiling(settings.model),
     )

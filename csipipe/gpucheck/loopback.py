@@ -13,6 +13,7 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.codec import Plain
 from csipipe.comm.ledger import Kind
 from csipipe.comm.world import World
 from csipipe.device import download, synchronize, upload
@@ -94,7 +95,9 @@ def _rate(world: World, name: str, rows: int, width: int) -> float:
     rank, device = world.rank, torch.device(name, 0) if name == "cuda" else torch.device(name)
     messages, shape = 8, (rows, width)
     channels = [
-        Channel(kind, [Peer(1 - rank, slice(0, rows))], shape, messages, torch.float32, device)
+        Channel(
+            kind, [Peer(1 - rank, slice(0, rows))], shape, messages, Plain(torch.float32), device
+        )
         for kind in (Kind.ACTIVATION, Kind.ACTIVATION_GRADIENT)
     ]
     out, back = channels[rank], channels[1 - rank]

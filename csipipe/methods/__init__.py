@@ -31,5 +31,6 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
         ValueError, OSError: settings, files or data that can't be used.
     """
     models.check(settings.model)
+    settings.check_comm()
     builder: Builder = tables.found(settings.spec.prepare)(settings, rank, world_size, device)
     return builder

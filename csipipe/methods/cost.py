@@ -6,6 +6,10 @@ means one exchange. BatchNorm's running statistics aren't included.
 
 from __future__ import annotations
 
+import math
+
+from csipipe.comm import codec
+from csipipe.comm.ledger import UP, Kind
 from csipipe.models import count_parts, widths
 from csipipe.settings import tables
 from csipipe.settings.config import Settings
@@ -15,6 +19,34 @@ def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
     """Scalars `up` (UE → BTS) and `down` in one iteration, over all UEs."""
     total = settings.participants * int(tables.found(settings.spec.cost)(settings))
     return {"up": total, "down": total}
+
+
+def bytes_per_iteration(settings: Settings) -> dict[str, int]:
+    """Bytes of those scalars as the codecs write them, `up` and `down`."""
+    names = codec.chosen(settings.comm, settings.train.precision)
+    found = {"up": 0, "down": 0}
+    for crossing in settings.spec.crosses or ("update", "mean_update"):
+        name, kind = names[crossing], Kind[crossing.upper()]
+        if settings.spec.pipelined:
+            c1, c2 = widths(settings.model)
+            width = c1 if kind in (Kind.SMASHED, Kind.SMASHED_GRADIENT) else c2
+            messages = settings.train.micro_batches
+            rows = settings.train.batch_size // messages
+            one, shape = codec.of_rows(name, settings.comm, rows, width), (rows, width)
+        else:
+            scalars = shared_parts(settings)
+            messages, shape = 1, (1, scalars)
+            one = codec.of_vector(name, settings.comm, scalars)
+        size = messages * math.prod(one.shape(shape)) * one.dtype.itemsize
+        found["up" if kind in UP else "down"] += settings.participants * size
+    return found
+
+
+def feedback_bits(settings: Settings) -> int:
+    """Bits of one sample's codeword, as its codec writes it."""
+    name, (width, _) = codec.chosen(settings.comm, settings.train.precision), widths(settings.model)
+    one = codec.of_rows(name["smashed"], settings.comm, 1, width)
+    return 8 * one.shape((1, width))[1] * one.dtype.itemsize
 
 
 def split(settings: Settings) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models
+from csipipe.comm.codec import Residual
 from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
 from csipipe.measure.figures import WIDTH, Figures
@@ -26,11 +27,14 @@ from csipipe.methods.half import Evaluation, Half, UeSide
 from csipipe.methods.replica import Agreed, Replica
 from csipipe.methods.rows import load
 from csipipe.methods.seat import Seat
-from csipipe.methods.state import Unit, ue_name
+from csipipe.methods.state import BTS, NoMoments, Unit, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.pipeline import schedule
 from csipipe.pipeline.schedule import Attempts, Instruction, Op
 from csipipe.settings.config import Settings
+
+FEEDBACK = "feedback"
+"""What updates lost at their codec, in a checkpoint."""
 
 
 def prepare(
@@ -120,6 +124,9 @@ class UeHalf(UeSide):
             }
             for ue in ues
         }
+        if settings.comm.error_feedback:
+            for line in self.lines.values():
+                line[Kind.UPDATE].residual = Residual(self.sizes[Kind.UPDATE]).to(self.device)
         # a model common to all is tested once: the UEs take its batches in turn
         self.takers = self.topology.ues if is_one_model(settings) else 1
         self.each = {
@@ -212,7 +219,8 @@ class UeHalf(UeSide):
         for ue, replica in self.replicas.items():
             agreed = [self.statistics[ue]] if ue in self.statistics else []
             agreed += [replica.agreed] if replica.agreed else []
-            units[ue_name(ue)] = replica.unit(agreed)
+            residual = self.lines[ue][Kind.UPDATE].residual
+            units[ue_name(ue)] = replica.unit(agreed, {FEEDBACK: residual} if residual else {})
         return units
 
     def _report(self, sums: list[Tensor]) -> None:
@@ -241,6 +249,9 @@ class BtsHalf(Half):
             for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
             if kind in found
         }
+        if self.settings.comm.error_feedback:
+            residual = Residual(found[Kind.UPDATE]).to(self.device)
+            self.down[Kind.MEAN_UPDATE].residual = residual
         self.whole = {Op.SEND_MEAN: self._send_mean}
         self.each = {Op.RECEIVE_UPDATE: self._receive, Op.AGGREGATE: self._add}
         self._faults: dict[int, str] = {}
@@ -279,6 +290,11 @@ class BtsHalf(Half):
         sound = self.topology.ues - len(self._faults)
         for channel, total in zip(self.down.values(), self._totals, strict=True):
             channel.send(0, total / sound)
+
+    def units(self) -> dict[str, Unit]:
+        """What the means have lost so far, where that is made up for."""
+        residual = self.down[Kind.MEAN_UPDATE].residual
+        return {BTS: Unit({FEEDBACK: residual}, NoMoments())} if residual else {}
 
     def evaluation(self, part: EvalRows) -> Evaluation:
         """Gathers figures; all UEs have those of one model where it is tested once."""

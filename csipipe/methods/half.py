@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from csipipe.comm.wire import Wire
-from csipipe.device import autocast, wire_dtype
+from csipipe.device import autocast
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.methods.base import EvalRows
@@ -49,11 +49,13 @@ class Half:
             role,
             train.batch_size // train.micro_batches,
             train.micro_batches,
-            wire_dtype(train.precision),
+            self.settings.comm,
+            train.precision,
             self.device,
             train.max_rms,
             self.clock,
             seat.loop,
+            train.seed,
         )
         self.reports = self.wire.reports(WIDTH)
         self.whole: dict[Op, Callable[[], None]] = {}

@@ -125,6 +125,7 @@ class Rank(Seat):
         self.roster.draw(iteration)
         for half in self.halves:
             half.wire.lay(self.roster.present)
+            half.wire.rounding.iteration = iteration
 
     def _undo(self) -> None:
         for half in self.halves:

@@ -8,7 +8,7 @@ shared parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,18 +106,19 @@ class Replica:
         with torch.no_grad():
             return self._losses(h_BAD)[1]
 
-    def unit(self, agreed: Sequence[Agreed]) -> Unit:
+    def unit(self, agreed: Sequence[Agreed], more: Mapping[str, nn.Module]) -> Unit:
         """What a checkpoint holds of this UE.
 
         Args:
             agreed: what to refresh once the tensors have been loaded.
+            more: modules without parameters, by name.
         """
 
         def loaded() -> None:
             for one in agreed:
                 one.refresh()
 
-        parts: dict[str, nn.Module] = dict(self.parts)
+        parts: dict[str, nn.Module] = {**self.parts, **more}
         return Unit(parts, AdamMoments(self.ue.optimizer), self.ue.generator, loaded)
 
     def _losses(self, h_BAD: Tensor) -> tuple[Tensor, Tensor]:

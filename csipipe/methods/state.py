@@ -42,6 +42,16 @@ class AdamMoments:
             self._optimizer.state.pop(parameter, None)
 
 
+class NoMoments:
+    """Of modules that nothing optimises."""
+
+    def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {}
+
+    def write(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        assert not state, "nothing was read"
+
+
 @dataclass(frozen=True)
 class Unit:
     """A UE's or a tail layer's state: modules with their buffers, Adam's moments, its draws.
@@ -120,6 +130,10 @@ def layer_units(layers: Iterable[nn.Module], first: int, moments: Moments) -> di
         for number, layer in enumerate(layers, first)
         if layer.state_dict()
     }
+
+
+BTS = "bts"
+"""What a checkpoint holds of the BTS besides the tail."""
 
 
 def ue_name(ue: int) -> str:

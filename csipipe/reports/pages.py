@@ -24,11 +24,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def claims_table(claims: Iterable[Claim]) -> str:
-    """Claim by claim: the paper's figure, ours, holds or doesn't."""
+def claims_table(
+    claims: Iterable[Claim], claim: str = "the paper's claim", by: str = "paper"
+) -> str:
+    """Claim by claim: the paper's figure, ours, holds or doesn't.
+
+    Args:
+        claim, by: heads of the first two columns.
+    """
     words = {True: "**holds**", False: "**doesn't hold**", None: "can't be judged"}
     rows = [[c.text, c.paper, c.ours, words[c.holds]] for c in claims]
-    return table(["the paper's claim", "paper", "here", "verdict"], rows)
+    return table([claim, by, "here", "verdict"], rows)
 
 
 def page(title: str, *parts: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from csipipe import channels
 from csipipe.files import write_file, write_table
-from csipipe.methods.cost import exchanged_per_iteration, shared_parts
+from csipipe.methods.cost import bytes_per_iteration, exchanged_per_iteration, shared_parts
 from csipipe.models import count_parts, widths
 from csipipe.plotting import name_of
 from csipipe.reports import pages
@@ -20,7 +20,6 @@ from csipipe.settings.config import Settings
 
 LINKS = (10, 50, 100, 1000)
 """Rates in Mbit/s."""
-_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -102,26 +101,21 @@ def configuration(preset: str | None, arguments: list[str]) -> Settings:
 
 def plan(settings: Settings) -> list[Row]:
     """A row per method; local steps only where a method takes them."""
-    once = replace(settings, train=replace(settings.train, local_steps=1))
-    return [
-        _row(replace(settings if tables.METHODS[method].local_steps else once, method=method))
-        for method in METHODS
-    ]
+    return [_row(settings.of(method)) for method in METHODS]
 
 
 def _row(settings: Settings) -> Row:
     each = sum(exchanged_per_iteration(settings).values())
-    iterations, size = settings.train.iterations, _BYTES[settings.train.precision]
-    shared = shared_parts(settings)
-    total = each * iterations
+    size = sum(bytes_per_iteration(settings).values())
+    iterations, shared = settings.train.iterations, shared_parts(settings)
     return Row(
         method=settings.method,
         scalars_per_iteration=each,
-        bytes_per_iteration=each * size,
+        bytes_per_iteration=size,
         iterations=iterations,
-        scalars=total,
-        bytes=total * size,
-        seconds={rate: total * size * 8 / (rate * 1e6) for rate in LINKS},
+        scalars=each * iterations,
+        bytes=size * iterations,
+        seconds={rate: size * iterations * 8 / (rate * 1e6) for rate in LINKS},
         break_even=shared / sum(widths(settings.model)) if shared else None,
     )
 

@@ -122,7 +122,7 @@ class Preset:
 
     def settings(self, method: str, environment: Environment, ratio: int, seed: int) -> Settings:
         """Settings of one run, without `run.dir`; raises as `common`."""
-        common = self.common()
+        common = self.common().of(method)
         if None in (common.model.angles, common.model.delays):
             common = channels.sized(common)
         model, train, topology = common.model, common.train, common.topology
@@ -143,8 +143,8 @@ class Preset:
                 train,
                 lr=self.rates.get(method, train.lr),
                 seed=seed,
-                local_steps=train.local_steps if spec.local_steps else 1,
             ),
+            comm=common.comm,
             run=common.run,
         )
 

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from types import ModuleType
 
-from csipipe.reports import array, fig5, fig6, headline, plan, search, table1
+from csipipe.reports import array, bytes, fig5, fig6, headline, plan, search, table1
 
 ABOUT = """Makes the paper's figures from training runs. Missing runs are started, one torchrun
 after the other; the same command resumes an interrupted report. Settings of training, such as
@@ -17,6 +17,7 @@ REPORTS: dict[str, ModuleType] = {
     "fig5": fig5,
     "fig6": fig6,
     "headline": headline,
+    "bytes": bytes,
     "plan": plan,
     "search": search,
 }
@@ -24,6 +25,7 @@ ARRAYS: dict[str, array.Wanted] = {
     "fig5": fig5.wanted,
     "fig6": fig6.wanted,
     "headline": headline.wanted,
+    "bytes": bytes.wanted,
 }
 """Reports whose runs can be started as a SLURM array."""
 

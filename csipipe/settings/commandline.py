@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import yaml
@@ -93,11 +93,25 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         # the first page of help has no room for every setting
         if not parser.groups and not _asks_for_help(arguments):
             parser.add_class_arguments(Settings)
-        values = parser.instantiate(parser.parse_args(list(_with_shipped(arguments))))
+        parsed = parser.parse_args(list(_with_shipped(arguments)))
+        _refuse_null(Settings, parsed)
+        values = parser.instantiate(parsed)
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for the settings.") from error
     found = Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
     return _at_home(found), values
+
+
+def _refuse_null(section: Any, parsed: Any, prefix: str = "") -> None:
+    """Refuse (ValueError) null where a setting has a value, and where settings belong."""
+    for field in fields(section):
+        value, inner = parsed[field.name], field.default_factory
+        if value is None and field.default is not None:
+            raise ValueError(
+                f"{prefix}{field.name} is null; leave it out for its default, or see --help."
+            )
+        if inner is not MISSING and is_dataclass(inner):
+            _refuse_null(inner, value, f"{prefix}{field.name}.")
 
 
 def _at_home(settings: Settings) -> Settings:
@@ -199,7 +213,7 @@ def dotted(settings: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{key}": item for key, item in value.items()}
+            flat |= {f"{name}.{key}": item for key, item in dotted(value).items()}
         else:
             flat[name] = value
     return flat

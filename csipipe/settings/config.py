@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from csipipe.settings import tables
-from csipipe.settings.tables import KINDS, LOSSES, METHODS, MODELS, SOURCES, MethodSpec
+from csipipe.settings.tables import CODECS, KINDS, LOSSES, METHODS, MODELS, SOURCES, MethodSpec
 
 Kernel = tuple[int, int]
 """Height (angles) and width (delays) of a convolution kernel."""
@@ -253,8 +253,8 @@ class TrainSettings:
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
     precision: Precision = "fp32"
-    """Arithmetic of UEs, tail and wire. bf16: autocast, fp32 weights, half the bytes exchanged; on
-    a CPU only what is exchanged."""
+    """Arithmetic of UEs and tail, and the codec of what comm.codec doesn't name. bf16: autocast,
+    fp32 weights, half the bytes exchanged; on a CPU only what is exchanged."""
     tf32: bool = False
     """Let GPUs compute fp32 convolutions and products in TF32: faster, and right to three digits
     instead of seven."""
@@ -312,6 +312,55 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodecSettings:
+    """How each kind of message is written: fp32, bf16, int8, int4, int2 or topk."""
+
+    smashed: str | None = None
+    """Smashed data, UE to BTS: fp32, bf16, int8, int4, int2 (levels of that many bits) or topk (the
+    largest, with their places). null, here and below: as train.precision says."""
+    output: str | None = None
+    """The tail's output, BTS to UE."""
+    output_gradient: str | None = None
+    """The gradient at the head's input, UE to BTS."""
+    smashed_gradient: str | None = None
+    """The gradient at the encoder's output, BTS to UE."""
+    update: str | None = None
+    """Federated: the change of the shared parts or their gradient, UE to BTS."""
+    mean_update: str | None = None
+    """Federated: the mean of the UEs' updates, BTS to UE."""
+
+    def __post_init__(self) -> None:
+        for kind, name in vars(self).items():
+            if name is not None and name not in CODECS:
+                raise ValueError(
+                    f"comm.codec.{kind} is {name!r}; it must be one of {', '.join(CODECS)}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommSettings:
+    """What crosses between UEs and BTS: as how many bytes, and how it is rounded."""
+
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    """How each kind of message is written."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How int8, int4 and int2 round in training. stochastic: up or down at random, right in the
+    mean; drawn by train.seed, kind, iteration and UE."""
+    scale: Literal["row", "ue"] = "row"
+    """What has a scale, of 4 bytes, in common (int8, int4, int2). row: a row of a micro-batch; 256
+    scalars of an update. ue: all that a UE sends or receives in a message."""
+    topk: float = 0.05
+    """Share of the scalars of a row, or of an update, that topk sends."""
+    error_feedback: bool = False
+    """Federated methods: what an update loses at its codec is added to the next one, at the UEs and
+    at the BTS."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.topk <= 1:
+            raise ValueError(f"comm.topk is {self.topk}; it must lie in (0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Where a run is stored, how often it evaluates, how long it waits for a peer."""
 
@@ -363,6 +412,7 @@ class Settings:
     topology: TopologySettings = field(default_factory=TopologySettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    comm: CommSettings = field(default_factory=CommSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:
@@ -398,6 +448,32 @@ class Settings:
                 f"{self.run.profile_after}, but train.iterations {self.train.iterations}: the last "
                 f"profiled iteration would be {last}; profile fewer, or train more."
             )
+
+    def check_comm(self) -> None:
+        """Refuse (ValueError) what is said of messages that the method doesn't exchange."""
+        crosses = self.spec.crosses
+        for kind, name in vars(self.comm.codec).items():
+            if name is not None and kind not in crosses:
+                what = ", ".join(crosses) or "nothing"
+                raise ValueError(
+                    f"comm.codec.{kind} is {name}, but {self.method} exchanges {what}; leave it "
+                    "out."
+                )
+        if self.comm.error_feedback and "update" not in crosses:
+            raise ValueError(
+                f"comm.error_feedback is true, but {self.method} sends no updates, whose losses "
+                "could be made up for by the next one; leave it out."
+            )
+
+    def of(self, method: str) -> Settings:
+        """The same by another method, without what is said only to this one."""
+        spec = METHODS[method]
+        kinds = [field.name for field in fields(CodecSettings)]
+        codec = replace(self.comm.codec, **dict.fromkeys(set(kinds) - set(spec.crosses)))
+        feedback = self.comm.error_feedback and "update" in spec.crosses
+        comm = replace(self.comm, codec=codec, error_feedback=feedback)
+        steps = self.train.local_steps if spec.local_steps else 1
+        return replace(self, method=method, comm=comm, train=replace(self.train, local_steps=steps))
 
     def on(self, ranks: int) -> Settings:
         """The same run on `ranks` processes: who is where is decided, unless it was."""

@@ -50,6 +50,9 @@ def _settings(section: Any, prefix: str, names: Iterable[str]) -> Iterator[tuple
     defaults, types = section(), get_type_hints(section)
     meanings = {p.arg_name: p.description or "" for p in parse_from_object(section).params}
     for name in names:
+        if dataclasses.is_dataclass(inner := getattr(defaults, name)):
+            yield from _settings(type(inner), f"{prefix}{name}.", vars(inner))
+            continue
         meaning = " ".join(meanings[name].split())
         if f"{prefix}{name}" in tables.TABLES:
             meaning += f" {tables.listed(f'{prefix}{name}')}"

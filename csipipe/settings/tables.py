@@ -32,6 +32,8 @@ class MethodSpec:
     """Whether a UE may take several steps of its own between two exchanges."""
     shared: tuple[str, ...] = ()
     """Parts of the model that every UE has and the BTS averages; the other parts are private."""
+    crosses: tuple[str, ...] = ()
+    """What crosses between UEs and BTS, as comm.codec has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +101,26 @@ class LossSpec:
     """Whether it needs images of a kind with `similarity`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodecSpec:
+    """How scalars are written for the wire, by comm.codec.
+
+    Neither `dtype` nor `bits`: only the largest scalars cross, comm.topk of them.
+    """
+
+    dtype: str | None = None
+    """The type, of torch, in which every scalar crosses by itself."""
+    bits: int | None = None
+    """Bits of a scalar that crosses as a multiple of a scale."""
+
+
 def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
     return MethodSpec(
         about=about,
         prepare=prepare,
         cost="csipipe.methods.cost:shared_parts",
         stages=1,
+        crosses=("update", "mean_update"),
         **facts,
     )
 
@@ -118,6 +134,7 @@ METHODS: dict[str, MethodSpec] = {
         cost="csipipe.methods.cost:split",
         stages=2,
         pipelined=True,
+        crosses=("smashed", "output", "output_gradient", "smashed_gradient"),
     ),
     "centralised": MethodSpec(
         about="the unsplit model on all data, in one process",
@@ -251,6 +268,15 @@ LOSSES: dict[str, LossSpec] = {
         function="csipipe.measure.metrics:sgcs_loss",
         similarity=True,
     ),
+}
+
+CODECS: dict[str, CodecSpec] = {
+    "fp32": CodecSpec(dtype="float32"),
+    "bf16": CodecSpec(dtype="bfloat16"),
+    "int8": CodecSpec(bits=8),
+    "int4": CodecSpec(bits=4),
+    "int2": CodecSpec(bits=2),
+    "topk": CodecSpec(),
 }
 
 TABLES: dict[str, Mapping[str, MethodSpec | ModelSpec | SourceSpec]] = {

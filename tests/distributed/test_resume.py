@@ -25,7 +25,7 @@ from test_run import ROOT, arguments
 from csipipe import checkpoint, methods
 from csipipe.comm.world import World
 from csipipe.run.saving import Saver, restore
-from csipipe.settings.config import Placement, Settings
+from csipipe.settings.config import CodecSettings, Placement, Settings
 
 HALF = 3
 
@@ -99,6 +99,16 @@ METHODS: dict[str, Settings] = {
     name: small(name, train={"iterations": 2 * HALF}, topology={"stages": None})
     for name in ("fedavg", "fedavgper", "fedprox", "fedproxper", "fedgrad", "fedgradper")
 } | {
+    "feedback": small(
+        "fedavg",
+        train={"iterations": 2 * HALF},
+        topology={"stages": None},
+        comm={
+            "codec": CodecSettings(update="int4", mean_update="topk"),
+            "rounding": "stochastic",
+            "error_feedback": True,
+        },
+    ),
     "fedalt": small(
         "fedproxper",
         train={"iterations": 2 * HALF, "local_steps": 2, "personalisation": "fedalt"},
@@ -109,6 +119,13 @@ CSILOCAL = {
     "fp32": small(train={"iterations": 2 * HALF}),
     "bf16": small(train={"iterations": 2 * HALF, "precision": "bf16"}),
     "some": small(train={"iterations": 2 * HALF}, topology={"participants": 2}),
+    "int4": small(
+        train={"iterations": 2 * HALF},
+        comm={
+            "codec": CodecSettings(smashed="int8", output_gradient="int4", smashed_gradient="int2"),
+            "rounding": "stochastic",
+        },
+    ),
     "random": small(model={"name": "randommodel:build"}, train={"iterations": 2 * HALF}),
     "transnet": small(model={"name": "transnet"}, train={"iterations": 2 * HALF}),
     "zero1": small(
@@ -142,9 +159,9 @@ def saved_csilocal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     ("placement", "stages", "size", "names"),
     [
         ("apart", 2, 4, ["zero1"]),
-        ("apart", 1, 5, ["fp32", "bf16", "some", "random", "transnet"]),
+        ("apart", 1, 5, ["fp32", "bf16", "some", "int4", "random", "transnet"]),
         ("apart", 3, 4, ["fp32"]),
-        ("together", 1, 1, ["fp32", "some"]),
+        ("together", 1, 1, ["fp32", "some", "int4"]),
         ("together", 2, 2, ["zero1"]),
         pytest.param("apart", 2, 4, ["fp32", "bf16", "zero1"], marks=pytest.mark.long),
         pytest.param("apart", 1, 2, ["fp32", "bf16"], marks=pytest.mark.long),

@@ -15,13 +15,14 @@ from runs import CPU, follow, small
 from csipipe import methods
 from csipipe.comm import trust
 from csipipe.comm.channel import SLOTS, Channel, Peer
+from csipipe.comm.codec import Plain
 from csipipe.comm.handshake import compare_messages
 from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
 from csipipe.comm.wire import Wire
 from csipipe.comm.world import World
 from csipipe.run.handshake import compare_settings
-from csipipe.settings.config import Settings
+from csipipe.settings.config import CommSettings, Settings
 
 NAN = math.nan
 
@@ -30,7 +31,7 @@ def send_bad(world: World, values: list[float], kind: Kind) -> str:
     """Rank 1, a UE rank with UEs 4 and 5, sends `values` where two rows of 3 are expected."""
     world.connect(20)
     peer = Peer(1 - world.rank, slice(0, 2), range(4, 6), "UE rank 1 (UEs 4-5)")
-    channel = Channel(kind, [peer], (2, 3), 1, torch.float32, CPU, limit=1e4)
+    channel = Channel(kind, [peer], (2, 3), 1, Plain(torch.float32), CPU, limit=1e4)
     error = ""
     if world.rank:
         # past `send`, which refuses to send another shape
@@ -66,7 +67,7 @@ def test_a_bad_message_is_named(values: list[float], message: str) -> None:
 def send_weights(world: World, weights: list[float]) -> list[float] | str:
     """Weights of rank 1 on rank 0."""
     world.connect(20)
-    wire = Wire(Topology(2, 1, 2), world.rank, 8, 2, torch.float32, CPU, limit=1e4)
+    wire = Wire(Topology(2, 1, 2), world.rank, 8, 2, CommSettings(), "fp32", CPU, limit=1e4)
     channel = wire.weights(1, len(weights))
     received: list[float] | str = []
     if world.rank:
@@ -109,7 +110,7 @@ def disagree(world: World, on: str) -> str:
     try:
         compare_settings(world, small(train=changed))
         topology = Topology(2, 1, 4)
-        wire = Wire(topology, world.rank, 8, 2, torch.float32, CPU, 1e4)
+        wire = Wire(topology, world.rank, 8, 2, CommSettings(), "fp32", CPU, 1e4)
         wire.link(Kind.SMASHED, 24 + (world.rank and on == "messages"))
         wire.expect(Kind.OUTPUT, range(4), (8, 16), 2)
         compare_messages(world, [wire])
@@ -124,8 +125,8 @@ def disagree(world: World, on: str) -> str:
         ("settings", "rank 1 was started with train.lr 0.5, rank 0 with 0.002"),
         (
             "messages",
-            "exchange 'UE 0: 2 × smashed of 8 × 25 torch.float32', the BTS "
-            "'UE 0: 2 × smashed of 8 × 24 torch.float32'",
+            "exchange 'UE 0: 2 × smashed of 8 × 25 fp32', the BTS "
+            "'UE 0: 2 × smashed of 8 × 24 fp32'",
         ),
         ("nothing", ""),
     ],

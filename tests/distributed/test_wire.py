@@ -11,6 +11,7 @@ from harness import run_world
 from runs import CPU, joined, small, split
 
 from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.codec import Plain
 from csipipe.comm.collectives import merged
 from csipipe.comm.ledger import COUNTED, PHASES, Kind, Ledger
 from csipipe.comm.world import World
@@ -66,7 +67,7 @@ def lose_a_message(world: World) -> str:
     world.connect(20)
     ues, bts = Ledger(1), Ledger(1)
     if world.rank == 0:
-        bts.count(Kind.SMASHED, range(1), torch.zeros(2, 3))
+        bts.count(Kind.SMASHED, range(1), 6, 24)
     try:
         merged(ues, bts)
     except RuntimeError as error:
@@ -83,7 +84,7 @@ def mix_up(world: World) -> list[float]:
     world.connect(20)
     peer = [Peer(1 - world.rank, slice(0, 1))]
     one, two = (
-        Channel(kind, peer, (1, 1), 2, torch.float32, CPU)
+        Channel(kind, peer, (1, 1), 2, Plain(torch.float32), CPU)
         for kind in (Kind.ACTIVATION, Kind.ACTIVATION_GRADIENT)
     )
     got = []
@@ -108,7 +109,7 @@ def go_round(world: World, staged: bool) -> list[float]:
     """Rank 0 sends seven micro-batches, rank 1 has room for two."""
     world.connect(20)
     channel = Channel(
-        Kind.ACTIVATION, [Peer(1 - world.rank, slice(0, 1))], (1, 1), 7, torch.float32, CPU
+        Kind.ACTIVATION, [Peer(1 - world.rank, slice(0, 1))], (1, 1), 7, Plain(torch.float32), CPU
     )
     if staged:  # as between a GPU and gloo: through host buffers, by the channel's thread
         channel._thread = ThreadPoolExecutor(1)
@@ -139,7 +140,7 @@ def stay_silent(world: World) -> str:
     """Rank 0 never sends what rank 1 waits for."""
     world.connect(1.0)
     peer = Peer(0, slice(0, 1), role="BTS stage 0")
-    channel = Channel(Kind.SMASHED, [peer], (1, 1), 3, torch.float32, CPU)
+    channel = Channel(Kind.SMASHED, [peer], (1, 1), 3, Plain(torch.float32), CPU)
     if world.rank == 0:
         world.store.get("rank 1 gave up")
         return ""

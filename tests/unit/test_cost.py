@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from csipipe.methods.cost import exchanged_per_iteration, shared_parts
-from csipipe.settings.config import ModelSettings, Settings, TopologySettings, TrainSettings
+from csipipe.methods.cost import (
+    bytes_per_iteration,
+    exchanged_per_iteration,
+    feedback_bits,
+    shared_parts,
+)
+from csipipe.settings.config import (
+    CodecSettings,
+    CommSettings,
+    ModelSettings,
+    Settings,
+    TopologySettings,
+    TrainSettings,
+)
 from csipipe.settings.tables import METHODS
 
 
@@ -47,3 +61,24 @@ def test_what_crosses_of_every_method() -> None:
     assert crossing["csilocal"] == {"up": 10 * 800 * 512, "down": 10 * 800 * 512}
     assert crossing["fedprox"] == {"up": 21_046_900, "down": 21_046_900}
     assert shared_parts(paper("csilocal")) == 0
+
+
+def test_bytes_of_codecs_by_hand() -> None:
+    one = CodecSettings(smashed="int8", output="int4", smashed_gradient="topk")
+    settings = replace(paper("csilocal"), comm=CommSettings(codec=one, topk=0.125))
+    ues, messages, rows, c = 10, 4, 200, 512
+    smashed = messages * rows * (c + 4)
+    output = messages * rows * (c // 2 + 4)
+    gradient = messages * rows * 64 * (2 + 4)
+    assert bytes_per_iteration(settings) == {
+        "up": ues * (smashed + messages * rows * c * 4),
+        "down": ues * (output + gradient),
+    }
+    assert feedback_bits(settings) == 8 * (c + 4)
+    federated = replace(
+        paper("fedavg"), comm=CommSettings(codec=CodecSettings(update="int2"), scale="ue")
+    )
+    d = 4_202_354
+    assert bytes_per_iteration(federated) == {"up": 10 * (-(-d // 16) * 4 + 4), "down": 40 * d}
+    plain = exchanged_per_iteration(paper("fedgradper"))
+    assert bytes_per_iteration(paper("fedgradper")) == {way: 4 * n for way, n in plain.items()}

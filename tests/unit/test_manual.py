@@ -44,7 +44,7 @@ def test_every_setting_is_on_the_page_of_its_section(capsys: pytest.CaptureFixtu
         lines = text.splitlines()
         assert len(lines) <= SCREEN
         assert max(map(len, lines)) <= 100
-        for key in defaults[name]:
+        for key in commandline.dotted(defaults[name]):
             assert f"  --{name}.{key} " in text
 
 

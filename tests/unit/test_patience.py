@@ -59,13 +59,16 @@ def test_the_watchdog_speaks_after_the_rank_that_waits() -> None:
 
 def test_a_receive_over_nccl_ends_after_run_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     from csipipe.comm.channel import Channel, Peer
+    from csipipe.comm.codec import Plain
     from csipipe.comm.ledger import Kind
 
     group = torch.distributed
     monkeypatch.setattr(group, "get_backend", lambda _: "nccl")
     monkeypatch.setattr(group, "irecv", lambda *_: Slow(1000))
     peer, elsewhere = Peer(1, slice(0, 2), role="BTS stage 1"), torch.device("meta")
-    channel = Channel(Kind.ACTIVATION, [peer], (2, 3), 1, torch.float32, elsewhere, timeout=0.2)
+    channel = Channel(
+        Kind.ACTIVATION, [peer], (2, 3), 1, Plain(torch.float32), elsewhere, timeout=0.2
+    )
     channel.post()
     with pytest.raises(blame.PeerLost, match=r"activation from BTS stage 1: Timed out"):
         channel.receive(0)

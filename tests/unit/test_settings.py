@@ -203,3 +203,11 @@ def test_a_tilde_is_home_in_a_file_too(tmp_path: Path, monkeypatch: pytest.Monke
     found = parse("--config", str(file), "--run.dir=~/w")
     assert (found.run.dir, found.run.resume) == ("/home/me/w", "/home/me/y")
     assert found.train.deepspeed == "/home/me/z.json"
+
+
+@pytest.mark.parametrize("text", ["train: {loss: null}", "comm: null", "comm: {codec: null}"])
+def test_null_where_there_must_be_a_value_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"(train.loss|comm|comm.codec) is null; leave it out"):
+        commandline.settings(commandline.parser(""), ["--config", str(file)])

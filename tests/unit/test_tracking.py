@@ -43,7 +43,7 @@ def figures(*rows: tuple[float, float, float]) -> Figures:
 def exchanged(kilobytes: int) -> Ledger:
     """A ledger of one UE that sent so much in fp32."""
     ledger = Ledger(1)
-    ledger.count(Kind.SMASHED, range(1), torch.zeros(kilobytes, 250))
+    ledger.count(Kind.SMASHED, range(1), 250 * kilobytes, 1000 * kilobytes)
     return ledger
 
 
