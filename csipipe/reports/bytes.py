@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -39,13 +40,15 @@ Curves = Mapping[tuple[str, str, int], Curve]
 """By method, coding and seed."""
 
 
-def _all(method: str, *names: str, **comm: bool) -> CommSettings:
+def _all(method: str, *names: str, feedback: bool = False) -> CommSettings:
     """Codecs of what a method exchanges, in the order of its row; the last is repeated."""
     crosses = METHODS[method].crosses
     names = (*names, *[names[-1]] * len(crosses))
-    rounding = {"rounding": "stochastic"} if names[-1] != "int8" else {}
-    codec = CodecSettings(**dict(zip(crosses, names, strict=False)))
-    return replace(CommSettings(codec=codec), **rounding, **comm)
+    return CommSettings(
+        codec=CodecSettings(**dict(zip(crosses, names, strict=False))),
+        rounding="nearest" if names[-1] == "int8" else "stochastic",
+        error_feedback=feedback,
+    )
 
 
 CODINGS: dict[str, dict[str, CommSettings]] = {
@@ -58,9 +61,9 @@ CODINGS: dict[str, dict[str, CommSettings]] = {
     RIVAL: {
         "fp32": CommSettings(),
         "int8": _all(RIVAL, "int8"),
-        "int4, feedback": _all(RIVAL, "int4", error_feedback=True),
-        "int2, feedback": _all(RIVAL, "int2", error_feedback=True),
-        "topk, feedback": _all(RIVAL, "topk", error_feedback=True),
+        "int4, feedback": _all(RIVAL, "int4", feedback=True),
+        "int2, feedback": _all(RIVAL, "int2", feedback=True),
+        "topk, feedback": _all(RIVAL, "topk", feedback=True),
     },
 }
 """What is tried, by method; all but fp32 and int8 round stochastically."""
@@ -214,17 +217,22 @@ def draw(curves: Curves) -> Figure:
                 x = [size / 1e6 for size in curve.bytes]
                 axes.plot(x, curve.loss, markevery=max(1, len(x) // 4), **look)
     axes.set_xscale("log")
-    slowest = LINKS[0]
-    top = axes.secondary_xaxis(
-        "top", functions=(lambda x: x * 8 / slowest, lambda x: x * slowest / 8)
-    )
-    top.set_xlabel(f"seconds on a link of {slowest} Mbit/s")
+    top = axes.secondary_xaxis("top", functions=(_seconds, _megabytes))
+    top.set_xlabel(f"seconds on a link of {LINKS[0]} Mbit/s")
     axes.set_xlabel("exchanged (MB, both directions, all UEs)")
     axes.set_ylabel(plotting.LOSS)
     axes.ticklabel_format(axis="y", scilimits=(-2, 2), useMathText=True)
     axes.grid(color="0.9")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
     return figure
+
+
+def _seconds(megabytes: Any) -> Any:
+    return megabytes * 8 / LINKS[0]
+
+
+def _megabytes(seconds: Any) -> Any:
+    return seconds * LINKS[0] / 8
 
 
 def verdict(curves: Curves, tried: list[Tried], seeds: int, notes: str) -> str:
