@@ -202,17 +202,21 @@ class Channel:
 
     def _encode(self, m: int, message: Tensor) -> Tensor:
         """The payload of micro-batch `m`, with what the messages before have lost."""
-        training, shares = self.rounding.iteration is not None, len(message) // self.codec.share
-        owners = [ue for peer in self.peers for ue in peer.ues]
-        if len(owners) != shares:
-            owners = [_ALL] * shares
-        noise = self.rounding.noise(self.kind.value, m, owners, message.numel() // shares)
-        if self.residual is None or not training:
+        noise = None
+        if self.codec.rounds:
+            owners, shares = self._owners(), len(message) // self.codec.share
+            owners = owners if len(owners) == shares else [_ALL]  # all UEs get the same
+            noise = self.rounding.noise(self.kind.value, m, owners, message.numel() // shares)
+        if self.residual is None or self.rounding.iteration is None:
             return self.codec.encode(message, noise)
         message = self.residual.add(message)
         payload = self.codec.encode(message, noise)
         self.residual.keep(message, self.codec.decode(payload))
         return payload
+
+    def _owners(self) -> list[int]:
+        """UEs whose rows a message holds, in order."""
+        return [ue for peer in self.peers for ue in peer.ues]
 
     def _start(
         self, m: int, tensor: Tensor, downloaded: Callable[[], None] | None = None

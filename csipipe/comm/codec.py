@@ -33,10 +33,12 @@ class Codec(Protocol):
     Attributes:
         share: rows of a message that become one row of its payload.
         dtype: of the payload.
+        rounds: whether it can round stochastically.
     """
 
     share: int
     dtype: torch.dtype
+    rounds: bool
 
     def shape(self, message: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the payload of a message of that shape."""
@@ -52,6 +54,7 @@ class Plain:
     """Scalar by scalar, in another type or the same."""
 
     share = 1
+    rounds = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -75,6 +78,7 @@ class _Packed:
     """
 
     dtype = torch.uint8
+    rounds = False
 
     def __init__(self, rows: int, width: int, group: int) -> None:
         self.share = rows
@@ -105,6 +109,8 @@ class Levels(_Packed):
     Levels go from -(2^(bits-1) - 1) to 2^(bits-1) - 1, so that 0 stays 0. A share's payload: its
     levels, `bits` each, then its G scales in fp32.
     """
+
+    rounds = True
 
     def __init__(self, bits: int, rows: int, width: int, group: int) -> None:
         super().__init__(rows, width, group)
