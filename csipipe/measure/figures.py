@@ -94,7 +94,7 @@ class Figures:
         return means | ({"sgcs": self.sgcs} if similarity else {})
 
     def summary(self, similarity: bool = False) -> dict[str, Any]:
-        """The `test` entry of `summary.json`; arguments as `score`."""
+        """The `test` entry of `summary.json`, of the UEs that have rows; arguments as `score`."""
         rows = zip(self.loss_per_ue, self.nmse_per_ue, self.sgcs_per_ue, strict=True)
         return {
             **self.named(similarity),
@@ -103,6 +103,7 @@ class Figures:
                 {"ue": ue, "loss": loss, "nmse_db": to_db(nmse)}
                 | ({"sgcs": sgcs} if similarity else {})
                 for ue, (loss, nmse, sgcs) in enumerate(rows)
+                if self.sums[ue, 0] > 0
             ],
         }
 

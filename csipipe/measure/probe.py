@@ -17,16 +17,17 @@ from torch.nn.utils import get_total_norm
 class Probe:
     """What the methods show of one rank.
 
+    Args:
+        ue: the UE whose reconstructions are kept.
+
     Attributes:
         gradients_wanted: record the gradients of the optimiser's next steps.
         rows_wanted: how many reconstructions to keep from here on; 0: none.
         seconds: what probing has taken so far.
     """
 
-    UE = 0
-    """The UE whose reconstructions are kept."""
-
-    def __init__(self) -> None:
+    def __init__(self, ue: int = 0) -> None:
+        self.ue = ue
         self.gradients_wanted = False
         self.rows_wanted = 0
         self.seconds = 0.0
@@ -51,7 +52,7 @@ class Probe:
 
     def reconstructed(self, ue: int, h_BAD: Tensor, h_hat_BAD: Tensor) -> None:
         """Record rows (B, 2, A, D) of an evaluation and their reconstructions."""
-        if ue != self.UE or self.rows_wanted <= 0 or not len(h_BAD):
+        if ue != self.ue or self.rows_wanted <= 0 or not len(h_BAD):
             return
         started = time.perf_counter()
         rows = slice(0, self.rows_wanted)

@@ -22,6 +22,7 @@ from csipipe.measure.figures import WIDTH, Figures
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import Builder, EvalRows, adam, batches_of, padded, set_rate
 from csipipe.methods.objective import Objective
+from csipipe.methods.roster import evaluated
 from csipipe.methods.rows import load
 from csipipe.methods.state import AdamMoments, Unit, layer_units, ue_name
 from csipipe.methods.ue import UserEquipment, losses
@@ -77,7 +78,7 @@ class Centralised:
             self.notes = models.kernels_notes(settings.model, device)
         self.objective = Objective.of(settings)
         self.clock = Clock()
-        self.probe = Probe()
+        self.probe = Probe(evaluated(settings)[0])
         self.dropped = [0] * len(ues)
         self.has_holdout = any(len(ue.holdout) for ue in ues)
 
@@ -91,7 +92,7 @@ class Centralised:
         self.tail.train()
         set_rate(self.optimizer, train.lr_at(iteration))
         self.clock.begin("compute", "draw mini-batches")
-        sums = self.run([ue.draw(train.batch_size) for ue in self.ues])
+        sums = self.run(self.ues, [ue.draw(train.batch_size) for ue in self.ues])
         self.clock.begin("compute", "step")
         for ue, figures in zip(self.ues, sums, strict=True):
             ue.check_loss(figures)
@@ -109,7 +110,8 @@ class Centralised:
         """Figures on `part`; a shared model is the same for every UE."""
         size = self.settings.train.batch_size
         common = part == "test" and self.shared
-        ues = self.ues[:1] if common else self.ues
+        chosen = evaluated(self.settings)
+        ues = [self.ues[ue] for ue in (chosen[:1] if common else chosen)]
         rows = [self.test if part == "test" else ue.holdout for ue in ues]
         sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64)
         for ue in self.ues:
@@ -118,17 +120,21 @@ class Centralised:
         with torch.no_grad():
             for start in range(0, batches_of(max(map(len, rows)), size) * size, size):
                 valid = [min(size, max(0, len(h) - start)) for h in rows]
-                sums += self.run([padded(h, start, size) for h in rows], valid)
-        return Figures(sums.expand(len(self.ues), -1) if common else sums)
+                sums += self.run(ues, [padded(h, start, size) for h in rows], valid)
+        everyone = torch.zeros(len(self.ues), WIDTH, dtype=torch.float64)
+        everyone[chosen] = sums
+        return Figures(everyone)
 
-    def run(self, h_UBAD: list[Tensor], valid: list[int] | None = None) -> Tensor:
+    def run(
+        self, ues: list[UserEquipment], h_UBAD: list[Tensor], valid: list[int] | None = None
+    ) -> Tensor:
         """Forward and, where gradients are on, backward pass over a mini-batch per UE.
 
         As at the BTS, micro-batches hold rows of every UE, ordered by UE number. Each is finished
         before the next one starts, while its activations are still in the cache.
 
         Args:
-            h_UBAD: mini-batches of the first len(h_UBAD) UEs.
+            h_UBAD: mini-batches of `ues`.
             valid: how many rows of each are counted; None: all.
 
         Returns:
@@ -136,7 +142,6 @@ class Centralised:
         """
         train = self.settings.train
         rows = train.batch_size // train.micro_batches
-        ues = self.ues[: len(h_UBAD)]
         training = torch.is_grad_enabled()
         sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
         clock = self.clock if training else Clock()

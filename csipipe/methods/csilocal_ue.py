@@ -63,7 +63,8 @@ class UeHalf(UeSide):
         self._restore: list[Callable[[], None]] = []
 
     def evaluated(self) -> dict[EvalRows, int]:
-        return {"holdout": max(len(ue.holdout) for ue in self.ues), "test": len(self.test)}
+        ues = [self.ues[at] for at in self._places(self.seat.roster.evaluated)]
+        return {"holdout": max((len(ue.holdout) for ue in ues), default=0), "test": len(self.test)}
 
     def begin(self, iteration: int) -> None:
         """Lines 3 and 8–10 of Algorithm 1 follow."""
@@ -125,7 +126,8 @@ class UeHalf(UeSide):
         self.wire.ledger.phase = "evaluation"
         self.stage.load(places, [])  # none yet
         self.ends.train(False)
-        self.ports.forward_in.post()  # before any send: the BTS keeps few messages in flight
+        if places:
+            self.ports.forward_in.post()  # before any send: the BTS keeps few messages in flight
         for k in range(batches + 1):
             # not after the next batch was sent: who takes it may wait for this rank's stage
             self.ports.forward_out.finish()
@@ -141,7 +143,7 @@ class UeHalf(UeSide):
                 self.execute(schedule.ue_decoding(micro_batches), Clock())
                 if places:
                     sums[places] += self.stage.sums()
-            if 0 < k < batches:
+            if places and 0 < k < batches:
                 self.ports.forward_in.post()
             if k < batches:
                 yield

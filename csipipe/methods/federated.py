@@ -127,8 +127,10 @@ class UeHalf(UeSide):
         if settings.comm.error_feedback:
             for line in self.lines.values():
                 line[Kind.UPDATE].residual = Residual(self.sizes[Kind.UPDATE]).to(self.device)
+        evaluated = seat.roster.evaluated
+        self.tested = {n: self.replicas[n] for n in evaluated if n in self.replicas}
         # a model common to all is tested once: the UEs take its batches in turn
-        self.takers = self.topology.ues if is_one_model(settings) else 1
+        self.takers = evaluated if is_one_model(settings) else evaluated[:1]
         self.each = {
             Op.LOCAL_STEPS: self._train,
             Op.SEND_UPDATE: self._send,
@@ -139,8 +141,8 @@ class UeHalf(UeSide):
         self._iteration = 0
 
     def evaluated(self) -> dict[EvalRows, int]:
-        each = -(-len(self.test) // self.takers)
-        return {"holdout": max(len(ue.holdout) for ue in self.ues), "test": each}
+        rows = (len(replica.ue.holdout) for replica in self.tested.values())
+        return {"holdout": max(rows, default=0), "test": -(-len(self.test) // len(self.takers))}
 
     def begin(self, iteration: int) -> None:
         self._iteration, self._sums = iteration, []
@@ -191,17 +193,18 @@ class UeHalf(UeSide):
                 self.lines[ue][kind].finish()
 
     def evaluation(self, part: EvalRows) -> Evaluation:
-        """Every UE's model on its held-out rows or on the test set, one batch of each at a time."""
+        """The UEs' models on their held-out rows or the test set, one batch of each at a time."""
         size = self.settings.train.batch_size
-        turns = self.takers if part == "test" else 1
+        turns = self.takers if part == "test" else self.takers[:1]
         for k in range(self.seat.batches[part]):
-            sums = []
-            for ue, replica in self.replicas.items():
-                first = (k * turns + ue % turns) * size
+            sums = {ue: torch.zeros(WIDTH, dtype=torch.float64) for ue in self.replicas}
+            for ue, replica in self.tested.items():
+                turn = turns.index(ue) if len(turns) > 1 else 0
+                first = (k * len(turns) + turn) * size
                 h_BAD = (self.test if part == "test" else replica.ue.holdout)[first : first + size]
-                empty = torch.zeros(WIDTH, dtype=torch.float64)
-                sums.append(replica.figures(h_BAD) if len(h_BAD) else empty)
-            self._report(sums)
+                if len(h_BAD):
+                    sums[ue] = replica.figures(h_BAD)
+            self._report(list(sums.values()))
             yield
         return None
 
@@ -304,7 +307,7 @@ class BtsHalf(Half):
             sums += self.gather().sums
             yield
         if part == "test" and is_one_model(self.settings):
-            sums = sums.sum(dim=0).expand(self.topology.ues, -1)
+            sums[self.seat.roster.evaluated] = sums.sum(dim=0)
         return Figures(sums)
 
     def save_weights(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class Rank(Seat):
         super().__init__(settings, topology, world, device)
         self.parameters = count_parts(settings.model)
         self.halves: list[Half] = []
+        self._evaluations = 0
 
     def take(self, halves: Sequence[Half], plans: Sequence[Attempts[Instruction]]) -> None:
         """Take on its roles, and agree with the other ranks; collective.
@@ -121,7 +123,7 @@ class Rank(Seat):
             half.close()
 
     def _draw(self, iteration: int | None) -> None:
-        """The UEs of an iteration, or all of them, are present."""
+        """The UEs of an iteration, or of an evaluation, are present."""
         self.roster.draw(iteration)
         for half in self.halves:
             half.wire.lay(self.roster.present)
@@ -135,7 +137,19 @@ class Rank(Seat):
         """Figures on `part`, on rank 0."""
         self._draw(None)
         with torch.no_grad():
-            return in_turns(half.evaluation(part) for half in reversed(self.halves))
+            figures = in_turns(half.evaluation(part) for half in reversed(self.halves))
+        if self._some_idle:
+            self._evaluations += 1
+            self.world.ready(f"after evaluation {self._evaluations}", math.inf)
+        return figures
+
+    @property
+    def _some_idle(self) -> bool:
+        """Whether a host has nothing to evaluate; elsewhere it would wait for too long."""
+        found, topology = self.roster.evaluated, self.topology
+        return not all(
+            any(ue in topology.ues_of(role) for ue in found) for role in topology.ue_roles
+        )
 
     def agree(self, decision: bool) -> bool:
         """Rank 0's decision, on every rank."""

@@ -25,23 +25,33 @@ from csipipe.settings.config import Settings
 
 AGREED = {Op.ROLL_CALL: Kind.ROLL_CALL, Op.VERDICT: Kind.VERDICT}
 """The message by which each instruction agrees."""
-_DRAWS = 2000  # distinct from the seeds of the UEs' own draws
+_DRAWS, _EVALUATED = 2000, 3000  # distinct from the seeds of the UEs' own draws
 
 
 def drawn(settings: Settings, iteration: int) -> list[int]:
     """UEs of an iteration, counted from 0, ascending: a function of the seed alone."""
+    return _some(settings, settings.participants, _DRAWS, iteration)
+
+
+def evaluated(settings: Settings) -> list[int]:
+    """UEs that all evaluations of a run are over, ascending: a function of the seed alone."""
+    return _some(settings, settings.run.eval_ues or settings.topology.ues, _EVALUATED)
+
+
+def _some(settings: Settings, number: int, *what: int) -> list[int]:
     ues = settings.topology.ues
-    seed = np.random.SeedSequence((settings.train.seed, _DRAWS, iteration))
+    seed = np.random.SeedSequence((settings.train.seed, *what))
     order = np.argsort(seed.generate_state(ues, np.uint64), kind="stable")
-    return sorted(order[: settings.participants].tolist())
+    return sorted(order[:number].tolist())
 
 
 class Roster:
     """One rank's copy.
 
     Attributes:
-        present: UEs whose rows are in what crosses now, ascending: those of the iteration; all of
-            them in an evaluation.
+        present: UEs whose rows are in what crosses now, ascending: those of the iteration or of
+            the evaluation.
+        evaluated: those of evaluations.
         out: those of them that are left out.
     """
 
@@ -53,12 +63,12 @@ class Roster:
         self._agreed: set[Kind] = set()
         self._holds = True
         self.present = self._everyone
+        self.evaluated = evaluated(settings)
         self.out: set[int] = set()
 
     def draw(self, iteration: int | None) -> None:
-        """Those of an iteration are present; None: everyone is."""
-        all_there = iteration is None or self._settings.participants == len(self._everyone)
-        self.present = self._everyone if all_there else drawn(self._settings, iteration or 0)
+        """Those of an iteration are present; None: those of an evaluation."""
+        self.present = self.evaluated if iteration is None else drawn(self._settings, iteration)
         self.out = set()
 
     def connect(self, wire: Wire) -> None:

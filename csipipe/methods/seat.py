@@ -41,13 +41,13 @@ class Seat:
         world.role = topology.role
         world.doing = topology.role(world.rank)
         self.clock = Clock()
-        self.probe = Probe()
         self.loop = Loopback()
         self.notes: list[str] = []
         self.tolerant = settings.train.on_bad_ue == "drop"
         self.dropped = [0] * topology.ues
         self.batches: dict[EvalRows, int] = {}
         self.roster = Roster(settings)
+        self.probe = Probe(self.roster.evaluated[0])
         self._named: set[int] = set()
 
     def leave_out(self, faults: Mapping[int, str], out: Collection[int] = ()) -> None:

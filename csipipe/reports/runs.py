@@ -26,6 +26,8 @@ _BEFORE = {lock.NAME, stopping.STOP_FILE, slurm.FILE}
 """What may be in a run's folder before the run starts."""
 _SHOWN = 5
 """Most folders that one message names."""
+_OF_CURVES = ("run.eval_every", "run.eval_ues")
+"""Settings of `run` that decide what a curve's points are."""
 
 
 class State(Enum):
@@ -93,7 +95,7 @@ class Run:
         if unknown := sorted(set(found) - set(wanted)):
             raise ValueError(f"{config} has {unknown[0]}, which is not a setting; {REMEDY}.")
         for key, value in found.items():
-            free = key.startswith(FREE) and key != "run.eval_every"  # a curve's points
+            free = key.startswith(FREE) and key not in _OF_CURVES
             free = free or (wanted[key] is None and key in OF_THE_DATA)
             if free or value == wanted[key]:
                 continue

@@ -34,6 +34,8 @@ FREE = (
     "train.stacked",
 )
 """Settings, or prefixes of them, that decide where and how fast, not what is computed."""
+_SAME = "run.eval_ues"
+"""Not free, whatever `FREE` says: evaluations before and after would be of different UEs."""
 BEFORE: dict[str, Any] = {"data.kind": "channel"}
 """Settings whose default isn't what a run had that is older than they are."""
 OF_THE_DATA = ("model.angles", "model.delays", "data.kind")
@@ -237,7 +239,7 @@ def _check_settings(
     found = usual | commandline.dotted(theirs)
     constant = settings.train.lr_schedule == "constant"
     for key, before, now in commandline.differences(found, wanted):
-        if key.startswith(free) or (key == "train.iterations" and constant):
+        if (key.startswith(free) and key != _SAME) or (key == "train.iterations" and constant):
             continue
         reason = (
             "; the rates of train.lr_schedule cosine depend on it"

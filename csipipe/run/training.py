@@ -27,8 +27,8 @@ from csipipe.device import (
     thread_notes,
 )
 from csipipe.files import write_file
-from csipipe.measure.probe import Probe
 from csipipe.methods import Worker, manifest, prepare
+from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
 from csipipe.run import ceiling, handshake
 from csipipe.run.lock import Lock
@@ -97,7 +97,7 @@ def _launch(world: World, settings: Settings) -> None:
         worker,
         settings.train.iterations,
         start.iteration,
-        draws=ue_name(Probe.UE) in worker.units(),
+        draws=ue_name(worker.probe.ue) in worker.units(),
         axes=settings.axes,
     )
     run(worker, settings, start, tracker, mine, world)
@@ -125,6 +125,12 @@ def _introduce(
     )
     if settings.topology.placement == "together" and settings.stages:
         tracker.say("together: " + "; ".join(map(world.role, range(world.size))))
+    if settings.run.eval_ues is not None:
+        chosen = evaluated(settings)
+        tracker.say(
+            f"evaluations are over {len(chosen)} of the {settings.topology.ues} UEs, drawn by "
+            f"train.seed: {', '.join(map(str, chosen))}"
+        )
     if start.checkpoint is not None:
         tracker.say(f"resuming after iteration {start.iteration}, from {start.checkpoint}")
     elif start.exists:
@@ -351,6 +357,7 @@ def _summary(
         "iterations": done,
         "test": tracker.history[-1]["test"] if tracker.history else None,
         "ceiling": pca,
+        "evaluated_ues": evaluated(settings),
         **exchanged_summary(ledger),
         "dropped": worker.dropped,
         "seconds_per_iteration": tracker.seconds_per_iteration,

@@ -376,6 +376,9 @@ class RunSettings:
     """How many of the newest checkpoints are kept; the best weights are kept separately."""
     eval_every: int | None = None
     """Iterations between evaluations; the last one always evaluates. null: a tenth of the run."""
+    eval_ues: int | None = None
+    """UEs that evaluations are over, drawn by train.seed, the same throughout the run: what is
+    shown, and the choice of the best weights. null: all."""
     timeout: float = 60.0
     """Longest wait for a peer inside an iteration, in seconds, on every process group."""
     profile: bool = False
@@ -435,6 +438,11 @@ class Settings:
             raise ValueError(
                 f"train.loss is {loss}, which needs images of data.kind {', '.join(kinds)}, but "
                 f"these are of kind {self.data.kind}; use another train.loss, or convert the data."
+            )
+        if self.run.eval_ues is not None and not 1 <= self.run.eval_ues <= self.topology.ues:
+            raise ValueError(
+                f"run.eval_ues is {self.run.eval_ues}; it must lie between 1 and topology.ues "
+                f"{self.topology.ues}, or be null: all of them."
             )
         if self.train.stacked == "always" and not self.spec.pipelined:
             raise ValueError(

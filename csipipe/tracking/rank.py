@@ -103,7 +103,7 @@ class RankTracker:
         shown = self._worker.probe.reconstructions()
         if shown is not None:
             started = time.perf_counter()
-            title = f"UE {Probe.UE} after {done:,} iterations"
+            title = f"UE {self._worker.probe.ue} after {done:,} iterations"
             image = reconstruction.draw(*shown, title, self._axes)
             self.events.seconds += time.perf_counter() - started
             self.events.picture("reconstruction", image, done)

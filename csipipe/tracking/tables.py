@@ -61,6 +61,8 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     """What a finished run prints."""
     crossed = summary["exchanged"]
     lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
+    if summary["test"] and len(summary["test"]["per_ue"]) < (ues := summary["topology"]["ues"]):
+        lines.append(f"{'':>10}  the mean is over these of the {ues:,} UEs (run.eval_ues)")
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

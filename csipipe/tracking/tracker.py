@@ -97,7 +97,8 @@ class Tracker:
         values = dashboard.band("test", test, self._similarity)
         if holdout is not None:
             values |= dashboard.band("holdout", holdout, self._similarity)
-        values |= {f"test_loss_per_ue/{ue}": loss for ue, loss in enumerate(test.loss_per_ue)}
+        shown = test.summary()["per_ue"]
+        values |= {f"test_loss_per_ue/{row['ue']}": row["loss"] for row in shown}
         values |= {"exchanged/scalars": scalars, "exchanged/bytes": size}
         values[COST] = 100 * self.events.seconds / (time.monotonic() - self._started)
         self.events.scalars(values, done)

@@ -29,6 +29,7 @@ from csipipe.evaluation.summary import Evaluated
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.cost import exchanged_per_iteration
 from csipipe.methods.federated import sizes
+from csipipe.methods.ue import UserEquipment
 from csipipe.run import trained
 from csipipe.settings import commandline
 from csipipe.settings.config import Placement, Settings
@@ -211,10 +212,12 @@ def test_fedprox_is_fedavg_without_a_proximal_term() -> None:
 class ByUe(Centralised):
     """The centralised reference, which runs each UE's rows on their own as it trains."""
 
-    def run(self, h_UBAD: list[Tensor], valid: list[int] | None = None) -> Tensor:
+    def run(
+        self, ues: list[UserEquipment], h_UBAD: list[Tensor], valid: list[int] | None = None
+    ) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().run(h_UBAD, valid)
-        sums = [super(ByUe, self).run([h]) for h in h_UBAD]
+            return super().run(ues, h_UBAD, valid)
+        sums = [super(ByUe, self).run([ue], [h]) for ue, h in zip(ues, h_UBAD, strict=True)]
         for part in (self.tail, self.ues[0].encoder, self.ues[0].head):
             for parameter in part.parameters():
                 assert parameter.grad is not None

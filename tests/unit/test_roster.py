@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from csipipe.methods.roster import drawn
-from csipipe.settings.config import Settings, TopologySettings, TrainSettings
+from csipipe.methods.roster import drawn, evaluated
+from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
 
 
 def settings(ues: int, participants: int | None, seed: int = 0) -> Settings:
@@ -56,3 +56,28 @@ def test_more_than_there_are_or_none_is_refused(participants: int) -> None:
 def test_in_one_process_without_a_bts_nobody_is_absent() -> None:
     with pytest.raises(ValueError, match=r"participants is 2, but centralised has the rows"):
         Settings(method="centralised", topology=TopologySettings(participants=2))
+
+
+def evaluating(ues: int | None, seed: int = 0) -> Settings:
+    return Settings(
+        topology=TopologySettings(ues=50),
+        train=TrainSettings(seed=seed),
+        run=RunSettings(eval_ues=ues),
+    )
+
+
+def test_evaluations_are_over_ues_of_their_own_draw() -> None:
+    assert evaluated(evaluating(None)) == list(range(50))
+    chosen = evaluated(evaluating(5))
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 5
+    assert chosen != evaluated(evaluating(5, seed=1))
+    assert chosen != drawn(settings(50, 5), 0)
+    # a run that resumes with another release must draw the same
+    assert chosen == [18, 31, 36, 45, 49]
+
+
+@pytest.mark.parametrize("ues", [0, -1, 51])
+def test_evaluations_over_more_than_there_are_or_none_are_refused(ues: int) -> None:
+    with pytest.raises(ValueError, match=r"eval_ues is -?\d+; it must lie between 1 and .*ues 50"):
+        evaluating(ues)
