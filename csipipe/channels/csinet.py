@@ -87,6 +87,11 @@ class CsiNetSource:
         """Images of the channel."""
         return "channel"
 
+    @property
+    def array(self) -> tuple[int, int, int]:
+        """A line of antennas."""
+        return self.size[0], 1, 1
+
     def available(self, environment: Site, part: Part) -> int:
         """Rows in the files of an environment and part, from their headers."""
         key = (environment, part)

@@ -76,6 +76,14 @@ class FilesSource:
         """What an image holds."""
         return self._said.kind
 
+    @property
+    def array(self) -> tuple[int, int, int]:
+        """As the folder's description says; of fewer antennas, a line of them."""
+        said = self._said
+        if said.angles != self._angles:
+            return self._angles, 1, 1
+        return said.columns, said.rows, said.polarisations
+
     def available(self, environment: Site, part: Part) -> int:
         """Rows of an environment and part.
 

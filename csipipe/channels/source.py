@@ -64,6 +64,11 @@ class Source(Protocol):
         """What an image holds."""
         ...
 
+    @property
+    def array(self) -> tuple[int, int, int]:
+        """Columns N1, rows N2 and polarisations of the ports, A = N1·N2·polarisations."""
+        ...
+
     def available(self, environment: Site, part: Part) -> int | None:
         """How many rows exist; None: as many as are asked for."""
         ...

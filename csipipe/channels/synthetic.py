@@ -90,6 +90,11 @@ class SyntheticSource:
         """As it was asked for."""
         return self._kind
 
+    @property
+    def array(self) -> tuple[int, int, int]:
+        """A line of antennas."""
+        return self.size[0], 1, 1
+
     def available(self, environment: Site, part: Part) -> int | None:
         """None: as many rows as are asked for."""
         return None

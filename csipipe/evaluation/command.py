@@ -6,21 +6,23 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from csipipe.comm import collectives
 from csipipe.comm.world import World
 from csipipe.device import pick_device, set_threads
-from csipipe.evaluation import distribution, samples, table, testset
+from csipipe.evaluation import distribution, feedback, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
 from csipipe.files import write_file
 from csipipe.run import ceiling, trained
 from csipipe.run.ceiling import Ceiling
 from csipipe.run.trained import Trained
 from csipipe.settings import commandline, launcher
+from csipipe.settings.config import Precision
 
 ABOUT = """Evaluates the weights of the run in directory RUN: the paper's loss, centred NMSE, ρ and
 SGCS, per UE, mean and over samples. A run in progress, or an interrupted one, is evaluated from its
@@ -72,6 +74,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="where to write; RUN/evaluation, with --compare RUN/comparison",
     )
+    parser.add_argument(
+        "--bits",
+        action="store_true",
+        help="NMSE and SGCS against feedback bits too, beside PCA, the strongest bins and, for "
+        "eigenvectors of two polarisations, 3GPP's enhanced Type II codebook",
+    )
 
 
 def run(options: Namespace, changes: Sequence[str], world: World | None) -> None:
@@ -95,20 +103,26 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
         world.ready("data")
         world.connect(runs[0].settings.run.timeout)
     total = collectives.total if world else (lambda values: values)
+
+    def measure(modules: Sequence[nn.Module], precision: Precision = "fp32") -> Tensor:
+        return samples.measure(modules, rows, precision, device, rank, ranks, total)
+
     found = []
     for one, mine in zip(runs, models, strict=True):
         distinct = list(dict.fromkeys(mine))
-        precision = one.settings.train.precision
-        figures = samples.measure(distinct, rows, precision, device, rank, ranks, total)
+        figures = measure(distinct, one.settings.train.precision)
         places = torch.tensor([distinct.index(model) for model in mine])
         found.append(Evaluated(one, figures[places]))
         for model in distinct:
             model.cpu()
+    points = None
+    if options.bits:
+        points = feedback.curves(list(zip(_names(runs), runs, models, strict=True)), rows, measure)
     if world:
         world.leave()  # before the report: nobody has to wait while it is drawn
     if rank == 0:
         found = [replace(one, pca=_pca(one, rows)) for one in found]
-        _report(list(zip(_names(runs), found, strict=True)), rows, options)
+        _report(list(zip(_names(runs), found, strict=True)), rows, options, points)
 
 
 def _pca(one: Evaluated, rows: testset.Rows) -> Ceiling | None:
@@ -147,8 +161,13 @@ def _names(runs: Sequence[Trained]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
-def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: Namespace) -> None:
-    """Print the tables and write `figures.json`, `table.txt` and `samples.png`."""
+def _report(
+    runs: Sequence[tuple[str, Evaluated]],
+    rows: testset.Rows,
+    options: Namespace,
+    points: Sequence[feedback.Point] | None,
+) -> None:
+    """Print the tables and write `figures.json`, `table.txt` and the pictures."""
     best = samples.ceiling(rows)
     parts = [f"test set: {rows.name}"]
     if rows.missing:
@@ -159,6 +178,8 @@ def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: 
         parts.append(f"{name}: {evaluated.run.state}\n\n{table.of_run(evaluated, best)}")
     if len(runs) > 1:
         parts.append(table.side_by_side(runs))
+    if points:
+        parts.append(feedback.table(points))
     text = "\n\n".join(parts)
     print(text, flush=True)
     default = Path(options.run) / ("comparison" if options.compare else "evaluation")
@@ -173,10 +194,16 @@ def _report(runs: Sequence[tuple[str, Evaluated]], rows: testset.Rows, options: 
         },
         "runs": [evaluated.to_json() for _, evaluated in runs],
     }
+    written = ["figures.json", "table.txt", "samples.png"]
+    if points:
+        content["bits"] = [asdict(point) for point in points]
+        written += ["bits.csv", "bits.png"]
     try:
         write_file(out / "table.txt", text + "\n")
         distribution.draw(runs, rows.name, out / "samples.png")
+        if points:
+            feedback.write(points, rows.name, out)
         write_file(out / "figures.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise OSError(f"{out} can't be written: {error}; choose another --out.") from error
-    print(f"\nwritten:      {out}/figures.json, table.txt, samples.png", flush=True)
+    print(f"\nwritten:      {out}/{', '.join(written)}", flush=True)

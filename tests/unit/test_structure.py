@@ -23,7 +23,8 @@ LEVELS = [
     {"methods"},
     {"bench", "profiling"},
     {"run"},
-    {"reports", "evaluation", "export", "gpucheck"},
+    {"reports", "export", "gpucheck"},
+    {"evaluation"},
     {"compare"},
     {"launch", "__main__"},
 ]
