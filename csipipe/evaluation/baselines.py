@@ -56,7 +56,7 @@ class Pca:
             errors.append((quantiser.rounded(z_NC) - z_NC).square().mean(0))
         self._gains = (torch.stack(errors[:-1]) - torch.stack(errors[1:])).T.tolist()
 
-    def with_bits(self, total: int) -> nn.Module:
+    def with_bits(self, total: int) -> PcaCoder:
         """The coder that spends `total` bits a row, each where it gains most."""
         waiting = [(-gains[0], entry) for entry, gains in enumerate(self._gains)]
         heapq.heapify(waiting)
@@ -68,10 +68,10 @@ class Pca:
             bits[entry] += 1
             if bits[entry] < _MOST:
                 heapq.heappush(waiting, (-self._gains[entry][bits[entry]], entry))
-        return _PcaCoder(self, torch.tensor(bits))
+        return PcaCoder(self, torch.tensor(bits))
 
 
-class _PcaCoder(nn.Module):
+class PcaCoder(nn.Module):
     """Coefficients with bits of their own number each; those without any are their mean."""
 
     mean: Tensor

@@ -233,12 +233,13 @@ def test_strongest_bins_cost_their_places_and_are_exact_without_quantisation() -
     coder = baselines.TopBins(h, 2, 10)
     torch.testing.assert_close(coder(h), h, atol=2e-3, rtol=0)
     assert baselines.top_bins(h, 5) is None  # 4 for the place, 2 for a bit of each real
-    used, coder = baselines.top_bins(h, 40) or (0, None)
-    assert coder is not None
+    found = baselines.top_bins(h, 40)
+    assert found is not None
+    used, coder = found
     k, b = coder.bins, coder.quantiser.bits
     assert used == math.ceil(math.log2(math.comb(16, k))) + 2 * k * b <= 40
     test = clusters(300, 3)
-    rates = [nmse(found[1], test) for n in (20, 60, 150) if (found := baselines.top_bins(test, n))]
+    rates = [nmse(one[1], test) for n in (20, 60, 150) if (one := baselines.top_bins(test, n))]
     assert rates == sorted(rates, reverse=True)
 
 

@@ -120,6 +120,7 @@ class Numbered:
 
     size = (1, 1)
     padded = 1
+    array = (1, 1, 1)
     environments = SITES
     kind: Kind = "channel"
 
