@@ -120,7 +120,7 @@ class Codebook(nn.Module):
     def forward(self, h_BPS: Tensor) -> Tensor:
         """What the BTS makes of the reports; a subband's phase isn't the original's."""
         images = []
-        for h in h_BPS.split(_ROW):
+        for h in torch.split(h_BPS, _ROW):
             v = self.decode(self.encode(to_complex(h)))
             images.append(torch.stack([v.real, v.imag], 1) / 2 + ZERO)
         return torch.cat(images)
