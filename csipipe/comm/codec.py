@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from csipipe.models.ranged import levels, middles
 from csipipe.settings.config import CommSettings, Precision
 from csipipe.settings.tables import CODECS
 
@@ -136,6 +137,31 @@ class Levels(_Packed):
         return self._message(level_KGg.mul_(scale_KG[:, :, None]))
 
 
+class Cells(_Packed):
+    """Numbers of the cells of entries that a UE has rounded already (`csipipe.models.ranged`).
+
+    A share's payload: `bits` for each scalar, then 1 in fp32, or NaN if a scalar is none.
+    """
+
+    def __init__(self, bits: int, rows: int, width: int) -> None:
+        super().__init__(rows, width, rows * width)
+        self.bits = bits
+        self._body = packed_length(bits, self.n)
+        self.length = self._body + 4
+
+    def encode(self, message: Tensor, noise: Tensor | None = None) -> Tensor:
+        u_Kn = message.float().reshape(-1, self.n)
+        body = pack(levels(u_Kn, self.bits).to(torch.uint8), self.bits)
+        return torch.cat([body, _as_bytes((u_Kn * 0).sum(1, keepdim=True) + 1)], 1)
+
+    def decode(self, payload: Tensor) -> Tensor:
+        level = unpack(payload[:, : self._body], self.bits)[:, : self.n]
+        mark_K1 = payload[:, self._body :].contiguous().view(torch.float32)
+        # any other mark than 1 is none: what it comes to is unsound
+        whole_K1 = torch.where(mark_K1 == 1, 1.0, torch.nan)
+        return (middles(level.float(), self.bits) * whole_K1).reshape(-1, self.width)
+
+
 class Largest(_Packed):
     """The `kept` scalars of each group with the largest absolute value; the others count as 0.
 
@@ -219,8 +245,15 @@ class Residual(nn.Module):
             self.value.copy_(lost)
 
 
-def of_rows(name: str, comm: CommSettings, rows: int, width: int) -> Codec:
-    """The codec of that name for `rows` rows of a UE in a message."""
+def of_rows(name: str, comm: CommSettings, rows: int, width: int, smashed: bool = False) -> Codec:
+    """The codec of that name for `rows` rows of a UE in a message.
+
+    Args:
+        smashed: they are smashed data, whose entries may have ranges.
+    """
+    bits = CODECS[name].bits
+    if smashed and comm.scale == "range" and bits is not None:
+        return Cells(bits, rows, width)
     return _make(name, comm, rows, width, width, width)
 
 

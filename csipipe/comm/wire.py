@@ -96,7 +96,7 @@ class Wire:
             peers,
             (rows_of(peers), width),
             self.micro_batches,
-            codecs.of_rows(name, self.comm, self.rows, width),
+            codecs.of_rows(name, self.comm, self.rows, width, kind is Kind.SMASHED),
             self.device,
             self.ledger,
             limit=self.limit,

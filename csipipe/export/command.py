@@ -7,7 +7,6 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,19 @@ from csipipe.device import set_threads
 from csipipe.export import bits as curve
 from csipipe.export import check, folder, formats
 from csipipe.export.learning import learn
-from csipipe.export.parts import Pair, nmse_db, operations, parameters, run
+from csipipe.export.parts import (
+    Pair,
+    nmse_db,
+    operations,
+    parameters,
+    run,
+    trained_for,
+    unrounded,
+)
 from csipipe.export.quantiser import BITS, Quantiser
 from csipipe.models import widths
 from csipipe.run import trained
-from csipipe.run.trained import Trained
+from csipipe.run.trained import Autoencoder, Trained
 from csipipe.settings import commandline
 
 ABOUT = """Writes the encoder of a UE, and the decoder tail with the UE's head for the BTS, with
@@ -64,7 +71,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--bits",
         type=int,
         metavar="B",
-        help=f"quantise the codeword: bits per entry, {BITS[0]} … {BITS[-1]}",
+        help=f"quantise the codeword: bits per entry, {BITS[0]} … {BITS[-1]}; default: those that "
+        "it was trained for (--comm.scale range), or none",
     )
     parser.add_argument(
         "--formats",
@@ -92,8 +100,10 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
     [model] = source.models([options.ue])
     h_BAD = _test_rows(source)
     quantise: Callable[[int], Quantiser] | None = None
+    if options.bits is None:
+        options.bits = source.settings.feedback_bits
     if options.bits is not None:
-        quantise = _quantise(source, options.ue, Pair.of(model))
+        quantise = _quantise(source, options.ue, model)
     pair = Pair.of(model, quantise(options.bits) if quantise else None)
     name = f"ue-{options.ue}" + (f"-{options.bits}bit" if options.bits is not None else "")
     out = Path(options.out) if options.out else source.folder / "export" / name
@@ -124,14 +134,19 @@ def _test_rows(source: Trained) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows))
 
 
-def _quantise(source: Trained, ue: int, pair: Pair) -> Callable[[int], Quantiser]:
-    """Makes a quantiser with that many bits from the codewords of the UE's training rows."""
+def _quantise(source: Trained, ue: int, model: Autoencoder) -> Callable[[int], Quantiser]:
+    """Makes a quantiser with that many bits from the codewords of the UE's training rows.
+
+    For the bits that the model was trained for, it is the one that it was trained with.
+    """
     data, model = source.settings.data, source.settings.model
     stream = channels.open_source(data, model.angles, model.delays)
     dealt = Manifest.read(source.folder)
     dealt.check(stream)
     rows = channels.rows_of(stream, dealt.train[ue])
-    return partial(learn, run(pair.encoder, torch.from_numpy(np.ascontiguousarray(rows))))
+    z_BC = run(unrounded(model), torch.from_numpy(np.ascontiguousarray(rows)))
+    own = trained_for(model)
+    return lambda bits: own if own is not None and own.bits == bits else learn(z_BC, bits)
 
 
 def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from csipipe.export.quantiser import Quantiser
 from csipipe.measure.metrics import centred_nmse, to_db
 from csipipe.models import count_parameters, plain_layers
+from csipipe.models.ranged import Ranged, Unrounded, end_of
 from csipipe.run.trained import Autoencoder
 
 BLOCK = 128
@@ -60,8 +61,11 @@ class Pair:
 
     @classmethod
     def of(cls, model: Autoencoder, quantiser: Quantiser | None = None) -> Pair:
-        """Cut a UE's model where the feedback crosses; with a quantiser, put it on both sides."""
-        encoder: list[nn.Module] = [model.encoder]
+        """Cut a UE's model where the feedback crosses; with a quantiser, put it on both sides.
+
+        Without one, a codeword that was trained for some bits crosses as it was before them.
+        """
+        encoder: list[nn.Module] = [unrounded(model)]
         decoder: list[nn.Module] = [*model.tail, model.head]
         if quantiser is not None:
             encoder, decoder = [*encoder, _ToBits(quantiser)], [_FromBits(quantiser), *decoder]
@@ -71,6 +75,21 @@ class Pair:
     def ends(self) -> dict[str, nn.Module]:
         """Both modules by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
+
+
+def unrounded(model: Autoencoder) -> nn.Module:
+    """A UE's encoder, without the rounding that it may have been trained with."""
+    encoder = model.encoder
+    return Unrounded(encoder) if isinstance(encoder, Ranged) else encoder
+
+
+def trained_for(model: Autoencoder) -> Quantiser | None:
+    """The quantiser that a model was trained with, if any."""
+    encoder = model.encoder
+    if not isinstance(encoder, Ranged):
+        return None
+    highest = torch.full_like(encoder.centre, end_of(encoder.bits))
+    return Quantiser(-highest, highest, encoder.bits)
 
 
 def run(module: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def bytes_per_iteration(settings: Settings) -> dict[str, int]:
             width = c1 if kind in (Kind.SMASHED, Kind.SMASHED_GRADIENT) else c2
             messages = settings.train.micro_batches
             rows = settings.train.batch_size // messages
-            one, shape = codec.of_rows(name, settings.comm, rows, width), (rows, width)
+            smashed, shape = kind is Kind.SMASHED, (rows, width)
+            one = codec.of_rows(name, settings.comm, rows, width, smashed)
         else:
             scalars = shared_parts(settings)
             messages, shape = 1, (1, scalars)
@@ -44,6 +45,8 @@ def bytes_per_iteration(settings: Settings) -> dict[str, int]:
 
 def feedback_bits(settings: Settings) -> int:
     """Bits of one sample's codeword, as its codec writes it."""
+    if settings.feedback_bits is not None:
+        return settings.feedback_bits * widths(settings.model)[0]
     name, (width, _) = codec.chosen(settings.comm, settings.train.precision), widths(settings.model)
     one = codec.of_rows(name["smashed"], settings.comm, 1, width)
     return 8 * one.shape((1, width))[1] * one.dtype.itemsize

@@ -19,7 +19,8 @@ from csipipe.measure.metrics import floor_loss
 from csipipe.methods.base import adam
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
-from csipipe.models import belong, build_encoder, build_head
+from csipipe.models import belong, build_encoder, build_head, widths
+from csipipe.models.ranged import ranged
 from csipipe.settings.config import Settings
 
 _DRAWS = 1000  # distinct from the seeds of the model's parts
@@ -45,7 +46,8 @@ class UserEquipment:
         self.number = number
         self.rows = torch.from_numpy(rows).to(device)
         self.holdout = torch.from_numpy(holdout).to(device)
-        self.encoder = build_encoder(model, seed).to(device)
+        encoder, (entries, _) = build_encoder(model, seed), widths(model)
+        self.encoder = ranged(encoder, entries, settings.feedback_bits).to(device)
         self.head = build_head(model, seed).to(device)
         belong((self.encoder, self.head), number)
         self.optimizer = adam([*self.encoder.parameters(), *self.head.parameters()], settings.train)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from csipipe import checkpoint, models
 from csipipe.methods.state import layer_name, ue_name
+from csipipe.models.ranged import ranged
 from csipipe.run.resuming import BEFORE, CONFIG
 from csipipe.settings import commandline
 from csipipe.settings.config import ModelSettings, Settings
@@ -27,9 +28,11 @@ LAST, BEST = "last", "best"
 class Autoencoder(nn.Module):
     """One UE's whole model, unsplit: (B, 2, A, D) in [0, 1] → the same."""
 
-    def __init__(self, model: ModelSettings, tail: nn.Sequential) -> None:
+    def __init__(self, model: ModelSettings, tail: nn.Sequential, bits: int | None = None) -> None:
+        """`bits`: those for which every entry of the codeword was trained; None: for none."""
         super().__init__()
-        self.encoder = models.build_encoder(model, 0)
+        entries, _ = models.widths(model)
+        self.encoder = ranged(models.build_encoder(model, 0), entries, bits)
         self.tail = tail
         self.head = models.build_head(model, 0)
 
@@ -83,7 +86,7 @@ class Trained:
         checkpoint.fill(tail, state, "tail", self.source)
         found: list[Autoencoder] = []
         for ue in ues:
-            mine = Autoencoder(model, tail)
+            mine = Autoencoder(model, tail, self.settings.feedback_bits)
             state, file = self._ue_state(snapshot, ue)
             for part in ("encoder", "head"):
                 checkpoint.fill(getattr(mine, part), state, part, file)

@@ -346,9 +346,11 @@ class CommSettings:
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How int8, int4 and int2 round in training. stochastic: up or down at random, right in the
     mean; drawn by train.seed, kind, iteration and UE."""
-    scale: Literal["row", "ue"] = "row"
+    scale: Literal["row", "ue", "range"] = "row"
     """What has a scale, of 4 bytes, in common (int8, int4, int2). row: a row of a micro-batch; 256
-    scalars of an update. ue: all that a UE sends or receives in a message."""
+    scalars of an update. ue: all that a UE sends or receives in a message. range: as row, but every
+    entry of the smashed data has a range that is fixed in the first iteration, and the encoder is
+    trained for it."""
     topk: float = 0.05
     """Share of the scalars of a row, or of an update, that topk sends."""
     error_feedback: bool = False
@@ -467,6 +469,12 @@ class Settings:
                     f"comm.codec.{kind} is {name}, but {self.method} exchanges {what}; leave it "
                     "out."
                 )
+        if self.comm.scale == "range" and self.feedback_bits is None:
+            raise ValueError(
+                f"comm.scale is range, but comm.codec.smashed is {self.comm.codec.smashed}; ranges "
+                "are for smashed data in int8, int4 or int2. Name one of them, or use comm.scale "
+                "row."
+            )
         if self.comm.error_feedback and "update" not in crosses:
             raise ValueError(
                 f"comm.error_feedback is true, but {self.method} sends no updates, whose losses "
@@ -497,6 +505,13 @@ class Settings:
     def spec(self) -> MethodSpec:
         """What there is to know of the method."""
         return METHODS[self.method]
+
+    @property
+    def feedback_bits(self) -> int | None:
+        """Bits for which every entry of the codeword is trained; None: for none."""
+        name = self.comm.codec.smashed
+        ranged = self.comm.scale == "range" and name is not None
+        return CODECS[name].bits if ranged and name is not None else None
 
     @property
     def stages(self) -> int:
