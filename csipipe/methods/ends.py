@@ -52,6 +52,8 @@ def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
     if wanted == "never":
         return Way(False, "train.stacked is never")
     reason = models.unstackable(settings.model)
+    if settings.feedback_bits is not None:
+        reason = "its codeword is trained for its bits (comm.scale range)"
     if wanted == "always":
         if reason is not None:
             raise ValueError(
