@@ -68,6 +68,8 @@ class Channel:
         rounding: the noise with which messages are encoded; None: none.
 
     Attributes:
+        noise: standard deviation of Gaussian noise that is added to what is sent, over the root
+            mean square of a UE's share.
         residual: what the messages that were sent in training have lost, if that is made up for.
         tolerant: instead of raising an error, note UEs whose messages aren't sound in `bad` and
             replace their values by zeros.
@@ -97,6 +99,7 @@ class Channel:
         self.codec = codec
         self.rounding = Rounding(0, stochastic=False) if rounding is None else rounding
         self.residual: Residual | None = None
+        self.noise = 0.0
         self.device = device
         self.ledger = ledger if kind in COUNTED else None
         self.group = group
@@ -202,6 +205,12 @@ class Channel:
 
     def _encode(self, m: int, message: Tensor) -> Tensor:
         """The payload of micro-batch `m`, with what the messages before have lost."""
+        if self.noise:
+            owners = self._owners()
+            x_Kn = message.float().reshape(len(owners), -1)
+            drawn = self.rounding.gaussian(self.kind.value, m, owners, x_Kn.shape[1]).to(x_Kn)
+            rms_K1 = x_Kn.square().mean(1, keepdim=True).sqrt()
+            message = (x_Kn + self.noise * rms_K1 * drawn).view(message.shape)
         noise = None
         if self.codec.rounds:
             owners, shares = self._owners(), len(message) // self.codec.share

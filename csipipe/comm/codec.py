@@ -24,7 +24,10 @@ from csipipe.settings.tables import CODECS
 
 BLOCK = 256
 """Scalars of an update that have a scale in common, where a row of a micro-batch has one."""
-_ROUNDING = 3000  # distinct from the seeds of the model's parts, draws and participants
+_ROUNDING, _NOISE = (
+    3000,
+    3001,
+)  # distinct from the seeds of the model's parts, draws and participants
 _FEW = 2**16  # indices up to which two bytes are enough
 
 
@@ -196,7 +199,10 @@ class Largest(_Packed):
 
 
 class Rounding:
-    """Noise for stochastic rounding: by seed, kind, iteration, micro-batch and UE alone.
+    """Noise for what is sent: by seed, kind, iteration, micro-batch and UE alone.
+
+    Args:
+        stochastic: whether rounding is.
 
     Attributes:
         iteration: counted from 0; None: nothing is trained, and nothing is rounded stochastically.
@@ -212,13 +218,18 @@ class Rounding:
         """(K, n) in [0, 1), a row for each of `owners`; None: round to the nearest."""
         if not self._stochastic or self.iteration is None:
             return None
-        rows = []
-        for owner in owners:
-            words = (self._seed, _ROUNDING, kind, self.iteration, m, owner)
-            state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-            self._generator.manual_seed(int(state[0]))
-            rows.append(torch.rand(n, generator=self._generator))
-        return torch.stack(rows)
+        words = (self._seed, _ROUNDING, kind, self.iteration, m)
+        return torch.stack([torch.rand(n, generator=self._of(*words, ue)) for ue in owners])
+
+    def gaussian(self, kind: int, m: int, owners: Sequence[int], n: int) -> Tensor:
+        """(K, n) of mean 0 and variance 1; in all evaluations the same."""
+        when = 0 if self.iteration is None else self.iteration + 1
+        words = (self._seed, _NOISE, kind, when, m)
+        return torch.stack([torch.randn(n, generator=self._of(*words, ue)) for ue in owners])
+
+    def _of(self, *words: int) -> torch.Generator:
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+        return self._generator.manual_seed(int(state[0]))
 
 
 class Residual(nn.Module):

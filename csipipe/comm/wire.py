@@ -103,6 +103,8 @@ class Wire:
             clock=self.clock,
             rounding=self.rounding,
         )
+        if kind is Kind.SMASHED:
+            channel.noise = self.comm.noise
         self._laid.append((channel, lambda: self._across(kind, self.rows)))
         return channel
 

@@ -353,6 +353,9 @@ class CommSettings:
     trained for it."""
     topk: float = 0.05
     """Share of the scalars of a row, or of an update, that topk sends."""
+    noise: float = 0.0
+    """Gaussian noise that a UE adds to its smashed data, in training and evaluations: standard
+    deviation over the root mean square of what it sends in a message."""
     error_feedback: bool = False
     """Federated methods: what an update loses at its codec is added to the next one, at the UEs and
     at the BTS."""
@@ -360,6 +363,8 @@ class CommSettings:
     def __post_init__(self) -> None:
         if not 0 < self.topk <= 1:
             raise ValueError(f"comm.topk is {self.topk}; it must lie in (0, 1].")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            raise ValueError(f"comm.noise is {self.noise}; it must be finite and at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,6 +474,11 @@ class Settings:
                     f"comm.codec.{kind} is {name}, but {self.method} exchanges {what}; leave it "
                     "out."
                 )
+        if self.comm.noise and "smashed" not in crosses:
+            raise ValueError(
+                f"comm.noise is {self.comm.noise}, but {self.method} exchanges no smashed data; "
+                "leave it out."
+            )
         if self.comm.scale == "range" and self.feedback_bits is None:
             raise ValueError(
                 f"comm.scale is range, but comm.codec.smashed is {self.comm.codec.smashed}; ranges "
@@ -487,7 +497,14 @@ class Settings:
         kinds = [field.name for field in fields(CodecSettings)]
         codec = replace(self.comm.codec, **dict.fromkeys(set(kinds) - set(spec.crosses)))
         feedback = self.comm.error_feedback and "update" in spec.crosses
-        comm = replace(self.comm, codec=codec, error_feedback=feedback)
+        split = "smashed" in spec.crosses
+        comm = replace(
+            self.comm,
+            codec=codec,
+            error_feedback=feedback,
+            noise=self.comm.noise if split else 0.0,
+            scale=self.comm.scale if split or self.comm.scale != "range" else "row",
+        )
         steps = self.train.local_steps if spec.local_steps else 1
         return replace(self, method=method, comm=comm, train=replace(self.train, local_steps=steps))
 

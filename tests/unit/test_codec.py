@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from csipipe.comm import codec, trust
+from csipipe.comm.channel import Channel, Peer
 from csipipe.comm.codec import Codec, Residual, Rounding
+from csipipe.comm.ledger import Kind
+from csipipe.comm.loopback import Loopback
 from csipipe.settings.config import CodecSettings, CommSettings, Settings
 from csipipe.settings.tables import CODECS
 
@@ -148,6 +151,38 @@ def test_noise_depends_on_kind_iteration_micro_batch_and_ue_alone() -> None:
     assert not any(torch.equal(a, b) for a, b in pairwise(drawn) if a is not None and b is not None)
 
 
+def test_gaussian_noise_is_a_ues_own_and_the_same_in_every_evaluation() -> None:
+    one, other = (Rounding(3, stochastic=False) for _ in range(2))
+    evaluated = one.gaussian(1, 0, [0, 1], 20_000)
+    assert torch.equal(evaluated[1:], other.gaussian(1, 0, [1], 20_000))
+    torch.testing.assert_close(evaluated.std(1), torch.ones(2), atol=0.02, rtol=0)
+    assert abs(float((evaluated[0] * evaluated[1]).mean())) < 0.03
+    one.iteration = 0
+    assert not torch.equal(one.gaussian(1, 0, [0, 1], 20_000), evaluated)
+
+
+def test_noise_is_added_before_the_codec_in_proportion_to_what_is_sent() -> None:
+    peer = Peer(0, slice(0, 6), (4, 5), loop=Loopback())
+    for name in ("fp32", "int8"):
+        one = Channel(
+            Kind.SMASHED,
+            [peer],
+            (6, 5000),
+            1,
+            codec.of_rows(name, CommSettings(), 3, 5000),
+            torch.device("cpu"),
+        )
+        one.noise = 0.5
+        sent = message(6, 5000)
+        sent[3:] *= 10  # UE 5
+        one.post()
+        one.send(0, sent)
+        off = one.receive(0) - sent
+        for rows, wanted in ((off[:3], 0.5), (off[3:], 5.0)):
+            assert float(rows.square().mean().sqrt()) == pytest.approx(wanted, rel=0.05)
+            assert not torch.equal(rows[0], rows[1])
+
+
 def test_what_is_lost_comes_with_the_next_message() -> None:
     one, residual = codec.of_vector("topk", CommSettings(topk=0.25), 4), Residual(4)
     arrived = torch.zeros(1, 4)
@@ -168,6 +203,11 @@ def test_what_is_lost_comes_with_the_next_message() -> None:
     ("make", "message"),
     [
         (lambda: CodecSettings(smashed="int3"), "comm.codec.smashed is 'int3'; it must be one of"),
+        (lambda: CommSettings(noise=-0.1), "comm.noise is -0.1; it must be finite and at least 0"),
+        (
+            lambda: Settings(method="fedavg", comm=CommSettings(noise=0.1)).check_comm(),
+            "comm.noise is 0.1, but fedavg exchanges no smashed data",
+        ),
         (lambda: CommSettings(topk=0.0), r"comm.topk is 0.0; it must lie in \(0, 1\]"),
         (
             lambda: Settings(comm=CommSettings(codec=CodecSettings(update="int8"))).check_comm(),
