@@ -42,6 +42,7 @@ def runs(placement: Placement) -> dict[str, Settings]:
     """Every codec, and stochastic rounding."""
     found = {name: setting("csilocal", [name], placement) for name in ("fp32", "int8")}
     found["mixed"] = setting("csilocal", ["int2", "topk", "bf16", "int8"], placement, scale="ue")
+    found["range"] = setting("csilocal", ["int4", "int8"], placement, scale="range", noise=0.1)
     noisy = ["int8", "int4", "int2", "int4"]
     return found | {"stochastic": setting("csilocal", noisy, placement, rounding="stochastic")}
 
@@ -109,7 +110,7 @@ def test_the_ledger_counts_the_bytes_of_updates() -> None:
     assert losses["int8"] != losses["fp32"]
 
 
-@pytest.mark.parametrize("name", ["mixed", "stochastic"])
+@pytest.mark.parametrize("name", ["mixed", "range", "stochastic"])
 def test_a_placement_changes_no_bit(name: str) -> None:
     wanted = of_all(apart(), name)
     found = joined([r[name] for r in run_world(2, splits, {name: runs("together")[name]})])

@@ -124,6 +124,8 @@ CSILOCAL = {
         comm={
             "codec": CodecSettings(smashed="int8", output_gradient="int4", smashed_gradient="int2"),
             "rounding": "stochastic",
+            "scale": "range",
+            "noise": 0.1,
         },
     ),
     "random": small(model={"name": "randommodel:build"}, train={"iterations": 2 * HALF}),
