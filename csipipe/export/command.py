@@ -139,8 +139,8 @@ def _quantise(source: Trained, ue: int, model: Autoencoder) -> Callable[[int], Q
 
     For the bits that the model was trained for, it is the one that it was trained with.
     """
-    data, model = source.settings.data, source.settings.model
-    stream = channels.open_source(data, model.angles, model.delays)
+    data, size = source.settings.data, source.settings.model
+    stream = channels.open_source(data, size.angles, size.delays)
     dealt = Manifest.read(source.folder)
     dealt.check(stream)
     rows = channels.rows_of(stream, dealt.train[ue])
