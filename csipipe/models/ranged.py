@@ -31,7 +31,8 @@ def levels(u: Tensor, bits: int) -> Tensor:
 
 def middles(level: Tensor, bits: int) -> Tensor:
     """What the cells stand for."""
-    return (level + 0.5) * (2 * end_of(bits) / 2**bits) - end_of(bits)
+    found: Tensor = (level + 0.5) * (2 * end_of(bits) / 2**bits) - end_of(bits)
+    return found
 
 
 class _Rounded(torch.autograd.Function):
@@ -82,7 +83,8 @@ class Ranged(nn.Module):
         z_BC = self.inner(h_BAD).float()
         if self.training and not self.learnt:
             self._learn(z_BC.detach())
-        rounded: Tensor = _Rounded.apply(self._normal(z_BC), self.bits)
+        u_BC = self._normal(z_BC)
+        rounded: Tensor = _Rounded.apply(u_BC, self.bits)  # type: ignore[no-untyped-call]  # torch's
         return rounded
 
     def _normal(self, z_BC: Tensor) -> Tensor:
