@@ -27,7 +27,7 @@ from csipipe.measure.metrics import centred_nmse
 from csipipe.run import trained
 from csipipe.run.trained import Autoencoder
 from csipipe.settings.commandline import RunParser
-from csipipe.settings.config import ModelSettings
+from csipipe.settings.config import CodecSettings, ModelSettings
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -176,6 +176,27 @@ def test_a_pair_goes_out_and_does_feedback_with_torch_alone(
     refused = alone(out / "feedback.py", ())
     assert refused.returncode == 1
     assert "encoder.pt2 isn't the file that this script was written with" in refused.stderr
+
+
+def test_a_codeword_that_was_trained_for_its_bits_goes_out_with_them(tmp_path: Path) -> None:
+    trained_for = {"codec": CodecSettings(smashed="int2"), "scale": "range"}
+    worker = trainedruns.finish(tmp_path / "run", comm=trained_for)
+    export(tmp_path / "run", "--ue", 1, "--formats", "pt2")
+    out = tmp_path / "run" / "export" / "ue-1-2bit"
+    content = json.loads((out / "export.json").read_text())
+    assert (content["bits_per_entry"], content["bits_per_channel"]) == (2, 48)
+    assert content["checked"]["pt2"]["encoder"] <= check.BOUND
+    # with the wire in training, without it in evaluations, and exported: the same
+    ue = worker.ues[1]
+    for part in (ue, worker.tail):
+        part.train(False)
+    with torch.no_grad():
+        h_hat = ue.head(worker.tail(ue.encoder(worker.test)))
+    assert content["original"]["nmse_db"] == pytest.approx(nmse_db(h_hat, worker.test), abs=1e-4)
+    lines = (out / "bits.csv").read_text().splitlines()
+    points = {int(line.split(",")[0]): float(line.split(",")[2]) for line in lines[1:]}
+    assert points[2] == pytest.approx(content["original"]["nmse_db"], abs=1e-3)
+    assert len({round(db, 6) for db in points.values()}) > 3  # others are quantised afterwards
 
 
 def test_with_bits_the_codeword_is_packed_bits(
