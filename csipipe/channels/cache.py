@@ -2,10 +2,10 @@
 
 A copy is an .npy file of checked float32 rows, named after the SHA-256 of its source. Beside it is
 a note per source path with the size, the times and the inode for which the hash was computed, so
-that an unchanged source is not hashed again. (A file can be replaced by one of its size and time of
-modification, but not by one of its time of change, which no program can set.) Files are written
-under another name and renamed when complete; one lock per cache lets one process convert while the
-others wait.
+that an unchanged source is not hashed again, and one of what the doctor found in it. (A file can be
+replaced by one of its size and time of modification, but not by one of its time of change, which no
+program can set.) Files are written under another name and renamed when complete; one lock per cache
+lets one process convert while the others wait.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +28,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from csipipe import files
-from csipipe.channels.doctor import suspicions
+from csipipe.channels import accepted
+from csipipe.channels.doctor import Finding, suspicions
 from csipipe.channels.layout import HT, check_images
 from csipipe.channels.matfile import count_rows, read_rows
 from csipipe.channels.statistics import spaced
+from csipipe.settings.config import Verdict
 
 _VERSION = 2
 """Part of every name: raise it when conversion or its checks change, to make new copies."""
@@ -54,10 +56,13 @@ class Copy:
     inode: int
     sha256: str
     rows: int
+    unbounded: bool
+    """Whether values outside of [0, 1] were let in."""
 
     def file(self) -> Path:
         """Where the copy is."""
-        return files.cache_folder() / f"{self.sha256}.v{_VERSION}.npy"
+        name = f"{self.sha256}.v{_VERSION}{'.unbounded' if self.unbounded else ''}.npy"
+        return files.cache_folder() / name
 
     def is_whole(self) -> bool:
         """Whether the copy exists, with all its bytes."""
@@ -72,7 +77,7 @@ class Copy:
         return self.rows * HT.width * 4
 
     def open(self) -> NDArray[np.float32]:
-        """(rows, 2048) in [0, 1], mapped into memory, in the source's order.
+        """(rows, 2048) in [0, 1] (unless unbounded), mapped into memory, in the source's order.
 
         Copy-on-write: a process that writes to it changes its own pages, never the file.
         """
@@ -82,23 +87,61 @@ class Copy:
         return np.asarray(mapped)
 
 
-def converted(source: Path) -> Copy:
+def converted(source: Path, accept: Verdict = "suspicious") -> Copy:
     """The copy of a .mat file, made now if there is none; waits if another process is making it.
+
+    Args:
+        accept: the worst verdict of the doctor that isn't refused.
 
     Raises:
         FileNotFoundError: no such source.
-        ValueError: the source is damaged or holds something else (see `matfile`, `layout`), or
-            changes while it is being read.
+        ValueError: the source is damaged or holds something else (see `matfile`, `layout`), isn't
+            accepted, or changes while it is being read.
         OSError: the cache can't be written.
     """
     source = source.resolve()
-    copy = _noted(source)
+    unbounded = accept == "unusable"
+    copy = _noted(source, unbounded)
     if copy is None or not copy.is_whole():
         with _locked():
-            copy = _noted(source)  # another process may have made it meanwhile
+            copy = _noted(source, unbounded)  # another process may have made it meanwhile
             if copy is None or not copy.is_whole():
-                copy = _convert(source)
+                copy = _convert(source, unbounded)
+    some = copy
+
+    def judge() -> list[Finding]:
+        return suspicions(source, spaced(some.open(), _JUDGED))
+
+    accepted.check(source, findings(source, copy.sha256, judge), accept)
     return copy
+
+
+def findings(source: Path, sha256: str, judge: Callable[[], list[Finding]]) -> list[Finding]:
+    """What the doctor finds in a file, judged and said by the first process that asks.
+
+    Args:
+        source: the file, its path resolved.
+        sha256: of its content.
+        judge: finds it.
+    """
+    note = _note_file(source).with_suffix(".findings")
+    if (found := _noted_findings(note, source, sha256)) is None:
+        with _locked():
+            if (found := _noted_findings(note, source, sha256)) is None:
+                found = judge()
+                text = json.dumps([str(source), sha256, [asdict(one) for one in found]])
+                with _published(note, len(text)) as partial:
+                    partial.write_text(text)
+                accepted.say(source, found)
+    return found
+
+
+def _noted_findings(note: Path, source: Path, sha256: str) -> list[Finding] | None:
+    try:
+        *noted, found = json.loads(note.read_text())
+        return [Finding(**one) for one in found] if noted == [str(source), sha256] else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def digest(source: Path) -> str:
@@ -147,20 +190,19 @@ def _settled(source: Path) -> tuple[int, int, int, int]:
     return state
 
 
-def _convert(source: Path) -> Copy:
+def _convert(source: Path, unbounded: bool) -> Copy:
     state = _settled(source)
     rows = count_rows(source)
-    copy = Copy(str(source), *state, _sha256(source), rows)
+    copy = Copy(str(source), *state, _sha256(source), rows, unbounded)
     if not copy.is_whole():  # the same content may be cached under another path
         with _published(copy.file(), copy.bytes) as partial:
             _write_rows(partial, copy)
-            _say(source, partial, rows)
             if _state(source) != state:
                 raise ValueError(
                     f"{source} changed while it was being read; start again when it is complete."
                 )
     note = json.dumps(asdict(copy), indent=2) + "\n"
-    with _published(_note_file(source), len(note)) as partial:
+    with _published(_note_file(source, unbounded), len(note)) as partial:
         partial.write_text(note)
     return copy
 
@@ -177,10 +219,10 @@ def _write_rows(partial: Path, copy: Copy) -> None:
     ):
         _write(file, _header(copy.rows))
         for values in read_rows(source, scratch=partial.parent):
-            check_images(source, values, first)
+            check_images(source, values, first, copy.unbounded)
             single = np.ascontiguousarray(values, np.float32)
             outside = int(np.count_nonzero((values < 0) | (values > 1)))
-            if outside:  # by a rounding: `check_images` has seen them
+            if outside and not copy.unbounded:  # by a rounding: `check_images` has seen them
                 clipped += outside
                 single = np.clip(single, 0, 1)
             _write(file, single.data.cast("B"))
@@ -188,14 +230,6 @@ def _write_rows(partial: Path, copy: Copy) -> None:
             bar.update(len(values))
     if clipped:
         _print(f"{source}: {clipped:,} value(s) a rounding outside of [0, 1] were clipped.")
-
-
-def _say(source: Path, partial: Path, rows: int) -> None:
-    """Say what `channels check` would call suspicious, once: when a file is converted."""
-    offset = len(_header(rows))
-    values = np.asarray(np.memmap(partial, np.float32, "r", offset, (rows, HT.width)))
-    for finding in suspicions(source, spaced(values, _JUDGED)):
-        _print(f"{source}: {finding.verdict}: {finding.what}. Repair: {finding.repair}.")
 
 
 def _print(text: str) -> None:
@@ -257,16 +291,16 @@ def _locked() -> Iterator[None]:
         yield
 
 
-def _note_file(source: Path) -> Path:
+def _note_file(source: Path, unbounded: bool = False) -> Path:
     name = hashlib.sha256(os.fsencode(source)).hexdigest()[:32]
-    return files.cache_folder() / f"{name}.json"
+    return files.cache_folder() / f"{name}{'.unbounded' if unbounded else ''}.json"
 
 
-def _noted(source: Path) -> Copy | None:
+def _noted(source: Path, unbounded: bool) -> Copy | None:
     """The copy of a source, if the source is unchanged."""
     state = _state(source)
     try:
-        copy = Copy(**json.loads(_note_file(source).read_text()))
+        copy = Copy(**json.loads(_note_file(source, unbounded).read_text()))
         noted = (copy.size, copy.mtime_ns, copy.ctime_ns, copy.inode)
         return copy if (copy.path, noted) == (str(source), state) else None
     except (OSError, ValueError, TypeError):

@@ -18,7 +18,7 @@ from csipipe.channels.layout import ANGLES, DELAYS, GRID, HF, HT, check_finite
 from csipipe.channels.matfile import count_rows, read_rows
 from csipipe.channels.source import SITES, Images, Kind, Part, Responses, Site, check_range
 from csipipe.channels.transform import shrink
-from csipipe.settings.config import DataSettings
+from csipipe.settings.config import DataSettings, Verdict
 
 SUFFIX: dict[Site, str] = {"indoor": "in", "outdoor": "out"}
 """How file names end: DATA_Htrainin.mat, DATA_Htrainout.mat."""
@@ -40,6 +40,7 @@ class CsiNetSource:
         seed: of the order of the training rows.
         angles: 1 … 32; below 32 the images are shrunk to that many antennas. None: 32.
         delays: 1 … 32; below 32 the first ones are kept. None: 32.
+        accept: the worst verdict of the doctor that isn't refused.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -47,7 +48,12 @@ class CsiNetSource:
     """
 
     def __init__(
-        self, folder: Path, seed: int, angles: int | None = None, delays: int | None = None
+        self,
+        folder: Path,
+        seed: int,
+        angles: int | None = None,
+        delays: int | None = None,
+        accept: Verdict = "suspicious",
     ) -> None:
         angles, delays = angles or ANGLES, delays or DELAYS
         if not folder.is_dir():
@@ -64,6 +70,7 @@ class CsiNetSource:
         self._seed = seed
         self._angles = angles
         self._delays = delays
+        self._accept = accept
         self._counts: dict[tuple[Site, Part], int] = {}
         self._copies: dict[tuple[Site, Part], list[Copy]] = {}
 
@@ -104,8 +111,8 @@ class CsiNetSource:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or holds something else (see `matfile`, `layout`), or
-                the range goes beyond what is available.
+            ValueError: a file is damaged, holds something else (see `matfile`, `layout`) or isn't
+                accepted, or the range goes beyond what is available.
             OSError: there is no room for the converted copy (see `cache`).
         """
         check_range(start, stop, self.available(environment, part))
@@ -174,7 +181,7 @@ class CsiNetSource:
     def _converted(self, environment: Site, part: Part) -> list[Copy]:
         key = (environment, part)
         if key not in self._copies:
-            copies = [converted(path) for path in self._files(environment, part)]
+            copies = [converted(path, self._accept) for path in self._files(environment, part)]
             found, counted = sum(copy.rows for copy in copies), self.available(environment, part)
             if found != counted:
                 raise ValueError(
@@ -195,7 +202,7 @@ class CsiNetSource:
 def open_source(data: DataSettings, angles: int | None, delays: int | None) -> CsiNetSource:
     """As `csipipe.channels.open_source`."""
     assert data.path is not None  # checked by DataSettings
-    return CsiNetSource(Path(data.path), data.seed, angles or ANGLES, delays or DELAYS)
+    return CsiNetSource(Path(data.path), data.seed, angles, delays, data.accept)
 
 
 def frequency_channels(folder: Path, environment: Site) -> NDArray[np.complex64] | None:

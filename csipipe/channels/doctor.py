@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,9 @@ from csipipe.channels.rawfile import read_variable
 from csipipe.channels.source import Images
 from csipipe.channels.statistics import MOST_ROWS, Reals, spaced
 from csipipe.channels.transform import RADIUS, ZERO, to_unit
+from csipipe.settings import config
 
-Verdict = Literal["good", "suspicious", "unusable"]
+Verdict = config.Verdict
 
 _GRID = f"{ANGLES} angles x {DELAYS} delays"
 _RESCALE = f"divide each row by twice its peak magnitude (the largest |re + j im|) and add {ZERO}"
@@ -239,11 +240,11 @@ def _parts_elsewhere(
 
 
 def suspicions(path: Path, rows: NDArray[np.float32]) -> list[Finding]:
-    """What `check` would call suspicious about rows that can be trained on, but for duplicates.
+    """What `check` would say of rows that can be trained on, but for duplicates.
 
     Args:
         path: their file.
-        rows: (n, 2048) in [0, 1], some of the file's.
+        rows: (n, 2048) finite, some of the file's.
     """
     seen = Examined(path, low=float(rows.min()), high=float(rows.max()))
     _judge_layout(seen, _to_images(seen, rows))

@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csipipe.channels import cache
+from csipipe.channels import accepted, cache
+from csipipe.channels.doctor import Finding, judge
 from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
+from csipipe.channels.layout import ROUNDING
 from csipipe.channels.source import Images, Kind, Part, Responses, Site, check_range
+from csipipe.channels.statistics import spaced
 from csipipe.channels.transform import shrink
-from csipipe.settings.config import DataSettings
+from csipipe.settings.config import DataSettings, Verdict
 
 _PARTS: dict[Part, tuple[str, ...]] = {"train": ("train", "val"), "test": ("test",)}
 _PIECE = 1024
 """Rows copied at once from a mapped file."""
+_LOOKED_AT = 2000
+"""Rows of a file whose axes are judged."""
 
 
 class FilesSource:
@@ -32,6 +37,7 @@ class FilesSource:
         seed: of the order of the training rows.
         angles, delays: 1 … the data's own; None: those. Fewer angles are fewer antennas (see
             `transform.shrink`), for linear arrays only.
+        accept: the worst verdict of the doctor that isn't refused.
 
     Raises:
         FileNotFoundError: no such folder, or no description in it.
@@ -39,9 +45,16 @@ class FilesSource:
     """
 
     def __init__(
-        self, folder: Path, seed: int, angles: int | None = None, delays: int | None = None
+        self,
+        folder: Path,
+        seed: int,
+        angles: int | None = None,
+        delays: int | None = None,
+        accept: Verdict = "suspicious",
     ) -> None:
         self._folder = folder
+        self._accept = accept
+        self._judged: set[str] = set()
         self._seed = seed
         self._said = said = Description.read(folder)
         for name, asked, held in (
@@ -162,7 +175,33 @@ class FilesSource:
     def _open(self, one: Set) -> Images:
         self._check(one.images)
         shape = (one.rows, 2, self._said.angles, self._said.delays)
-        return open_rows(self._folder, one.images, "<f4", shape)
+        rows = open_rows(self._folder, one.images, "<f4", shape)
+        if one.images.name not in self._judged:
+            path = (self._folder / one.images.name).resolve()
+            found = cache.findings(path, one.images.sha256, lambda: self._judge(path, rows))
+            accepted.check(path, found, self._accept)
+            self._judged.add(one.images.name)
+        return rows
+
+    def _judge(self, path: Path, rows: Images) -> list[Finding]:
+        """What the doctor finds in a file; refuses NaN (ValueError)."""
+        low, high = np.inf, -np.inf
+        for start in range(0, len(rows), _PIECE):
+            piece = rows[start : start + _PIECE]
+            least, most = piece.min(initial=low), piece.max(initial=high)
+            if not np.isfinite([least, most]).all():
+                raise ValueError(
+                    f"{path} holds NaN or infinite values in rows {start} … "
+                    f"{start + len(piece) - 1}; expected finite ones. Convert the channels again."
+                )
+            low, high = float(least), float(most)
+        found = []
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            what = f"values lie in [{low:.4g}, {high:.4g}]; expected [0, 1] with 0.5 for zero"
+            found.append(Finding("unusable", what, "convert the channels again"))
+        if self.kind == "channel":
+            found += judge(spaced(rows, _LOOKED_AT), linear=not self._said.planar)
+        return found
 
     def _check(self, stored: Stored) -> None:
         """Refuse a file that isn't the one that was written (ValueError)."""
@@ -197,4 +236,4 @@ class FilesSource:
 def open_source(data: DataSettings, angles: int | None, delays: int | None) -> FilesSource:
     """As `csipipe.channels.open_source`."""
     assert data.path is not None  # checked by DataSettings
-    return FilesSource(Path(data.path), data.seed, angles, delays)
+    return FilesSource(Path(data.path), data.seed, angles, delays, data.accept)

@@ -145,17 +145,18 @@ def check_finite(path: Path, layout: Layout, values: NDArray[Any], first: int) -
         )
 
 
-def check_images(path: Path, values: NDArray[Any], first: int) -> None:
+def check_images(path: Path, values: NDArray[Any], first: int, unbounded: bool = False) -> None:
     """Refuse (`Unfit`) what isn't an image in [0, 1] with energy.
 
     Args:
         path: the file, for messages.
         values: (B, 2048) rows of HT.
         first: number of the first of them in the file.
+        unbounded: let values outside of [0, 1] pass.
     """
     check_finite(path, HT, values, first)
     least, most = float(values.min()), float(values.max())
-    if least < -ROUNDING or most > 1 + ROUNDING:
+    if not unbounded and (least < -ROUNDING or most > 1 + ROUNDING):
         centred = -0.5 <= least < 0 and most <= 0.5
         hint = (
             f"It looks centred at 0: add 0.5 to {HT.key}."
@@ -164,7 +165,8 @@ def check_images(path: Path, values: NDArray[Any], first: int) -> None:
         )
         raise Unfit(
             f"{path}: {HT.key} lies in [{least:.9g}, {most:.9g}] in rows {first} … "
-            f"{first + len(values) - 1}; expected [0, 1] with 0.5 for zero. {hint}"
+            f"{first + len(values) - 1}; expected [0, 1] with 0.5 for zero. {hint} To train on it "
+            "all the same, set data.accept to unusable."
         )
     empty = np.flatnonzero((values == values[:, :1]).all(axis=1))
     if empty.size:

@@ -28,6 +28,7 @@ FREE = (
     "topology.partition",
     "topology.profile",
     "data.path",  # the rows themselves are compared
+    "data.accept",
     "train.device",
     "train.threads",
     "train.schedule",

@@ -27,6 +27,8 @@ Kind = Literal["channel", "eigenvectors"]
 """What an image holds: angles x delays, or ports x subbands."""
 Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
+Verdict = Literal["good", "suspicious", "unusable"]
+"""What `channels check` says of a file, from the best to the worst."""
 KernelsBy = Literal["auto", "llvm", "triton", "torch"]
 LossName = Literal["paper", "nmse", "sgcs"]
 HeadName = Literal["linear", "crblock"]
@@ -182,6 +184,10 @@ class DataSettings:
     """Share of each UE's training rows kept for choosing the best weights; never trained on."""
     seed: int = 0
     """Seed of the synthetic channels and of the assignment of rows to UEs."""
+    accept: Verdict = "suspicious"
+    """The worst verdict of channels check on a file that is trained on. suspicious: what it calls
+    so is said once. good: that is refused, too. unusable: values outside of [0, 1] are let in; NaN
+    and other shapes never."""
 
     def __post_init__(self) -> None:
         tables.check("data.source", self.source)

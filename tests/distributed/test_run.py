@@ -241,7 +241,7 @@ def test_ranks_share_one_copy_of_csinets_files(
     assert [spans[0].size for spans in dealt.train] == [48] * 4
     dealt.check(CsiNetSource(tmp_path, 0, 8, 8))
     left = sorted(path.suffix or path.name for path in (tmp_path / "cache").iterdir())
-    assert left == [".json"] * 3 + [".npy"] * 3 + ["lock"]
+    assert left == [".findings"] * 3 + [".json"] * 3 + [".npy"] * 3 + ["lock"]
 
 
 @pytest.mark.long

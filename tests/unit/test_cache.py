@@ -68,7 +68,7 @@ def test_a_copy_is_an_npy_file_of_the_sources_rows(source: Path, folder: Path) -
     np.testing.assert_array_equal(copy.open(), images(20).reshape(20, -1))
     mapped = np.load(copy.file(), mmap_mode="r", allow_pickle=False)
     np.testing.assert_array_equal(mapped, copy.open())
-    assert names(folder) == [".json", ".npy", "lock"]
+    assert names(folder) == [".findings", ".json", ".npy", "lock"]
 
 
 def test_doubles_and_v73_become_the_same_floats(tmp_path: Path) -> None:
@@ -276,3 +276,23 @@ def test_what_check_calls_suspicious_is_said_at_conversion_once(
         assert one in said
     converted(source)
     assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"DATA_Htestin\.mat: suspicious: .*set data\.accept"):
+        converted(source, "good")
+    assert not capsys.readouterr().err
+
+
+def test_values_out_of_range_are_let_in_by_a_setting_and_by_no_copy_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    centred = images(70).reshape(70, -1) - np.float32(0.5)
+    source = save(tmp_path / "DATA_Htestin.mat", centred)
+    copy = converted(source, "unusable")
+    np.testing.assert_array_equal(copy.open(), centred)
+    assert f"{source}: unusable: values lie in [-0.5" in capsys.readouterr().err
+    assert converted(source, "unusable") == copy
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"add 0\.5 to HT\..*data\.accept to unusable"):
+        converted(source)
+    centred[3, 5] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        converted(save(source, centred), "unusable")

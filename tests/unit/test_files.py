@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -101,6 +102,45 @@ def test_a_file_per_ue(tmp_path: Path) -> None:
     assert sum(span.size for span in dealt.test) == sum(rows)
     with pytest.raises(ValueError, match=r"topology.ues is 4; .* a file for each of 3 UEs"):
         deal(data, 4, source.available, source.environments)
+
+
+def test_what_the_doctor_finds_is_said_once_and_refused_as_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).random((100, 2, 16, 32), np.float32)
+    with Writer(tmp_path / "x") as out:
+        out.add("office", "train", noise)
+        out.add("office", "test", noise[:8])
+        out.finish(lambda sets: Description(angles=16, delays=32, sets=sets))
+    data = DataSettings(source="files", path=str(tmp_path / "x"))
+    open_source(data).rows("office", "train", 0, 20)
+    file = tmp_path / "x" / "office-train.npy"
+    assert f"csipipe: {file}: suspicious: energy is spread over all" in capsys.readouterr().err
+    open_source(data).rows("office", "train", 0, 20)
+    assert not capsys.readouterr().err
+    strict = dataclasses.replace(data, accept="good")
+    with pytest.raises(ValueError, match=r"office-train.npy: suspicious.*set data\.accept to susp"):
+        open_source(strict).rows("office", "train", 0, 20)
+    open_source(strict).rows("office", "test", 0, 8)  # too few rows to be judged
+
+
+def test_values_out_of_range_need_a_setting_and_nan_is_refused(tmp_path: Path) -> None:
+    rows = images(8)
+    for name, value in (("wide", 1.5), ("nan", np.nan)):
+        rows[4, 0, 1, 2] = value
+        with Writer(tmp_path / name) as out:
+            out.add("all", "test", rows)
+            out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    wide = DataSettings(source="files", path=str(tmp_path / "wide"))
+    with pytest.raises(ValueError, match=r"unusable: values lie in.* 1\.5\].*accept to unusable"):
+        open_source(wide).rows("all", "test", 0, 8)
+    assert (
+        open_source(dataclasses.replace(wide, accept="unusable")).rows("all", "test", 0, 8).max()
+        == 1.5
+    )
+    broken = dataclasses.replace(wide, path=str(tmp_path / "nan"), accept="unusable")
+    with pytest.raises(ValueError, match=r"NaN or infinite values in rows 0 … 7"):
+        open_source(broken).rows("all", "test", 0, 8)
 
 
 @pytest.mark.parametrize("source", ["synthetic", "files"])
