@@ -22,6 +22,7 @@ from csipipe.comm.ledger import Kind
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import Figures
 from csipipe.methods.base import set_rate
+from csipipe.methods.csilocal import cut_tail
 from csipipe.methods.half import Half
 from csipipe.methods.seat import Seat
 from csipipe.pipeline.schedule import Plan
@@ -64,7 +65,7 @@ class PeerStage(Half):
         up, down = models.widths(settings.model)
         self.group = world.bts_group(topology.stages, device, timeout)
         engine.open_subworld(self.group, timeout)
-        self.parts = choice.parts or self._cut(engine)
+        self.parts = choice.parts or self._cut()
         self.micro_batches = settings.train.micro_batches
         self.rows = wire.rows * topology.ues
         self.first, self.last = role == 0, role == topology.last_stage
@@ -132,11 +133,10 @@ class PeerStage(Half):
         self.smashed_gradient.send(self._returned, gradient)
         self._returned += 1
 
-    def _cut(self, engine: ModuleType) -> list[int]:
-        settings = self.settings
-        tail = models.build_tail(settings.model, 0)
-        module = engine.TailModule(tail, settings.stages, settings.partition)
-        return [int(part) for part in module.parts]
+    def _cut(self) -> list[int]:
+        parts = cut_tail(self.settings)
+        assert parts is not None  # measured: ours measures, and the peers get its cuts
+        return parts
 
     @property
     def backend(self) -> str:

@@ -33,7 +33,8 @@ def _role(settings: Settings, topology: Topology, role: int, device: torch.devic
     if topology.is_bts(role):
         deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
         deepspeed = deepspeed_settings.on(deepspeed, device)
-        return partial(BtsHalf, deepspeed=deepspeed, engine=import_engine(device), way=way)
+        engine, cuts = import_engine(device), cut_tail(settings)
+        return partial(BtsHalf, deepspeed=deepspeed, engine=engine, way=way, cuts=cuts)
     ues, test = load(settings, topology.ues_of(role), device)
     return partial(UeHalf, ues=ues, test=test, way=way)
 
@@ -47,6 +48,21 @@ def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]
         train.micro_batches,
         train.on_bad_ue == "drop",
     )
+
+
+def cut_tail(settings: Settings) -> list[int] | None:
+    """First layer of every stage, then the number of layers; None: to be measured.
+
+    Call it after `import_engine`: it is DeepSpeed that cuts.
+
+    Raises:
+        ValueError: a stage without layers or without parameters.
+    """
+    if settings.partition == "measured":
+        return None
+    from csipipe.pipeline import partition
+
+    return partition.cuts(models.sketch_tail(settings.model), settings.stages, settings.partition)
 
 
 def import_engine(device: torch.device) -> ModuleType:

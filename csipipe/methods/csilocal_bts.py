@@ -45,6 +45,7 @@ class BtsHalf(Half):
         deepspeed: DeepSpeed's settings, without batch keys.
         engine: `csipipe.pipeline.engine`, which UE ranks never import.
         way: how the UEs are computed, for the notes.
+        cuts: first layer of every stage, then the number of layers; None: measured now.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BtsHalf(Half):
         deepspeed: dict[str, object],
         engine: ModuleType,
         way: Way,
+        cuts: list[int] | None,
     ) -> None:
         super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
@@ -61,7 +63,6 @@ class BtsHalf(Half):
         group = world.bts_group(topology.stages, device, timeout)
         engine.open_subworld(group, timeout)
         tail = models.build_tail(settings.model, train.seed)
-        cuts = self._measure(tail) if settings.partition == "measured" else None
         with self.autocast():
             seat.notes += models.kernels_notes(settings.model, device)
         if uncut := models.whole_backward(tail) if train.schedule == "zerobubble" else []:
@@ -71,7 +72,7 @@ class BtsHalf(Half):
                 "csipipe.models.layers can."
             )
         seat.notes.append(way.note)
-        module = engine.TailModule(tail, topology.stages, settings.partition, cuts)
+        module = engine.TailModule(tail, self._measure(tail) if cuts is None else cuts)
         self.layers = nn.ModuleList(module.forward_funcs)
         self.parts = module.parts
         self.ports = self._ports(world, timeout)

@@ -159,6 +159,11 @@ def check_stages(model: ModelSettings, stages: int) -> None:
         )
 
 
+def sketch_tail(model: ModelSettings) -> list[nn.Module]:
+    """The tail's layers, without memory."""
+    return layers("tail", model)
+
+
 def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
     """Who computes a model's CRBlocks on a device, in words, if it has any; and make them ready."""
     blocks = (b for layer in layers("tail", model) for b in layer.modules())

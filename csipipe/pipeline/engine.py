@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -37,62 +36,20 @@ class TailModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no type
     """The decoder tail, cut into stages; this rank keeps its own layers.
 
     Args:
-        cuts: for partition measured: first layer of every stage, then the number of layers.
-
-    Raises:
-        ValueError: a partition that leaves a stage without layers or without parameters.
+        cuts: first layer of every stage, then the number of layers.
     """
 
-    def __init__(
-        self, layers: list[nn.Module], stages: int, partition: str, cuts: list[int] | None = None
-    ) -> None:
+    def __init__(self, layers: list[nn.Module], cuts: list[int]) -> None:
         self._cuts = cuts
-        try:
-            # PipelineModule prints its seeds and topology from rank 0
-            with contextlib.redirect_stdout(io.StringIO()):
-                super().__init__(layers, num_stages=stages, partition_method=partition)
-        except RuntimeError as error:
-            if "found no valid layers" not in str(error):
-                raise
-            names = sorted({type(layer).__name__ for layer in layers})
-            raise ValueError(
-                f"topology.partition {partition!r} matches no layer of the tail; its layers are "
-                f"{', '.join(names)}."
-            ) from error
+        # PipelineModule prints its seeds and topology from rank 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(layers, num_stages=len(cuts) - 1, partition_method="uniform")
         self._layer_specs: list[nn.Module] = []  # the other stages' layers
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        if self._cuts is None:
-            super()._partition_layers(method)
-        else:
-            stage = self.stage_id
-            self.parts = self._cuts
-            self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-        check_partition(self._layer_specs, self.parts, method)
-
-
-def check_partition(layers: list[nn.Module], parts: list[int], method: str) -> None:
-    """Refuse cuts at which DeepSpeed would fail later.
-
-    Args:
-        parts: first layer of every stage, then the number of layers.
-
-    Raises:
-        ValueError: a stage without layers or without parameters.
-    """
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    stages, most = len(parts) - 1, sum(map(bool, sizes))
-    for stage, (start, stop) in enumerate(itertools.pairwise(parts)):
-        if not any(sizes[start:stop]):
-            what = "parameters" if stop > start else "layers"
-            other = "parameters" if method == "uniform" else "uniform"
-            remedy = f"use fewer stages or another partition, for example {other}."
-            if stages > most:
-                remedy = f"only {most} of its layers have any: use {most} stages or fewer."
-            raise ValueError(
-                f"topology.partition {method!r} with topology.stages {stages} leaves BTS stage "
-                f"{stage} without {what}; {remedy}"
-            )
+        stage = self.stage_id
+        self.parts = self._cuts
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
 class TailStage(PipelineEngine):  # type: ignore[misc]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bits import assert_same
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime import config, constants
 from harness import run_world
 from runs import joined, small, splits
+from torch import nn
 
 from csipipe import models
 from csipipe.pipeline import settings as deepspeed
-from csipipe.pipeline.engine import check_partition
+from csipipe.pipeline.partition import cuts
 
 NEEDED = {"gradient_clipping": 0.0}
 COMPUTED = ("losses", "parameters", "evaluations")
@@ -73,17 +76,35 @@ def test_all_other_keys_of_deepspeed_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "parts", "remedy"),
+    ("method", "stages", "message"),
     [
-        ("uniform", [0, 1, 2, 4, 5, 6, 8], "only 5 of its layers have any: use 5 stages or fewer"),
-        ("uniform", [0, 1, 2, 8], "another partition, for example parameters"),
-        ("type:CRBlock", [0, 1, 2, 8], "another partition, for example uniform"),
+        ("uniform", 6, "stage 4 without parameters; only 5 of its layers have any: use 5 stages"),
+        ("type:CRBlock", 4, "stage 2 without parameters; use topology.partition para"),
+        ("type:Transformer", 2, "matches no layer of the tail; its layers are"),
     ],
 )
 def test_a_stage_without_parameters_gets_a_remedy_that_helps(
-    method: str, parts: list[int], remedy: str
+    method: str, stages: int, message: str
 ) -> None:
-    layers = models.build_tail(small().model, 0)
-    with pytest.raises(ValueError, match="leaves BTS stage 1 without parameters") as refusal:
-        check_partition(layers, parts, method)
-    assert remedy in str(refusal.value)
+    with pytest.raises(ValueError, match=message):
+        cuts(models.sketch_tail(small().model), stages, method)
+
+
+@pytest.mark.parametrize("method", ["uniform", "parameters", "type:crblock|linear"])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_tail_is_cut_as_deepspeed_cuts_it(method: str, stages: int) -> None:
+    """By its own class, without what needs a process group."""
+
+    class Module(PipelineModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_stages, self.global_rank = stages, 1
+            self._layer_specs = models.build_tail(small().model, 0)
+            self._topo = SimpleNamespace(get_coord=lambda _: SimpleNamespace(pipe=0))
+
+        def _set_bounds(self, start: int, stop: int) -> None:
+            pass
+
+    module = Module()
+    module._partition_layers(method)
+    assert cuts(models.sketch_tail(small().model), stages, method) == module.parts
