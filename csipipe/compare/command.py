@@ -11,7 +11,7 @@ from pathlib import Path
 from csipipe import channels, plotting
 from csipipe.compare import figures, page, plan
 from csipipe.evaluation import testset
-from csipipe.files import write_file
+from csipipe.files import in_words, write_file
 from csipipe.reports.runs import Run
 from csipipe.run import ceiling, trained
 from csipipe.run.resuming import CONFIG
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         if options.debug:
             raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     )
     budget.add_argument(
         "--samples", type=int, help="train each model on as many samples, over all UEs"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs of each, from train.seed on: medians, spread (1)"
     )
     parser.add_argument("--processes", type=int, default=4, help="ranks of a run, at most (4)")
     parser.add_argument(
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         train = replace(settings.train, iterations=max(1, options.samples // each))
         settings = replace(settings, train=train)
     settings = channels.sized(settings)
-    wanted = plan.runs(settings, options.models.split(","), sizes, out)
+    wanted = plan.runs(settings, options.models.split(","), sizes, out, options.seeds)
     rows = testset.load(settings)
     if not options.collect:
         if options.minutes is not None:
@@ -121,8 +124,9 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name} is {value}; it must be a positive number.")
-    if options.processes < 1:
-        raise ValueError(f"--processes is {options.processes}; it must be at least 1.")
+    for name in ("processes", "seeds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1.")
     if settings.run.dir is not None:
         raise ValueError(
             f"run.dir is {settings.run.dir!r}, but there are several runs; use --out for all."
@@ -137,7 +141,11 @@ def _about(settings: Settings, options: argparse.Namespace, rows: str) -> str:
         budget = f"{options.minutes:g} minutes each, in iterations by each model's own speed"
     elif options.samples is not None:
         budget = f"{options.samples:,} samples each"
+    seeds = f"seed {train.seed}"
+    if options.seeds > 1:
+        last = train.seed + options.seeds - 1
+        seeds = f"seeds {train.seed} … {last}: medians, and in brackets the lowest and the highest"
     return (
         f"Method {settings.method}, {settings.topology.ues} UEs × {train.batch_size} samples, "
-        f"seed {train.seed}, {budget}. Test set: {rows}."
+        f"{seeds}, {budget}. Test set: {rows}."
     )

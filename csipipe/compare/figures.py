@@ -22,6 +22,7 @@ class Figures:
 
     model: str
     c1: int
+    seed: int
     iterations: int
     nmse_db: float
     """Centred; mean over samples and UEs of linear values."""
@@ -62,6 +63,7 @@ def measure(run: Run, rows: Rows) -> Figures:
     return Figures(
         model=settings.model.name,
         c1=up,
+        seed=settings.train.seed,
         iterations=summary["iterations"],
         nmse_db=10 * float(torch.tensor(values["nmse"]).log10()),
         rho=values["rho"],

@@ -10,16 +10,19 @@ from pathlib import Path
 from csipipe import models
 from csipipe.reports import start
 from csipipe.reports.runs import Run, State, placed, sort
-from csipipe.settings.config import Settings
+from csipipe.settings.config import ModelSettings, Settings
 
 PROBED = 12
 """Iterations by which a model's speed is measured."""
 
 
 def runs(
-    settings: Settings, names: Sequence[str], codewords: Sequence[int], out: Path
+    settings: Settings, names: Sequence[str], codewords: Sequence[int], out: Path, seeds: int = 1
 ) -> list[Run]:
-    """A run for every model and codeword size, each model checked.
+    """A run for every model, codeword size and seed, each model checked.
+
+    Args:
+        seeds: how many, from `train.seed` on.
 
     Raises:
         ValueError: a model that can't be used; named before anything is started.
@@ -30,7 +33,11 @@ def runs(
             model = replace(settings.model, name=name, c1=c)
             models.check(model)
             label = name.replace(":", "-").replace("/", "-")
-            found.append(placed(f"{label}-c{c}", replace(settings, model=model), out))
+            for more in range(seeds):
+                train = replace(settings.train, seed=settings.train.seed + more)
+                seed = f"-seed{train.seed}" if more else ""
+                chosen = replace(settings, model=model, train=train)
+                found.append(placed(f"{label}-c{c}{seed}", chosen, out))
     return found
 
 
@@ -43,20 +50,24 @@ def longest(run: Run, iterations: int) -> Run:
 def within(wanted: Sequence[Run], minutes: float, out: Path, processes: int) -> list[Run]:
     """Give every run as many iterations as its model trains in `minutes`, measured one by one.
 
+    All seeds of a model get the same number.
+
     The measurement is a short run in `out`/runs/probe-…, which stays there, so that the same
     comparison started again continues.
 
     Raises:
         ValueError: a model that can't be trained; says why.
     """
-    probes = [
-        longest(placed(f"probe-{run.name}", _quiet(run.settings), out), PROBED) for run in wanted
-    ]
-    complete(probes, out, processes)
-    return [
-        longest(run, max(1, int(60 * minutes / seconds_per_iteration(probe))))
-        for run, probe in zip(wanted, probes, strict=True)
-    ]
+    first: dict[ModelSettings, Run] = {}
+    for run in wanted:
+        first.setdefault(run.settings.model, run)
+    probes = {
+        model: longest(placed(f"probe-{run.name}", _quiet(run.settings), out), PROBED)
+        for model, run in first.items()
+    }
+    complete(list(probes.values()), out, processes)
+    seconds = {model: seconds_per_iteration(probe) for model, probe in probes.items()}
+    return [longest(run, max(1, int(60 * minutes / seconds[run.settings.model]))) for run in wanted]
 
 
 def _quiet(settings: Settings) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -46,11 +47,12 @@ def test_a_wide_layer_is_no_ceiling() -> None:
     assert confined([nn.Linear(4, 8), nn.ReLU(), nn.Linear(9, 8)]) is None
 
 
-def some(model: str, c1: int, **values: float) -> Figures:
+def some(model: str, c1: int, seed: int = 0, **values: float) -> Figures:
     known = {"nmse_db": -3.0, "rho": 0.9, "sgcs": 0.8, "seconds": 60.0} | values
     return Figures(
         model=model,
         c1=c1,
+        seed=seed,
         iterations=10,
         parameters=1000,
         macs_at_ue=500,
@@ -75,7 +77,33 @@ def test_the_page_has_a_line_per_run_and_pca_and_the_floor(tmp_path: Path) -> No
     assert len(page.draw([found[1]], {}).axes) == 4  # without ρ and SGCS
     assert "PCA-64" in [t.get_text() for t in axes[0].texts]
     page.write_csv(tmp_path / "table.csv", found)
-    assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("crnet,64,10,-3.0")
+    assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("crnet,64,0,10,-3.0")
+
+
+def test_several_seeds_are_shown_by_median_and_spread() -> None:
+    found = [some("crnet", 64, seed, nmse_db=db) for seed, db in enumerate((-3.0, -5.0, -3.5))]
+    text = page.text([*found, some("linear", 64)], {}, "tried")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[2].startswith("| crnet | 64 | -3.50 (-5.00 … -3.00) | 0.9000 (0.9000 … 0.9000) |")
+    assert lines[3].startswith("| linear | 64 | -3.00 |")
+    [mark, *_] = page.draw(found, {}).axes[0].containers
+    assert [part.get_segments()[0][:, 1].tolist() for part in mark[2]] == [[-5.0, -3.0]]
+    assert mark[0].get_ydata().tolist() == [-3.5]
+
+
+@pytest.mark.parametrize(
+    "values", [(1054006, 2102838), (3e3, 4e7), (34.70e6, 35.72e6), (64.0, 64.0), (128, 16384)]
+)
+def test_labels_of_a_cost_do_not_touch(values: tuple[float, float]) -> None:
+    found = [replace(some("crnet", n), parameters=int(v)) for n, v in enumerate(values, 8)]
+    figure = page.draw([replace(f, macs_at_ue=f.parameters) for f in found], {})
+    figure.draw_without_rendering()
+    for axes in figure.axes[-4:]:
+        boxes = [t.get_window_extent() for t in axes.get_xticklabels(which="both") if t.get_text()]
+        inside = [b for b in boxes if axes.bbox.x0 - 1 <= (b.x0 + b.x1) / 2 <= axes.bbox.x1 + 1]
+        assert len(inside) >= 1
+        for one, other in itertools.pairwise(sorted(inside, key=lambda box: box.x0)):
+            assert one.x1 + 2 < other.x0, axes.get_xlabel()
 
 
 def test_pca_of_all_training_rows_is_no_worse_with_more_components() -> None:
@@ -116,6 +144,11 @@ def test_runs_differ_in_model_and_codeword_alone(tmp_path: Path) -> None:
     assert [run.name for run in wanted] == ["crnet-c8", "crnet-c4", "linear-c8", "linear-c4"]
     assert [(run.settings.model.name, run.settings.model.c1) for run in wanted][1] == ("crnet", 4)
     assert wanted[0].folder == tmp_path / "runs" / "crnet-c8"
+    seeds = plan.runs(Settings(model=SMALL), ["linear"], [8], tmp_path, 2)
+    assert [(run.name, run.settings.train.seed) for run in seeds] == [
+        ("linear-c8", 0),
+        ("linear-c8-seed1", 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +171,11 @@ def test_what_cannot_be_compared_is_named(
 
 @pytest.mark.long
 def test_two_models_are_trained_and_shown(tmp_path: Path) -> None:
-    arguments = "--models linear,csilocal --c 8 --minutes 0.02 --processes 2 --topology.stages 1"
-    small = "--model.angles 6 --model.delays 4 --topology.ues 2 --model.kernels_by torch"
-    data = "--data.train_samples 60 --data.test_samples 8 --train.threads 1"
+    arguments = (
+        "--models linear,csilocal --c 8 --seeds 2 --minutes 0.02 --processes 2 --topology.stages 1"
+    )
+    small = "--model.angles 6 --model.delays 4 --topology.stages 1 --topology.ues 2"
+    data = "--data.train_samples 60 --data.test_samples 8 --model.kernels_by torch"
     every = [*f"{arguments} {small} {data}".split(), "--out", str(tmp_path)]
     assert command.main(every) == 0
     table = (tmp_path / "table.md").read_text()
@@ -148,5 +183,7 @@ def test_two_models_are_trained_and_shown(tmp_path: Path) -> None:
     assert "PCA-8" in table
     made = json.loads((tmp_path / "runs" / "linear-c8" / "summary.json").read_text())
     assert made["iterations"] != plan.PROBED
+    other = json.loads((tmp_path / "runs" / "linear-c8-seed1" / "summary.json").read_text())
+    assert other["iterations"] == made["iterations"]
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert command.main([*every, "--collect"]) == 0  # and again, from what there is
