@@ -8,10 +8,12 @@ import errno
 import fcntl
 import io
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -25,8 +27,25 @@ def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, file)
+    except OSError as error:
+        if error.errno in _NO_ROOM:  # a failing write doesn't say of which file
+            error.filename = str(file)
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def in_words(error: BaseException) -> str:
+    """An error for the screen; of a full disk with the room that is left, and the remedy."""
+    if not (isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename):
+        return str(error)
+    file = Path(os.fsdecode(error.filename)).absolute()
+    folder = next(place for place in file.parents if place.is_dir())
+    return (
+        f"{os.fsdecode(error.filename)} can't be written: {error.strerror}; "
+        f"{shutil.disk_usage(folder).free:,} bytes are free there. Make room, or choose a folder "
+        "on another disk."
+    )
 
 
 def flush(file: Path) -> None:

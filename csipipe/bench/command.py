@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from csipipe import channels
 from csipipe.bench import candidates, growth, race, roofline, table
-from csipipe.files import write_file
+from csipipe.files import in_words, write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     except (ArgumentError, OSError, ValueError) as error:
         if debug:
             traceback.print_exception(error)
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1
 
 

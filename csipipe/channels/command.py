@@ -19,12 +19,13 @@ from csipipe.channels import convert as converting
 from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
 from csipipe.channels.eigenvectors import SUBBANDS
-from csipipe.channels.format import SetPart
+from csipipe.channels.format import Description, SetPart
 from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.scene import Scene
 from csipipe.channels.source import Site
 from csipipe.channels.split import own_environment
 from csipipe.channels.transform import Geometry
+from csipipe.files import in_words
 from csipipe.settings.config import DataSettings
 from csipipe.settings.tables import SOURCES
 
@@ -239,15 +240,18 @@ def convert(
 
 def _check_converted(folder: Path) -> bool:
     good = True
-    columns = {}
+    columns, similar = {}, {}
+    vectors = Description.read(folder).kind == "eigenvectors"
     for name, rows in rawcheck.sets_of(folder).items():
         found = rawcheck.converted_findings(folder, rows)
         print(f"{name}: {'SUSPICIOUS' if found else 'GOOD'}")
         for finding in found:
             print(f"  {finding.verdict}: {finding.what}\n    repair: {finding.repair}")
         columns[name] = statistics.measure(rows[0]), statistics.pca_db(*rows)
+        if vectors:
+            similar[name] = statistics.pca_sgcs(*rows)
         good = good and not found
-    print(f"\n{statistics.table(columns)}\n", flush=True)
+    print(f"\n{statistics.table(columns, similar)}\n", flush=True)
     return good
 
 
@@ -385,5 +389,5 @@ def main(arguments: list[str]) -> int:
     except (ArgumentError, OSError, TypeError, ValueError) as error:
         if debug:
             traceback.print_exception(error)
-        print(f"csipipe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"csipipe: error: {' '.join(in_words(error).split())}", file=sys.stderr)
         return 1

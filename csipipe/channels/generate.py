@@ -45,18 +45,23 @@ def generate(
         for number, (part, count) in enumerate(users.items()):
             if count:
                 path = Path(place) / f"{model}-{part}.npy"
-                _write(path, model, scene, plan.seed, number, count)
+                try:
+                    _write(path, model, scene, plan.seed, number, count)
+                except OSError as error:
+                    error.filename = str(folder)
+                    raise
                 inputs.append(Input(path, "all", part))
         return convert.convert(inputs, folder, plan, {"model": model, "scene": asdict(scene)})
 
 
 def _write(path: Path, model: str, scene: Scene, seed: int, part: int, users: int) -> None:
     """(users, T, R, P, K) complex64 into an .npy file, with a progress bar."""
-    values = np.lib.format.open_memmap(path, "w+", np.complex64, (users, *scene.shape))
-    done = 0
-    with tqdm(total=users, desc=path.stem, unit="UE", disable=None, leave=False) as bar:
+    described = {"descr": "<c8", "fortran_order": False, "shape": (users, *scene.shape)}
+    with (
+        tqdm(total=users, desc=path.stem, unit="UE", disable=None, leave=False) as bar,
+        path.open("wb") as file,  # not mapped: a full disk would kill the process
+    ):
+        np.lib.format.write_array_header_1_0(file, described)
         for channels in stream(BLOCKS[model], scene, model, seed, part, users):
-            values[done : done + len(channels)] = channels
-            done += len(channels)
+            file.write(np.ascontiguousarray(channels, "<c8").data.cast("B"))
             bar.update(len(channels))
-    values.flush()

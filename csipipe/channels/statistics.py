@@ -178,8 +178,15 @@ def bars(profile: Reals) -> str:
     return "".join(blocks[level] for level in levels)
 
 
-def table(columns: Mapping[str, tuple[Statistics, Mapping[int, float]] | None]) -> str:
-    """Statistics and PCA figures, one column per set, by heading; None: nothing to show."""
+def table(
+    columns: Mapping[str, tuple[Statistics, Mapping[int, float]] | None],
+    similar: Mapping[str, Mapping[int, float]] | None = None,
+) -> str:
+    """Statistics and PCA figures, one column per set, by heading; None: nothing to show.
+
+    Args:
+        similar: PCA's SGCS by heading and components, where it is known (see `pca_sgcs`).
+    """
     known = {title: column for title, column in columns.items() if column is not None}
     sets = list(known.values())
     lines = [("", *known)]
@@ -196,6 +203,10 @@ def table(columns: Mapping[str, tuple[Statistics, Mapping[int, float]] | None]) 
     for n in COMPONENTS:
         found = [f"{pca[n]:.1f} dB" if n in pca else "too few rows" for _, pca in sets]
         lines.append((f"NMSE of PCA-{n}", *found))
+    for n in COMPONENTS if similar else ():
+        of = [(similar or {}).get(title, {}) for title in known]
+        found = [f"{sgcs[n]:.3f}" if n in sgcs else "too few rows" for sgcs in of]
+        lines.append((f"SGCS of PCA-{n}", *found))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()

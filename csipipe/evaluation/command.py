@@ -17,7 +17,7 @@ from csipipe.comm.world import World
 from csipipe.device import pick_device, set_threads
 from csipipe.evaluation import distribution, feedback, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
-from csipipe.files import write_file
+from csipipe.files import in_words, write_file
 from csipipe.run import ceiling, trained
 from csipipe.run.ceiling import Ceiling
 from csipipe.run.trained import Trained
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
             return 1
         if "--debug" in arguments or not isinstance(error, ValueError | OSError):
             raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -205,5 +205,6 @@ def _report(
             feedback.write(points, rows.name, out)
         write_file(out / "figures.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise OSError(f"{out} can't be written: {error}; choose another --out.") from error
+        text = in_words(error).rstrip(".")
+        raise OSError(f"{out} can't be written: {text}; choose another --out.") from error
     print(f"\nwritten:      {out}/{', '.join(written)}", flush=True)

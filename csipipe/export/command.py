@@ -30,6 +30,7 @@ from csipipe.export.parts import (
     unrounded,
 )
 from csipipe.export.quantiser import BITS, Quantiser
+from csipipe.files import in_words
 from csipipe.models import widths
 from csipipe.run import trained
 from csipipe.run.trained import Autoencoder, Trained
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         if "--debug" in arguments:
             raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1
     return 0
 

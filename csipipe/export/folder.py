@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "export.json"
+_ROOM = 1 << 20
+"""Bytes; with less, a disk is full."""
 
 
 @contextlib.contextmanager
@@ -29,7 +32,16 @@ def whole(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{out} can't be written: {error.strerror}; choose another --out.") from error
     try:
-        yield partial
+        try:
+            yield partial
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(partial).free
+            # PyTorch's and ONNX's writers raise errors of their own, without a number
+            if free < _ROOM and "write" in str(error).lower():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                error.filename = str(out)
+            raise
         old = out.with_name(f"{out.name}.{os.getpid()}.old.partial")
         if out.exists():
             os.rename(out, old)

@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentParser
 from types import ModuleType
 
+from csipipe.files import in_words
 from csipipe.reports import array, bytes, fig5, fig6, headline, plan, search, table1
 
 ABOUT = """Makes the paper's figures from training runs. Missing runs are started, one torchrun
@@ -68,5 +69,5 @@ def main(arguments: list[str]) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         if options.debug:
             raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1

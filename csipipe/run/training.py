@@ -194,7 +194,10 @@ def _claim(start: Start, settings: Settings) -> Lock:
             "Choose another run.dir."
         ) from error
     except OSError as error:
-        raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
+        raise OSError(
+            f"run.dir: {folder} can't be written: {error.strerror}. Make room there if it is full, "
+            "or choose another run.dir."
+        ) from error
     if start.exists:
         reopen(start, settings)
     return lock

@@ -15,34 +15,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from csifiles import save_v73
+from csifiles import channels, save_v73
 from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import convert as converting
-from csipipe.channels import eigenvectors, open_source, rawarray
+from csipipe.channels import eigenvectors, open_source, rawarray, statistics
 from csipipe.channels.axes import parse
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
 from csipipe.channels.reading import guess
-from csipipe.channels.scenario import SCENARIOS, draw_rays
-from csipipe.channels.source import Source
+from csipipe.channels.source import Part, Source
 from csipipe.measure import metrics
 from csipipe.settings.config import DataSettings
 
-N, R, P, K = 60, 2, 8, 48
-
-
-def channels(n: int = N, rx: int = R, ports: int = P, bins: int = K, seed: int = 0) -> Any:
-    """(n, rx, ports, bins) complex64: rays that come early."""
-    rng = np.random.default_rng(seed)
-    made = np.empty((n, rx, ports, bins), np.complex64)
-    for r in range(rx):
-        rays = draw_rays(SCENARIOS["indoor"], n, rng)
-        over_p = np.exp(2j * np.pi * rays.frequency[..., None] * np.arange(ports))
-        over_k = np.exp(-2j * np.pi * rays.delay[..., None] * np.arange(bins) / bins)
-        made[:, r] = np.einsum("br,brp,brk->bpk", rays.gain, over_p, over_k)
-    return made
+PARTS: tuple[Part, ...] = ("train", "test")
+N, R, P, K = 60, 2, 8, 48  # as csifiles.channels makes them
 
 
 def saved(path: Path, values: Any) -> Path:
@@ -297,6 +285,20 @@ def test_eigenvectors_over_all_receive_antennas(tmp_path: Path) -> None:
     expected = eigenvectors.to_image(eigenvectors.images_of(np.delete(h, 4, 0), 6))
     np.testing.assert_allclose(rows, expected, atol=1e-6)
     assert isinstance(opened.frequency_rows("all", "test", 0, 1), str)
+
+
+def test_check_says_what_pca_reaches_in_the_figure_of_eigenvectors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, words = saved(tmp_path / "h.npy", channels(300)), ("--axes", "sample rx tx subcarrier")
+    assert run(file, tmp_path / "v", *words, "--eigenvectors", "true", "--subbands", 5) == 0
+    capsys.readouterr()
+    main(["check", str(tmp_path / "v")])
+    opened = source(tmp_path / "v")
+    sets = (opened.rows("all", part, 0, opened.available("all", part) or 0) for part in PARTS)
+    reached = statistics.pca_sgcs(*sets)[64]
+    assert 0.9 < reached < 1
+    assert f"SGCS of PCA-64  {reached:.3f}" in re.sub("  +", "  ", capsys.readouterr().out)
 
 
 def test_check_says_how_to_convert_and_what_was(
