@@ -1,19 +1,25 @@
-"""A rank whose torchrun was killed ends, with one line per node.
+"""Who started a process was killed: what becomes of the process.
 
-torchrun holds the key-value store, so no rank can go on or tell another anything. Left alone, they
-would fail one by one, each with an error that explains nothing.
+A rank whose torchrun was killed ends, with one line per node. torchrun holds the key-value store,
+so no rank can go on or tell another anything. Left alone, they would fail one by one, each with an
+error that explains nothing. A torchrun whose report was killed is asked to end by the kernel.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _LOOK = 0.2
 _ENDING = 5.0
+_ON_PARENTS_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux."""
 _parent: int | None = None
 
 
@@ -28,6 +34,23 @@ def watch(parent: int, name: str, speaks: bool) -> None:
     global _parent
     _parent = parent
     threading.Thread(target=_wait, args=(parent, name, speaks), daemon=True).start()
+
+
+def ending_with_parent() -> Callable[[], None]:
+    """For `subprocess.Popen(preexec_fn=…)`: SIGTERM to the child when this process is gone.
+
+    Also if it is killed and can end nothing itself. Only Linux does that; call it in the main
+    thread, whose end counts.
+    """
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask() -> None:
+        if hasattr(libc, "prctl"):
+            libc.prctl(_ON_PARENTS_DEATH, int(signal.SIGTERM))
+            if os.getppid() != parent:  # it was faster
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
 
 
 def leave() -> None:

@@ -1,7 +1,8 @@
 """Starts a report's missing runs, each a torchrun of `csipipe train`, and watches them.
 
 A run's output goes to `<out>/logs/<name>.log`. A run that fails is named and the others continue.
-After an interruption, the next start resumes the runs from their checkpoints.
+After an interruption, the next start resumes the runs from their checkpoints. A run ends with the
+process that started it, even if that is killed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from csipipe import files
+from csipipe.comm import orphans
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
 
@@ -92,6 +94,7 @@ def _launch(run: Run, out: Path, processes: int) -> _Started:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is ours to pass on
+            preexec_fn=orphans.ending_with_parent(),
         )
     return _Started(run, process, log, time.monotonic())
 

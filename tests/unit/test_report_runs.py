@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,39 @@ def test_an_interruption_ends_the_runs_that_were_going(
         start.start([a_run(tmp_path), a_run(tmp_path, seed=1)], tmp_path, 3)
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent")
+def test_a_killed_report_leaves_no_run_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    asked = [a_run(tmp_path)], tmp_path, 3
+    report = multiprocessing.get_context("fork").Process(target=start.start, args=asked)
+    report.start()
+    log = wait_for(lambda: next(tmp_path.glob("logs/*.log"), None))
+    run = wait_for(lambda: int(log.read_text() or 0))
+    os.kill(run, 0)
+    report.kill()
+    report.join()
+    wait_for(lambda: ended(run))
+
+
+def ended(process: int) -> bool:
+    """Whether it is gone, or nobody has asked yet how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(look: Callable[[], Any]) -> Any:
+    """What it finds, within 30 seconds."""
+    end = time.monotonic() + 30
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
 
 
 def test_two_reports_do_not_start_runs_in_one_folder(
