@@ -359,6 +359,7 @@ def _add(
         peak = np.abs(made.image).max(axis=(1, 2))
         good = peak > 0
         tally.empty_rows += int((~good).sum())
+        # a DFT over ports leaves the energy of a delay as it is, but for a factor
         power = np.square(np.abs(made.delays[good])).sum(axis=1, dtype=np.float64)
         shares = power / power.sum(axis=1, keepdims=True)
         tally.rows += len(shares)
@@ -376,7 +377,8 @@ def _add(
         for part, chosen in _by_part(one, mine, tally):
             frequency = None
             if part == "test" and subcarriers is not None:
-                frequency = np.fft.fft(made.delays[good][chosen], axis=-1).astype(np.complex64)
+                whole = np.fft.fft(made.delays[good][chosen], axis=-1).astype(np.complex64)
+                frequency = plan.geometry.angles(whole, in_angle)
             out.add(one.given.environment, part, images[chosen], scale[chosen], frequency)
         if sum(map(len, tally.looked_at)) < LOOKED_AT:
             tally.looked_at.append(images[:: max(1, len(images) // 256)])

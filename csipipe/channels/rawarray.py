@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 import zipfile
@@ -124,9 +125,20 @@ def _of(path: Path, key: str, values: NDArray[Any], note: str = "") -> RawArray:
     _check_numbers(path, key, values.dtype)
 
     def cut(axis: int, start: int, stop: int) -> NDArray[Any]:
-        return np.array(values[(slice(None),) * axis + (slice(start, stop),)])
+        found = np.array(values[(slice(None),) * axis + (slice(start, stop),)])
+        _release(values)
+        return found
 
     return RawArray(path, key, values.shape, values.dtype.name, cut, note=note)
+
+
+def _release(values: NDArray[Any]) -> None:
+    """Give back the pages of a mapped file: those that were touched would count as ours."""
+    memory: Any = values
+    while isinstance(memory, np.ndarray | memoryview):
+        memory = memory.base if isinstance(memory, np.ndarray) else memory.obj
+    if isinstance(memory, mmap.mmap):
+        memory.madvise(mmap.MADV_DONTNEED)
 
 
 def _npz(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -> RawArray:
@@ -145,7 +157,8 @@ def _torch(path: Path, key: str | None) -> RawArray:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # as torch has written files since 1.6
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise _RefusedError(
@@ -173,7 +186,9 @@ def _mat5(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
 
     def cut(axis: int, start: int, stop: int) -> NDArray[Any]:
         part = (slice(None),) * axis + (slice(start, stop),)
-        return real[part] + 1j * imag[part]
+        found: NDArray[Any] = real[part] + 1j * imag[part]
+        _release(real)
+        return found
 
     return RawArray(path, name, real.shape, "complex", cut)
 

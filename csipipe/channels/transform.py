@@ -131,7 +131,8 @@ class Made(NamedTuple):
     image: Complex
     """(B, A, D): the first delays, not scaled."""
     delays: Complex
-    """(B, A, K): all delays, rolled."""
+    """(B, ports, K): all delays, rolled; in the data's own order of ports, or in angles if that is
+    what they are."""
 
 
 def to_image(
@@ -148,5 +149,4 @@ def to_image(
     c = h if in_delay else np.fft.ifft(h, axis=-1).astype(np.complex64, copy=False)
     if shift:
         c = np.roll(c, shift, axis=-1)
-    c = geometry.angles(c, in_angle)
-    return Made(c[..., :delays], c)
+    return Made(geometry.angles(c[..., :delays], in_angle), c)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import io
 
+from csipipe.channels.scenario import SCENARIOS, draw_rays
 from csipipe.channels.source import Images, Site
 from csipipe.settings.config import DataSettings
 
@@ -23,6 +24,18 @@ def images(count: int, seed: int = 0) -> Images:
 def save(path: Path, values: Any, key: str = "HT", **kwargs: Any) -> Path:
     io.savemat(path, {key: values}, **kwargs)
     return path
+
+
+def channels(n: int = 60, rx: int = 2, ports: int = 8, bins: int = 48, seed: int = 0) -> Any:
+    """(n, rx, ports, bins) complex64: rays that come early."""
+    rng = np.random.default_rng(seed)
+    made = np.empty((n, rx, ports, bins), np.complex64)
+    for r in range(rx):
+        rays = draw_rays(SCENARIOS["indoor"], n, rng)
+        over_p = np.exp(2j * np.pi * rays.frequency[..., None] * np.arange(ports))
+        over_k = np.exp(-2j * np.pi * rays.delay[..., None] * np.arange(bins) / bins)
+        made[:, r] = np.einsum("br,brp,brk->bpk", rays.gain, over_p, over_k)
+    return made
 
 
 def csinet(folder: Path, seed: int = 0) -> DataSettings:

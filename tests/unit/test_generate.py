@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -184,6 +185,32 @@ CDL_A = {
     1.8978: -6.6,
 }
 """Table 7.7.1-1, the first clusters: normalised delay and power in dB."""
+UMI_NLOS = {
+    "muDS": (-0.24, -6.83),
+    "sigmaDS": (0.16, 0.28),
+    "muASD": (-0.23, 1.53),
+    "sigmaASD": (0.11, 0.33),
+}
+"""Table 7.5-6: slope over lg(1 + GHz), and constant."""
+
+
+def table(name: str) -> dict[str, Any]:
+    """A table of the specification, from Sionna's own files."""
+    found = importlib.util.find_spec("sionna")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("Sionna isn't installed")
+    models = Path(found.submodule_search_locations[0], "phy", "channel", "tr38901", "models")
+    release = "v" + tr38901.SPECIFICATION.replace(".", "_")
+    content: dict[str, Any] = json.loads((models / release / f"{name}.json").read_text())
+    return content
+
+
+def test_the_values_of_these_tests_are_the_specifications() -> None:
+    cdl, umi = table("CDL-A"), table("UMi_NLoS")
+    powers = dict(zip(cdl["delays"], cdl["powers"], strict=True))
+    assert CDL_A.items() <= powers.items()
+    for name, (slope, constant) in UMI_NLOS.items():
+        assert [umi[name + letter] for letter in "abc"] == [slope, 1.0, constant], name
 
 
 def mean_powers(model: str) -> tuple[Any, Any]:
@@ -225,9 +252,10 @@ def test_umi_has_the_specifications_delay_and_angular_spreads() -> None:
     """
     pytest.importorskip("sionna.phy")
     frequency = np.log10(1 + 3.5)
+    law = {name: a * frequency + b for name, (a, b) in UMI_NLOS.items()}
     laws = {
-        "delay": (-0.24 * frequency - 6.83, 0.16 * frequency + 0.28),
-        "angle": (-0.23 * frequency + 1.53, 0.11 * frequency + 0.33),
+        "delay": (law["muDS"], law["sigmaDS"]),
+        "angle": (law["muASD"], law["sigmaASD"]),
     }
     found: dict[str, list[Any]] = {"delay": [], "angle": []}
     for seed in range(2):
