@@ -88,6 +88,7 @@ def test_only_the_pipeline_imports_deepspeed() -> None:
     }
     assert users == {
         "csipipe/pipeline/engine.py",
+        "csipipe/pipeline/partition.py",
         "csipipe/pipeline/subworld.py",
         "csipipe/bench/stock.py",  # a peer: DeepSpeed's own engine is what is measured
     }
