@@ -170,7 +170,7 @@ class Channel:
         if self.limit is not None:
             for peer in self.peers:
                 if not trust.sound(message[peer.rows], self.limit):
-                    self._judge(m, peer, message[peer.rows], self.limit)
+                    self._judge(m, peer, message[peer.rows], self._of(peer, payload), self.limit)
         if self._thread is None:
             return message
         tensor, self._uploaded[m % self._ahead] = upload(message, self.device)
@@ -258,12 +258,14 @@ class Channel:
             self._irecv(self._of(peer, self._buffers[place]), peer, m) for peer in self.peers
         ]
 
-    def _judge(self, m: int, peer: Peer, rows: Tensor, limit: float) -> None:
+    def _judge(self, m: int, peer: Peer, rows: Tensor, payload: Tensor, limit: float) -> None:
         """Find the UEs whose share of a message isn't sound."""
         ues = peer.ues if self.from_ues else ()
-        for ue, share in zip(ues, self._shares(peer, rows), strict=False):
+        sent = self._shares(peer, payload)
+        for ue, share, part in zip(ues, self._shares(peer, rows), sent, strict=False):
             if not trust.sound(share, limit):
                 who = f"{self._name(m)} from UE {ue} ({peer.role}) {trust.fault(share, limit)}"
+                who += trust.unended(part)
                 if not self.tolerant:
                     raise trust.BadMessage(f"{who}; train.on_bad_ue is stop.")
                 self.bad.setdefault(ue, who)

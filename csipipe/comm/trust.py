@@ -24,9 +24,19 @@ def mark(rows: Tensor) -> None:
 
     Bytes end with a number in fp32.
     """
-    flat = rows.view(-1)
-    last = flat[-1:] if rows.is_floating_point() else flat[-4:].view(torch.float32)
-    last.fill_(float("nan"))
+    _last(rows).fill_(float("nan"))
+
+
+def unended(payload: Tensor) -> str:
+    """A remark on bytes whose end hasn't been overwritten, or is no number; else nothing."""
+    ended = payload.is_floating_point() or not _last(payload).isnan()
+    return "" if ended else " (its last scale: it may be shorter than agreed)"
+
+
+def _last(payload: Tensor) -> Tensor:
+    """The last number of a payload."""
+    flat = payload.view(-1)
+    return flat[-1:] if payload.is_floating_point() else flat[-4:].view(torch.float32)
 
 
 def rms(rows: Tensor) -> float:

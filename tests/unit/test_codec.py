@@ -4,13 +4,14 @@ a payload makes no sense."""
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 
 from csipipe.comm import codec, trust
-from csipipe.comm.channel import Channel, Peer
+from csipipe.comm.channel import SLOTS, Channel, Peer
 from csipipe.comm.codec import Codec, Residual, Rounding
 from csipipe.comm.ledger import Kind
 from csipipe.comm.loopback import Loopback
@@ -181,6 +182,34 @@ def test_noise_is_added_before_the_codec_in_proportion_to_what_is_sent() -> None
         for rows, wanted in ((off[:3], 0.5), (off[3:], 5.0)):
             assert float(rows.square().mean().sqrt()) == pytest.approx(wanted, rel=0.05)
             assert not torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (math.nan, r"holds nan in 8 of 24 scalars, first at scalar 16 \(its last scale: it may"),
+        (1e30, "has root mean square"),
+    ],
+)
+def test_a_ue_whose_scale_is_none_is_named(bad: float, text: str, tolerant: bool) -> None:
+    loop = Loopback()
+    peer = Peer(0, slice(0, 6), (4, 5), "UE rank 1 (UEs 4-5)", loop)
+    one = codec.of_rows("int8", CommSettings(), 3, 8)
+    channel = Channel(Kind.SMASHED, [peer], (6, 8), 1, one, torch.device("cpu"), limit=1e4)
+    channel.tolerant = tolerant
+    payload = one.encode(message(6, 8))
+    payload[1, -4:] = torch.tensor([bad]).view(torch.uint8)
+    channel.post()
+    loop.isend(payload, Kind.SMASHED.value * SLOTS)
+    if tolerant:
+        found = channel.receive(0)
+        assert re.search(f"smashed data from UE 5 .* {text}", channel.bad[5])
+        assert (found[3:] == 0).all()
+        assert torch.equal(found[:3], one.decode(payload)[:3])  # UE 4's
+    else:
+        with pytest.raises(trust.BadMessage, match=f"smashed data from UE 5 .* {text}"):
+            channel.receive(0)
 
 
 def test_what_is_lost_comes_with_the_next_message() -> None:
