@@ -19,7 +19,7 @@ from csipipe.measure.metrics import floor_loss
 from csipipe.methods.base import adam
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
-from csipipe.models import belong, build_encoder, build_head, widths
+from csipipe.models import belong, build_encoder, build_head, start, widths
 from csipipe.models.ranged import ranged
 from csipipe.settings.config import Settings
 
@@ -46,9 +46,10 @@ class UserEquipment:
         self.number = number
         self.rows = torch.from_numpy(rows).to(device)
         self.holdout = torch.from_numpy(holdout).to(device)
-        encoder, (entries, _) = build_encoder(model, seed), widths(model)
-        self.encoder = ranged(encoder, entries, settings.feedback_bits).to(device)
-        self.head = build_head(model, seed).to(device)
+        encoder, head = build_encoder(model, seed), build_head(model, seed)
+        start(model, encoder, head, torch.from_numpy(rows))
+        self.encoder = ranged(encoder, widths(model)[0], settings.feedback_bits).to(device)
+        self.head = head.to(device)
         belong((self.encoder, self.head), number)
         self.optimizer = adam([*self.encoder.parameters(), *self.head.parameters()], settings.train)
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csipipe.models import requirements
 from csipipe.models.crblock import CRBlock
@@ -41,13 +41,29 @@ def build_encoder(model: ModelSettings, seed: int) -> nn.Module:
 
 def build_tail(model: ModelSettings, seed: int) -> list[nn.Module]:
     """Decoder tail F2 as a list of layers: rows of as many reals as `widths` says."""
-    return list(_seeded("tail", model, seed))
+    layers = list(_seeded("tail", model, seed))
+    if model.start == "pca":
+        found(_by_pca(model)[1])(layers)
+    return layers
 
 
 def build_head(model: ModelSettings, seed: int) -> nn.Module:
     """Decoder head F3: what the tail makes → (B, 2, A, D)."""
     head: nn.Module = _seeded("head", model, seed)
     return head
+
+
+def start(model: ModelSettings, encoder: nn.Module, head: nn.Module, rows: Tensor) -> None:
+    """Set a UE's parts by its rows (B, 2, A, D), on the CPU, where `model.start` says so."""
+    if model.start == "pca":
+        found(_by_pca(model)[0])(encoder, head, rows)
+
+
+def _by_pca(model: ModelSettings) -> tuple[str, str]:
+    spec = MODELS.get(model.name)
+    assert spec is not None
+    assert spec.by_pca is not None
+    return spec.by_pca
 
 
 def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
@@ -125,6 +141,11 @@ def check(model: ModelSettings) -> None:
             `model.split` doesn't fit.
     """
     row: tuple[int, ...] = model.image
+    if model.start == "pca" and model.c1 > model.reals:
+        raise ValueError(
+            f"model.start is pca and model.c1 {model.c1}, but a row has {model.reals} reals and as "
+            "many components at most; lower model.c1, or use model.start random."
+        )
     output = None if model.c2 is None else (model.c2,)
     wanted = ((model.c1,), output, row) if model.split is None else (None, None, row)
     gives = row

@@ -65,6 +65,10 @@ class ModelSettings:
     """Delay bins (or subbands) of the images. null: the data's own. Fewer: the first ones."""
     kernels: tuple[tuple[Kernel, ...], ...] = CRNET_KERNELS
     """CRBlock: one sequence of odd kernels (angles, delays) per parallel path."""
+    start: Literal["random", "pca"] = "random"
+    """Weights before training. random: the same for every UE. pca: encoder and head by the
+    principal components of the UE's own rows, and a tail that passes codewords on; csilocal and
+    centralised only, since encoders that start apart can't be averaged."""
     kernels_by: KernelsBy = "auto"
     """Who computes CRBlocks: llvm (fused kernels for CPUs), triton (for GPUs), torch (PyTorch's
     layers). auto: fused kernels where they run; what can't run gives way to torch and says why."""
@@ -80,6 +84,15 @@ class ModelSettings:
         for name in ("c1", "c2", "angles", "delays"):
             if getattr(self, name) is not None:
                 _at_least(f"model.{name}", getattr(self, name), 1)
+        known = MODELS.get(self.name)
+        able = known is not None and known.by_pca and self.head == "linear" and not self.split
+        if self.start == "pca" and not able:
+            names = ", ".join(name for name, model in MODELS.items() if model.by_pca)
+            raise ValueError(
+                f"model.start is pca, with model.name {self.name}, model.head {self.head} and "
+                f"model.split {self.split}; it is known for {names} with a linear head and no "
+                "model.split; use model.start random."
+            )
         if not self.kernels or not all(self.kernels):
             raise ValueError(
                 f"model.kernels is {self.kernels}; every path of a CRBlock needs a kernel."
@@ -456,6 +469,12 @@ class Settings:
             raise ValueError(
                 f"run.eval_ues is {self.run.eval_ues}; it must lie between 1 and topology.ues "
                 f"{self.topology.ues}, or be null: all of them."
+            )
+        if self.model.start == "pca" and self.spec.shared:
+            raise ValueError(
+                f"model.start is pca and method {self.method}, whose UEs average "
+                f"{', '.join(self.spec.shared)}: parts that start from each UE's own components "
+                "can't be averaged; use model.start random."
             )
         if self.train.stacked == "always" and not self.spec.pipelined:
             raise ValueError(

@@ -54,6 +54,9 @@ class ModelSpec:
     one is inserted, two linear layers, where model.c2 is a number."""
     heads: bool = False
     """Whether model.head chooses its decoder head."""
+    by_pca: tuple[str, str] | None = None
+    """What sets encoder and head by a UE's rows, and the tail, where model.start is pca; None: it
+    can't be."""
     plain: str | None = None
     """The same tail of PyTorch's own layers, for the benchmark; None: there is none."""
 
@@ -187,6 +190,7 @@ MODELS: dict[str, ModelSpec] = {
         partition="type:CRBlock",
         own_c2=True,
         heads=True,
+        by_pca=("csipipe.models.pca:start_ends", "csipipe.models.pca:start_tail"),
         plain="csipipe.bench.plain:tail",
     ),
     "csinet": ModelSpec(
