@@ -58,6 +58,8 @@ def start_ends(encoder: nn.Module, head: nn.Module, rows: Tensor) -> None:
     rebuild = next(head.children())
     assert isinstance(convolution, Conv2d)
     assert isinstance(norm, BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     assert isinstance(project, Linear)
     assert isinstance(rebuild, Linear)
     codeword, known = project.out_features, min(project.out_features, rebuild.in_features)

@@ -476,6 +476,12 @@ class Settings:
                 f"{', '.join(self.spec.shared)}: parts that start from each UE's own components "
                 "can't be averaged; use model.start random."
             )
+        if self.model.start == "pca" and self.feedback_bits is not None:
+            raise ValueError(
+                "model.start is pca and comm.scale range, which scales every entry of the codeword "
+                "by itself, so that the tail would not put it together again; use model.start "
+                "random, or another comm.scale."
+            )
         if self.train.stacked == "always" and not self.spec.pipelined:
             raise ValueError(
                 f"train.stacked is always, but {self.method} has no UEs whose encoders and heads "

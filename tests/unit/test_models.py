@@ -36,7 +36,7 @@ def test_a_head_with_a_crblock_begins_where_the_linear_one_does() -> None:
     assert found == wanted | {"head": wanted["head"] + 1425}
     y = torch.rand(8, 20)
     ours, theirs = models.build_head(beyond, 3), models.build_head(linear, 3)
-    assert torch.equal(ours[0].weight, theirs[0].weight)
+    assert torch.equal(ours.state_dict()["0.weight"], theirs.state_dict()["0.weight"])
     assert ours(y).shape == (8, 2, 32, 32)
     with pytest.raises(ValueError, match=r"model\.head is crblock, but crnet has a decoder head"):
         replace(beyond, name="crnet")

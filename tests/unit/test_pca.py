@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from csipipe import models
 from csipipe.models.pca import components
-from csipipe.settings.config import ModelSettings, Settings
+from csipipe.settings.config import CodecSettings, CommSettings, ModelSettings, Settings
 
 MODEL = ModelSettings(c1=24, angles=8, delays=8, start="pca", kernels_by="torch")
 
@@ -21,7 +22,8 @@ def channels(rows: int, seed: int) -> Tensor:
         rows, 40, generator=torch.Generator().manual_seed(seed)
     )
     basis = torch.linalg.qr(torch.randn(128, 40, generator=torch.Generator().manual_seed(9))).Q
-    return 0.5 + (weights @ basis.t() / 400).clamp(-0.5, 0.5).view(-1, 2, 8, 8)
+    around_zero: Tensor = (weights @ basis.t() / 400).clamp(-0.5, 0.5)
+    return 0.5 + around_zero.view(-1, 2, 8, 8)
 
 
 def built(model: ModelSettings, rows: Tensor) -> nn.Sequential:
@@ -79,7 +81,7 @@ def test_global_random_numbers_stay_as_they_were() -> None:
         ({"head": "crblock"}, "model.head crblock"),
     ],
 )
-def test_models_that_cannot_are_refused(changes: dict[str, object], message: str) -> None:
+def test_models_that_cannot_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(MODEL, **changes)
 
@@ -92,3 +94,8 @@ def test_more_components_than_an_image_has_are_refused() -> None:
 def test_parts_that_are_averaged_start_alike() -> None:
     with pytest.raises(ValueError, match="method fedavg, whose UEs average encoder"):
         Settings(method="fedavg", model=MODEL)
+
+
+def test_codewords_that_are_scaled_again_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"comm\.scale range"):
+        Settings(model=MODEL, comm=CommSettings(scale="range", codec=CodecSettings(smashed="int8")))
