@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -79,6 +79,13 @@ Builder = Callable[[World], Worker]
 def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> Adam:
     """The optimiser of every part (paper, eqs. 6–8); the loop sets the rate per iteration."""
     return Adam(list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True)
+
+
+def freeze(parts: nn.ModuleDict | Mapping[str, nn.Module], frozen: Container[str]) -> None:
+    """No gradients for the parameters of the parts that are frozen."""
+    for name, part in parts.items():
+        if name in frozen:
+            part.requires_grad_(False)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

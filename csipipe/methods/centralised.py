@@ -20,7 +20,7 @@ from csipipe.device import autocast
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import Builder, EvalRows, adam, batches_of, padded, set_rate
+from csipipe.methods.base import Builder, EvalRows, adam, batches_of, freeze, padded, set_rate
 from csipipe.methods.objective import Objective
 from csipipe.methods.roster import evaluated
 from csipipe.methods.rows import load
@@ -75,9 +75,10 @@ class Centralised:
             for ue in ues[1:]:
                 ue.encoder, ue.head = ues[0].encoder, ues[0].head
         # as on a UE rank: one product per head instead of one per micro-batch
-        self.pending = models.put_off(ue.head for ue in ues)
+        self.pending = models.put_off(ue.head for ue in ues if "head" not in ue.frozen)
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
+        freeze({"tail": self.tail}, settings.train.frozen)
         self.optimizer = adam(self.tail.parameters(), settings.train)
         self.parameters = models.count_parts(settings.model)
         with autocast(settings.train.precision, device):
@@ -95,7 +96,7 @@ class Centralised:
         for ue in owners:
             ue.train(True)
             set_rate(ue.optimizer, train.lr_at(iteration))
-        self.tail.train()
+        self.tail.train("tail" not in train.frozen)
         set_rate(self.optimizer, train.lr_at(iteration))
         self.clock.begin("compute", "draw mini-batches")
         sums = self.run(self.ues, [ue.draw(train.batch_size) for ue in self.ues])
@@ -177,7 +178,8 @@ class Centralised:
             models.accumulate(models.joined(self.pending))
             self.pending.clear()
             clock.begin("compute", "encode backward")
-            models.backward(z_UBC, [z.grad for z in leaves if z.grad is not None])
+            if "encoder" not in train.frozen:
+                models.backward(z_UBC, [z.grad for z in leaves if z.grad is not None])
         return sums.cpu()
 
     def agree(self, decision: bool) -> bool:

@@ -17,8 +17,8 @@ from csipipe.settings.config import Settings
 
 def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
     """Scalars `up` (UE → BTS) and `down` in one iteration, over all UEs."""
-    total = settings.participants * int(tables.found(settings.spec.cost)(settings))
-    return {"up": total, "down": total}
+    up, down = tables.found(settings.spec.cost)(settings)
+    return {"up": settings.participants * up, "down": settings.participants * down}
 
 
 def bytes_per_iteration(settings: Settings) -> dict[str, int]:
@@ -27,6 +27,8 @@ def bytes_per_iteration(settings: Settings) -> dict[str, int]:
     found = {"up": 0, "down": 0}
     for crossing in settings.spec.crosses or ("update", "mean_update"):
         name, kind = names[crossing], Kind[crossing.upper()]
+        if not _needed(kind, settings):
+            continue
         if settings.spec.pipelined:
             c1, c2 = widths(settings.model)
             width = c1 if kind in (Kind.SMASHED, Kind.SMASHED_GRADIENT) else c2
@@ -35,7 +37,7 @@ def bytes_per_iteration(settings: Settings) -> dict[str, int]:
             smashed, shape = kind is Kind.SMASHED, (rows, width)
             one = codec.of_rows(name, settings.comm, rows, width, smashed)
         else:
-            scalars = shared_parts(settings)
+            scalars, _ = shared_parts(settings)
             messages, shape = 1, (1, scalars)
             one = codec.of_vector(name, settings.comm, scalars)
         size = messages * math.prod(one.shape(shape)) * one.dtype.itemsize
@@ -52,15 +54,30 @@ def feedback_bits(settings: Settings) -> int:
     return 8 * one.shape((1, width))[1] * one.dtype.itemsize
 
 
-def split(settings: Settings) -> int:
-    """A UE's smashed data and gradient at its head's input.
+def _needed(kind: Kind, settings: Settings) -> bool:
+    """Whether something that learns needs a message: gradients stop at what is frozen."""
+    behind = {Kind.SMASHED_GRADIENT: ("encoder",), Kind.OUTPUT_GRADIENT: ("encoder", "tail")}
+    return kind not in behind or any(p not in settings.train.frozen for p in behind[kind])
 
-    As much comes down: the tail's output and the gradient at the encoder's output.
+
+def split(settings: Settings) -> tuple[int, int]:
+    """A UE's smashed data and gradient at its head's input; the tail's output, and z's gradient.
+
+    Gradients cross only where something before them learns.
     """
-    return settings.train.batch_size * sum(widths(settings.model))
+    rows, (c1, c2) = settings.train.batch_size, widths(settings.model)
+    up = c1 + _needed(Kind.OUTPUT_GRADIENT, settings) * c2
+    down = c2 + _needed(Kind.SMASHED_GRADIENT, settings) * c1
+    return rows * up, rows * down
 
 
-def shared_parts(settings: Settings) -> int:
-    """The shared parts, or their gradient: a UE's up, the mean of all UEs down."""
+def shared_parts(settings: Settings) -> tuple[int, int]:
+    """The shared parts that learn, or their gradient: a UE's up, the mean of all UEs down."""
     sizes = count_parts(settings.model)
-    return sum(sizes[part] for part in settings.spec.shared)
+    scalars = sum(sizes[part] for part in exchanged_parts(settings))
+    return scalars, scalars
+
+
+def exchanged_parts(settings: Settings) -> list[str]:
+    """The shared parts that learn."""
+    return [part for part in settings.spec.shared if part not in settings.train.frozen]

@@ -47,6 +47,7 @@ def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]
         len(topology.ue_roles),
         train.micro_batches,
         train.on_bad_ue == "drop",
+        train.frozen,
     )
 
 

@@ -86,6 +86,7 @@ class BtsHalf(Half):
             ports=self.ports,
             clock=self.clock,
             calls={Op.ROLL_CALL: self._call_the_roll, Op.VERDICT: self._judge},
+            frozen="tail" in train.frozen,
         )
         self.whole, self.each = self.stage.whole, self.stage.each
         layers = {f"tail_layer_{n}": x for n, x in enumerate(self.layers, self.parts[role])}

@@ -84,7 +84,7 @@ class UeHalf(UeSide):
 
     def open(self, plan: list[Instruction]) -> None:
         if any(i.op is Op.RECEIVE_FORWARD for i in plan) and self.stage.ues:
-            self.stage.post()
+            self.stage.post(backward=any(i.op is Op.RECEIVE_BACKWARD for i in plan))
 
     def execute(self, plan: Plan, clock: Clock | None = None) -> None:
         """Where none of its UEs takes part, a rank only hears who does."""

@@ -153,7 +153,7 @@ class Singly(_Both):
 
     def __init__(self, ues: Sequence[UserEquipment], probe: Probe) -> None:
         super().__init__(ues, probe)
-        self._pending = models.put_off(ue.head for ue in ues)
+        self._pending = models.put_off(ue.head for ue in ues if "head" not in ue.frozen)
         self._z_UBC: list[Tensor] = []
 
     def train(self, mode: bool) -> None:
@@ -209,7 +209,8 @@ class Stacked(_Both):
         for modules in (encoders, heads):  # before anything is changed
             check_stackable(modules)
         self._encoders, self._heads = Stack(encoders), Stack(heads)
-        self._heads.put_off(self._pending)
+        if "head" not in train.frozen:
+            self._heads.put_off(self._pending)
         # one for all: its parameters are the UEs' own, each with moments and steps of its own
         self._optimizer = adam([p for ue in ues for p in ue.parts.parameters()], train)
         for ue in ues:

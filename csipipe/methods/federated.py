@@ -23,6 +23,7 @@ from csipipe.comm.topology import Topology
 from csipipe.measure.figures import WIDTH, Figures
 from csipipe.methods import rank as ranks
 from csipipe.methods.base import Builder, EvalRows
+from csipipe.methods.cost import exchanged_parts
 from csipipe.methods.half import Evaluation, Half, UeSide
 from csipipe.methods.replica import Agreed, Replica
 from csipipe.methods.rows import load
@@ -83,7 +84,7 @@ def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]
 def sizes(settings: Settings) -> dict[Kind, int]:
     """Scalars of each vector that crosses; a model without BatchNorm has no statistics."""
     update, statistics = (
-        sum(count(settings.model)[part] for part in settings.spec.shared)
+        sum(count(settings.model)[part] for part in exchanged_parts(settings))
         for count in (models.count_parts, models.count_statistics)
     )
     found = {Kind.UPDATE: update, Kind.MEAN_UPDATE: update}
@@ -320,5 +321,9 @@ class BtsHalf(Half):
 
 
 def is_one_model(settings: Settings) -> bool:
-    """Whether nothing is personal, so that after an exchange all UEs have the same model."""
-    return set(settings.spec.shared) == set(models.count_parts(settings.model))
+    """Whether nothing is personal, so that after an exchange all UEs have the same model.
+
+    A frozen part may have come from anywhere.
+    """
+    everything = set(settings.spec.shared) == set(models.count_parts(settings.model))
+    return everything and not settings.train.frozen

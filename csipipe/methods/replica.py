@@ -17,7 +17,7 @@ from csipipe import models
 from csipipe.comm import trust
 from csipipe.device import autocast
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import set_rate
+from csipipe.methods.base import freeze, set_rate
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
@@ -28,7 +28,7 @@ class Replica:
     """One UE's model, unsplit, on its own rows; a method says how it is trained.
 
     Attributes:
-        shared, personal: the model's parameters, by where they live.
+        shared, personal: the model's parameters that learn, by where they live.
         probe: shows gradients and reconstructions, on request.
         statistics: BatchNorm's running means and variances of the shared parts. How many batches
             they have seen is the same at every UE and isn't exchanged.
@@ -48,12 +48,14 @@ class Replica:
         models.belong(self.tail, ue.number)
         ue.optimizer.add_param_group({"params": list(self.tail.parameters())})
         self.parts = {"encoder": ue.encoder, "tail": self.tail, "head": ue.head}
+        freeze(self.parts, settings.train.frozen)
+        learning = {n: p for n, p in self.parts.items() if n not in settings.train.frozen}
         names = settings.spec.shared
-        common = [part for name, part in self.parts.items() if name in names]
+        common = [part for name, part in learning.items() if name in names]
         self.shared = [p for part in common for p in part.parameters()]
         self.statistics = [b for part in common for b in part.buffers() if b.is_floating_point()]
         self.personal = [
-            p for name, part in self.parts.items() if name not in names for p in part.parameters()
+            p for name, part in learning.items() if name not in names for p in part.parameters()
         ]
 
     def train(self) -> tuple[Tensor, Tensor]:
@@ -73,8 +75,8 @@ class Replica:
 
     def start(self, iteration: int) -> None:
         """Training mode, and the iteration's learning rate."""
-        for part in self.parts.values():
-            part.train()
+        for name, part in self.parts.items():
+            part.train(name not in self.settings.train.frozen)
         set_rate(self.ue.optimizer, self.settings.train.lr_at(iteration))
 
     def gradient(self, learning: Iterable[nn.Parameter]) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from csipipe.settings.config import PARTS
+
+_WEIGHTS = (*PARTS, "layer")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -115,6 +118,28 @@ class Unit:
             raise ValueError(f"{min(left)} belongs to no part of this run")
         self.loaded()
 
+    def begin(self, state: dict[str, Tensor]) -> None:
+        """Start from weights, `<part>.<name>`, and nothing else of `state`; no moments, own draws.
+
+        Raises:
+            ValueError: one is missing, or of another shape.
+        """
+        for part, module in self.modules.items():
+            if part not in _WEIGHTS:  # what a codec remembers
+                continue
+            with torch.no_grad():
+                for name, tensor in module.state_dict().items():
+                    found = state.get(f"{part}.{name}")
+                    if found is None or found.shape != tensor.shape:
+                        there = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                        raise ValueError(
+                            f"{part}.{name} is {there}; expected shape {tuple(tensor.shape)}"
+                        )
+                    tensor.copy_(found)
+        for parameter in self._parameters().values():
+            self.moments.write(parameter, {})
+        self.loaded()
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {
             f"{part}.{name}": parameter
@@ -134,13 +159,21 @@ def layer_units(layers: Iterable[nn.Module], first: int, moments: Moments) -> di
 
 BTS = "bts"
 """What a checkpoint holds of the BTS besides the tail."""
+_UE, _LAYER = "ue-", "tail-"
 
 
 def ue_name(ue: int) -> str:
     """A UE's part of a checkpoint."""
-    return f"ue-{ue}"
+    return f"{_UE}{ue}"
 
 
 def layer_name(layer: int) -> str:
     """A tail layer's part of a checkpoint."""
-    return f"tail-{layer}"
+    return f"{_LAYER}{layer}"
+
+
+def whose(name: str) -> tuple[int | None, int | None]:
+    """The UE, or the tail layer, whose part of a checkpoint has this name; of another's, neither."""
+    if name.startswith(_UE):
+        return int(name.removeprefix(_UE)), None
+    return None, int(name.removeprefix(_LAYER)) if name.startswith(_LAYER) else None

@@ -16,7 +16,7 @@ from csipipe import checkpoint
 from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss
-from csipipe.methods.base import adam
+from csipipe.methods.base import adam, freeze
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.models import belong, build_encoder, build_head, start, widths
@@ -51,6 +51,8 @@ class UserEquipment:
         self.encoder = ranged(encoder, widths(model)[0], settings.feedback_bits).to(device)
         self.head = head.to(device)
         belong((self.encoder, self.head), number)
+        self.frozen = settings.train.frozen
+        freeze(self.parts, self.frozen)
         self.optimizer = adam([*self.encoder.parameters(), *self.head.parameters()], settings.train)
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))
@@ -62,8 +64,8 @@ class UserEquipment:
 
     def train(self, mode: bool) -> None:
         """Put encoder and head into training or evaluation mode."""
-        self.encoder.train(mode)
-        self.head.train(mode)
+        self.encoder.train(mode and "encoder" not in self.frozen)
+        self.head.train(mode and "head" not in self.frozen)
 
     def unit(self) -> Unit:
         """What a checkpoint holds of this UE."""

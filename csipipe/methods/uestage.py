@@ -112,10 +112,11 @@ class UeStage:
             zeros = (h.new_zeros(h.shape[:2]) for _ in range(2))
             self._batches.append(_Batch(h, counted, *zeros))
 
-    def post(self) -> None:
-        """Post the receives of an iteration."""
+    def post(self, backward: bool) -> None:
+        """Post the receives of an iteration; `backward`: gradients come back to the encoders."""
         self.ports.forward_in.post()
-        self.ports.backward_in.post()
+        if backward:
+            self.ports.backward_in.post()
 
     def sums(self) -> Tensor:
         """(UEs, WIDTH) figures of the oldest mini-batch; NaN for a UE that took no step."""

@@ -22,10 +22,9 @@ from csipipe.models.draws import Watch, reseed
 from csipipe.models.kernels import describe, plain_layers
 from csipipe.models.layers import Linear
 from csipipe.models.stacked import Unstackable, check_stackable
-from csipipe.settings.config import ModelSettings
+from csipipe.settings.config import PARTS, ModelSettings
 from csipipe.settings.tables import MODELS, found
 
-PARTS = ("encoder", "tail", "head")
 _NAME = "model.name"
 _NOWHERE = torch.device("meta")
 _SMALL = 2**16

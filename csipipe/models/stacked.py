@@ -243,6 +243,8 @@ class Stack:
             for leaf in leaves
             if leaf.grad is not None
         ]
+        if not norms:  # they are frozen
+            return torch.zeros(len(self._chosen))
         found: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return found
 

@@ -64,6 +64,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         ports: where messages come from and go to.
         clock: counts this rank's time while it trains.
         calls: what this rank does at instructions that don't belong to the stage.
+        frozen: the tail stays as it is, BatchNorm's running statistics included.
 
     Attributes:
         before_step: called when the iteration's gradients are complete.
@@ -81,6 +82,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         ports: Ports,
         clock: Clock,
         calls: Mapping[Op, Callable[[], None]],
+        frozen: bool,
     ) -> None:
         mpu = module.mpu()
         config = with_batches(deepspeed, rows, micro_batches)
@@ -102,12 +104,15 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
-        self._pending = put_off([module])
+        self.frozen = frozen
+        if frozen:  # only now: DeepSpeed's optimiser wants something to do
+            module.requires_grad_(False)
+        self._pending = [] if frozen else put_off([module])
         self._weights: dict[int, list[Pending]] = {}
 
     def open(self, plan: Plan) -> None:
         """These instructions of a training iteration follow."""
-        self.module.train()
+        self.module.train(not self.frozen)
         self._open(list(plan), Op.WEIGHTS)
 
     def finish(self) -> None:
@@ -137,7 +142,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         ahead = most + 1
         self.ports.forward_in.post(ahead)
         self.ports.forward_out.window = self.ports.backward_out.window = ahead
-        if end is Op.WEIGHTS:
+        if end is Op.WEIGHTS and any(i.op is Op.RECEIVE_BACKWARD for i in plan):
             self.ports.backward_in.post(held(plan, Op.RECEIVE_BACKWARD, end) + 1)
 
     def _receive_forward(self, m: int) -> None:
@@ -175,13 +180,19 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self.ports.backward_out.send(m, self._all(gradient))
 
     def _weight_gradients(self, m: int) -> None:
-        with self._allowed():
-            accumulate(self._weights.pop(m))
+        if m in self._weights:
+            with self._allowed():
+                accumulate(self._weights.pop(m))
+            self.ports.backward_in.release(m)
         # only now: the first and the last layer kept what was received
         self.ports.forward_in.release(m)
-        self.ports.backward_in.release(m)
+        # of a micro-batch that isn't gone back through, or whose gradient nobody needs
+        self._inputs.pop(m, None)
+        self._outputs.pop(m, None)
 
     def _step(self) -> None:
+        if self.frozen:
+            return
         trust.check_gradients("the tail's", self.module.named_parameters())
         self.before_step()
         # a stage is one rank: only ZeRO does more here than to send itself its own gradients

@@ -12,7 +12,7 @@ and results don't depend on the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
@@ -145,13 +145,41 @@ def one_attempt(plan: Plan) -> Attempts[Instruction]:
 
 
 def split_training(
-    name: ScheduleName, stages: int, hosts: int, micro_batches: int, drop: bool
+    name: ScheduleName,
+    stages: int,
+    hosts: int,
+    micro_batches: int,
+    drop: bool,
+    frozen: Collection[str] = (),
 ) -> list[Attempts[Instruction]]:
     """CSILocal's iteration for every role: BTS stages, then hosts of UEs.
 
     Args:
         drop: leave out UEs that turn out bad.
+        frozen: parts that don't learn: gradients that only they would need aren't exchanged.
     """
+    everything = _all_learn(name, stages, hosts, micro_batches, drop)
+    of_stage: set[Op] = set()
+    of_first: set[Op] = set()
+    of_host: set[Op] = set()
+    if "encoder" in frozen:
+        of_first |= {Op.SEND_BACKWARD}
+        of_host |= {Op.RECEIVE_BACKWARD, Op.ENCODE_BACKWARD}
+    if {"encoder", "tail"} <= {*frozen}:
+        of_stage |= {Op.RECEIVE_BACKWARD, Op.BACKWARD, Op.SEND_BACKWARD}
+        of_host |= {Op.SEND_BACKWARD}
+    gone = [of_stage | of_first, *[of_stage] * (stages - 1), *[of_host] * hosts]
+    return [_without(plan, ops) for plan, ops in zip(everything, gone, strict=True)]
+
+
+def _without(plan: Attempts[Instruction], ops: Collection[Op]) -> Attempts[Instruction]:
+    sections = (plan.once, plan.attempt, plan.end)
+    return Attempts(*([i for i in section if i.op not in ops] for section in sections))
+
+
+def _all_learn(
+    name: ScheduleName, stages: int, hosts: int, micro_batches: int, drop: bool
+) -> list[Attempts[Instruction]]:
     plans = [list(TRAINING[name](stage, stages, micro_batches)) for stage in range(stages)]
     if drop:
         first = [stage_attempts(plan, stage, stages) for stage, plan in enumerate(plans)]

@@ -107,7 +107,7 @@ def plan(settings: Settings) -> list[Row]:
 def _row(settings: Settings) -> Row:
     each = sum(exchanged_per_iteration(settings).values())
     size = sum(bytes_per_iteration(settings).values())
-    iterations, shared = settings.train.iterations, shared_parts(settings)
+    iterations, (shared, _) = settings.train.iterations, shared_parts(settings)
     return Row(
         method=settings.method,
         scalars_per_iteration=each,

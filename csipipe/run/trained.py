@@ -94,6 +94,16 @@ class Trained:
             found.append(found[0] if same else mine.eval())
         return found
 
+    def ue_weights(self, ue: int) -> dict[str, Tensor]:
+        """Encoder and head of a UE, by `<part>.<name>`; raises as `models`."""
+        state, _ = self._ue_state(self._snapshot, ue)
+        return {k: v for k, v in state.items() if k.startswith(("encoder.", "head."))}
+
+    def tail_weights(self) -> dict[str, Tensor]:
+        """The tail, by `tail.<layer>.<name>`; raises as `models`."""
+        state = self._tail_state(self._snapshot)
+        return {k: v for k, v in state.items() if k.startswith("tail.")}
+
     @cached_property
     def _snapshot(self) -> checkpoint.Snapshot | None:
         whole = self.source.name.isdigit()

@@ -30,7 +30,7 @@ from csipipe.files import write_file
 from csipipe.methods import Worker, manifest, prepare
 from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
-from csipipe.run import ceiling, handshake
+from csipipe.run import ceiling, handshake, initial
 from csipipe.run.lock import Lock
 from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, source_of, written
 from csipipe.run.saving import Saver, restore
@@ -49,11 +49,19 @@ def launch(world: World, settings: Settings) -> None:
         ValueError, OSError: a mistake of the user's, before anything is trained or written.
         OSError: a GPU's memory is full.
     """
-    settings = settings.on(world.size)
+    settings = _absolute(settings.on(world.size))
     world.silence = settings.run.timeout
     world.attend()
     with memory_explained(settings, world.local_size):
         _launch(world, settings)
+
+
+def _absolute(settings: Settings) -> Settings:
+    """The same with a path that names the same weights in any folder, and after a resume."""
+    train = settings.train
+    if train.init is None:
+        return settings
+    return replace(settings, train=replace(train, init=os.path.abspath(train.init)))
 
 
 def _launch(world: World, settings: Settings) -> None:
@@ -64,6 +72,7 @@ def _launch(world: World, settings: Settings) -> None:
         if world.rank == 0:
             print(f"{start.folder} holds this run, which is finished: nothing to do.", flush=True)
         return
+    begun = None if start.checkpoint else initial.read(settings)
     device = pick_device(settings.train.device, world.local_rank)
     set_arithmetic(settings.train.tf32)
     threads = set_threads(settings.train.threads, world.local_size)
@@ -78,6 +87,8 @@ def _launch(world: World, settings: Settings) -> None:
         restore(worker, settings, source)
         if dealt is not None:
             _same_rows(dealt, start.checkpoint.parents[1])
+    elif begun is not None:
+        begun.give(worker)
     world.ready("state")
     tracker = held = None
     if world.rank == 0:
@@ -85,6 +96,8 @@ def _launch(world: World, settings: Settings) -> None:
         tracker = Tracker(start.folder, settings, start.iteration)
         _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
         notes = precision_notes(settings.train.precision, device)
+        if begun is not None:
+            tracker.say(begun.note)
         for note in [*worker.notes, *notes, *thread_notes(world.local_size)]:
             tracker.say(note)
     start = replace(start, folder=Path(world.shared("folder", str(start.folder))))

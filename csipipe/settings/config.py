@@ -22,6 +22,8 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
     ((1, 5), (5, 1)),
 )
 
+PARTS = ("encoder", "tail", "head")
+"""Parts of a model."""
 Environment = str
 Kind = Literal["channel", "eigenvectors"]
 """What an image holds: angles x delays, or ports x subbands."""
@@ -271,6 +273,15 @@ class TrainSettings:
     """Adam's decay rates of the first and second moments."""
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
+    init: str | None = None
+    """Start from the weights of this run's directory, or of a folder that `export --weights` wrote,
+    under the settings given here; the model must be the same. null: weights drawn by train.seed."""
+    newcomers: Literal["fresh", "mean"] = "mean"
+    """What UEs that train.init doesn't have start from. mean: of its UEs' encoders and heads;
+    fresh: drawn by train.seed."""
+    freeze: str | None = None
+    """Parts that stay as they are, with commas between: encoder, tail, head. They take no step,
+    BatchNorm uses its running statistics, and what only they would need isn't exchanged."""
     precision: Precision = "fp32"
     """Arithmetic of UEs and tail, and the codec of what comm.codec doesn't name. bf16: autocast,
     fp32 weights, half the bytes exchanged; on a CPU only what is exchanged."""
@@ -313,11 +324,23 @@ class TrainSettings:
             raise ValueError(f"train.betas is {self.betas}; both must lie in [0, 1).")
         if not (math.isfinite(self.mu) and self.mu >= 0):
             raise ValueError(f"train.mu is {self.mu}; it must be finite and at least 0.")
+        if self.freeze is not None:
+            parts = self.freeze.split(",")
+            if not set(parts) <= {*PARTS} or set(parts) == {*PARTS}:
+                raise ValueError(
+                    f"train.freeze is {self.freeze!r}; expected one or two of {', '.join(PARTS)}, "
+                    "with a comma between, or null."
+                )
         if not self.max_rms > 0:
             raise ValueError(f"train.max_rms is {self.max_rms}; it must be a positive number.")
         _at_least("train.seed", self.seed, 0)
         if self.threads is not None:
             _at_least("train.threads", self.threads, 1)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parts that stay as they are."""
+        return () if self.freeze is None else tuple(self.freeze.split(","))
 
     def lr_at(self, iteration: int) -> float:
         """Learning rate of iteration `iteration`, counted from 0."""
@@ -481,6 +504,12 @@ class Settings:
                 "model.start is pca and comm.scale range, which scales every entry of the codeword "
                 "by itself, so that the tail would not put it together again; use model.start "
                 "random, or another comm.scale."
+            )
+        shared = self.spec.shared
+        if shared and not set(shared) - set(self.train.frozen):
+            raise ValueError(
+                f"train.freeze is {self.train.freeze}, which are all the parts that {self.method} "
+                "exchanges; freeze fewer."
             )
         if self.train.stacked == "always" and not self.spec.pipelined:
             raise ValueError(

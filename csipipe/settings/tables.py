@@ -23,7 +23,7 @@ class MethodSpec:
     prepare: str
     """`prepare(settings, rank, world_size, device)`, as `csipipe.methods.prepare`."""
     cost: str
-    """`cost(settings)`: scalars that a UE sends in one iteration; it receives the same number."""
+    """`cost(settings)`: scalars that a UE sends, and receives, in one iteration."""
     stages: int
     """BTS stages if topology.stages is null; 0: everything in one process, no BTS."""
     pipelined: bool = False

@@ -60,7 +60,7 @@ def test_what_crosses_of_every_method() -> None:
     assert crossing["centralised"] == {"up": 0, "down": 0}
     assert crossing["csilocal"] == {"up": 10 * 800 * 512, "down": 10 * 800 * 512}
     assert crossing["fedprox"] == {"up": 21_046_900, "down": 21_046_900}
-    assert shared_parts(paper("csilocal")) == 0
+    assert shared_parts(paper("csilocal")) == (0, 0)
 
 
 def test_bytes_of_codecs_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 from csipipe.settings import commandline, manual
 from csipipe.settings.config import Settings, TrainSettings
 
-SCREEN = 50
+SCREEN = 60
 """Lines of a screen, and 100 columns."""
 
 

@@ -1,0 +1,86 @@
+"""Runs that start from another run's weights: what is taken, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import trainedruns
+from runs import CPU, small, unsplit
+
+from csipipe import methods
+from csipipe.methods.centralised import Centralised
+from csipipe.run import initial
+from csipipe.settings.config import Settings
+
+
+def begun(settings: Settings, shared: bool = False) -> tuple[Centralised, initial.Initial]:
+    """An unsplit run that has taken its weights from `train.init`."""
+    torch.set_num_threads(1)
+    ues, test = methods.load(settings, range(settings.topology.ues), CPU)
+    worker = Centralised(settings, ues, test, CPU, shared)
+    source = initial.read(settings)
+    assert source is not None
+    source.give(worker)
+    return worker, source
+
+
+def wanting(run: Path, ues: int, **train: object) -> Settings:
+    return small(topology={"ues": ues}, train={"init": str(run), **train})
+
+
+def test_ues_keep_their_parts_and_newcomers_start_from_the_mean_or_fresh(tmp_path: Path) -> None:
+    before = trainedruns.finish(tmp_path / "run")
+    worker, source = begun(wanting(tmp_path / "run", 5))
+    for mine, theirs in zip(worker.ues, before.ues, strict=False):
+        for name, tensor in theirs.parts.state_dict().items():
+            assert torch.equal(mine.parts.state_dict()[name], tensor), name
+        assert not mine.optimizer.state  # moments are its own
+    for name, tensor in before.tail.state_dict().items():
+        assert torch.equal(worker.tail.state_dict()[name], tensor), name
+    heads = torch.stack([ue.head[0].weight for ue in before.ues])
+    assert torch.equal(worker.ues[4].head[0].weight, heads.mean(0))
+    assert "UEs 0-3; UE 4: their mean" in source.note
+    fresh, source = begun(wanting(tmp_path / "run", 6, newcomers="fresh", freeze="tail"))
+    untrained = unsplit(small(topology={"ues": 6}, train={"iterations": 1}))["parameters"]
+    assert torch.equal(fresh.ues[5].head[0].weight, fresh.ues[4].head[0].weight)
+    assert not torch.equal(fresh.ues[4].head[0].weight, worker.ues[4].head[0].weight)
+    assert fresh.ues[4].head[0].weight.shape == untrained["ue-4.head.0.weight"].shape
+    assert "UEs 4-5: drawn by train.seed; frozen: tail" in source.note
+    draws = torch.equal(fresh.ues[0].draw(4), worker.ues[0].draw(4))
+    assert draws  # the new run's own
+
+
+def test_a_run_goes_on_as_well_as_the_other_ended(tmp_path: Path) -> None:
+    before = trainedruns.finish(tmp_path / "run")
+    worker, _ = begun(wanting(tmp_path / "run", 4))
+    assert torch.equal(worker.evaluate("test").sums, before.evaluate("test").sums)
+
+
+def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> None:
+    trainedruns.finish(tmp_path / "run")
+    settings = wanting(tmp_path / "run", 4)
+    for change, message in (
+        ({"c1": 12}, r"holds a model with model.c1 24, this run's has 12\. Give the same"),
+        ({"angles": 16}, r"model.angles 8, this run's has 16"),
+        ({"name": "crnet", "c2": 16}, "model.name csilocal, this run's has crnet"),
+        ({"head": "crblock"}, "model.head linear, this run's has crblock"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            initial.read(replace(settings, model=replace(settings.model, **change)))
+    assert initial.read(replace(settings, model=replace(settings.model, kernels_by="llvm")))
+    with pytest.raises(ValueError, match=r"train.init: .*nowhere is not a run's directory"):
+        initial.read(wanting(tmp_path / "nowhere", 4))
+
+
+@pytest.mark.parametrize("parts", ["body", "encoder,tail,head", "", "tail, head"])
+def test_a_part_that_does_not_exist_cannot_be_frozen(parts: str) -> None:
+    with pytest.raises(ValueError, match="expected one or two of encoder, tail, head"):
+        small(train={"freeze": parts})
+
+
+def test_a_federated_method_must_have_something_to_exchange() -> None:
+    with pytest.raises(ValueError, match="are all the parts that fedavgper exchanges"):
+        small("fedavgper", topology={"stages": None}, train={"freeze": "tail,head"})
