@@ -5,20 +5,25 @@ Everything else is the new run's: rows, draws, Adam's moments, rates, codec, top
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csipipe import models
+from csipipe.measure.metrics import to_db
 from csipipe.methods import Worker
 from csipipe.methods.state import whose
 from csipipe.run import trained
 from csipipe.run.trained import Trained
 from csipipe.settings.config import ModelSettings, Settings
 
+NEAR = 0.5
+"""dB."""
 _OF_A_SPEED = ("kernels_by",)
 """Settings of a model that change no weight."""
 
@@ -98,6 +103,52 @@ class Initial:
             else tensor
             for name, tensor in every[0].items()
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """When a UE that the other run didn't have was as good as those that it had, within `NEAR`."""
+
+    ue: int
+    iterations: int
+    """0: not yet."""
+    samples: int
+    """Rows that it had trained on by then."""
+    bytes: int
+    """That it had exchanged by then, up and down."""
+
+
+def joined(settings: Settings, history: Sequence[Mapping[str, Any]]) -> list[Joined]:
+    """For each newcomer, the first evaluation at which its NMSE was near the others' mean.
+
+    Args:
+        history: a line per evaluation, as in `history.jsonl`.
+    """
+    try:
+        source = read(settings)
+    except (ValueError, OSError):  # gone since the run began
+        return []
+    if source is None:
+        return []
+    known, ues = len(source.known), settings.topology.ues
+    return [_joined(settings, history, known, ue) for ue in range(known, ues)]
+
+
+def _joined(
+    settings: Settings, history: Sequence[Mapping[str, Any]], known: int, ue: int
+) -> Joined:
+    for line in history:
+        nmse_db = [row["nmse_db"] for row in line["test"]["per_ue"]]
+        others = to_db(sum(10 ** (db / 10) for db in nmse_db[:known]) / known)
+        if nmse_db[ue] <= others + NEAR:
+            done, share = line["iteration"], settings.topology.ues
+            return Joined(
+                ue=ue,
+                iterations=done,
+                samples=done * settings.train.batch_size * settings.participants // share,
+                bytes=sum(line["exchanged"]["bytes"].values()) // share,
+            )
+    return Joined(ue=ue, iterations=0, samples=0, bytes=0)
 
 
 def read(settings: Settings) -> Initial | None:

@@ -374,6 +374,7 @@ def _summary(
         "test": tracker.history[-1]["test"] if tracker.history else None,
         "ceiling": pca,
         "evaluated_ues": evaluated(settings),
+        "joined": [asdict(one) for one in initial.joined(settings, tracker.history)],
         **exchanged_summary(ledger),
         "dropped": worker.dropped,
         "seconds_per_iteration": tracker.seconds_per_iteration,

@@ -76,6 +76,14 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     dropped = [f"UE {ue}: {times}" for ue, times in enumerate(summary["dropped"]) if times]
     if dropped:
         lines.append(f"{'left out':>10}  {', '.join(dropped)} iteration(s), for bad values")
+    for one in summary["joined"]:
+        when = "isn't within 0.5 dB of the other UEs yet"
+        if one["iterations"]:
+            when = (
+                f"within 0.5 dB of the other UEs after {one['iterations']:,} iterations: "
+                f"{one['samples']:,} samples, {one['bytes']:,} bytes exchanged"
+            )
+        lines.append(f"{'joined':>10}  UE {one['ue']}: {when}")
     stopped = []
     if summary["status"] == "stopped":
         stopped = [f"stopped:      resume with the same command and --run.dir {folder}"]

@@ -75,6 +75,25 @@ def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> Non
         initial.read(wanting(tmp_path / "nowhere", 4))
 
 
+def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> None:
+    trainedruns.finish(tmp_path / "run")
+    history = [
+        {
+            "iteration": done,
+            "exchanged": {"bytes": {"up": 500 * done, "down": 100 * done}},
+            "test": {"per_ue": [{"nmse_db": db} for db in (-4.0, -4.0, -4.0, -4.0, mine)]},
+        }
+        for done, mine in ((5, -1.0), (10, -3.6), (15, -4.0))
+    ]
+    [found] = initial.joined(wanting(tmp_path / "run", 5), history)
+    assert found == initial.Joined(ue=4, iterations=10, samples=80, bytes=1200)
+    [found] = initial.joined(wanting(tmp_path / "run", 5), history[:1])
+    assert found.iterations == 0
+    assert initial.joined(wanting(tmp_path / "run", 4), history) == []
+    assert initial.joined(small(), history) == []
+    assert initial.joined(wanting(tmp_path / "gone", 5), history) == []
+
+
 @pytest.mark.parametrize("parts", ["body", "encoder,tail,head", "", "tail, head"])
 def test_a_part_that_does_not_exist_cannot_be_frozen(parts: str) -> None:
     with pytest.raises(ValueError, match="expected one or two of encoder, tail, head"):
