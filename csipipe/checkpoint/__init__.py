@@ -25,6 +25,7 @@ from csipipe.checkpoint.weights import (
     tail_file,
     ue_file,
     unflatten,
+    write,
 )
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "tail_file",
     "ue_file",
     "unflatten",
+    "write",
     "write_part",
 ]

@@ -20,6 +20,7 @@ from csipipe.device import set_threads
 from csipipe.export import bits as curve
 from csipipe.export import check, folder, formats
 from csipipe.export.learning import learn
+from csipipe.export.pack import pack
 from csipipe.export.parts import (
     Pair,
     nmse_db,
@@ -66,8 +67,15 @@ def main(arguments: list[str]) -> int:
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's own options; settings are what is left."""
     parser.add_argument(
-        "--ue", type=int, required=True, metavar="N", help="the UE whose encoder and head to export"
+        "--ue", type=int, metavar="N", help="the UE whose encoder and head to export; see --pack"
     )
+    parser.add_argument(
+        "--pack",
+        metavar="DIR",
+        help="instead write the weights with a card into DIR, of all UEs or of --ue: evaluate, "
+        "export and train.init take it as a run",
+    )
+    parser.add_argument("--licence", default="not stated", help="what --pack writes into the card")
     parser.add_argument(
         "--bits",
         type=int,
@@ -92,12 +100,19 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
         ValueError, OSError: a run, UE, data or packages that can't be used.
         RuntimeError: the exported files don't do what the original does.
     """
-    formats.require(tuple(options.formats))
+    if options.pack is None:
+        formats.require(tuple(options.formats))
     source = trained.read(Path(options.run), changes, options.weights)
     ues = source.settings.topology.ues
-    if not 0 <= options.ue < ues:
+    if options.ue is None and options.pack is None:
+        raise ValueError(f"--ue is missing; the run has UEs 0 … {ues - 1}.")
+    if options.ue is not None and not 0 <= options.ue < ues:
         raise ValueError(f"--ue is {options.ue}; the run has UEs 0 … {ues - 1}.")
     set_threads(source.settings.train.threads, ranks_on_node=1)
+    if options.pack is not None:
+        some = range(ues) if options.ue is None else [options.ue]
+        print(pack(source, some, _test_rows(source), options.licence, Path(options.pack)))
+        return
     [model] = source.models([options.ue])
     h_BAD = _test_rows(source)
     quantise: Callable[[int], Quantiser] | None = None

@@ -173,7 +173,7 @@ def layer_name(layer: int) -> str:
 
 
 def whose(name: str) -> tuple[int | None, int | None]:
-    """The UE, or the tail layer, whose part of a checkpoint has this name; of another's, neither."""
+    """The UE, or the tail layer, whose part of a checkpoint has this name; neither: another's."""
     if name.startswith(_UE):
         return int(name.removeprefix(_UE)), None
     return None, int(name.removeprefix(_LAYER)) if name.startswith(_LAYER) else None

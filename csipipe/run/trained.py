@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from csipipe import checkpoint, models
 from csipipe.methods.state import layer_name, ue_name
 from csipipe.models.ranged import ranged
+from csipipe.run import card
 from csipipe.run.resuming import BEFORE, CONFIG
 from csipipe.settings import commandline
 from csipipe.settings.config import ModelSettings, Settings
@@ -53,7 +54,8 @@ class Trained:
         source: where the weights are: a folder of weights, or of a checkpoint.
         iteration: after which they were taken; None: unknown (`checkpoints/best`, or weights
             without a summary).
-        status: finished, stopped, or unfinished: in progress, or interrupted.
+        status: finished, stopped, or unfinished: in progress, or interrupted; or handed on: it is
+            no run, but a folder of weights with a card.
     """
 
     folder: Path
@@ -153,6 +155,10 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     settings, own = (
         _settings(["--config", str(folder / CONFIG), *given]) for given in (changes, ())
     )
+    if (folder / card.CARD).is_file() and weights == LAST:
+        told = card.check(folder, own.topology.ues)
+        place = folder / card.WEIGHTS
+        return Trained(folder, settings, own, place, int(told["iterations"]), "handed on")
     ended = _ended(folder)
     status = ended[0] if ended else "unfinished"
     checkpoints = folder / "checkpoints"

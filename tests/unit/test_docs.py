@@ -265,7 +265,7 @@ def test_every_command_would_be_accepted(line: str, monkeypatch: pytest.MonkeyPa
         "torchrun --nproc_per_node=4 -m csipipe trian",
         "python -m csipipe evaluate RUN --nosuch 1",
         "python launch/evaluate.py RUN --nosuch 1",
-        "python launch/export.py RUN --bits 4",
+        "python launch/export.py RUN --ue first",
         "python launch/channels.py examine DIR",
         "python launch/benchmark.py --nosuch 3",
         "python launch/reproduce.py fig7",
