@@ -80,7 +80,7 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
         when = "isn't within 0.5 dB of the other UEs yet"
         if one["iterations"]:
             when = (
-                f"within 0.5 dB of the other UEs after {one['iterations']:,} iterations: "
+                f"within 0.5 dB of the other UEs at iteration {one['iterations']:,}: "
                 f"{one['samples']:,} samples, {one['bytes']:,} bytes exchanged"
             )
         lines.append(f"{'joined':>10}  UE {one['ue']}: {when}")

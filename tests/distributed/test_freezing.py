@@ -17,7 +17,7 @@ from csipipe.comm.ledger import PAPER, UP, Kind, Ledger
 from csipipe.methods.cost import exchanged_per_iteration
 from csipipe.settings.config import Settings
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "tail": {"freeze": "tail"},
     "head": {"freeze": "head"},
     "encoder": {"freeze": "encoder"},
