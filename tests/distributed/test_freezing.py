@@ -14,7 +14,7 @@ from torch import nn
 
 from csipipe import models
 from csipipe.comm.ledger import PAPER, UP, Kind, Ledger
-from csipipe.methods.cost import exchanged_per_iteration
+from csipipe.methods.cost import bytes_per_iteration, exchanged_per_iteration
 from csipipe.settings.config import Settings
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -88,10 +88,11 @@ def test_what_only_a_frozen_part_would_need_does_not_cross(name: str) -> None:
     settings = runs(1)[name]
     ledger = Ledger(2)
     ledger.counts.copy_(joined([rank[name] for rank in world(2)])["ledger"])
-    up = ledger.total("training", [kind for kind in PAPER if kind in UP])[0]
-    down = ledger.total("training", [kind for kind in PAPER if kind not in UP])[0]
-    each = exchanged_per_iteration(settings)
-    assert {"up": up, "down": down} == {way: ITERATIONS * n for way, n in each.items()}
+    up = ledger.total("training", [kind for kind in PAPER if kind in UP])
+    down = ledger.total("training", [kind for kind in PAPER if kind not in UP])
+    for at, count in enumerate((exchanged_per_iteration, bytes_per_iteration)):
+        each = count(settings)
+        assert {"up": up[at], "down": down[at]} == {w: ITERATIONS * n for w, n in each.items()}
     gradients = ledger.total("training", [Kind.SMASHED_GRADIENT])[0]
     assert (gradients == 0) == ("encoder" in settings.train.frozen)
 
