@@ -70,7 +70,9 @@ class Initial:
                     if key.startswith(start)
                 }
             else:
-                state = (self._ue(ue) or unit.state()) | self._shared(ue) | self._tail
+                own = unit.state()
+                state = (self._ue(ue) or own) | self._shared(ue) | self._tail
+                state = as_ranged(state, own)
             try:
                 unit.begin(state)
             except ValueError as error:
@@ -138,9 +140,11 @@ def _joined(
     settings: Settings, history: Sequence[Mapping[str, Any]], known: int, ue: int
 ) -> Joined:
     for line in history:
-        nmse_db = [row["nmse_db"] for row in line["test"]["per_ue"]]
-        others = to_db(sum(10 ** (db / 10) for db in nmse_db[:known]) / known)
-        if nmse_db[ue] <= others + NEAR:
+        linear = {row["ue"]: 10 ** (row["nmse_db"] / 10) for row in line["test"]["per_ue"]}
+        others = [nmse for other, nmse in linear.items() if other < known]
+        if ue not in linear or not others:  # not evaluated
+            continue
+        if to_db(linear[ue]) <= to_db(sum(others) / len(others)) + NEAR:
             done, share = line["iteration"], settings.topology.ues
             return Joined(
                 ue=ue,
@@ -149,6 +153,21 @@ def _joined(
                 bytes=sum(line["exchanged"]["bytes"].values()) // share,
             )
     return Joined(ue=ue, iterations=0, samples=0, bytes=0)
+
+
+def as_ranged(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A UE's weights for an encoder with a range (`csipipe.models.ranged`), or without one.
+
+    Args:
+        own: what the UE has; a range of its own is found in its first mini-batch.
+    """
+    mark = "encoder.learnt"
+    if (mark in state) == (mark in own):
+        return state
+    if mark in own:
+        inner = {k.replace("encoder.", "encoder.inner.", 1): v for k, v in state.items()}
+        return {k: v for k, v in own.items() if k.startswith("encoder.")} | inner
+    return {k.replace("encoder.inner.", "encoder.", 1): v for k, v in state.items()}
 
 
 def read(settings: Settings) -> Initial | None:

@@ -56,6 +56,20 @@ def test_a_run_goes_on_as_well_as_the_other_ended(tmp_path: Path) -> None:
     assert torch.equal(worker.evaluate("test").sums, before.evaluate("test").sums)
 
 
+def test_an_encoder_gets_a_range_or_loses_it(tmp_path: Path) -> None:
+    before = trainedruns.finish(tmp_path / "run")
+    settings = wanting(tmp_path / "run", 4)
+    codec = replace(settings.comm.codec, smashed="int4")
+    with_range = replace(settings, comm=replace(settings.comm, codec=codec, scale="range"))
+    worker, _ = begun(with_range)
+    state, wanted = (run.ues[1].encoder.state_dict() for run in (worker, before))
+    assert torch.equal(state["inner.0.weight"], wanted["0.weight"])
+    assert not state["learnt"]
+    weights = {f"encoder.{name}": tensor for name, tensor in state.items()}
+    plain = initial.as_ranged(weights, before.ues[1].unit().state())
+    assert torch.equal(plain["encoder.0.weight"], wanted["0.weight"])
+
+
 def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "run")
     settings = wanting(tmp_path / "run", 4)
@@ -78,7 +92,11 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
         {
             "iteration": done,
             "exchanged": {"bytes": {"up": 500 * done, "down": 100 * done}},
-            "test": {"per_ue": [{"nmse_db": db} for db in (-4.0, -4.0, -4.0, -4.0, mine)]},
+            "test": {
+                "per_ue": [
+                    {"ue": ue, "nmse_db": db} for ue, db in ((0, -4.0), (3, -4.0), (4, mine))
+                ]
+            },
         }
         for done, mine in ((5, -1.0), (10, -3.6), (15, -4.0))
     ]
