@@ -24,8 +24,8 @@ from csipipe.settings.config import ModelSettings, Settings
 
 NEAR = 0.5
 """dB."""
-_OF_A_SPEED = ("kernels_by",)
-"""Settings of a model that change no weight."""
+_FREE = ("kernels_by", "start")
+"""Settings of a model that may differ: they say how it is computed, and where its weights began."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _check(theirs: ModelSettings, ours: ModelSettings, folder: Path) -> None:
     for name, found in vars(theirs).items():
         wanted = getattr(ours, name)
         same = models.widths(theirs) == models.widths(ours) if name == "c2" else found == wanted
-        if not same and name not in _OF_A_SPEED:
+        if not same and name not in _FREE:
             raise ValueError(
                 f"train.init {folder} holds a model with model.{name} {found}, this run's has "
                 f"{wanted}. Give the same, or another train.init."
