@@ -125,7 +125,7 @@ class Levels(_Packed):
 
     def encode(self, message: Tensor, noise: Tensor | None = None) -> Tensor:
         x_KGg = self._grouped(message.float())
-        scale_KG1 = torch.linalg.vector_norm(x_KGg, torch.inf, 2, keepdim=True) / self.highest
+        scale_KG1 = x_KGg.abs().amax(2, keepdim=True) / self.highest  # a fifth of a norm's time
         offset = 0.5 if noise is None else self._grouped(noise).to(x_KGg)
         tiny = torch.finfo(torch.float32).tiny
         level = (x_KGg / scale_KG1.clamp(min=tiny)).add_(offset).floor_()
