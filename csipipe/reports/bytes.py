@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
@@ -34,19 +34,20 @@ __all__ = ["add_arguments", "run"]
 RIVAL = "fedavg"
 CLOSE = 1.05
 """How many times fp32's loss at the end a codec's may be; medians over the seeds."""
-GOALS = {"int8": (0.26, 1 / 9), "int4": (0.13, 1 / 15)}
+GOALS = {"int8, scale ue": (0.26, 1 / 9), "int4, scale ue": (0.13, 1 / 15)}
 """Bytes that CSILocal should need at most: over its own in fp32, over FedAvg's in fp32."""
 Curves = Mapping[tuple[str, str, int], Curve]
 """By method, coding and seed."""
 
 
-def _all(method: str, *names: str, feedback: bool = False) -> CommSettings:
-    """Codecs of what a method exchanges, in the order of its row; the last is repeated."""
-    crosses = METHODS[method].crosses
-    names = (*names, *[names[-1]] * len(crosses))
+def _all(
+    method: str, name: str, scale: Literal["row", "ue"] = "row", feedback: bool = False
+) -> CommSettings:
+    """One codec for all that a method exchanges."""
     return CommSettings(
-        codec=CodecSettings(**dict(zip(crosses, names, strict=False))),
-        rounding="nearest" if names[-1] == "int8" else "stochastic",
+        codec=CodecSettings(**dict.fromkeys(METHODS[method].crosses, name)),
+        rounding="nearest" if name == "int8" else "stochastic",
+        scale=scale,
         error_feedback=feedback,
     )
 
@@ -55,13 +56,13 @@ CODINGS: dict[str, dict[str, CommSettings]] = {
     OURS: {
         "fp32": CommSettings(),
         "int8": _all(OURS, "int8"),
-        "int8, gradients int4": _all(OURS, "int8", "int8", "int4"),
-        "int4": _all(OURS, "int4"),
+        "int8, scale ue": _all(OURS, "int8", "ue"),
+        "int4, scale ue": _all(OURS, "int4", "ue"),
     },
     RIVAL: {
         "fp32": CommSettings(),
-        "int8": _all(RIVAL, "int8"),
         "int4, feedback": _all(RIVAL, "int4", feedback=True),
+        "int8": _all(RIVAL, "int8"),
         "int2, feedback": _all(RIVAL, "int2", feedback=True),
         "topk, feedback": _all(RIVAL, "topk", feedback=True),
     },

@@ -30,7 +30,11 @@ def found(out: Path, sizes: dict[tuple[str, str], int], end: float = 0.5) -> rep
     return {key: run.curve() for key, run in asked.items() if run.folder.exists()}
 
 
-SIZES = {("csilocal", "fp32"): 400, ("csilocal", "int8"): 100, ("csilocal", "int4"): 50}
+SIZES = {
+    ("csilocal", "fp32"): 400,
+    ("csilocal", "int8, scale ue"): 100,
+    ("csilocal", "int4, scale ue"): 50,
+}
 RIVALS = {("fedavg", "fp32"): 1000, ("fedavg", "int8"): 250, ("fedavg", "int4, feedback"): 200}
 
 
@@ -39,7 +43,9 @@ def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
     assert report.loss_of(curves) == pytest.approx(FLOOR - 0.9 * 0.5)
     tried = {(one.method, one.coding): one for one in report.judge(curves)}
     # half of the third interval is 2.5 of them
-    assert tried["csilocal", "int8"].until == pytest.approx(dict.fromkeys(range(3), 2.5 * 400))
+    assert tried["csilocal", "int8, scale ue"].until == pytest.approx(
+        dict.fromkeys(range(3), 2.5 * 400)
+    )
     assert report.seconds(2.5e6, 10) == 2.0
     goals = [claim.holds for claim in report.claims([*tried.values()])]
     # int8: 0.25 of its own, 0.1 of FedAvg's, 0.5 of FedAvg's best; int4: half of each
