@@ -22,6 +22,8 @@ PADDED = 257
 subcarrier of 1024. Other data have a length of their own."""
 BINS = 125
 """Frequency bins that CsiNet compares: the first of the 257, those of `HF_all`."""
+HOLD = 0.1
+"""Weight of the term that keeps columns at norm 1, in the loss of eigenvectors."""
 SUBBANDS = 13
 """Subbands that 3GPP's studies commonly report: 52 resource blocks in groups of 4."""
 
@@ -151,8 +153,13 @@ def column_sgcs(h_hat: Tensor, h: Tensor) -> Tensor:
 
 
 def sgcs_loss(h_hat: Tensor, h: Tensor) -> Tensor:
-    """1 - `column_sgcs`: (B,), 0 … 1."""
-    return 1 - column_sgcs(h_hat, h)
+    """1 - `column_sgcs` + 0.1 (||v̂||^2 - 1)^2, mean over columns: (B,), 0 where both agree.
+
+    SGCS doesn't see the length of v̂. Left alone, every step at a right angle to v̂ makes it longer,
+    until the head's hard sigmoid is at its ends everywhere and no gradient is left.
+    """
+    length = 4 * (h_hat - ZERO).square().sum((1, 2))  # images hold v/2
+    return 1 - column_sgcs(h_hat, h) + HOLD * (length - 1).square().mean(1)
 
 
 def to_db(linear: float) -> float:
