@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from bits import assert_same
 from harness import run_world
-from runs import joined, small, splits, unsplit
+from runs import Rounded, joined, small, splits, unsplit
 
 from csipipe.settings.config import Settings
 from csipipe.settings.tables import MODELS
@@ -51,3 +52,24 @@ def test_one_stage_and_two_are_the_unsplit_model(name: str) -> None:
         assert float((one["gradients"][key] - gradient).norm()) <= 1e-4 * scale, key
     for ours, theirs in zip(one["evaluations"], whole["evaluations"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+def in_bf16() -> dict[str, Settings]:
+    return {
+        name: replace(run, train=replace(run.train, precision="bf16", iterations=2))
+        for name, run in runs(2).items()
+    }
+
+
+@cache
+def bf16_world() -> list[dict[str, Any]]:
+    return run_world(3, splits, in_bf16(), timeout=180)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_what_crosses_is_rounded_and_nothing_else(name: str) -> None:
+    found = joined([rank[name] for rank in bf16_world()])
+    whole = unsplit(in_bf16()[name], crossing=Rounded.apply)
+    for ours, theirs in zip(found["losses"], whole["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert found["losses"] != unsplit(runs(2)[name])["losses"][:2]
