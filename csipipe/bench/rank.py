@@ -226,7 +226,7 @@ def _prepare_unsplit(
         trainer = Centralised(settings, ues, test, device, shared=False)
         if spec.choice.layers == "plain":
             trainer.tail = nn.Sequential(*tail_of(settings, "plain")).to(device)
-            trainer.optimizer = adam(trainer.tail.parameters(), settings.train)
+            trainer.optimizer = adam({"tail": trainer.tail.parameters()}, settings.train)
         if spec.name == COMPILED:
             trainer.tail.compile(dynamic=False)
         return trainer

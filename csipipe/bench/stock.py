@@ -43,7 +43,7 @@ class StockStage(PeerStage):
         keys = deepspeed_settings.load(train.deepspeed, train.precision)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=adam(module.parameters(), train),
+            optimizer=adam({"tail": module.parameters()}, train),
             config=deepspeed_settings.with_batches(keys, self.rows, self.micro_batches),
             dist_init_required=False,
         )

@@ -42,7 +42,7 @@ class TorchStage(PeerStage):
             )
         stages, start, stop = self.settings.stages, *self.parts[self.role : self.role + 2]
         mine: nn.Module = nn.Sequential(*layers[start:stop]).to(self.device).train()
-        self.optimizer = adam(mine.parameters(), self.settings.train)
+        self.optimizer = adam({"tail": mine.parameters()}, self.settings.train)
         if self.first:
             mine = _FirstStage(self, mine)  # type: ignore[arg-type]
         shapes = models.tail_shapes(self.settings.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,35 @@ Builder = Callable[[World], Worker]
 """What a method prepares on a rank before the ranks meet."""
 
 
-def adam(parameters: Iterable[nn.Parameter], train: TrainSettings) -> Adam:
-    """The optimiser of every part (paper, eqs. 6–8); the loop sets the rate per iteration."""
-    return Adam(list(parameters), lr=train.lr, betas=train.betas, eps=1e-8, fused=True)
+_FACTOR = "factor"
+
+
+def adam(parts: Mapping[str, Iterable[nn.Parameter]], train: TrainSettings) -> Adam:
+    """The optimiser of some parts (paper, eqs. 6–8); the loop sets the rate per iteration.
+
+    Args:
+        parts: parameters by the name of the part.
+    """
+    groups = [group(name, parameters, train) for name, parameters in parts.items()]
+    return Adam(
+        [one for one in groups if one["params"]],
+        lr=train.lr,
+        betas=train.betas,
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def group(part: str, parameters: Iterable[nn.Parameter], train: TrainSettings) -> dict[str, Any]:
+    """A part's parameters with its rate, to be added to an optimiser."""
+    factor = train.rate_of(part)
+    return {"params": list(parameters), "lr": train.lr * factor, _FACTOR: factor}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set Adam's rate for the next step: every part's, by its factor."""
+    for one in optimizer.param_groups:
+        one["lr"] = lr * one[_FACTOR]
 
 
 def freeze(parts: nn.ModuleDict | Mapping[str, nn.Module], frozen: Container[str]) -> None:
@@ -86,12 +112,6 @@ def freeze(parts: nn.ModuleDict | Mapping[str, nn.Module], frozen: Container[str
     for name, part in parts.items():
         if name in frozen:
             part.requires_grad_(False)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set Adam's rate for the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def batches_of(rows: int, batch_size: int) -> int:

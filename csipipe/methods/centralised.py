@@ -79,7 +79,7 @@ class Centralised:
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
         freeze({"tail": self.tail}, settings.train.frozen)
-        self.optimizer = adam(self.tail.parameters(), settings.train)
+        self.optimizer = adam({"tail": self.tail.parameters()}, settings.train)
         self.parameters = models.count_parts(settings.model)
         with autocast(settings.train.precision, device):
             self.notes = models.kernels_notes(settings.model, device)

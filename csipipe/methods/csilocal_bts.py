@@ -79,7 +79,7 @@ class BtsHalf(Half):
         self.ports.forward_in.tolerant = self.ports.backward_in.tolerant = self.tolerant
         self.stage = engine.TailStage(
             module,
-            adam(module.parameters(), train),
+            adam({"tail": module.parameters()}, train),
             deepspeed,
             rows=self.wire.rows * settings.participants,
             micro_batches=train.micro_batches,

@@ -212,7 +212,13 @@ class Stacked(_Both):
         if "head" not in train.frozen:
             self._heads.put_off(self._pending)
         # one for all: its parameters are the UEs' own, each with moments and steps of its own
-        self._optimizer = adam([p for ue in ues for p in ue.parts.parameters()], train)
+        self._optimizer = adam(
+            {
+                "encoder": [p for ue in ues for p in ue.encoder.parameters()],
+                "head": [p for ue in ues for p in ue.head.parameters()],
+            },
+            train,
+        )
         for ue in ues:
             ue.optimizer = self._optimizer
         self._z_UBC: Tensor | None = None

@@ -17,7 +17,7 @@ from csipipe import models
 from csipipe.comm import trust
 from csipipe.device import autocast
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import freeze, set_rate
+from csipipe.methods.base import freeze, group, set_rate
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
@@ -46,7 +46,7 @@ class Replica:
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)
         models.belong(self.tail, ue.number)
-        ue.optimizer.add_param_group({"params": list(self.tail.parameters())})
+        ue.optimizer.add_param_group(group("tail", self.tail.parameters(), settings.train))
         self.parts = {"encoder": ue.encoder, "tail": self.tail, "head": ue.head}
         freeze(self.parts, settings.train.frozen)
         learning = {n: p for n, p in self.parts.items() if n not in settings.train.frozen}

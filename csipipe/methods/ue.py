@@ -16,6 +16,7 @@ from csipipe import checkpoint
 from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss
+from csipipe.methods.augment import augmented
 from csipipe.methods.base import adam, freeze
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
@@ -44,6 +45,7 @@ class UserEquipment:
     ) -> None:
         model, seed = settings.model, settings.train.seed
         self.number = number
+        self.augmentation = settings.train.augmentation
         self.rows = torch.from_numpy(rows).to(device)
         self.holdout = torch.from_numpy(holdout).to(device)
         encoder, head = build_encoder(model, seed), build_head(model, seed)
@@ -53,14 +55,17 @@ class UserEquipment:
         belong((self.encoder, self.head), number)
         self.frozen = settings.train.frozen
         freeze(self.parts, self.frozen)
-        self.optimizer = adam([*self.encoder.parameters(), *self.head.parameters()], settings.train)
+        self.optimizer = adam(
+            {"encoder": self.encoder.parameters(), "head": self.head.parameters()}, settings.train
+        )
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))
 
     def draw(self, batch_size: int) -> Tensor:
         """(B, 2, A, D): a mini-batch drawn uniformly, with replacement, from the UE's rows."""
         picks = torch.randint(len(self.rows), (batch_size,), generator=self.generator)
-        return self.rows[picks.to(self.rows.device)]
+        h_BAD = self.rows[picks.to(self.rows.device)]
+        return augmented(h_BAD, self.augmentation, self.generator)
 
     def train(self, mode: bool) -> None:
         """Put encoder and head into training or evaluation mode."""

@@ -24,6 +24,7 @@ CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (
 
 PARTS = ("encoder", "tail", "head")
 """Parts of a model."""
+AUGMENTATIONS = ("angle", "phase")
 Environment = str
 Kind = Literal["channel", "eigenvectors"]
 """What an image holds: angles x delays, or ports x subbands."""
@@ -264,7 +265,9 @@ class TrainSettings:
     """Methods …per. fedsim: encoder and shared parts step together. fedalt: E steps of the
     encoder, then E of the shared parts."""
     lr: float = 2e-3
-    """Adam's (peak) learning rate, the same for every part."""
+    """Adam's (peak) learning rate."""
+    rates: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Factors of the rate for encoder, tail and head."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: linear warm-up, then cosine decay to 0. constant: train.lr throughout."""
     warmup: float = 0.05
@@ -273,6 +276,9 @@ class TrainSettings:
     """Adam's decay rates of the first and second moments."""
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
+    augment: str | None = None
+    """What a UE does to every row that it draws, with commas between. angle: a circular shift, as a
+    turned array sees; phase: a phase common to the row. Held-out and test rows stay. null: none."""
     init: str | None = None
     """Start from the weights of this run's directory, or of a folder that `export --weights` wrote,
     under the settings given here; the model must be the same. null: weights drawn by train.seed."""
@@ -318,6 +324,16 @@ class TrainSettings:
             )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"train.lr is {self.lr}; it must be positive and finite.")
+        if not all(math.isfinite(factor) and factor > 0 for factor in self.rates):
+            raise ValueError(
+                f"train.rates is {self.rates}; all three must be positive and finite (train.freeze "
+                "keeps a part as it is)."
+            )
+        if not {*self.augmentation} <= {*AUGMENTATIONS}:
+            raise ValueError(
+                f"train.augment is {self.augment!r}; expected {' or '.join(AUGMENTATIONS)}, or "
+                "both with a comma between, or null."
+            )
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"train.warmup is {self.warmup}; it must lie in [0, 1].")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -336,6 +352,15 @@ class TrainSettings:
         _at_least("train.seed", self.seed, 0)
         if self.threads is not None:
             _at_least("train.threads", self.threads, 1)
+
+    @property
+    def augmentation(self) -> tuple[str, ...]:
+        """What is done to the rows that a UE draws."""
+        return () if self.augment is None else tuple(self.augment.split(","))
+
+    def rate_of(self, part: str) -> float:
+        """Factor of a part's rate."""
+        return self.rates[PARTS.index(part)]
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -504,6 +529,11 @@ class Settings:
                 "model.start is pca and comm.scale range, which scales every entry of the codeword "
                 "by itself, so that the tail would not put it together again; use model.start "
                 "random, or another comm.scale."
+            )
+        if "angle" in self.train.augmentation and self.similarity:
+            raise ValueError(
+                f"train.augment is {self.train.augment}, but images of data.kind {self.data.kind} "
+                "have no angles that could be shifted; leave angle out."
             )
         shared = self.spec.shared
         if shared and not set(shared) - set(self.train.frozen):

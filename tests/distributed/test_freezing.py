@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "encoder,tail": {"freeze": "encoder,tail"},
     "tail,head": {"freeze": "tail,head", "on_bad_ue": "drop"},
     "head of stacked UEs": {"freeze": "head", "stacked": "always"},
+    "rates and augmentation": {"rates": (0.5, 2.0, 1.5), "augment": "angle,phase"},
 }
 ITERATIONS = 3
 

@@ -116,7 +116,8 @@ METHODS: dict[str, Settings] = {
     ),
 }
 CSILOCAL = {
-    "fp32": small(train={"iterations": 2 * HALF}),
+    "fp32": small(train={"iterations": 2 * HALF, "augment": "angle,phase", "rates": (1, 2, 3)}),
+    "frozen": small(train={"iterations": 2 * HALF, "freeze": "tail"}),
     "bf16": small(train={"iterations": 2 * HALF, "precision": "bf16"}),
     "some": small(train={"iterations": 2 * HALF}, topology={"participants": 2}),
     "int4": small(

@@ -50,7 +50,7 @@ def trained(
     """
     found = [part.to(dtype) for part in parts(ues, model)]
     encoders, heads = found[::2], found[1::2]
-    optimizer = adam([p for part in found for p in part.parameters()], TrainSettings())
+    optimizer = adam({"encoder": [p for part in found for p in part.parameters()]}, TrainSettings())
     taking = [ue for ue in range(ues) if ue not in left_out]
     stacks = [Stack(encoders), Stack(heads)] if step_of == "stacked" else []
     pending: list[models.Pending] = [] if stacks else models.put_off(heads)
