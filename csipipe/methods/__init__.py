@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from csipipe import models
+from csipipe.methods.average import Averaged
 from csipipe.methods.base import Builder, EvalRows, Worker
 from csipipe.methods.rows import load, manifest
 from csipipe.settings import tables
@@ -33,4 +34,5 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     models.check(settings.model)
     settings.check_comm()
     builder: Builder = tables.found(settings.spec.prepare)(settings, rank, world_size, device)
-    return builder
+    decay = settings.train.average
+    return builder if decay is None else lambda world: Averaged(builder(world), decay)

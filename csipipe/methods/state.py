@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from csipipe.settings.config import PARTS
 
-_WEIGHTS = (*PARTS, "layer")
+PARTS_OF_A_UNIT = (*PARTS, "layer")
+"""Names of modules that hold weights; others are what a codec remembers, or a mean."""
+MEAN = "mean"
+"""Name of the module that holds the mean of the weights, where one is kept."""
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -63,13 +66,15 @@ class Unit:
         modules: by the name of the part.
         moments: Adam's state of their parameters.
         generator: which draws the mini-batches.
-        loaded: called after `load`, for what follows from the rest.
+        loaded: called after `load` and `begin`, for what follows from the rest.
+        begun: called after `begin`.
     """
 
     modules: dict[str, nn.Module]
     moments: Moments
     generator: torch.Generator | None = None
     loaded: Callable[[], None] = field(default=lambda: None)
+    begun: Callable[[], None] = field(default=lambda: None)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by `<part>.<name>`, `adam.<part>.<name>.<moment>` and `draws`; not copied."""
@@ -125,7 +130,7 @@ class Unit:
             ValueError: one is missing, or of another shape.
         """
         for part, module in self.modules.items():
-            if part not in _WEIGHTS:  # what a codec remembers
+            if part not in PARTS_OF_A_UNIT:
                 continue
             with torch.no_grad():
                 for name, tensor in module.state_dict().items():
@@ -139,6 +144,7 @@ class Unit:
         for parameter in self._parameters().values():
             self.moments.write(parameter, {})
         self.loaded()
+        self.begun()
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -170,6 +176,17 @@ def ue_name(ue: int) -> str:
 def layer_name(layer: int) -> str:
     """A tail layer's part of a checkpoint."""
     return f"{_LAYER}{layer}"
+
+
+def mean_name(name: str) -> str:
+    """Under which a mean keeps a tensor: PyTorch wants no dots."""
+    return name.replace(".", "/")
+
+
+def meant(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A unit's state with the means of its weights, where it has them, instead of the weights."""
+    means = {k.removeprefix(f"{MEAN}."): v for k, v in state.items() if k.startswith(f"{MEAN}.")}
+    return state | {name.replace("/", "."): tensor for name, tensor in means.items()}
 
 
 def whose(name: str) -> tuple[int | None, int | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models
-from csipipe.methods.state import layer_name, ue_name
+from csipipe.methods.state import layer_name, meant, ue_name
 from csipipe.models.ranged import ranged
 from csipipe.run import card
 from csipipe.run.resuming import BEFORE, CONFIG
@@ -117,14 +117,14 @@ class Trained:
         state: dict[str, Tensor] = {}
         for layer in range(len(models.tail_shapes(self.settings.model)) - 1):
             if layer_name(layer) in snapshot.content["parts"]:
-                part = snapshot.tensors(layer_name(layer))
+                part = meant(snapshot.tensors(layer_name(layer)))
                 state |= {
                     f"tail.{layer}.{k.removeprefix('layer.')}": v
                     for k, v in part.items()
                     if k.startswith("layer.")
                 }
         # federated methods: a tail at every UE, the same between two iterations
-        return state or snapshot.tensors(ue_name(0))
+        return state or meant(snapshot.tensors(ue_name(0)))
 
     def _ue_state(
         self, snapshot: checkpoint.Snapshot | None, ue: int
@@ -133,7 +133,7 @@ class Trained:
             file = checkpoint.ue_file(self.source, ue)
             return checkpoint.read(file), file
         file = checkpoint.ue_file(snapshot.folder, ue)
-        state = snapshot.tensors(ue_name(ue))
+        state = meant(snapshot.tensors(ue_name(ue)))
         if ue and not any(key.startswith("encoder.") for key in state):
             return self._ue_state(snapshot, 0)  # centralised: the first UE's are everyone's
         return state, file

@@ -276,6 +276,9 @@ class TrainSettings:
     """Adam's decay rates of the first and second moments."""
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
+    average: float | None = None
+    """Decay, per iteration, of an exponential mean of the weights, which is evaluated and saved
+    instead of the last ones; 0.999 is over about 1,000 iterations. null: none."""
     augment: str | None = None
     """What a UE does to every row that it draws, with commas between. angle: a circular shift, as a
     turned array sees; phase: a phase common to the row. Held-out and test rows stay. null: none."""
@@ -328,6 +331,11 @@ class TrainSettings:
             raise ValueError(
                 f"train.rates is {self.rates}; all three must be positive and finite (train.freeze "
                 "keeps a part as it is)."
+            )
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(
+                f"train.average is {self.average}; it must lie between 0 and 1, such as 0.999, or "
+                "be null."
             )
         if not {*self.augmentation} <= {*AUGMENTATIONS}:
             raise ValueError(

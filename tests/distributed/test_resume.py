@@ -116,7 +116,14 @@ METHODS: dict[str, Settings] = {
     ),
 }
 CSILOCAL = {
-    "fp32": small(train={"iterations": 2 * HALF, "augment": "angle,phase", "rates": (1, 2, 3)}),
+    "fp32": small(
+        train={
+            "iterations": 2 * HALF,
+            "augment": "angle,phase",
+            "rates": (1.0, 2.0, 3.0),
+            "average": 0.9,
+        }
+    ),
     "frozen": small(train={"iterations": 2 * HALF, "freeze": "tail"}),
     "bf16": small(train={"iterations": 2 * HALF, "precision": "bf16"}),
     "some": small(train={"iterations": 2 * HALF}, topology={"participants": 2}),
@@ -162,7 +169,7 @@ def saved_csilocal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     ("placement", "stages", "size", "names"),
     [
         ("apart", 2, 4, ["zero1"]),
-        ("apart", 1, 5, ["fp32", "bf16", "some", "int4", "random", "transnet"]),
+        ("apart", 1, 5, ["fp32", "bf16", "some", "int4", "random", "transnet", "frozen"]),
         ("apart", 3, 4, ["fp32"]),
         ("together", 1, 1, ["fp32", "some", "int4"]),
         ("together", 2, 2, ["zero1"]),

@@ -1,0 +1,84 @@
+"""The mean of the weights: by hand, shown only while it is evaluated or saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import trainedruns
+from runs import CPU, small
+
+from csipipe import methods
+from csipipe.methods.average import Averaged
+from csipipe.methods.centralised import Centralised
+from csipipe.run import trained
+from csipipe.settings.config import TrainSettings
+
+DECAY = 0.3
+
+
+def worker() -> Centralised:
+    torch.set_num_threads(1)
+    settings = small()
+    ues, test = methods.load(settings, range(settings.topology.ues), CPU)
+    return Centralised(settings, ues, test, CPU, shared=False)
+
+
+def weights(of: Centralised) -> dict[str, torch.Tensor]:
+    parts = {"tail": of.tail, **{f"ue-{ue.number}": ue.parts for ue in of.ues}}
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def test_the_mean_moves_towards_the_weights_and_changes_no_step(tmp_path: Path) -> None:
+    plain, inner = worker(), worker()
+    both = Averaged(inner, DECAY)
+    wanted = weights(plain)
+    for iteration in range(5):
+        plain.train_iteration(iteration)
+        both.train_iteration(iteration)
+        decay = min(DECAY, (1 + iteration) / (10 + iteration))
+        for name, tensor in weights(plain).items():
+            if tensor.is_floating_point():
+                wanted[name] = wanted[name].lerp(tensor, 1 - decay)
+    last = weights(plain)
+    shown = both.evaluate("test")
+    assert shown is not None
+    assert not torch.equal(shown.sums, plain.evaluate("test").sums)
+    both.save_weights(tmp_path)
+    for name, tensor in weights(inner).items():  # as if nobody had looked
+        assert torch.equal(tensor, last[name]), name
+    for mean in both._means.values():
+        mean.swap()
+    for name, tensor in weights(inner).items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-7)
+    assert torch.equal(shown.sums, inner.evaluate("test").sums)
+
+
+def test_a_run_in_progress_is_read_by_its_mean(tmp_path: Path) -> None:
+    inner = trainedruns.begin(tmp_path / "run")
+    both = Averaged(inner, DECAY)
+    for iteration in range(2, 5):
+        both.train_iteration(iteration)
+    trainedruns.snapshot(tmp_path / "run", both, 7)  # type: ignore[arg-type]  # its units
+    wanted = both.evaluate("test")
+    assert wanted is not None
+    rows, models = inner.test, trained.read(tmp_path / "run").models()
+    for mean in both._means.values():
+        mean.swap()
+    inner.tail.eval()
+    for ue, model in zip(inner.ues, models, strict=True):
+        ue.train(False)
+        with torch.no_grad():
+            assert torch.equal(model(rows), ue.head(inner.tail(ue.encoder(rows))))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, float("nan")])
+def test_a_decay_lies_between_0_and_1(decay: float) -> None:
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        TrainSettings(average=decay)
