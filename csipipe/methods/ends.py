@@ -19,10 +19,11 @@ from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam, set_rate
 from csipipe.methods.ue import UserEquipment
 from csipipe.models.stacked import Stack, Unstackable, check_stackable
-from csipipe.settings.config import Settings, TrainSettings
+from csipipe.settings.config import HeadName, Settings, TrainSettings
 
-SMALL = 2**16
-"""Reals of a UE's mini-batch, up to which stacking was measured to be faster on a CPU."""
+SMALL: dict[HeadName, int] = {"linear": 2**16, "crblock": 2**12}
+"""Reals of a UE's mini-batch, up to which stacking was measured to be faster on a CPU, by
+model.head: one by one, a CRBlock has the fused kernels."""
 FEW = 8
 """UEs of an iteration from which on they are stacked. Of the whole run, not of a rank, so that a
 placement changes no bit; with fewer, even a rank with one UE computes the same bits."""
@@ -69,7 +70,7 @@ def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
     if min(hosted) < 2 or settings.participants < FEW:
         return Way(False, "train.stacked auto: they are few")
     reals = settings.train.batch_size * settings.model.reals
-    if reals > SMALL:
+    if reals > SMALL[settings.model.head]:
         return Way(False, f"train.stacked auto: {reals:,} reals of each are many")
     return Way(True, f"train.stacked auto: only {reals:,} reals of each in an iteration")
 

@@ -9,8 +9,8 @@ import pytest
 from csipipe.settings import commandline, manual
 from csipipe.settings.config import Settings, TrainSettings
 
-SCREEN = 60
-"""Lines of a screen, and 100 columns."""
+SCREEN = 70
+"""Lines of a high screen, and 100 columns."""
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,13 @@ from csipipe.measure.metrics import paper_loss
 from csipipe.methods.base import adam
 from csipipe.methods.ends import Way, decide
 from csipipe.models.stacked import Stack, Unstackable
-from csipipe.settings.config import ModelSettings, Settings, TopologySettings, TrainSettings
+from csipipe.settings.config import (
+    HeadName,
+    ModelSettings,
+    Settings,
+    TopologySettings,
+    TrainSettings,
+)
 
 MODEL = ModelSettings(c1=12, c2=10, angles=6, delays=5, kernels_by="torch")
 ROWS, STEPS, TOLERANCE = 8, 4, 1e-6
@@ -177,9 +183,9 @@ def test_what_cant_be_stacked_is_named_and_left_alone() -> None:
     assert models.unstackable(MODEL) is None
 
 
-def run(ues: int, ranks: int, rows: int = 32, **train: Any) -> Way:
+def run(ues: int, ranks: int, rows: int = 32, head: HeadName = "linear", **train: Any) -> Way:
     settings = Settings(
-        model=ModelSettings(angles=16, delays=8),
+        model=ModelSettings(angles=16, delays=8, head=head),
         topology=TopologySettings(ues=ues, placement="together", stages=1),
         train=TrainSettings(batch_size=rows, **train),
     )
@@ -192,6 +198,8 @@ def test_auto_stacks_where_that_is_faster_whatever_the_placement() -> None:
     assert not run(64, 33).stacked  # one rank has a single UE
     assert not run(4, 1).stacked
     assert not run(64, 1, rows=512).stacked
+    assert run(64, 1, rows=16, head="crblock").stacked
+    assert not run(64, 1, head="crblock").stacked
     assert run(64, 1, rows=512, stacked="always").stacked
     assert not run(64, 1, stacked="never").stacked
     assert run(64, 1).note == (
