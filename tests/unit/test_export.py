@@ -28,6 +28,7 @@ from csipipe.run import trained
 from csipipe.run.trained import Autoencoder
 from csipipe.settings.commandline import RunParser
 from csipipe.settings.config import CodecSettings, ModelSettings
+from csipipe.settings.tables import MODELS
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -253,6 +254,24 @@ def test_onnx_does_the_same_without_torch(bits: int | None, tmp_path: Path) -> N
     db = 10 * float(centred_nmse(h_hat, h).mean().log10())
     assert abs(db - content["original"]["nmse_db"]) < (0.5 if bits is None else 3)
     assert f"NMSE {db:.2f} dB" in alone(out / "feedback_onnx.py", ("torch",)).stdout
+
+
+@needs_onnx
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_out_in_both_formats(name: str, tmp_path: Path) -> None:
+    """Files are compared with the modules, and refused if they differ by more than 1e-5."""
+    trainedruns.finish(tmp_path / "run", model={"name": name, "c2": None})
+    export(tmp_path / "run", "--ue", 1, "--formats", "pt2", "onnx")
+    [out] = (tmp_path / "run" / "export").iterdir()
+    content = json.loads((out / "export.json").read_text())
+    assert set(content["checked"]) == {"pt2", "onnx"}
+    for end in ("encoder", "decoder"):
+        assert all(found[end] <= check.BOUND for found in content["checked"].values())
+    pair, h, z = wanted(tmp_path / "run", 1)
+    db = f"NMSE {nmse_db(run(pair.decoder, z), h):.2f} dB"
+    assert db in alone(out / "feedback.py", ()).stdout
+    assert db in alone(out / "feedback_onnx.py", ("torch",)).stdout
 
 
 def test_unfinished_training_is_exported_and_said(
