@@ -6,12 +6,14 @@ import argparse
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from csipipe import channels, plotting
 from csipipe.compare import figures, page, plan
 from csipipe.evaluation import testset
 from csipipe.files import in_words, write_file
+from csipipe.reports import budget
 from csipipe.reports.runs import Run
 from csipipe.run import ceiling, trained
 from csipipe.run.resuming import CONFIG
@@ -88,8 +90,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     rows = testset.load(settings)
     if not options.collect:
         if options.minutes is not None:
-            wanted = plan.within(wanted, options.minutes, out, options.processes)
-        plan.complete(wanted, out, options.processes)
+            complete = partial(budget.complete, out=out, processes=options.processes)
+            wanted = budget.within(wanted, options.minutes, out, complete)
+        budget.complete(wanted, out, options.processes)
     else:
         wanted = [one for one in wanted if _finished(one)]
         if not wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,14 +49,8 @@ def measure(run: Run, rows: Rows) -> Figures:
         ValueError: weights that are missing or damaged.
     """
     found = trained.read(run.folder)
-    settings, mine = found.settings, found.models()
-    distinct = list(dict.fromkeys(mine))
-    device, precision = torch.device("cpu"), settings.train.precision
-    per_model = samples.measure(distinct, rows, precision, device)
-    places = torch.tensor([distinct.index(model) for model in mine])
-    mean = per_model[places].nanmean(1).mean(0).tolist()
-    values = dict(zip(samples.COLUMNS, mean, strict=True))
-    first, h_BAD = mine[0], rows.h_BAD[:1]
+    settings, values = found.settings, samples.means(found, rows)
+    first, h_BAD = found.models([0])[0], rows.h_BAD[:1]
     with torch.no_grad():
         y = first.tail(first.encoder(h_BAD))
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -65,7 +60,7 @@ def measure(run: Run, rows: Rows) -> Figures:
         c1=up,
         seed=settings.train.seed,
         iterations=summary["iterations"],
-        nmse_db=10 * float(torch.tensor(values["nmse"]).log10()),
+        nmse_db=10 * math.log10(values["nmse"]),
         rho=values["rho"],
         sgcs=values["sgcs"],
         parameters=sum(models.count_parts(settings.model).values()),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from csipipe.device import autocast
 from csipipe.evaluation.testset import Rows
 from csipipe.measure import metrics
+from csipipe.run.trained import Trained
 from csipipe.settings.config import Precision
 
 COLUMNS = ("loss", "floor", "nmse", "rho", "sgcs")
@@ -55,6 +56,15 @@ def measure(
         part = found[:, start : start + block * ranks].contiguous()
         found[:, start : start + block * ranks] = total(part)
     return found
+
+
+def means(run: Trained, rows: Rows) -> dict[str, float]:
+    """Means over samples and UEs by column, on a CPU; raises as `measure` and `Trained.models`."""
+    mine = run.models()
+    distinct = list(dict.fromkeys(mine))
+    found = measure(distinct, rows, run.settings.train.precision, torch.device("cpu"))
+    places = torch.tensor([distinct.index(model) for model in mine])
+    return dict(zip(COLUMNS, found[places].nanmean(1).mean(0).tolist(), strict=True))
 
 
 def ceiling(rows: Rows) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from types import ModuleType
 
 from csipipe.files import in_words
-from csipipe.reports import array, bytes, fig5, fig6, headline, plan, search, table1
+from csipipe.reports import accuracy, array, bytes, fig5, fig6, headline, plan, search, table1
 
 ABOUT = """Makes the paper's figures from training runs. Missing runs are started, one torchrun
 after the other; the same command resumes an interrupted report. Settings of training, such as
@@ -19,6 +19,7 @@ REPORTS: dict[str, ModuleType] = {
     "fig6": fig6,
     "headline": headline,
     "bytes": bytes,
+    "accuracy": accuracy,
     "plan": plan,
     "search": search,
 }

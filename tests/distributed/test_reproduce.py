@@ -104,3 +104,21 @@ def test_an_interrupted_report_goes_on_from_its_runs_checkpoints(tmp_path: Path)
     history = (out / "runs" / name / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in history] == list(range(100, 601, 100))
     assert "resuming after iteration" in (out / "logs" / f"{name}.log").read_text()
+
+
+@pytest.mark.long
+def test_accuracy_in_a_budget_goes_on_with_the_same_iterations(tmp_path: Path) -> None:
+    preset, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    preset.write_text(yaml.safe_dump(TINY))
+    report = ("accuracy", "--preset", str(preset), "--out", str(out), "--budget", "1s")
+    first = reproduce(*report)
+    assert first.returncode == 0, first.stderr
+    page = (out / "accuracy.md").read_text()
+    assert "## Indoor, c = 32" in page
+    assert "## Outdoor, c = 32" in page
+    for method in ("centralised", "CSILocal", "FedAvg"):
+        assert page.count(f"| {method} |") == 2
+    second = reproduce(*report)
+    assert second.returncode == 0, second.stderr
+    assert "6 of 6 runs are finished" in second.stderr
+    assert (out / "accuracy.md").read_text() == page

@@ -17,6 +17,7 @@ from csipipe.compare import command, page, plan
 from csipipe.compare.figures import Figures
 from csipipe.evaluation import testset
 from csipipe.models.ceiling import confined
+from csipipe.reports import budget
 from csipipe.run import ceiling
 from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
 
@@ -182,7 +183,7 @@ def test_two_models_are_trained_and_shown(tmp_path: Path) -> None:
     assert "| linear | 8 |" in table
     assert "PCA-8" in table
     made = json.loads((tmp_path / "runs" / "linear-c8" / "summary.json").read_text())
-    assert made["iterations"] != plan.PROBED
+    assert made["iterations"] != budget.PROBED
     other = json.loads((tmp_path / "runs" / "linear-c8-seed1" / "summary.json").read_text())
     assert other["iterations"] == made["iterations"]
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -23,8 +23,9 @@ LEVELS = [
     {"methods"},
     {"bench", "profiling"},
     {"run"},
-    {"reports", "export", "gpucheck"},
+    {"export", "gpucheck"},
     {"evaluation"},
+    {"reports"},
     {"compare"},
     {"launch", "__main__"},
 ]

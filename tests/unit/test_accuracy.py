@@ -1,0 +1,105 @@
+"""The report on accuracy: budgets, the page, the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import reportruns
+
+from csipipe.reports import accuracy, budget, runs
+from csipipe.reports.accuracy import Reached
+from csipipe.reports.command import Report
+from csipipe.reports.curves import Curve
+from csipipe.reports.runs import Run
+from csipipe.settings.config import ModelSettings, Settings
+
+
+def reached(method: str, seed: int, nmse_db: float) -> Reached:
+    return Reached(
+        method=method,
+        cell=("indoor", 256),
+        seed=seed,
+        nmse_db=nmse_db,
+        rho=0.9,
+        sgcs=math.nan,
+        ceiling_db=-15.5,
+        iterations=1000,
+        rows=256_000,
+        seconds=60.0,
+    )
+
+
+def two(tmp_path: Path) -> list[Run]:
+    preset = reportruns.preset()
+    return [runs.make(preset, tmp_path, "csilocal", "indoor", 8, seed) for seed in (0, 1)]
+
+
+def trained(seconds: float, started: list[str]) -> object:
+    """Stands in for training: leaves what a short run leaves."""
+
+    def train(probes: Sequence[Run]) -> None:
+        for probe in probes:
+            started.append(probe.name)
+            reportruns.finish(probe, [0.5])
+            file = probe.folder / "summary.json"
+            file.write_text(
+                json.dumps(json.loads(file.read_text()) | {"seconds_per_iteration": seconds})
+            )
+
+    return train
+
+
+def test_runs_of_a_kind_are_measured_once_and_get_the_same_iterations(tmp_path: Path) -> None:
+    started: list[str] = []
+    found = budget.within(two(tmp_path), 0.5, tmp_path, trained(0.25, started))  # type: ignore[arg-type]
+    assert started == ["probe-csilocal-indoor-c16-seed0"]
+    assert [run.settings.train.iterations for run in found] == [120, 120]
+
+
+def test_a_budget_shorter_than_an_iteration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"budget of 3 s is shorter than one iteration"):
+        budget.within(two(tmp_path), 0.05, tmp_path, trained(4.0, []))  # type: ignore[arg-type]
+
+
+def test_runs_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
+    assert budget.within(two(tmp_path), 1, tmp_path, lambda _: None) == []
+
+
+def test_a_number_is_a_number_of_iterations(tmp_path: Path) -> None:
+    report = Report(reportruns.preset(), tmp_path, quick=False, collect=False, jobs=1)
+    found = accuracy.parse("50")(two(tmp_path), report)
+    assert [run.settings.train.iterations for run in found] == [50, 50]
+
+
+@pytest.mark.parametrize("text", ["", "0", "0m", "-3m", "3d", "m", "1e3"])
+def test_budgets_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a time such as"):
+        accuracy.parse(text)
+
+
+def test_the_page_has_medians_ceilings_and_what_is_published() -> None:
+    found = [reached("csilocal", s, x) for s, x in enumerate((-13.0, -14.0, -12.0))]
+    settings = Settings(model=ModelSettings(angles=32, delays=32))
+    page = accuracy.text([*found, reached("centralised", 0, -15.0)], "2h", settings, "")
+    assert "| CSILocal | -13.00 (-14.00 … -12.00) | 0.900 |  | -15.50 | 1,000 | 256,000 |" in page
+    assert "| centralised | -15.00 |" in page
+    assert "CRNet, 2,500 epochs: -16.01 dB" in page
+    assert "2h of training" in page
+    smaller = Settings(model=ModelSettings(angles=16, delays=8))
+    assert "Published" not in accuracy.text(found, "50", smaller, "")
+
+
+def test_the_picture_has_a_panel_per_cell_and_the_ceiling() -> None:
+    curve = Curve([10, 20], [1, 2], [4, 8], [0.5, 0.4], [[0.5], [0.4]], [-1.0, -2.0], [None] * 2, 1)
+    cells = [("indoor", 256), ("outdoor", 256)]
+    curves = {("csilocal", cell, 0): curve for cell in cells}
+    figure = accuracy.draw(curves, {"csilocal": 256.0}, [reached("csilocal", 0, -13.0)])
+    first, second = figure.axes
+    line, bound = first.lines
+    assert list(line.get_xdata()) == [2560, 5120]  # type: ignore[arg-type]
+    assert list(bound.get_ydata()) == [-15.5, -15.5]  # type: ignore[arg-type]
+    assert len(second.lines) == 1
