@@ -53,7 +53,9 @@ class Found:
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of every report; what isn't one of them is a setting of the runs."""
     parser.add_argument(
-        "--preset", default="laptop", help="laptop (default), paper, or a YAML file of that kind"
+        "--preset",
+        default="laptop",
+        help="laptop, paper, accuracy, or a YAML file of that kind (%(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer panels and points")
     parser.add_argument(

@@ -107,10 +107,10 @@ def test_an_interrupted_report_goes_on_from_its_runs_checkpoints(tmp_path: Path)
 
 
 @pytest.mark.long
-def test_accuracy_in_a_budget_goes_on_with_the_same_iterations(tmp_path: Path) -> None:
+def test_accuracy_is_made_once(tmp_path: Path) -> None:
     preset, out = tmp_path / "tiny.yaml", tmp_path / "out"
     preset.write_text(yaml.safe_dump(TINY))
-    report = ("accuracy", "--preset", str(preset), "--out", str(out), "--budget", "1s")
+    report = ("accuracy", "--preset", str(preset), "--out", str(out), "--budget", "2")
     first = reproduce(*report)
     assert first.returncode == 0, first.stderr
     page = (out / "accuracy.md").read_text()

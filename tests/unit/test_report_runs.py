@@ -126,7 +126,7 @@ def test_files_that_are_no_presets_are_named(text: str, message: str, tmp_path: 
 
 
 def test_unknown_presets_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="known presets: laptop"):
+    with pytest.raises(ValueError, match="known presets: accuracy, laptop"):
         presets.load("desktop")
 
 
