@@ -99,14 +99,15 @@ class Ranged(nn.Module):
 
 
 class Unrounded(nn.Module):
-    """The same encoder without the rounding."""
+    """The same encoder without the rounding; between the ends, beyond which the tail saw nothing."""
 
     def __init__(self, ranged: Ranged) -> None:
         super().__init__()
         self.ranged = ranged
 
     def forward(self, h_BAD: Tensor) -> Tensor:
-        return self.ranged.unrounded(h_BAD)
+        end = end_of(self.ranged.bits)
+        return self.ranged.unrounded(h_BAD).clamp(-end, end)
 
 
 def ranged(encoder: nn.Module, entries: int, bits: int | None) -> nn.Module:
