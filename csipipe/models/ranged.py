@@ -99,7 +99,7 @@ class Ranged(nn.Module):
 
 
 class Unrounded(nn.Module):
-    """The same encoder without the rounding; between the ends, beyond which the tail saw nothing."""
+    """The same encoder without the rounding, but cut off at the ends."""
 
     def __init__(self, ranged: Ranged) -> None:
         super().__init__()
