@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("csipipe.run.command", "one run of one method, under torchrun or alone"),
     "evaluate": ("csipipe.evaluation.command", "figures of a run's weights"),
     "compare": ("csipipe.compare.command", "several models on the same data and budget"),
+    "leak": ("csipipe.evaluation.leak", "what the BTS can reconstruct from what it sees"),
     "export": ("csipipe.export.command", "a trained encoder and decoder for deployment"),
     "reproduce": ("csipipe.reports.reproduce", "the paper's table and figures"),
     "benchmark": ("csipipe.bench.command", "seconds per iteration beside those of our peers"),

@@ -24,7 +24,7 @@ from csipipe.evaluation.codebook import Codebook
 from csipipe.evaluation.samples import COLUMNS
 from csipipe.evaluation.testset import Rows
 from csipipe.export.learning import learn
-from csipipe.export.parts import Pair
+from csipipe.export.parts import Pair, trained_for
 from csipipe.export.parts import run as through
 from csipipe.export.quantiser import Quantiser
 from csipipe.files import write_table
@@ -101,6 +101,12 @@ def _of_run(
         coders = [_Rounded(p, learn(z, bits)) for p, z in zip(pairs, codewords, strict=True)]
         note = f"{bits} bit{'s' if bits > 1 else ''} an entry"
         yield _point(name, entries * bits, measure(coders), note)
+    own = [trained_for(model) for model in models]
+    coders = [_Rounded(pair, q) for pair, q in zip(pairs, own, strict=True) if q is not None]
+    if coders and own[0] is not None:
+        bits = own[0].bits
+        note = f"{bits} bits an entry, trained for"
+        yield _point(f"{name}, trained for", entries * bits, measure(coders), note)
 
 
 def _baselines(

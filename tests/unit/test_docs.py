@@ -26,6 +26,7 @@ from csipipe.bench import command as benchmark
 from csipipe.channels import command as channels
 from csipipe.compare import command as comparison
 from csipipe.evaluation import command as evaluation
+from csipipe.evaluation import leak
 from csipipe.export import command as export
 from csipipe.gpucheck import command as gpucheck
 from csipipe.reports import command as reports
@@ -107,6 +108,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "train": check_settings,
     "evaluate": check_run_command(evaluation),
     "compare": check_compare,
+    "leak": check_run_command(leak),
     "export": check_run_command(export),
     "benchmark": check_benchmark,
     "channels": check_channels,
@@ -314,10 +316,13 @@ def options() -> set[str]:
     evaluation.add_arguments(run_options)
     also_export = commandline.RunParser("", "")
     export.add_arguments(also_export)
+    also_leak = commandline.RunParser("", "")
+    leak.add_arguments(also_leak)
     parsers: list[Any] = [
         commandline.parser(""),
         run_options,
         also_export,
+        also_leak,
         benchmark.parser(),
         comparison.parser(),
         *subcommands(reproduce.parser()),
