@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("csipipe.export.command", "a trained encoder and decoder for deployment"),
     "reproduce": ("csipipe.reports.reproduce", "the paper's table and figures"),
     "benchmark": ("csipipe.bench.command", "seconds per iteration beside those of our peers"),
+    "links": ("csipipe.links.command", "training over links of given rates, as root"),
     "channels": ("csipipe.channels.command", "generate, examine and draw CSI data"),
     "slurm": ("csipipe.run.scripts", "the sbatch scripts, to be copied and adapted"),
     "gpucheck": ("csipipe.gpucheck.command", "what a GPU does with csipipe, on one page"),

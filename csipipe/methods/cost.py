@@ -23,26 +23,32 @@ def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
 
 def bytes_per_iteration(settings: Settings) -> dict[str, int]:
     """Bytes of those scalars as the codecs write them, `up` and `down`."""
-    names = codec.chosen(settings.comm, settings.train.precision)
     found = {"up": 0, "down": 0}
+    messages = settings.train.micro_batches if settings.spec.pipelined else 1
     for crossing in settings.spec.crosses or ("update", "mean_update"):
-        name, kind = names[crossing], Kind[crossing.upper()]
-        if not _needed(kind, settings):
-            continue
-        if settings.spec.pipelined:
-            c1, c2 = widths(settings.model)
-            width = c1 if kind in (Kind.SMASHED, Kind.SMASHED_GRADIENT) else c2
-            messages = settings.train.micro_batches
-            rows = settings.train.batch_size // messages
-            smashed, shape = kind is Kind.SMASHED, (rows, width)
-            one = codec.of_rows(name, settings.comm, rows, width, smashed)
-        else:
-            scalars, _ = shared_parts(settings)
-            messages, shape = 1, (1, scalars)
-            one = codec.of_vector(name, settings.comm, scalars)
-        size = messages * math.prod(one.shape(shape)) * one.dtype.itemsize
+        kind = Kind[crossing.upper()]
+        size = messages * message_bytes(settings, kind)
         found["up" if kind in UP else "down"] += settings.participants * size
     return found
+
+
+def message_bytes(settings: Settings, kind: Kind) -> int:
+    """Bytes of one UE's share of a message, its rows of a micro-batch or its update; 0: none is
+    needed."""
+    if not _needed(kind, settings):
+        return 0
+    name = codec.chosen(settings.comm, settings.train.precision)[kind.name.lower()]
+    if settings.spec.pipelined:
+        c1, c2 = widths(settings.model)
+        width = c1 if kind in (Kind.SMASHED, Kind.SMASHED_GRADIENT) else c2
+        rows = settings.train.batch_size // settings.train.micro_batches
+        smashed, shape = kind is Kind.SMASHED, (rows, width)
+        one = codec.of_rows(name, settings.comm, rows, width, smashed)
+    else:
+        scalars, _ = shared_parts(settings)
+        shape = (1, scalars)
+        one = codec.of_vector(name, settings.comm, scalars)
+    return math.prod(one.shape(shape)) * one.dtype.itemsize
 
 
 def feedback_bits(settings: Settings) -> int:

@@ -29,6 +29,7 @@ from csipipe.evaluation import command as evaluation
 from csipipe.evaluation import leak
 from csipipe.export import command as export
 from csipipe.gpucheck import command as gpucheck
+from csipipe.links import command as links
 from csipipe.reports import command as reports
 from csipipe.reports import plan, reproduce
 from csipipe.run import scripts
@@ -81,6 +82,10 @@ def check_compare(words: list[str]) -> None:
     check_settings(comparison.parser().parse_known_args(words)[1])
 
 
+def check_links(words: list[str]) -> None:
+    check_settings(links.parser().parse_known_args(words)[1])
+
+
 def check_channels(words: list[str]) -> None:
     channels.parser().parse_args(words)
 
@@ -111,6 +116,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "leak": check_run_command(leak),
     "export": check_run_command(export),
     "benchmark": check_benchmark,
+    "links": check_links,
     "channels": check_channels,
     "reproduce": check_reproduce,
     "slurm": check_slurm,
@@ -325,6 +331,7 @@ def options() -> set[str]:
         also_leak,
         benchmark.parser(),
         comparison.parser(),
+        links.parser(),
         *subcommands(reproduce.parser()),
         *subcommands(channels.parser()),
         scripts.parser(),

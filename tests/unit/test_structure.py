@@ -26,6 +26,7 @@ LEVELS = [
     {"export", "gpucheck"},
     {"evaluation"},
     {"reports"},
+    {"links"},
     {"compare"},
     {"launch", "__main__"},
 ]

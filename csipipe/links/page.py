@@ -1,0 +1,170 @@
+"""Measured beside planned seconds, and who reaches a loss first: a page, a table, a picture."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from csipipe import plotting
+from csipipe.files import write_file, write_table
+from csipipe.links.ranks import Found
+from csipipe.plotting import name_of
+from csipipe.reports import curves, pages
+from csipipe.run import trained
+from csipipe.settings.config import Settings
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method over the links of one case; seconds are of an iteration."""
+
+    method: str
+    links: str
+    free: float
+    planned: float
+    found: Found
+    iterations: int | None
+    """Until the loss is reached; None: unknown, or never."""
+
+    @property
+    def reaches(self) -> float | None:
+        """Seconds of training until the loss is reached."""
+        return None if self.iterations is None else self.iterations * self.found.seconds
+
+
+def times_to(
+    folders: Sequence[str], runs: Mapping[str, Settings], loss: float | None
+) -> dict[str, int | None]:
+    """Iterations until the test loss is reached, by method.
+
+    Args:
+        folders: finished runs.
+        runs: what is trained over links, by method.
+        loss: None: the highest of the curves' lowest, which all of them reach.
+
+    Raises:
+        ValueError: a run of another method or with settings that make it another curve.
+    """
+    found = {}
+    for folder in folders:
+        settings = trained.read(Path(folder)).settings
+        ours = runs.get(settings.method)
+        if ours is None:
+            raise ValueError(f"--curves: {folder} trained {settings.method}, not one of --methods.")
+        for name in ("ues", "participants"):
+            _same(folder, name, getattr(settings.topology, name), getattr(ours.topology, name))
+        for name in ("batch_size", "local_steps", "precision"):
+            _same(folder, name, getattr(settings.train, name), getattr(ours.train, name))
+        _same(folder, "model", settings.model, ours.model)
+        found[settings.method] = curves.read(Path(folder))
+    target = max(curve.lowest for curve in found.values()) if loss is None else loss
+    return {
+        method: next(
+            (n for n, v in zip(curve.iterations, curve.loss, strict=True) if v <= target), None
+        )
+        for method, curve in found.items()
+    }
+
+
+def _same(folder: str, name: str, theirs: object, ours: object) -> None:
+    if theirs != ours:
+        raise ValueError(
+            f"--curves: {folder} was trained with {name} {theirs}, links trains with {ours}; give "
+            "the same settings."
+        )
+
+
+def text(runs: Mapping[str, Settings], rows: Sequence[Row], options: Namespace) -> str:
+    """The page, as Markdown."""
+    first = next(iter(runs.values()))
+    heads = ["method", "links", "s without links", "s planned", "s measured"]
+    heads += ["measured / planned", "bytes on the links / in the ledger"]
+    if options.curves:
+        heads += ["iterations to the loss", "s to the loss"]
+    trouble = ""
+    if options.trouble:
+        trouble = (
+            f"Trouble: --trouble {options.trouble}, run.timeout {first.run.timeout:g} s. Median "
+            "seconds don't show it; seconds in all: "
+            + "; ".join(f"{r.method} {r.links}: {r.found.in_all:.1f}" for r in rows)
+            + "."
+        )
+    failed = [f"- {r.method}, {r.links}: {r.found.error}" for r in rows if r.found.error]
+    return pages.page(
+        "Training over links",
+        f"{first.topology.ues} UEs on {options.hosts} UE ranks, each rank behind a link of its "
+        f"own; {first.train.iterations} iterations, delay {options.delay:g} ms, "
+        f"{first.train.precision}. Seconds are medians of an iteration.",
+        pages.table(heads, [_cells(row, bool(options.curves)) for row in rows]),
+        "Planned: an iteration without links, and the transfers of the method's schedule with "
+        "frames' headers, as if computing hid nothing of them. Bytes on the links also hold "
+        "set-up, signs of life and evaluations' exchange.",
+        trouble,
+        "Failed:\n\n" + "\n".join(failed) if failed else "",
+    )
+
+
+def _cells(row: Row, reach: bool) -> list[str]:
+    ratio = row.found.seconds / row.planned
+    cells = [name_of(row.method), row.links, f"{row.free:.3f}", f"{row.planned:.3f}"]
+    cells += [_number(row.found.seconds, ".3f"), _number(ratio, ".2f")]
+    cells += [_number(row.found.overhead, ".3f")]
+    if reach:
+        cells.append("—" if row.iterations is None else f"{row.iterations:,}")
+        cells.append("—" if row.reaches is None else _number(row.reaches, ",.0f"))
+    return cells
+
+
+def _number(value: float, form: str) -> str:
+    return "—" if math.isnan(value) else format(value, form)
+
+
+def drawn(rows: Sequence[Row]) -> bool:
+    """Whether there is a picture: of several links."""
+    return len({row.links for row in rows}) > 1
+
+
+def write(rows: Sequence[Row], page: str, out: Path) -> None:
+    """`links.md`, `links.csv` and, of several links, `links.png`."""
+    write_file(out / "links.md", page)
+    heads = ["method", "links", "free_s", "planned_s", "measured_s", "overhead"]
+    heads += ["in_all_s", "iterations_to_loss", "s_to_loss", "error"]
+    write_table(
+        out / "links.csv",
+        heads,
+        [
+            [
+                *(r.method, r.links, r.free, r.planned, r.found.seconds, r.found.overhead),
+                *(r.found.in_all, r.iterations, r.reaches, r.found.error),
+            ]
+            for r in rows
+        ],
+    )
+    if not drawn(rows):
+        return
+    reach = any(row.reaches is not None for row in rows)
+    figure = Figure(figsize=(4.8 * (1 + reach), 3.8), layout="constrained")
+    axes = figure.subplots(1, 1 + reach, squeeze=False)[0]
+    cases = list(dict.fromkeys(row.links for row in rows))
+    for method in dict.fromkeys(row.method for row in rows):
+        mine = [row for row in rows if row.method == method]
+        places = [cases.index(row.links) for row in mine]
+        look = plotting.style(method)
+        axes[0].plot(places, [row.found.seconds for row in mine], **look)
+        axes[0].plot(places, [row.planned for row in mine], "x", color=look["color"])
+        if reach:
+            times = [row.reaches or math.nan for row in mine]
+            axes[1].plot(places, times, **look)
+    for axis, label in zip(axes, ("s per iteration (×: planned)", "s to the loss"), strict=False):
+        axis.set_xticks(range(len(cases)), cases)
+        axis.set_yscale("log")
+        axis.set_xlabel("link of each UE rank")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    plotting.save(figure, out / "links.png")

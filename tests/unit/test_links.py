@@ -1,0 +1,176 @@
+"""Links by hand: rates, the forecast's schedule, networks that are made, shaped and cleaned."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csipipe.links import command, forecast, network, page
+from csipipe.links.network import Link, Network
+from csipipe.links.ranks import Found, Trouble
+from csipipe.methods.cost import shared_parts
+
+FREE = Link(1e15, 1e15)
+NO_ROOT = os.geteuid() != 0 or shutil.which("tc") is None
+needs_root = pytest.mark.skipif(NO_ROOT, reason="network namespaces need root, and tc")
+
+
+def test_rates() -> None:
+    assert network.rate("10mbit") == 1e7
+    assert network.rate("1.5Gbit") == 1.5e9
+    for text in ("10", "10mb", "-1mbit", "0kbit", "fast"):
+        with pytest.raises(ValueError, match="is no rate"):
+            network.rate(text)
+
+
+def test_federated_transfers_are_one_after_the_other() -> None:
+    settings = command._settings("fedavg", ["--topology.ues", "4"], 2)
+    links = [Link(1e6, 4e6)] * 2
+    one = shared_parts(settings)[0] * 32 * forecast.FRAME
+    # two UEs of a rank share its link; nothing comes down before the last is up
+    assert forecast.seconds(settings, links, 3.0) == pytest.approx(
+        3 + 2 * one / 1e6 + 2 * one / 4e6
+    )
+    slow = [Link(1e6, 4e6), Link(1e5, 4e6)]
+    assert forecast.seconds(settings, slow, 0) == pytest.approx(2 * one / 1e5 + 2 * one / 4e6)
+
+
+def test_csilocals_transfers_overlap_by_micro_batch() -> None:
+    words = ["--topology.ues", "2", "--model.c1", "64", "--model.c2", "64"]
+    settings = command._settings("csilocal", [*words, "--train.micro_batches", "4"], 2)
+    each = 8 * 64 * 32 * forecast.FRAME  # bits of a micro-batch, a kind
+    up = forecast.seconds(settings, [Link(1e6, 1e15)] * 2, 0)
+    down = forecast.seconds(settings, [Link(1e15, 1e6)] * 2, 0)
+    assert up == pytest.approx(8 * each / 1e6, rel=1e-6)  # 4 z and 4 gradients
+    assert down == pytest.approx(8 * each / 1e6, rel=1e-6)
+    both = forecast.seconds(settings, [Link(1e6, 1e6)] * 2, 0)
+    assert 8 * each / 1e6 < both < 12 * each / 1e6  # less than 16, one after the other
+    far = [Link(1e15, 1e15, delay=0.1)] * 2
+    # zerobubble runs two micro-batches ahead, so the third waits for the first one's gradient
+    assert forecast.seconds(settings, far, 0) == pytest.approx(0.6, rel=1e-6)
+    gpipe = command._settings("csilocal", [*words, "--train.schedule", "gpipe"], 2)
+    assert forecast.seconds(gpipe, far, 0) == pytest.approx(0.4, rel=1e-6)  # z, output and back
+    codecs = ["--comm.codec.smashed", "int8", "--comm.codec.output_gradient", "int8"]
+    fewer = command._settings("csilocal", [*words, *codecs], 2)
+    shorter = forecast.seconds(fewer, [Link(1e6, 1e15)] * 2, 0)
+    assert shorter == pytest.approx(up * (64 + 4) / (4 * 64), rel=1e-6)
+
+
+def test_trouble_is_read() -> None:
+    assert Trouble.read("1:10:20", 2) == Trouble(1, 10, 20)
+    assert Trouble.read("0:1:2:100kbit", 2) == Trouble(0, 1, 2, 1e5)
+    for text in ("2:1:1", "0:1", "a:1:1", "0:-1:2", "0:1:2:fast", "0:1:2:1mbit:3"):
+        with pytest.raises(ValueError, match="expected UE:AT:FOR"):
+            Trouble.read(text, 2)
+
+
+@pytest.mark.skipif(NO_ROOT, reason="the first complaint is of root")
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--up", "10mbits"], "--up: '10mbits' is no rate"),
+        (["--up", "1mbit,2mbit,3mbit"], "3 rates"),
+        (["--up", "1mbit", "2mbit", "--down", "1mbit", "2mbit", "3mbit"], "give as many"),
+        (["--up", "1mbit", "--methods", "fedavgg"], "must be one of"),
+        (["--up", "1mbit", "--methods", "centralised"], "has no links"),
+        (["--up", "1mbit", "--hosts", "9"], "there are 4 UEs"),
+        (["--up", "1mbit", "--delay", "-1"], "--delay is -1.0"),
+    ],
+)
+def test_bad_input_is_one_message(
+    words: list[str], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*words, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert what in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_isnt_root_or_has_no_tc_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ValueError, match="needs root"):
+        network.check_machine()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="iproute2"):
+        network.check_machine()
+
+
+def test_the_page_says_what_was_measured_and_what_failed(tmp_path: Path) -> None:
+    words = ["--up", "1mbit", "2mbit", "--methods", "fedavg", "--trouble", "0:1:2"]
+    options = command.parser().parse_args(words)
+    runs = {"fedavg": command._settings("fedavg", [], 2)}
+    fine = page.Row("fedavg", "1mbit", 0.5, 10.0, Found(11.0, 120.0, 1.05), 40)
+    broken = Found(math.nan, math.nan, math.nan, "nobody answers (see a log)")
+    rows = [fine, page.Row("fedavg", "2mbit", 0.5, 5.0, broken, None)]
+    text = page.text(runs, rows, options)
+    assert "| FedAvg | 1mbit | 0.500 | 10.000 | 11.000 | 1.10 | 1.050 |" in text
+    assert "| FedAvg | 2mbit | 0.500 | 5.000 | — | — | — |" in text
+    assert "- fedavg, 2mbit: nobody answers (see a log)" in text
+    assert fine.reaches == 440
+    page.write(rows, text, tmp_path)
+    assert (tmp_path / "links.png").stat().st_size > 1000
+    assert (tmp_path / "links.csv").read_text().count("\n") == 3
+    assert (tmp_path / "links.md").read_text() == text
+
+
+def names() -> set[str]:
+    place = Path("/run/netns")
+    return {one.name for one in place.iterdir()} if place.exists() else set()
+
+
+@needs_root
+def test_networks_reach_the_bts_at_their_rate_and_go_away() -> None:
+    before = names()
+    with Network([Link(1e6, 2e6), Link(3e6, 3e6)]) as net:
+        assert len(names() - before) == 3
+        ping = ["ip", "netns", "exec", net.ues[1], sys.executable, "-c"]
+        code = f"import socket; socket.create_connection(('{network.BTS}', 9), 5)"
+        done = subprocess.run([*ping, code], capture_output=True, text=True)
+        assert "refused" in done.stderr  # it is reached, and nobody listens there
+        assert "rate 3Mbit" in qdisc(net.ues[1], network.INTERFACE)
+        assert "rate 2Mbit" in qdisc(net.bts, "ue0")
+        net.shape(0, Link(5e5, 5e5))
+        assert "rate 500Kbit" in qdisc(net.ues[0], network.INTERFACE)
+        assert net.crossed(1) > (0, 0)
+        net.connect(1, whole=False)
+        done = subprocess.run([*ping, code.replace("5)", "1)")], capture_output=True, text=True)
+        assert "timed out" in done.stderr or "unreachable" in done.stderr
+        assert net.of_rank(0, stages=2) == net.of_rank(1, stages=2) == net.bts
+        assert net.of_rank(3, stages=2) == net.ues[1]
+    assert names() == before
+
+
+def qdisc(name: str, interface: str) -> str:
+    words = ["tc", "-n", name, "qdisc", "show", "dev", interface]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+@needs_root
+def test_what_a_killed_run_left_is_cleaned_and_nothing_else() -> None:
+    code = """
+import os, signal
+from csipipe.links.network import Link, Network
+with Network([Link(1e6, 1e6)]):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    process.wait()
+    left = {f"{network.PREFIX}{process.pid}-bts", f"{network.PREFIX}{process.pid}-ue0"}
+    other = f"other-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", other], check=True)
+    try:
+        with Network([Link(1e6, 1e6)]) as running:
+            assert left <= names()
+            assert left <= set(network.clean())
+            assert not left & names()
+            assert {other, running.bts, *running.ues} <= names()
+    finally:
+        subprocess.run(["ip", "netns", "del", other], check=True)
