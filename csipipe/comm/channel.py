@@ -181,8 +181,11 @@ class Channel:
         if m + self._ahead < self.slots:
             self._post(m + self._ahead)
 
-    def send(self, m: int, tensor: Tensor) -> None:
+    def send(self, m: int, tensor: Tensor) -> Tensor:
         """Send micro-batch `m`, of `shape`, without waiting; `finish` waits.
+
+        Returns:
+            The payload, which mustn't change meanwhile.
 
         Raises:
             PeerLost: as `receive`.
@@ -197,6 +200,7 @@ class Channel:
             self._sends.append(self._thread.submit(self._start, m, *download(payload)))
         for peer in self.peers:
             self._count(peer, payload)
+        return payload
 
     def finish(self) -> None:
         """Wait for the sends since the last `finish`; raises as `receive`."""

@@ -26,6 +26,8 @@ class Kind(Enum):
     MEAN_STATISTICS = 13  # its mean over UEs, BTS → UE
     ROLL_CALL = 14  # which UEs take part, first stage → everyone
     VERDICT = 15  # which of them stay, last stage → everyone
+    MISSED = 16  # federated: what changed since a UE last took part, BTS → UE
+    MISSED_STATISTICS = 17  # the same of BatchNorm's running statistics, BTS → UE
 
 
 PAPER = (
@@ -35,9 +37,10 @@ PAPER = (
     Kind.SMASHED_GRADIENT,
     Kind.UPDATE,
     Kind.MEAN_UPDATE,
+    Kind.MISSED,
 )
 """Kinds in the paper's count of exchanged parameters."""
-BUFFERS = (Kind.STATISTICS, Kind.MEAN_STATISTICS)
+BUFFERS = (Kind.STATISTICS, Kind.MEAN_STATISTICS, Kind.MISSED_STATISTICS)
 """Kinds that the ledger counts separately from the paper's."""
 COUNTED = PAPER + BUFFERS
 UP = (Kind.SMASHED, Kind.OUTPUT_GRADIENT, Kind.UPDATE, Kind.STATISTICS)

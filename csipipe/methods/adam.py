@@ -17,7 +17,14 @@ _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Adam(torch.optim.Adam):
-    """`torch.optim.Adam` with `fused=True`; arguments as its."""
+    """`torch.optim.Adam` with `fused=True`; arguments as its.
+
+    Attributes:
+        moments: type in which the moments are kept between steps; None: their parameter's. A step
+            is computed with their parameter's type, and only then are they rounded.
+    """
+
+    moments: torch.dtype | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`."""
@@ -37,9 +44,15 @@ class Adam(torch.optim.Adam):
                 continue
             for p in stepping:
                 if not self.state[p]:
-                    values = torch.zeros(()).to(p.device), torch.zeros_like(p), torch.zeros_like(p)
+                    zeros = (torch.zeros_like(p, dtype=self.moments) for _ in range(2))
+                    values = torch.zeros(()).to(p.device), *zeros
                     self.state[p].update(zip(_STATE, values, strict=True))
-            steps, averages, squares = ([self.state[p][name] for p in stepping] for name in _STATE)
+            steps, *kept = ([self.state[p][name] for p in stepping] for name in _STATE)
+            # the same tensors unless they are kept in another type
+            averages, squares = (
+                [moment.to(p.dtype) for moment, p in zip(moments, stepping, strict=True)]
+                for moments in kept
+            )
             torch._foreach_add_(steps, 1)
             torch._fused_adam_(
                 stepping,
@@ -56,3 +69,6 @@ class Adam(torch.optim.Adam):
                 amsgrad=False,
                 maximize=False,
             )
+            if self.moments is not None:
+                torch._foreach_copy_(kept[0], averages)
+                torch._foreach_copy_(kept[1], squares)

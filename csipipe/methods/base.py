@@ -107,6 +107,13 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         one["lr"] = lr * one[_FACTOR]
 
 
+def adam_of_ues(parts: Mapping[str, Iterable[nn.Parameter]], train: TrainSettings) -> Adam:
+    """The same with moments kept as `train.moments` says: of all UEs there may be many."""
+    optimizer = adam(parts, train)
+    optimizer.moments = {"fp32": None, "bf16": torch.bfloat16}[train.moments]
+    return optimizer
+
+
 def freeze(parts: nn.ModuleDict | Mapping[str, nn.Module], frozen: Container[str]) -> None:
     """No gradients for the parameters of the parts that are frozen."""
     for name, part in parts.items():

@@ -10,13 +10,17 @@ import math
 
 from csipipe.comm import codec
 from csipipe.comm.ledger import UP, Kind
+from csipipe.methods.roster import returning
 from csipipe.models import count_parts, widths
 from csipipe.settings import tables
 from csipipe.settings.config import Settings
 
 
 def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
-    """Scalars `up` (UE → BTS) and `down` in one iteration, over all UEs."""
+    """Scalars `up` (UE → BTS) and `down` in one iteration, over the UEs that take part.
+
+    What federated UEs receive that were absent isn't among them; see `exchanged`.
+    """
     up, down = tables.found(settings.spec.cost)(settings)
     return {"up": settings.participants * up, "down": settings.participants * down}
 
@@ -58,6 +62,34 @@ def feedback_bits(settings: Settings) -> int:
     name, (width, _) = codec.chosen(settings.comm, settings.train.precision), widths(settings.model)
     one = codec.of_rows(name["smashed"], settings.comm, 1, width)
     return 8 * one.shape((1, width))[1] * one.dtype.itemsize
+
+
+def exchanged(settings: Settings) -> dict[str, int]:
+    """Scalars `up` and `down` in all of a run's iterations, over all UEs.
+
+    A UE of a federated method that took no part in the iteration before first receives what it
+    missed: as many scalars as it shares.
+    """
+    iterations = settings.train.iterations
+    found = {way: iterations * n for way, n in exchanged_per_iteration(settings).items()}
+    found["down"] += _missed(settings)
+    return found
+
+
+def bytes_exchanged(settings: Settings) -> dict[str, int]:
+    """Bytes of those scalars; what was missed crosses in `train.precision`, whatever the codecs."""
+    iterations, size = settings.train.iterations, {"fp32": 4, "bf16": 2}
+    found = {way: iterations * n for way, n in bytes_per_iteration(settings).items()}
+    found["down"] += size[settings.train.precision] * _missed(settings)
+    return found
+
+
+def _missed(settings: Settings) -> int:
+    """Scalars of what UEs receive that were absent."""
+    if settings.participants == settings.topology.ues or not settings.spec.shared:
+        return 0
+    back = (len(returning(settings, k)) for k in range(settings.train.iterations))
+    return sum(back) * shared_parts(settings)[1]
 
 
 def _needed(kind: Kind, settings: Settings) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from csipipe import models
 from csipipe.comm.topology import Topology
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import adam, set_rate
+from csipipe.methods.base import adam_of_ues, set_rate
 from csipipe.methods.ue import UserEquipment
 from csipipe.models.stacked import Stack, Unstackable, check_stackable
 from csipipe.settings.config import HeadName, Settings, TrainSettings
@@ -213,7 +213,7 @@ class Stacked(_Both):
         if "head" not in train.frozen:
             self._heads.put_off(self._pending)
         # one for all: its parameters are the UEs' own, each with moments and steps of its own
-        self._optimizer = adam(
+        self._optimizer = adam_of_ues(
             {
                 "encoder": [p for ue in ues for p in ue.encoder.parameters()],
                 "head": [p for ue in ues for p in ue.head.parameters()],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from csipipe.measure.figures import WIDTH
 from csipipe.methods import federated
-from csipipe.methods.replica import Agreed, Replica
+from csipipe.methods.replica import Replica
 from csipipe.methods.ue import UserEquipment
 from csipipe.settings.config import Settings
 
@@ -25,11 +25,6 @@ class FedAvg(Replica):
 
     mu = 0.0
     """Weight of the proximal term."""
-    agreed: Agreed
-
-    def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
-        super().__init__(ue, settings, device)
-        self.agreed = Agreed(list(self.shared))
 
     def train(self) -> tuple[Tensor, Tensor]:
         """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
@@ -40,10 +35,6 @@ class FedAvg(Replica):
                 self._pull()
                 self.step()
         return self.agreed.change(), sums
-
-    def apply(self, mean: Tensor) -> None:
-        """Continue from the mean of the models."""
-        self.agreed.apply(mean)
 
     def _pull(self) -> None:
         """The proximal term, towards the global model."""

@@ -1,8 +1,9 @@
-"""What federated methods share: UE half and BTS half, whatever a UE sends.
+"""What federated methods share: the UE half, whatever a UE sends; `aggregator` has the BTS half.
 
 The whole model lives on every UE. In one iteration each UE trains on its own rows and sends one
 vector up, the BTS sends the mean over UEs back, and each UE applies it. BatchNorm's running
-statistics are averaged too, by their change. Parts and draws start as in CSILocal.
+statistics are averaged too, by their change. Parts and draws start as in CSILocal. Where some UEs
+are absent, one that is back first receives what it missed.
 
 Shapes: N UEs, P scalars of the shared parts, A angles, D delays.
 """
@@ -10,32 +11,39 @@ Shapes: N UEs, P scalars of the shared parts, A angles, D delays.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from csipipe import checkpoint, models
+from csipipe import checkpoint
 from csipipe.comm.codec import Residual
 from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
-from csipipe.measure.figures import WIDTH, Figures
+from csipipe.measure.clock import Clock
+from csipipe.measure.figures import WIDTH
 from csipipe.methods import rank as ranks
+from csipipe.methods.aggregator import BtsHalf
 from csipipe.methods.base import Builder, EvalRows
-from csipipe.methods.cost import exchanged_parts
-from csipipe.methods.half import Evaluation, Half, UeSide
+from csipipe.methods.common import (
+    FEEDBACK,
+    MEANS,
+    MISSED,
+    is_one_model,
+    sizes,
+    some_are_absent,
+)
+from csipipe.methods.half import Evaluation, UeSide
 from csipipe.methods.replica import Agreed, Replica
 from csipipe.methods.rows import load
 from csipipe.methods.seat import Seat
-from csipipe.methods.state import BTS, NoMoments, Unit, ue_name
+from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
 from csipipe.pipeline import schedule
-from csipipe.pipeline.schedule import Attempts, Instruction, Op
+from csipipe.pipeline.schedule import Attempts, Instruction, Op, Plan
 from csipipe.settings.config import Settings
-
-FEEDBACK = "feedback"
-"""What updates lost at their codec, in a checkpoint."""
 
 
 def prepare(
@@ -65,11 +73,6 @@ def _role(
             f"method {settings.method} aggregates on one BTS rank, but topology.stages is "
             f"{topology.stages}; leave topology.stages out, or set it to 1."
         )
-    if settings.participants < topology.ues:
-        raise ValueError(
-            f"topology.participants is {settings.participants}, but in method {settings.method} "
-            "all UEs take part; leave it out."
-        )
     if topology.is_bts(role):
         return BtsHalf
     ues, test = load(settings, topology.ues_of(role), device)
@@ -78,19 +81,7 @@ def _role(
 
 def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
     hosted = [topology.ues_of(role) for role in topology.ue_roles]
-    return schedule.federated_training(hosted)
-
-
-def sizes(settings: Settings) -> dict[Kind, int]:
-    """Scalars of each vector that crosses; a model without BatchNorm has no statistics."""
-    update, statistics = (
-        sum(count(settings.model)[part] for part in exchanged_parts(settings))
-        for count in (models.count_parts, models.count_statistics)
-    )
-    found = {Kind.UPDATE: update, Kind.MEAN_UPDATE: update}
-    if statistics:
-        found |= {Kind.STATISTICS: statistics, Kind.MEAN_STATISTICS: statistics}
-    return found
+    return schedule.federated_training(hosted, some_are_absent(settings))
 
 
 class UeHalf(UeSide):
@@ -133,28 +124,73 @@ class UeHalf(UeSide):
         # a model common to all is tested once: the UEs take its batches in turn
         self.takers = evaluated if is_one_model(settings) else evaluated[:1]
         self.each = {
+            Op.RECEIVE_MISSED: self._catch_up,
             Op.LOCAL_STEPS: self._train,
             Op.SEND_UPDATE: self._send,
             Op.RECEIVE_MEAN: self._receive,
             Op.APPLY: self._apply,
         }
-        self._sums: list[Tensor] = []
+        self._sums: dict[int, Tensor] = {}
         self._iteration = 0
+        self._borrowed = False
 
     def evaluated(self) -> dict[EvalRows, int]:
         rows = (len(replica.ue.holdout) for replica in self.tested.values())
         return {"holdout": max(rows, default=0), "test": -(-len(self.test) // len(self.takers))}
 
     def begin(self, iteration: int) -> None:
-        self._iteration, self._sums = iteration, []
-        for line in self.lines.values():
-            for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS):
-                if kind in line:
-                    line[kind].post()
+        self._return()
+        self._iteration, self._sums = iteration, {}
+        roster = self.seat.roster
+        for kinds, ues in ((MEANS, roster.present), (MISSED, roster.behind)):
+            for line in (self.lines[ue] for ue in ues if ue in self.lines):
+                for kind in kinds:
+                    if kind in line:
+                        line[kind].post()
+
+    def execute(self, plan: Plan, clock: Clock | None = None) -> None:
+        """What concerns UEs that take part."""
+        super().execute(self.seat.roster.of(plan), clock)
 
     def end(self) -> None:
+        """Figures of all UEs: a rank without any in this iteration doesn't hurry ahead."""
         self.clock.begin("send", "send figures")
-        self._report(self._sums)
+        absent = torch.zeros(WIDTH, dtype=torch.float64)
+        self._report([self._sums.get(ue.number, absent) for ue in self.ues])
+
+    def _missed(self, ue: int) -> list[Tensor]:
+        line = self.lines[ue]
+        return [line[kind].receive(0)[0].float() for kind in MISSED if kind in line]
+
+    def _catch_up(self, ue: int) -> None:
+        for agreed, missed in zip(self._agreed(ue), self._missed(ue), strict=True):
+            agreed.apply(missed)
+
+    def _agreed(self, ue: int) -> list[Agreed]:
+        """Its shared parameters and, if there are any, BatchNorm's statistics."""
+        return [self.replicas[ue].agreed, *([self.statistics[ue]] if ue in self.statistics else [])]
+
+    def _borrow(self, ues: Iterable[int]) -> None:
+        """These UEs have what all have in common, whatever they missed.
+
+        Until `_return`: should a save fail, when an iteration or a checkpoint begins.
+        """
+        if some_are_absent(self.settings):
+            self._borrowed = True
+            self.wire.ledger.phase = "evaluation"
+            for ue in ues:
+                for kind in MISSED:
+                    if kind in self.lines[ue]:
+                        self.lines[ue][kind].post()
+                for agreed, missed in zip(self._agreed(ue), self._missed(ue), strict=True):
+                    agreed.show(agreed.value + missed)
+            self.wire.ledger.phase = "training"
+
+    def _return(self) -> None:
+        if self._borrowed:
+            self._borrowed = False
+            for agreed in (agreed for ue in self.replicas for agreed in self._agreed(ue)):
+                agreed.show(agreed.value)
 
     def _train(self, ue: int) -> None:
         """A UE's update and figures; where bad UEs are dropped, one that fails sends NaN.
@@ -171,7 +207,7 @@ class UeHalf(UeSide):
             replica.ue.optimizer.zero_grad()
             self._update = torch.full((self.sizes[Kind.UPDATE],), math.nan, device=self.device)
             figures = torch.zeros(WIDTH, dtype=torch.float64)
-        self._sums.append(figures)
+        self._sums[ue] = figures
 
     def _send(self, ue: int) -> None:
         self.lines[ue][Kind.UPDATE].send(0, self._update[None])
@@ -195,6 +231,8 @@ class UeHalf(UeSide):
 
     def evaluation(self, part: EvalRows) -> Evaluation:
         """The UEs' models on their held-out rows or the test set, one batch of each at a time."""
+        yield  # a BTS on this rank lends what UEs missed
+        self._borrow(self.tested)
         size = self.settings.train.batch_size
         turns = self.takers if part == "test" else self.takers[:1]
         for k in range(self.seat.batches[part]):
@@ -207,123 +245,31 @@ class UeHalf(UeSide):
                     sums[ue] = replica.figures(h_BAD)
             self._report(list(sums.values()))
             yield
+        self._return()
         return None
 
     def hand_over(self) -> None:
         """The first host sends the tail, which all UEs share."""
+        self._borrow(self.replicas)
         if self.role == self.topology.ue_roles[0]:
             tail = checkpoint.flatten(self.replicas[self.ues[0].number].tail)
             channel = self.wire.weights(self.role, len(tail))
             channel.send(0, tail)
             channel.finish()
 
+    def save_weights(self, folder: Path) -> None:
+        super().save_weights(folder)
+        self._return()
+
     def units(self) -> dict[str, Unit]:
         """The whole model of every UE, which includes the agreed values."""
+        self._return()
         units = {}
         for ue, replica in self.replicas.items():
-            agreed = [self.statistics[ue]] if ue in self.statistics else []
-            agreed += [replica.agreed] if replica.agreed else []
             residual = self.lines[ue][Kind.UPDATE].residual
-            units[ue_name(ue)] = replica.unit(agreed, {FEEDBACK: residual} if residual else {})
+            more = {FEEDBACK: residual} if residual else {}
+            units[ue_name(ue)] = replica.unit(self._agreed(ue), more)
         return units
 
     def _report(self, sums: list[Tensor]) -> None:
         self.report(torch.stack([figures.cpu() for figures in sums]))
-
-
-class BtsHalf(Half):
-    """The aggregator, on the one BTS stage: it adds up what the UEs send and has no model.
-
-    It adds in UE order, so that sums don't depend on who is first or where a UE is hosted, and
-    holds the vector of one UE at a time.
-    """
-
-    def __init__(self, seat: Seat, role: int) -> None:
-        super().__init__(seat, role)
-        with self.autocast():
-            seat.notes += models.kernels_notes(self.settings.model, self.device)
-        ues = range(self.topology.ues)
-        found = sizes(self.settings)
-        up = (Kind.UPDATE, Kind.STATISTICS)
-        self.up: dict[Kind, int] = {kind: found[kind] for kind in up if kind in found}
-        for kind, scalars in self.up.items():  # one vector in memory at a time, later
-            self.wire.expect(kind, ues, (1, scalars), 1)
-        self.down = {
-            kind: self.wire.vector(kind, found[kind], ues)
-            for kind in (Kind.MEAN_UPDATE, Kind.MEAN_STATISTICS)
-            if kind in found
-        }
-        if self.settings.comm.error_feedback:
-            residual = Residual(found[Kind.UPDATE]).to(self.device)
-            self.down[Kind.MEAN_UPDATE].residual = residual
-        self.whole = {Op.SEND_MEAN: self._send_mean}
-        self.each = {Op.RECEIVE_UPDATE: self._receive, Op.AGGREGATE: self._add}
-        self._faults: dict[int, str] = {}
-        self._totals: list[Tensor] = []
-        self._vectors: list[Tensor] = []
-
-    def begin(self, iteration: int) -> None:
-        self.reports.post()
-        self._faults = {}
-        self._totals = [torch.zeros(1, n, device=self.device) for n in self.up.values()]
-
-    def end(self) -> Figures:
-        """A UE that is dropped gets the mean of the others, too."""
-        for channel in self.down.values():
-            channel.finish()
-        self.seat.count(self._faults)
-        self.clock.begin("wait", "wait for figures")
-        return self.gather(self._faults)
-
-    def _receive(self, ue: int) -> None:
-        vectors = self.wire.vectors(self.up, ue, self.tolerant)
-        if isinstance(vectors, str):
-            self._faults[ue] = vectors
-            self._vectors = []
-        else:
-            self._vectors = vectors
-
-    def _add(self, ue: int) -> None:
-        if ue not in self._faults:
-            for total, vector in zip(self._totals, self._vectors, strict=True):
-                total += vector
-
-    def _send_mean(self) -> None:
-        """Means over the UEs that are left, in fp32 whatever crossed."""
-        self.seat.leave_out(self._faults)
-        sound = self.topology.ues - len(self._faults)
-        for channel, total in zip(self.down.values(), self._totals, strict=True):
-            channel.send(0, total / sound)
-
-    def units(self) -> dict[str, Unit]:
-        """What the means have lost so far, where that is made up for."""
-        residual = self.down[Kind.MEAN_UPDATE].residual
-        return {BTS: Unit({FEEDBACK: residual}, NoMoments())} if residual else {}
-
-    def evaluation(self, part: EvalRows) -> Evaluation:
-        """Gathers figures; all UEs have those of one model where it is tested once."""
-        sums = torch.zeros(self.topology.ues, WIDTH, dtype=torch.float64)
-        for _ in range(self.seat.batches[part]):
-            self.reports.post()
-            sums += self.gather().sums
-            yield
-        if part == "test" and is_one_model(self.settings):
-            sums[self.seat.roster.evaluated] = sums.sum(dim=0)
-        return Figures(sums)
-
-    def save_weights(self, folder: Path) -> None:
-        """Writes the tail that the first host of UEs sends."""
-        tail = nn.Sequential(*models.build_tail(self.settings.model, 0))
-        channel = self.wire.weights(self.topology.ue_roles[0], len(checkpoint.flatten(tail)))
-        channel.post()
-        state = checkpoint.unflatten(channel.receive(0), tail)
-        checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
-
-
-def is_one_model(settings: Settings) -> bool:
-    """Whether nothing is personal, so that after an exchange all UEs have the same model.
-
-    A frozen part may have come from anywhere.
-    """
-    everything = set(settings.spec.shared) == set(models.count_parts(settings.model))
-    return everything and not settings.train.frozen

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from csipipe.measure.figures import WIDTH
 from csipipe.methods import federated
-from csipipe.methods.replica import Replica, flat, split
+from csipipe.methods.replica import Replica, flat
 
 
 class FedGrad(Replica):
-    """The gradient at the global model, then Adam with the mean gradient.
+    """The gradient at the global model; Adam with the mean gradient is the BTS's.
 
-    Every UE takes the same step from the same model, so Adam's state of the shared parts is one,
-    replicated. The personal part steps by its own gradient: with the shared ones (FedSim), or
-    before theirs is taken (FedAlt).
+    The personal part steps by its own gradient: with the shared ones (FedSim), or before theirs is
+    taken (FedAlt).
     """
 
     def train(self) -> tuple[Tensor, Tensor]:
@@ -31,13 +30,12 @@ class FedGrad(Replica):
             sums += self.gradient(learning)
             self.step()
         sums += self.gradient(last)
-        return flat(p.grad for p in self.shared if p.grad is not None), sums
-
-    def apply(self, mean: Tensor) -> None:
-        """Adam, with the gradient of all UEs."""
-        for parameter, gradient in zip(self.shared, split(mean, list(self.shared)), strict=True):
-            parameter.grad = gradient
-        self.step()
+        gradient = flat(p.grad for p in self.shared if p.grad is not None)
+        self.probe.gradients(self.parts)
+        for parameter in self.shared:
+            parameter.grad = None
+        self.ue.step()
+        return gradient, sums
 
 
 prepare = partial(federated.prepare, FedGrad)

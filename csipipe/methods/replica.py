@@ -32,10 +32,8 @@ class Replica:
         probe: shows gradients and reconstructions, on request.
         statistics: BatchNorm's running means and variances of the shared parts. How many batches
             they have seen is the same at every UE and isn't exchanged.
-        agreed: the shared parts as all UEs have them, where a UE's own go their way in between.
+        agreed: the shared parts as all UEs have them, or as this one last knew them.
     """
-
-    agreed: Agreed | None = None
 
     def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
         self.ue = ue
@@ -54,6 +52,7 @@ class Replica:
         common = [part for name, part in learning.items() if name in names]
         self.shared = [p for part in common for p in part.parameters()]
         self.statistics = [b for part in common for b in part.buffers() if b.is_floating_point()]
+        self.agreed = Agreed(list(self.shared))
         self.personal = [
             p for name, part in learning.items() if name not in names for p in part.parameters()
         ]
@@ -62,9 +61,9 @@ class Replica:
         """(P,) what goes up, and (WIDTH,) sums over the mini-batches; raises as `step`."""
         raise NotImplementedError
 
-    def apply(self, mean: Tensor) -> None:
-        """Apply the (P,) mean of what all UEs sent."""
-        raise NotImplementedError
+    def apply(self, step: Tensor) -> None:
+        """Take the (P,) step of the shared parts that the BTS made of what the UEs sent."""
+        self.agreed.apply(step)
 
     @property
     def phases(self) -> list[list[nn.Parameter]]:
@@ -150,8 +149,12 @@ class Agreed:
     def apply(self, mean_change: Tensor) -> None:
         """Move to what all UEs agree on."""
         self.value += mean_change
+        self.show(self.value)
+
+    def show(self, vector: Tensor) -> None:
+        """Let the tensors be `vector`, whatever is agreed on."""
         with torch.no_grad():
-            for tensor, value in zip(self.tensors, self.parts(), strict=True):
+            for tensor, value in zip(self.tensors, split(vector, self.tensors), strict=True):
                 tensor.copy_(value)
 
     def refresh(self) -> None:

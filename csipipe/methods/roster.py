@@ -20,7 +20,7 @@ from torch import nn
 from csipipe.comm.channel import Channel
 from csipipe.comm.ledger import Kind
 from csipipe.comm.wire import Wire
-from csipipe.pipeline.schedule import Attempts, Op, Piece
+from csipipe.pipeline.schedule import Attempts, Instruction, Op, Piece, Plan
 from csipipe.settings.config import Settings
 
 AGREED = {Op.ROLL_CALL: Kind.ROLL_CALL, Op.VERDICT: Kind.VERDICT}
@@ -45,12 +45,19 @@ def _some(settings: Settings, number: int, *what: int) -> list[int]:
     return sorted(order[:number].tolist())
 
 
+def returning(settings: Settings, iteration: int) -> list[int]:
+    """Those of an iteration that took no part in the one before, and missed something."""
+    before = drawn(settings, iteration - 1) if iteration else range(settings.topology.ues)
+    return [ue for ue in drawn(settings, iteration) if ue not in before]
+
+
 class Roster:
     """One rank's copy.
 
     Attributes:
         present: UEs whose rows are in what crosses now, ascending: those of the iteration or of
             the evaluation.
+        behind: those of them that took no part in the iteration before.
         evaluated: those of evaluations.
         out: those of them that are left out.
     """
@@ -64,12 +71,25 @@ class Roster:
         self._holds = True
         self.present = self._everyone
         self.evaluated = evaluated(settings)
+        self.behind: list[int] = []
         self.out: set[int] = set()
 
     def draw(self, iteration: int | None) -> None:
         """Those of an iteration are present; None: those of an evaluation."""
-        self.present = self.evaluated if iteration is None else drawn(self._settings, iteration)
-        self.out = set()
+        self.present, self.behind, self.out = self.evaluated, [], set()
+        if iteration is not None:
+            self.present = drawn(self._settings, iteration)
+            self.behind = returning(self._settings, iteration)
+
+    def of(self, plan: Plan) -> list[Instruction]:
+        """Of a federated plan, cut by UE, what concerns UEs that take part."""
+        present, behind = set(self.present), set(self.behind)
+        back = (Op.SEND_MISSED, Op.RECEIVE_MISSED)
+        return [
+            i
+            for i in plan
+            if i.micro_batch is None or i.micro_batch in (behind if i.op in back else present)
+        ]
 
     def connect(self, wire: Wire) -> None:
         """Agree with the other ranks on who is left out, from now on."""

@@ -67,7 +67,7 @@ class Unit:
         moments: Adam's state of their parameters.
         generator: which draws the mini-batches.
         loaded: called after `load` and `begin`, for what follows from the rest.
-        begun: called after `begin`.
+        begun: called after `begin`, for what else starts with the weights.
     """
 
     modules: dict[str, nn.Module]
@@ -164,7 +164,8 @@ def layer_units(layers: Iterable[nn.Module], first: int, moments: Moments) -> di
 
 
 BTS = "bts"
-"""What a checkpoint holds of the BTS besides the tail."""
+"""What a checkpoint holds of the BTS besides the tail. Of a federated method it may have what all
+UEs have in common, where a UE's own part may be behind."""
 _UE, _LAYER = "ue-", "tail-"
 
 

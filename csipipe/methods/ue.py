@@ -17,7 +17,7 @@ from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss
 from csipipe.methods.augment import augmented
-from csipipe.methods.base import adam, freeze
+from csipipe.methods.base import adam_of_ues, freeze
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.models import belong, build_encoder, build_head, start, widths
@@ -55,7 +55,7 @@ class UserEquipment:
         belong((self.encoder, self.head), number)
         self.frozen = settings.train.frozen
         freeze(self.parts, self.frozen)
-        self.optimizer = adam(
+        self.optimizer = adam_of_ues(
             {"encoder": self.encoder.parameters(), "head": self.head.parameters()}, settings.train
         )
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)

@@ -14,6 +14,7 @@ from csipipe.pipeline.schedule import Instruction, Op
 _SENT_BY = {
     Op.RECEIVE_FORWARD: Op.SEND_FORWARD,
     Op.RECEIVE_BACKWARD: Op.SEND_BACKWARD,
+    Op.RECEIVE_MISSED: Op.SEND_MISSED,
     Op.RECEIVE_UPDATE: Op.SEND_UPDATE,
     Op.RECEIVE_MEAN: Op.SEND_MEAN,
 }

@@ -38,6 +38,8 @@ class Op(Enum):
     VERDICT = "verdict"  # whether that holds: once all gradients have arrived
     STEP = "step"  # optimiser
     # federated methods, on one UE each
+    SEND_MISSED = "send what was missed to UE"  # RECEIVE_MISSED of the UE
+    RECEIVE_MISSED = "wait for what was missed, UE"
     LOCAL_STEPS = "local step of UE"  # UE: its own training
     SEND_UPDATE = "upload of UE"  # RECEIVE_UPDATE of the aggregator
     RECEIVE_UPDATE = "wait for UE"
@@ -260,9 +262,15 @@ def ue_decoding(micro_batches: int, send_back: bool = False) -> Iterator[Instruc
             yield Instruction(Op.SEND_BACKWARD, m)
 
 
-def ue_round(ues: Iterable[int]) -> Iterator[Instruction]:
-    """A federated iteration at the UEs of one rank."""
+def ue_round(ues: Iterable[int], absent: bool = False) -> Iterator[Instruction]:
+    """A federated iteration at the UEs of one rank.
+
+    Args:
+        absent: UEs may have been; what concerns one that is absent isn't executed.
+    """
     for ue in ues:
+        if absent:
+            yield Instruction(Op.RECEIVE_MISSED, ue)
         yield Instruction(Op.LOCAL_STEPS, ue)
         yield Instruction(Op.SEND_UPDATE, ue)
     for ue in ues:
@@ -270,18 +278,23 @@ def ue_round(ues: Iterable[int]) -> Iterator[Instruction]:
         yield Instruction(Op.APPLY, ue)
 
 
-def aggregation(ues: Iterable[int]) -> Iterator[Instruction]:
-    """A federated iteration at the BTS; one UE's update is held at a time."""
+def aggregation(ues: Sequence[int], absent: bool = False) -> Iterator[Instruction]:
+    """A federated iteration at the BTS; one UE's update is held at a time; as `ue_round`."""
+    for ue in ues if absent else ():
+        yield Instruction(Op.SEND_MISSED, ue)
     for ue in ues:
         yield Instruction(Op.RECEIVE_UPDATE, ue)
         yield Instruction(Op.AGGREGATE, ue)
     yield Instruction(Op.SEND_MEAN)
 
 
-def federated_training(hosted: Sequence[range]) -> list[Attempts[Instruction]]:
+def federated_training(
+    hosted: Sequence[range], absent: bool = False
+) -> list[Attempts[Instruction]]:
     """A federated iteration for every role: the aggregator, then hosts of the UEs `hosted`."""
     everyone = range(sum(map(len, hosted)))
-    return [one_attempt(plan) for plan in (aggregation(everyone), *map(ue_round, hosted))]
+    rounds = [ue_round(ues, absent) for ues in hosted]
+    return [one_attempt(plan) for plan in (aggregation(everyone, absent), *rounds)]
 
 
 def bubble(stages: int, micro_batches: int) -> float:
@@ -324,6 +337,8 @@ ACTIVITY = {
     Op.RECEIVE_BACKWARD: "wait",
     Op.SEND_FORWARD: "send",
     Op.SEND_BACKWARD: "send",
+    Op.SEND_MISSED: "send",
+    Op.RECEIVE_MISSED: "wait",
     Op.SEND_UPDATE: "send",
     Op.RECEIVE_UPDATE: "wait",
     Op.SEND_MEAN: "send",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from csipipe import channels
 from csipipe.files import write_file, write_table
-from csipipe.methods.cost import bytes_per_iteration, exchanged_per_iteration, shared_parts
+from csipipe.methods.cost import bytes_exchanged, exchanged, shared_parts
 from csipipe.models import count_parts, widths
 from csipipe.plotting import name_of
 from csipipe.reports import pages
@@ -28,6 +28,7 @@ class Row:
 
     method: str
     scalars_per_iteration: int
+    """On average."""
     bytes_per_iteration: int
     iterations: int
     scalars: int
@@ -105,24 +106,28 @@ def plan(settings: Settings) -> list[Row]:
 
 
 def _row(settings: Settings) -> Row:
-    each = sum(exchanged_per_iteration(settings).values())
-    size = sum(bytes_per_iteration(settings).values())
-    iterations, (shared, _) = settings.train.iterations, shared_parts(settings)
+    scalars, size = (sum(of(settings).values()) for of in (exchanged, bytes_exchanged))
+    iterations, each = (
+        settings.train.iterations,
+        settings.participants * sum(widths(settings.model)),
+    )
     return Row(
         method=settings.method,
-        scalars_per_iteration=each,
-        bytes_per_iteration=size,
+        scalars_per_iteration=round(scalars / iterations),
+        bytes_per_iteration=round(size / iterations),
         iterations=iterations,
-        scalars=each * iterations,
-        bytes=size * iterations,
-        seconds={rate: size * iterations * 8 / (rate * 1e6) for rate in LINKS},
-        break_even=shared / sum(widths(settings.model)) if shared else None,
+        scalars=scalars,
+        bytes=size,
+        seconds={rate: size * 8 / (rate * 1e6) for rate in LINKS},
+        break_even=scalars / (2 * iterations * each) if any(shared_parts(settings)) else None,
     )
 
 
 def page(settings: Settings, rows: list[Row]) -> str:
     """The plan as Markdown."""
-    train, ues = settings.train, settings.topology.ues
+    train, ues = settings.train, str(settings.topology.ues)
+    if settings.participants < settings.topology.ues:
+        ues = f"{settings.participants} of {ues}"
     sizes, (up, down) = count_parts(settings.model), widths(settings.model)
     d = sum(sizes.values())
     heads = [

@@ -17,7 +17,7 @@ from torch import Tensor
 from csipipe import models
 from csipipe.measure.metrics import to_db
 from csipipe.methods import Worker
-from csipipe.methods.state import whose
+from csipipe.methods.state import BTS, whose
 from csipipe.run import trained
 from csipipe.run.trained import Trained
 from csipipe.settings.config import ModelSettings, Settings
@@ -62,7 +62,9 @@ class Initial:
         """
         for name, unit in worker.units().items():
             ue, layer = whose(name)
-            if ue is None:
+            if name == BTS:  # what the UEs of a federated method have in common
+                state = self._ue(0) | self._tail
+            elif ue is None:
                 start = f"tail.{layer}."
                 state = {
                     f"layer.{key.removeprefix(start)}": tensor

@@ -221,5 +221,6 @@ def _load(content: dict[str, dict[str, list[list[int]]]], ues: int) -> Ledger:
     ledger = Ledger(ues)
     for p, phase in enumerate(PHASES):
         for k, kind in enumerate(COUNTED):
-            ledger.counts[p, k] = torch.tensor(content[phase][kind.name])
+            if kind.name in content[phase]:  # or it is newer than the run
+                ledger.counts[p, k] = torch.tensor(content[phase][kind.name])
     return ledger

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models
-from csipipe.methods.state import layer_name, meant, ue_name
+from csipipe.methods.state import BTS, layer_name, meant, ue_name
 from csipipe.models.ranged import ranged
 from csipipe.run import card
 from csipipe.run.resuming import BEFORE, CONFIG
@@ -123,8 +123,8 @@ class Trained:
                     for k, v in part.items()
                     if k.startswith("layer.")
                 }
-        # federated methods: a tail at every UE, the same between two iterations
-        return state or meant(snapshot.tensors(ue_name(0)))
+        # federated methods: a tail at every UE, of which none may be up to date
+        return state or meant(snapshot.tensors(ue_name(0))) | _common(snapshot)
 
     def _ue_state(
         self, snapshot: checkpoint.Snapshot | None, ue: int
@@ -136,7 +136,7 @@ class Trained:
         state = meant(snapshot.tensors(ue_name(ue)))
         if ue and not any(key.startswith("encoder.") for key in state):
             return self._ue_state(snapshot, 0)  # centralised: the first UE's are everyone's
-        return state, file
+        return state | _common(snapshot), file
 
 
 def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trained:
@@ -188,6 +188,14 @@ def _settings(arguments: list[str]) -> Settings:
     settings, _ = commandline.settings(commandline.parser(""), arguments)
     kind = settings.data.kind or BEFORE["data.kind"]
     return replace(settings, data=replace(settings.data, kind=kind))
+
+
+def _common(snapshot: checkpoint.Snapshot) -> dict[str, Tensor]:
+    """What the UEs of a federated run have in common, where a UE may be behind."""
+    if BTS not in snapshot.content["parts"]:
+        return {}
+    state = meant(snapshot.tensors(BTS))
+    return {k: v for k, v in state.items() if k.startswith(("encoder.", "tail.", "head."))}
 
 
 def _numbered(checkpoints: Path, number: str) -> Path:

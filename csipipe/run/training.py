@@ -27,7 +27,7 @@ from csipipe.device import (
     thread_notes,
 )
 from csipipe.files import write_file
-from csipipe.methods import Worker, manifest, prepare
+from csipipe.methods import Worker, manifest, memory, prepare
 from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
 from csipipe.run import ceiling, handshake, initial
@@ -138,6 +138,8 @@ def _introduce(
     )
     if settings.topology.placement == "together" and settings.stages:
         tracker.say("together: " + "; ".join(map(world.role, range(world.size))))
+    if settings.stages:
+        tracker.say(memory.note(settings))
     if settings.run.eval_ues is not None:
         chosen = evaluated(settings)
         tracker.say(

@@ -32,6 +32,7 @@ Placement = Literal["apart", "together"]
 Precision = Literal["fp32", "bf16"]
 Verdict = Literal["good", "suspicious", "unusable"]
 """What `channels check` says of a file, from the best to the worst."""
+Moments = Literal["fp32", "bf16"]
 KernelsBy = Literal["auto", "llvm", "triton", "torch"]
 LossName = Literal["paper", "nmse", "sgcs"]
 HeadName = Literal["linear", "crblock"]
@@ -134,7 +135,7 @@ class TopologySettings:
     """UEs, numbered from 0 and assigned in order to the ranks that host them."""
     participants: int | None = None
     """UEs that take part in an iteration, drawn by train.seed; the others send and receive nothing
-    and stay as they are. csilocal only. null: all."""
+    and stay as they are. null: all."""
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
     measured: by the time that each layer takes on this machine. null: as the model says, for
@@ -274,6 +275,8 @@ class TrainSettings:
     """Share of the iterations that warm up (cosine only)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates of the first and second moments."""
+    moments: Moments = "fp32"
+    """How UEs keep Adam's moments. bf16: half the memory; what is learnt changes a little."""
     seed: int = 0
     """Seed of the initial weights (the same for every UE) and of every UE's batch draws."""
     average: float | None = None
@@ -531,6 +534,12 @@ class Settings:
                 f"model.start is pca and method {self.method}, whose UEs average "
                 f"{', '.join(self.spec.shared)}: parts that start from each UE's own components "
                 "can't be averaged; use model.start random."
+            )
+        if self.train.average and self.spec.shared and self.participants < self.topology.ues:
+            raise ValueError(
+                f"train.average is {self.train.average} and topology.participants "
+                f"{self.participants} of {self.topology.ues} UEs, with method {self.method}: a UE "
+                "that takes no part has no mean of what all have in common; leave one of them out."
             )
         if self.model.start == "pca" and self.feedback_bits is not None:
             raise ValueError(

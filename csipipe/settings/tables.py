@@ -30,6 +30,8 @@ class MethodSpec:
     """Whether the tail runs at the BTS, under DeepSpeed, on topology.stages stages."""
     local_steps: bool = False
     """Whether a UE may take several steps of its own between two exchanges."""
+    bts_steps: bool = False
+    """Whether UEs send gradients, with whose mean the BTS steps Adam; federated methods."""
     shared: tuple[str, ...] = ()
     """Parts of the model that every UE has and the BTS averages; the other parts are private."""
     crosses: tuple[str, ...] = ()
@@ -172,11 +174,13 @@ METHODS: dict[str, MethodSpec] = {
     "fedgrad": _federated(
         "the whole model on every UE, and the mean of the gradients",
         "csipipe.methods.fedgrad:prepare",
+        bts_steps=True,
         shared=_WHOLE,
     ),
     "fedgradper": _federated(
         "fedgrad, with a personal encoder at every UE",
         "csipipe.methods.fedgrad:prepare",
+        bts_steps=True,
         shared=_PERSONAL,
     ),
 }

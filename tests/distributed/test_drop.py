@@ -67,11 +67,12 @@ def spoil(worker: Rank, bad: Bad, value: float) -> None:
                 send: Any = channel.send,
                 when: Any = iterations,
                 row: int = place * half.wire.rows,
-            ) -> None:
+            ) -> torch.Tensor:
                 if now in when and m == half.wire.micro_batches - 1:
                     tensor = tensor.clone()
                     tensor[row, 1] = value
-                send(m, tensor)
+                sent: torch.Tensor = send(m, tensor)
+                return sent
 
             channel.send = send  # type: ignore[method-assign]
 

@@ -145,16 +145,20 @@ def test_faults_are_named(tmp_path: Path) -> None:
 
 
 def test_a_rank_with_two_roles_is_named_by_both(tmp_path: Path) -> None:
-    faults = [Fault(1, "kill", Op.HEAD), Fault(0, "freeze", Op.BACKWARD)]
+    faults = [
+        Fault(1, "kill", Op.HEAD),
+        Fault(0, "freeze", Op.BACKWARD),
+        Fault(1, "raise", Op.ENCODE_BACKWARD),
+    ]
     folders = [tmp_path / str(i) for i in range(len(faults))]
     together = partial(run, method="csilocal", topology__placement="together")
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         messages = [found[3] for found in pool.map(together, faults, folders)]
     for fault, folder, message in zip(faults, folders, messages, strict=True):
         role = re.escape(Topology(2, 2, 4, together=True).role(fault.rank))
-        state = "gone" if fault.what == "kill" else "silent"
-        wanted = rf"{role} is {state}: .*iteration {fault.iteration}, waited for"
-        assert re.search(wanted, message), message
+        state = {"kill": " is gone: .*", "freeze": " is silent: .*", "raise": ", "}[fault.what]
+        end = ": RuntimeError: injected" if fault.what == "raise" else ", waited for"
+        assert re.search(rf"{role}{state}iteration {fault.iteration}{end}", message), message
         assert whole(folder).name == "1"
 
 

@@ -27,8 +27,8 @@ from csipipe.evaluation import testset
 from csipipe.evaluation.samples import measure
 from csipipe.evaluation.summary import Evaluated
 from csipipe.methods.centralised import Centralised
+from csipipe.methods.common import sizes
 from csipipe.methods.cost import exchanged_per_iteration
-from csipipe.methods.federated import sizes
 from csipipe.methods.ue import UserEquipment
 from csipipe.run import trained
 from csipipe.settings import commandline

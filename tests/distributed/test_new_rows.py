@@ -119,6 +119,7 @@ def registered() -> Iterator[None]:
                 prepare=f"{__name__}:prepare",
                 cost=cost,
                 stages=1,
+                bts_steps=True,
                 shared=("encoder", "tail", "head"),
             ),
         )

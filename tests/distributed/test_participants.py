@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bits import assert_same
-from harness import run_world
-from runs import CPU, Unsplit, joined, small, split, unsplit
+from harness import run_program, run_world
+from runs import CPU, Unsplit, joined, small, split, splits, unsplit
 from test_drop import NAN, spoil
+from test_federated import NOISE, ByHand, state_of
 from test_parity import TOLERANCE, worst_gradient
+from test_run import arguments
 
 from csipipe import methods
-from csipipe.comm.ledger import COUNTED, PHASES, Kind
+from csipipe.comm.ledger import COUNTED, PAPER, PHASES, UP, Kind
 from csipipe.comm.world import World
+from csipipe.evaluation import testset
+from csipipe.evaluation.samples import measure
+from csipipe.evaluation.summary import Evaluated
+from csipipe.methods.cost import exchanged, shared_parts
 from csipipe.methods.roster import drawn
+from csipipe.run import trained
+from csipipe.settings import commandline
 from csipipe.settings.config import Placement, Settings
 
 UES, PARTICIPANTS = 5, 2
@@ -144,3 +155,131 @@ def test_a_rank_without_work_waits_for_nobody_for_long() -> None:
     present = run_world(5, slowly, settings)[0]
     idle = ["".join("x" if ue in there else "." for there in present).split("x") for ue in range(4)]
     assert max(len(turns) for ue in idle for turns in ue) * 0.25 > 1.0
+
+
+def federated(method: str, placement: Placement = "apart", **train: Any) -> Settings:
+    """Three iterations of 2 of 5 UEs; two local steps where there are any."""
+    steps = 1 if "grad" in method else 2
+    train = {"iterations": 3, "local_steps": steps, "mu": 2.0, "lr": 3e-3} | train
+    place = {"stages": None, "ues": UES, "participants": PARTICIPANTS, "placement": placement}
+    return small(method, topology=place, train=train)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedproxper": {},
+    "fedgrad": {},
+    "fedgradper": {"personalisation": "fedalt"},
+}
+
+
+@cache
+def some(ranks: int, placement: Placement = "apart") -> dict[str, dict[str, Any]]:
+    runs = {method: federated(method, placement, **train) for method, train in RUNS.items()}
+    found = run_world(ranks, splits, runs)
+    return {name: joined([rank[name] for rank in found]) for name in runs}
+
+
+class SomeByHand(ByHand):
+    """What the UEs have in common is one state, which only those of an iteration load and move."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.k = 0
+        super().__init__(settings)
+        for net in self.nets:  # as it would take part
+            self.load(net)
+
+    def load(self, net: Any) -> None:
+        net.load_state_dict(net.state_dict() | self.common)
+
+    def iteration(self, lr: float) -> None:
+        whole = (self.ues, self.nets, self.moments)
+        if not self.k:
+            self.common = {n: t.clone() for n, t in self.start.items() if n in self.shared}
+            self.steps: dict[str, Any] = {}
+        present = drawn(self.settings, self.k)
+        self.ues = [whole[0][ue] for ue in present]
+        self.nets = [whole[1][ue] for ue in present]
+        self.moments = [whole[2][ue] for ue in present]
+        for net, moments in zip(self.nets, self.moments, strict=True):
+            self.load(net)
+            if "grad" in self.settings.method:  # Adam's state is the BTS's
+                moments.update(self.steps)
+        super().iteration(lr)
+        self.common = {
+            n: t.clone() for n, t in self.nets[0].state_dict().items() if n in self.shared
+        }
+        self.steps = {n: m for n, m in self.moments[0].items() if n in self.shared}
+        self.ues, self.nets, self.moments = whole
+        self.k += 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_federated_ues_take_turns_as_worked_out_by_hand(name: str) -> None:
+    wanted = SomeByHand(federated(name, **RUNS[name]))
+    for ue, net in enumerate(wanted.nets):
+        state = state_of(some(3)[name], ue)
+        for part in "012":
+            hand = {
+                k: v
+                for k, v in net.state_dict().items()
+                if k[0] == part and k not in NOISE and "tracked" not in k
+            }
+            difference, moved = (
+                torch.cat([(a[key].double() - b[key]).flatten() for key in hand]).norm()
+                for a, b in ((state, hand), (hand, wanted.start))
+            )
+            assert difference <= 1e-3 * moved, (ue, part)
+
+
+@pytest.mark.parametrize(("ranks", "placement"), [(6, "apart"), (1, "together"), (3, "together")])
+def test_federated_placement_changes_no_bit(ranks: int, placement: Placement) -> None:
+    for name, one in some(ranks, placement).items():
+        assert_same(one, some(3)[name], "losses", "evaluations", "parameters", "files", "ledger")
+
+
+def test_who_is_back_receives_what_it_missed_and_the_others_nothing() -> None:
+    for name, run in some(3).items():
+        settings = federated(name, **RUNS[name])
+        present = turns(settings)
+        [training, evaluation] = run["ledger"]
+        counts = {kind: training[COUNTED.index(kind), :, 0] for kind in COUNTED}
+        d, _ = shared_parts(settings)
+        for ue in range(UES):
+            there = [ue in p for p in present]
+            back = sum(now and not before for before, now in pairwise(there))
+            assert counts[Kind.UPDATE][ue] == counts[Kind.MEAN_UPDATE][ue] == d * sum(there)
+            assert counts[Kind.MISSED][ue] == d * back
+        assert counts[Kind.MISSED_STATISTICS].sum() > 0
+        paper = {
+            way: sum(int(counts[k].sum()) for k in PAPER if (k in UP) == (way == "up"))
+            for way in ("up", "down")
+        }
+        assert paper == exchanged(settings)
+        # lent for two evaluations
+        assert evaluation[COUNTED.index(Kind.MISSED), :, 0].tolist() == [2 * d] * UES
+
+
+def test_bf16_loses_nothing_of_what_was_missed() -> None:
+    """What rounding left a UE without is made up for when it is back."""
+    runs = {p: federated("fedavg", precision=p, iterations=8) for p in ("fp32", "bf16")}
+    ranks = run_world(2, splits, runs)
+    fine, coarse = (joined([rank[p] for rank in ranks])["losses"] for p in runs)
+    for a, b in zip(fine, coarse, strict=True):
+        assert b == pytest.approx(a, rel=3e-2)
+
+
+def test_weights_and_checkpoints_have_what_all_have_in_common(tmp_path: Path) -> None:
+    """Of a UE too that took no part in the last iteration."""
+    given = arguments(tmp_path, method="fedgradper", topology__participants="2", data__holdout="0")
+    [ended] = run_program(1, given)
+    assert ended.code == 0, ended.err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    settings, _ = commandline.settings(commandline.parser("test"), given)
+    assert summary["exchanged"]["scalars"] == exchanged(settings)
+    torch.set_num_threads(1)
+    rows = testset.load(settings)
+    for weights in (trained.LAST, "6"):
+        run = trained.read(tmp_path, weights=weights)
+        found = Evaluated(run, measure(run.models(), rows, "fp32", CPU)).mean()
+        assert found["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)

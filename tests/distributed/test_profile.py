@@ -15,6 +15,8 @@ from harness import Ended, Program, run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import arguments
 
+from csipipe.comm.topology import Topology
+
 ROLES = ["BTS stage 0", "BTS stage 1", "UE rank 2 (UEs 0-1)", "UE rank 3 (UEs 2-3)"]
 QUICK = {"train__iterations": "8", "run__profile_iterations": "2", "run__eval_every": "8"}
 
@@ -105,6 +107,26 @@ def test_a_profiled_run_learns_the_same(profiled: tuple[Path, list[Ended]], tmp_
     assert trained(profiled[0]) == trained(tmp_path / "run")
     assert not (tmp_path / "run" / "profile").exists()
     assert not (tmp_path / "run" / "timeline.png").exists()
+
+
+def test_a_rank_with_two_roles_has_the_ranges_of_both(tmp_path: Path) -> None:
+    folder, both = tmp_path / "run", [Topology(2, 2, 4, together=True).role(r) for r in range(2)]
+    chosen = arguments(folder, run__profile="true", topology__placement="together", **QUICK)
+    ended = run_program(2, chosen)
+    assert [rank.code for rank in ended] == [0] * 2, [rank.err for rank in ended]
+    found = ranges(folder / "profile" / "all-ranks.json.gz")
+    assert list(found) == both
+    for role in both:
+        assert {f"{what} 0" for what in ("forward", "backward", "head")} <= set(found[role])
+        assert {"encode", "encode backward", "step"} <= set(found[role])
+        assert len(found[role]["step"]) == 4  # of each role, in two iterations
+    assert sorted(path.name for path in (folder / "ranks").iterdir()) == [
+        "bts-stage-0-and-ue-rank-0-ues-0-1",
+        "bts-stage-1-and-ue-rank-1-ues-2-3",
+    ]
+    for role in both:
+        for name in role.split(" and "):  # a line each, left of the rank's row
+            assert name in (folder / "timeline.svg").read_text()
 
 
 @pytest.mark.long

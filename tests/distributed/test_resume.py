@@ -95,26 +95,37 @@ ALL = ("parameters", "state", "losses", "evaluations", "ledger")
 """Of what `together` finds."""
 
 
-METHODS: dict[str, Settings] = {
-    name: small(name, train={"iterations": 2 * HALF}, topology={"stages": None})
-    for name in ("fedavg", "fedavgper", "fedprox", "fedproxper", "fedgrad", "fedgradper")
-} | {
-    "feedback": small(
-        "fedavg",
-        train={"iterations": 2 * HALF},
-        topology={"stages": None},
-        comm={
-            "codec": CodecSettings(update="int4", mean_update="topk"),
-            "rounding": "stochastic",
-            "error_feedback": True,
-        },
-    ),
-    "fedalt": small(
-        "fedproxper",
-        train={"iterations": 2 * HALF, "local_steps": 2, "personalisation": "fedalt"},
-        topology={"stages": None},
-    ),
-}
+METHODS: dict[str, Settings] = (
+    {
+        name: small(name, train={"iterations": 2 * HALF}, topology={"stages": None})
+        for name in ("fedavg", "fedavgper", "fedprox", "fedproxper", "fedgrad", "fedgradper")
+    }
+    | {
+        name + " of some": small(
+            name,
+            train={"iterations": 2 * HALF, "moments": "bf16"},
+            topology={"stages": None, "participants": 2},
+        )
+        for name in ("fedavg", "fedgradper")
+    }
+    | {
+        "feedback": small(
+            "fedavg",
+            train={"iterations": 2 * HALF},
+            topology={"stages": None, "participants": 3},
+            comm={
+                "codec": CodecSettings(update="int4", mean_update="topk"),
+                "rounding": "stochastic",
+                "error_feedback": True,
+            },
+        ),
+        "fedalt": small(
+            "fedproxper",
+            train={"iterations": 2 * HALF, "local_steps": 2, "personalisation": "fedalt"},
+            topology={"stages": None},
+        ),
+    }
+)
 CSILOCAL = {
     "fp32": small(
         train={
@@ -126,7 +137,7 @@ CSILOCAL = {
     ),
     "frozen": small(train={"iterations": 2 * HALF, "freeze": "tail"}),
     "bf16": small(train={"iterations": 2 * HALF, "precision": "bf16"}),
-    "some": small(train={"iterations": 2 * HALF}, topology={"participants": 2}),
+    "some": small(train={"iterations": 2 * HALF, "moments": "bf16"}, topology={"participants": 2}),
     "int4": small(
         train={"iterations": 2 * HALF},
         comm={

@@ -60,11 +60,11 @@ def spoil(half: UeHalf) -> None:
     """UE 2 sends NaN in the last micro-batch."""
     send = half.ports.forward_out.send
 
-    def poisoned(m: int, tensor: Tensor) -> None:
+    def poisoned(m: int, tensor: Tensor) -> Tensor:
         if m == half.wire.micro_batches - 1:
             tensor = tensor.clone()
             tensor[2 * half.wire.rows, 1] = float("nan")
-        send(m, tensor)
+        return send(m, tensor)
 
     half.ports.forward_out.send = poisoned  # type: ignore[method-assign]
 

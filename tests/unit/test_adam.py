@@ -37,6 +37,29 @@ def test_steps_are_torchs_to_the_bit() -> None:
         assert all(torch.equal(one.state[a][key], two.state[b][key]) for key in one.state[a])
 
 
+def test_moments_in_bf16_are_rounded_after_each_step() -> None:
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(50))
+    byhand = nn.Parameter(ours.detach().clone())
+    one, two = Adam([ours], lr=1e-2, fused=True), torch.optim.Adam([byhand], lr=1e-2, fused=True)
+    one.moments = torch.bfloat16
+    exact = nn.Parameter(ours.detach().clone())
+    three = torch.optim.Adam([exact], lr=1e-2, fused=True)
+    for _ in range(5):
+        gradient = torch.randn(50)
+        for p, optimizer in ((ours, one), (byhand, two), (exact, three)):
+            p.grad = gradient.clone()
+            optimizer.step()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert one.state[ours][key].dtype == torch.bfloat16
+            rounded = two.state[byhand][key].bfloat16()
+            assert torch.equal(one.state[ours][key], rounded)
+            two.state[byhand][key] = rounded.float()
+    assert torch.equal(ours, byhand)
+    assert not torch.equal(ours, exact)
+    torch.testing.assert_close(ours, exact, atol=5e-4, rtol=0)  # of steps of about 1e-2
+
+
 def test_backward_passes_begin_with_given_gradients() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 2, requires_grad=True)

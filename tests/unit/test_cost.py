@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from csipipe.methods.cost import (
+    bytes_exchanged,
     bytes_per_iteration,
+    exchanged,
     exchanged_per_iteration,
     feedback_bits,
     shared_parts,
@@ -82,3 +84,21 @@ def test_bytes_of_codecs_by_hand() -> None:
     assert bytes_per_iteration(federated) == {"up": 10 * (-(-d // 16) * 4 + 4), "down": 40 * d}
     plain = exchanged_per_iteration(paper("fedgradper"))
     assert bytes_per_iteration(paper("fedgradper")) == {way: 4 * n for way, n in plain.items()}
+
+
+def test_who_was_absent_receives_what_it_missed() -> None:
+    """2 of 5 UEs, with seed 0 in turn 0 and 4, 1 and 3, 2 and 4: all of the last four are back."""
+    for method in METHODS:
+        if method.startswith("fed"):
+            some = replace(
+                paper(method),
+                topology=TopologySettings(ues=5, participants=2),
+                train=TrainSettings(iterations=3),
+            )
+            d, _ = shared_parts(some)
+            assert exchanged(some) == {"up": 6 * d, "down": 6 * d + 4 * d}
+            assert bytes_exchanged(some) == {"up": 24 * d, "down": 40 * d}
+    split = replace(paper("csilocal"), topology=TopologySettings(ues=5, participants=2))
+    each = 2 * 800 * 1024
+    assert exchanged_per_iteration(split) == {"up": each, "down": each}
+    assert exchanged(split) == {"up": 500 * each, "down": 500 * each}

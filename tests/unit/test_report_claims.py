@@ -7,6 +7,7 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import reportruns
 import yaml
 from reportruns import FLOOR, finish
 
+from csipipe.methods.cost import shared_parts
 from csipipe.models import count_parts, widths
 from csipipe.reports import fig5, fig6, headline, plan, runs, search
 from csipipe.reports import preset as presets
@@ -256,6 +258,19 @@ def test_the_plan_says_where_csilocal_stops_being_cheaper(tmp_path: Path) -> Non
         assert f"| FedAvg | 356.6 | {rows} | {cheaper} |" in plan.page(settings, [row])
         csilocal = plan.plan(settings)[0].scalars_per_iteration
         assert (csilocal < row.scalars_per_iteration) == (cheaper == "CSILocal")
+
+
+def test_the_plan_counts_what_who_is_back_receives() -> None:
+    """2 of 5 UEs, seed 0: in 3 iterations 4 are back, beside the 6 turns up and down."""
+    given = ["--topology.ues", "5", "--topology.participants", "2", "--train.iterations", "3"]
+    settings = plan.configuration(None, given)
+    rows = {row.method: row for row in plan.plan(settings)}
+    d, _ = shared_parts(replace(settings, method="fedavg"))
+    assert rows["fedavg"].scalars == (6 + 6 + 4) * d
+    c1, c2 = widths(settings.model)
+    assert rows["csilocal"].scalars == 2 * 6 * 32 * (c1 + c2)
+    assert rows["fedavg"].break_even == 16 * d / (12 * (c1 + c2))
+    assert "\n2 of 5 UEs" in plan.page(settings, list(rows.values()))
 
 
 def test_local_steps_count_where_they_are_taken() -> None:

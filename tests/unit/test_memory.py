@@ -1,0 +1,81 @@
+"""Memory of a UE is what its tensors take."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from csipipe.methods import memory
+from csipipe.methods.fedavg import FedAvg
+from csipipe.methods.fedgrad import FedGrad
+from csipipe.methods.replica import Agreed, Replica
+from csipipe.methods.ue import UserEquipment
+from csipipe.settings.config import (
+    ModelSettings,
+    Moments,
+    Settings,
+    TopologySettings,
+    TrainSettings,
+)
+
+CPU = torch.device("cpu")
+REPLICAS: dict[str, type[Replica]] = {
+    "csilocal": Replica,
+    "fedavg": FedAvg,
+    "fedproxper": FedAvg,
+    "fedgrad": FedGrad,
+    "fedgradper": FedGrad,
+}
+
+
+def setting(method: str, moments: Moments = "fp32", participants: int | None = None) -> Settings:
+    return Settings(
+        method=method,
+        model=ModelSettings(c1=24, c2=16, angles=8, delays=8, kernels_by="torch"),
+        topology=TopologySettings(ues=4, participants=participants),
+        train=TrainSettings(batch_size=8, moments=moments),
+    )
+
+
+def size(tensors: list[Tensor]) -> int:
+    """Bytes of tensors of numbers, each once."""
+    return sum(t.nbytes for t in {id(t): t for t in tensors if t.is_floating_point()}.values())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", REPLICAS)
+def test_it_is_what_the_tensors_of_a_ue_take(method: str, moments: Moments) -> None:
+    settings = setting(method, moments)
+    rows = np.random.default_rng(0).random((16, 2, 8, 8), dtype=np.float32)
+    ue = UserEquipment(0, settings, rows, rows[:0], CPU)
+    parts: list[nn.Module] = [ue.encoder, ue.head]
+    agreed: list[Agreed] = []
+    step = partial(ue.optimizer.step)
+    if settings.spec.shared:
+        replica = REPLICAS[method](ue, settings, CPU)
+        parts.append(replica.tail)
+        agreed = [replica.agreed, Agreed(replica.statistics)]
+        replica.start(0)
+        step = replica.train  # type: ignore[assignment]
+    else:
+        for parameter in ue.parts.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    step()
+    weights = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+    held = memory.of_a_ue(settings)
+    assert held["weights"] == size([*weights, *(one.value for one in agreed)])
+    states = [state for state in ue.optimizer.state.values() if state]
+    assert held["moments"] == size([s[k] for s in states for k in ("exp_avg", "exp_avg_sq")])
+    assert held["bts"] == 0
+
+
+def test_the_bts_keeps_what_an_absent_ue_knows() -> None:
+    held = memory.of_a_ue(setting("fedavg", participants=2))
+    assert held["bts"] == held["weights"] / 2
+    assert memory.of_a_ue(setting("csilocal", participants=2))["bts"] == 0
+    assert "of what it knows; " in memory.note(setting("fedavg", participants=2))
+    assert "moments (bf16); " in memory.note(setting("csilocal", "bf16"))
