@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trainedruns
 from bits import assert_same
 from harness import run_program, run_world
 from runs import CPU, Unsplit, joined, small, split, splits, unsplit
@@ -27,7 +28,7 @@ from csipipe.evaluation.samples import measure
 from csipipe.evaluation.summary import Evaluated
 from csipipe.methods.cost import exchanged, shared_parts
 from csipipe.methods.roster import drawn
-from csipipe.run import trained
+from csipipe.run import initial, trained
 from csipipe.settings import commandline
 from csipipe.settings.config import Placement, Settings
 
@@ -283,3 +284,34 @@ def test_weights_and_checkpoints_have_what_all_have_in_common(tmp_path: Path) ->
         run = trained.read(tmp_path, weights=weights)
         found = Evaluated(run, measure(run.models(), rows, "fp32", CPU)).mean()
         assert found["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
+
+
+def beginning(world: World, settings: Settings) -> dict[str, dict[str, Any]]:
+    """State of a run's parts that begins with the weights of another."""
+    builder = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(20.0)
+    worker = builder(world)
+    source = initial.read(settings)
+    assert source is not None
+    source.give(worker)
+    found = {
+        name: {k: t.clone() for k, t in u.state().items()} for name, u in worker.units().items()
+    }
+    world.leave()
+    return found
+
+
+def test_the_bts_begins_with_the_weights_that_the_ues_take(tmp_path: Path) -> None:
+    trainedruns.finish(tmp_path / "run")
+    settings = federated("fedgrad", "together", init=str(tmp_path / "run"))
+    [parts] = run_world(1, beginning, settings)
+    state, theirs = parts["bts"], parts["ue-3"]
+    names = [name for name in state if name.startswith(("encoder.", "tail.", "head."))]
+    assert_same({name: state[name] for name in names}, {name: theirs[name] for name in names})
+    values = torch.cat(
+        [state[name].flatten() for name in names if name.endswith(("weight", "bias"))]
+    )
+    known = state["values.known_NP"]
+    assert known.shape == (UES, len(values))
+    assert all(torch.equal(row.sort().values, values.sort().values) for row in known)
