@@ -40,6 +40,8 @@ from csipipe.settings.config import Settings
 from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
 
 _BEGUN = "run.dir"
+KEPT = 1e-4
+"""Adam's rate at which a start by PCA was kept, see docs/models.md."""
 
 
 def launch(world: World, settings: Settings) -> None:
@@ -95,7 +97,7 @@ def _launch(world: World, settings: Settings) -> None:
         start, held = claim(start, settings, world)
         tracker = Tracker(start.folder, settings, start.iteration)
         _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
-        notes = precision_notes(settings.train.precision, device)
+        notes = [*precision_notes(settings.train.precision, device), *start_notes(settings)]
         if begun is not None:
             tracker.say(begun.note)
         for note in [*worker.notes, *notes, *thread_notes(world.local_size)]:
@@ -150,6 +152,16 @@ def _introduce(
         tracker.say(f"resuming after iteration {start.iteration}, from {start.checkpoint}")
     elif start.exists:
         tracker.say("the run in this directory had no checkpoint yet: it starts again")
+
+
+def start_notes(settings: Settings) -> list[str]:
+    """What becomes of a start that isn't random."""
+    if settings.model.start == "random" or settings.train.lr <= KEPT:
+        return []
+    return [
+        f"model.start is {settings.model.start} and train.lr {settings.train.lr:g}: such steps lose "
+        f"at first what it starts with; {KEPT:g} kept it where it was tried"
+    ]
 
 
 def _same_rows(dealt: Manifest, before: Path) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from csipipe import models
 from csipipe.models.pca import components
-from csipipe.settings.config import CodecSettings, CommSettings, ModelSettings, Settings
+from csipipe.run import training
+from csipipe.settings.config import (
+    CodecSettings,
+    CommSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+)
 
 MODEL = ModelSettings(c1=24, angles=8, delays=8, start="pca", kernels_by="torch")
 
@@ -99,3 +106,13 @@ def test_parts_that_are_averaged_start_alike() -> None:
 def test_codewords_that_are_scaled_again_are_refused() -> None:
     with pytest.raises(ValueError, match=r"comm\.scale range"):
         Settings(model=MODEL, comm=CommSettings(scale="range", codec=CodecSettings(smashed="int8")))
+
+
+def test_a_rate_that_loses_the_start_is_said() -> None:
+    model = replace(MODEL, start="pca")
+    quick, slow = (
+        Settings(model=model, train=TrainSettings(lr=lr)) for lr in (2e-3, training.KEPT)
+    )
+    assert "train.lr 0.002: such steps lose" in training.start_notes(quick)[0]
+    assert training.start_notes(slow) == []
+    assert training.start_notes(Settings()) == []
