@@ -98,7 +98,7 @@ def choose(only: str | None) -> list[str]:
 
 
 def has_plain(settings: Settings) -> bool:
-    """Whether the model has a tail of PyTorch's own layers, with the weights that it starts from."""
+    """Whether the model has a tail of PyTorch's own layers that starts from the same weights."""
     model = MODELS.get(settings.model.name)
     return model is not None and model.plain is not None and settings.model.start == "random"
 
@@ -126,8 +126,8 @@ def line_up(
     plain = "plain" in layers and bool(set(names) & set(PEERS))
     if (plain or COMPILED in names) and not has_plain(settings):
         raise ValueError(
-            f"model.name is {settings.model.name} and model.start {settings.model.start}, for which "
-            f"there is no tail of plain layers; leave --layers plain and {COMPILED} out."
+            f"model.name is {settings.model.name} and model.start {settings.model.start}, for "
+            f"which there is no tail of plain layers; leave --layers plain and {COMPILED} out."
         )
     if not 1 <= ue_ranks <= settings.topology.ues:
         raise ValueError(

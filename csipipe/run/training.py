@@ -159,8 +159,8 @@ def start_notes(settings: Settings) -> list[str]:
     if settings.model.start == "random" or settings.train.lr <= KEPT:
         return []
     return [
-        f"model.start is {settings.model.start} and train.lr {settings.train.lr:g}: such steps lose "
-        f"at first what it starts with; {KEPT:g} kept it where it was tried"
+        f"model.start is {settings.model.start} and train.lr {settings.train.lr:g}: such steps "
+        f"lose at first what it starts with; {KEPT:g} kept it where it was tried"
     ]
 
 
