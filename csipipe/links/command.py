@@ -14,6 +14,7 @@ from csipipe.links import forecast, network, page, ranks
 from csipipe.links.network import Link
 from csipipe.links.page import Row
 from csipipe.links.ranks import Trouble
+from csipipe.reports.preset import OURS
 from csipipe.settings import commandline, tables
 from csipipe.settings.config import Settings
 
@@ -53,9 +54,7 @@ def parser() -> ArgumentParser:
     )
     made.add_argument("--down", nargs="+", metavar="RATE", help="of the downlinks (as --up)")
     made.add_argument("--delay", type=float, default=0.0, help="one way, in ms (0); needs netem")
-    made.add_argument(
-        "--methods", nargs="+", default=["csilocal"], help="methods to train (csilocal)"
-    )
+    made.add_argument("--methods", nargs="+", default=[OURS], help=f"methods to train ({OURS})")
     made.add_argument("--hosts", type=int, default=2, help="ranks that host UEs (2)")
     made.add_argument(
         "--trouble",

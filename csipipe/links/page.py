@@ -53,15 +53,16 @@ def times_to(
     found = {}
     for folder in folders:
         settings = trained.read(Path(folder)).settings
-        ours = runs.get(settings.method)
+        method = settings.method
+        ours = runs.get(method)
         if ours is None:
-            raise ValueError(f"--curves: {folder} trained {settings.method}, not one of --methods.")
+            raise ValueError(f"--curves: {folder} trained {method}, not one of --methods.")
         for name in ("ues", "participants"):
             _same(folder, name, getattr(settings.topology, name), getattr(ours.topology, name))
         for name in ("batch_size", "local_steps", "precision"):
             _same(folder, name, getattr(settings.train, name), getattr(ours.train, name))
         _same(folder, "model", settings.model, ours.model)
-        found[settings.method] = curves.read(Path(folder))
+        found[method] = curves.read(Path(folder))
     target = max(curve.lowest for curve in found.values()) if loss is None else loss
     return {
         method: next(
@@ -152,8 +153,8 @@ def write(rows: Sequence[Row], page: str, out: Path) -> None:
     axes = figure.subplots(1, 1 + reach, squeeze=False)[0]
     cases = list(dict.fromkeys(row.links for row in rows))
     for method in dict.fromkeys(row.method for row in rows):
-        mine = [row for row in rows if row.method == method]
-        places = [cases.index(row.links) for row in mine]
+        mine = [one for one in rows if one.method == method]
+        places = [cases.index(one.links) for one in mine]
         look = plotting.style(method)
         axes[0].plot(places, [row.found.seconds for row in mine], **look)
         axes[0].plot(places, [row.planned for row in mine], "x", color=look["color"])

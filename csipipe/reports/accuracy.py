@@ -184,9 +184,9 @@ def text(reached: Sequence[Reached], amount: str, common: Settings, notes: str) 
     for cell in dict.fromkeys(r.cell for r in reached):
         here = [r for r in reached if r.cell == cell]
         lines = [
-            _row([r for r in here if r.method == method])
+            _row(mine)
             for method in METHODS
-            if any(r.method == method for r in here)
+            if (mine := [one for one in here if one.method == method])
         ]
         parts += [
             f"## {name_of(cell[0])}, c = {cell[1]}",

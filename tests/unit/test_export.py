@@ -295,7 +295,7 @@ def test_mistakes_are_named_and_leave_nothing(
     (tmp_path / "taken" / "thesis").touch()
     torch_alone = ["--formats", "pt2"]
     for arguments, message in (
-        ([place, *torch_alone], "required: --ue"),
+        ([place, *torch_alone], "--ue is missing; the run has UEs 0 … 3"),
         ([place, "--ue", 4, *torch_alone], "--ue is 4; the run has UEs 0 … 3"),
         ([place, "--ue", -1, *torch_alone], "--ue is -1"),
         ([place, "--ue", 0, "--bits", 0, *torch_alone], "0 bits per entry"),
