@@ -210,11 +210,7 @@ class Channel:
     def _encode(self, m: int, message: Tensor) -> Tensor:
         """The payload of micro-batch `m`, with what the messages before have lost."""
         if self.noise:
-            owners = self._owners()
-            x_Kn = message.float().reshape(len(owners), -1)
-            drawn = self.rounding.gaussian(self.kind.value, m, owners, x_Kn.shape[1]).to(x_Kn)
-            rms_K1 = x_Kn.square().mean(1, keepdim=True).sqrt()
-            message = (x_Kn + self.noise * rms_K1 * drawn).view(message.shape)
+            message = self.rounding.blur(message, self.noise, self.kind.value, m, self._owners())
         noise = None
         if self.codec.rounds:
             owners, shares = self._owners(), len(message) // self.codec.share

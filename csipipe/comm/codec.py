@@ -24,10 +24,7 @@ from csipipe.settings.tables import CODECS
 
 BLOCK = 256
 """Scalars of an update that have a scale in common, where a row of a micro-batch has one."""
-_ROUNDING, _NOISE = (
-    3000,
-    3001,
-)  # distinct from the seeds of the model's parts, draws and participants
+_ROUNDING, _NOISE = 3000, 3001  # distinct from the seeds of the model's parts and the UEs' draws
 _FEW = 2**16  # indices up to which two bytes are enough
 
 
@@ -221,11 +218,21 @@ class Rounding:
         words = (self._seed, _ROUNDING, kind, self.iteration, m)
         return torch.stack([torch.rand(n, generator=self._of(*words, ue)) for ue in owners])
 
-    def gaussian(self, kind: int, m: int, owners: Sequence[int], n: int) -> Tensor:
-        """(K, n) of mean 0 and variance 1; in all evaluations the same."""
+    def blur(
+        self, message: Tensor, strength: float, kind: int, m: int, owners: Sequence[int]
+    ) -> Tensor:
+        """A message with Gaussian noise, in all evaluations the same.
+
+        Args:
+            strength: standard deviation over the root mean square of each of K shares.
+        """
         when = 0 if self.iteration is None else self.iteration + 1
         words = (self._seed, _NOISE, kind, when, m)
-        return torch.stack([torch.randn(n, generator=self._of(*words, ue)) for ue in owners])
+        x_Kn = message.float().reshape(len(owners), -1)
+        n = x_Kn.shape[1]
+        drawn = torch.stack([torch.randn(n, generator=self._of(*words, ue)) for ue in owners])
+        rms_K1 = x_Kn.square().mean(1, keepdim=True).sqrt()
+        return (x_Kn + strength * rms_K1 * drawn.to(x_Kn)).view(message.shape)
 
     def _of(self, *words: int) -> torch.Generator:
         state = np.random.SeedSequence(words).generate_state(1, np.uint64)

@@ -21,7 +21,7 @@ from csipipe.comm.ledger import Kind
 from csipipe.device import set_threads
 from csipipe.evaluation import attack
 from csipipe.evaluation.attack import WHAT, Decoder
-from csipipe.files import write_file
+from csipipe.files import in_words, write_file
 from csipipe.measure.metrics import centred_nmse, paper_loss, to_db
 from csipipe.methods.objective import Objective
 from csipipe.models import widths
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         if "--debug" in arguments:
             raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -167,13 +167,12 @@ class Crossing:
         comm, train = settings.comm, settings.train
         self.noise, self._ue = comm.noise, ue
         self._rows = train.batch_size // train.micro_batches
-        # the codeword of an encoder that was trained for its bits is what its codec writes
-        ranged = settings.feedback_bits is not None
         names = codec.chosen(comm, train.precision)
         self._codecs = {
-            kind: codec.of_rows(names[kind.name.lower()], comm, self._rows, width)
+            kind: codec.of_rows(
+                names[kind.name.lower()], comm, self._rows, width, kind is Kind.SMASHED
+            )
             for kind, width in zip(_KINDS, widths(settings.model), strict=True)
-            if not (ranged and kind is Kind.SMASHED)
         }
         self._rounding = Rounding(train.seed, comm.rounding == "stochastic")
         self._rounding.iteration = 0
@@ -188,14 +187,12 @@ class Crossing:
     def _message(self, message: Tensor, kind: Kind) -> Tensor:
         assert self._rounding.iteration is not None
         self._rounding.iteration += 1
-        numbers = kind.value, 0, [self._ue], message.numel()
+        owners, one = [self._ue], self._codecs[kind]
         if self.noise and kind is Kind.SMASHED:
-            drawn = self._rounding.gaussian(*numbers).view_as(message)
-            message = message + self.noise * message.square().mean().sqrt() * drawn
-        one = self._codecs.get(kind)
-        if one is None:
-            return message
-        noise = self._rounding.noise(*numbers) if one.rounds else None
+            message = self._rounding.blur(message, self.noise, kind.value, 0, owners)
+        noise = None
+        if one.rounds:
+            noise = self._rounding.noise(kind.value, 0, owners, message.numel())
         return one.decode(one.encode(message, noise)).float()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csipipe import channels
+from csipipe.files import in_words
 from csipipe.links import forecast, network, page, ranks
 from csipipe.links.network import Link
 from csipipe.links.page import Row
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         if options.debug:
             raise
-        print(f"csipipe: error: {error}", file=sys.stderr)
+        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
         return 1
 
 
@@ -158,6 +159,11 @@ def _settings(method: str, arguments: Sequence[str], hosts: int) -> Settings:
     settings, _ = commandline.settings(commandline.parser(""), given)
     if not settings.stages:
         raise ValueError(f"{method} has no links: it trains in one process; leave it out.")
+    if settings.topology.participants is not None:
+        raise ValueError(
+            f"topology.participants is {settings.topology.participants}, but the forecast is of "
+            "iterations of all UEs; leave it out."
+        )
     settings = channels.sized(settings.on(settings.stages + hosts))
     if hosts > settings.topology.ues:
         raise ValueError(f"--hosts is {hosts}, but there are {settings.topology.ues} UEs.")

@@ -55,7 +55,9 @@ class _Play:
                 )
             }
             plans = split_training(
-                train.schedule, stages, len(links), train.micro_batches, drop=False
+                *(train.schedule, stages, len(links), train.micro_batches),
+                drop=False,
+                frozen=train.frozen,
             )
         else:
             self.bits = {

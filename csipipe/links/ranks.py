@@ -5,21 +5,19 @@ Ranks are started as DeepSpeed's launcher starts them, so that rank 0 holds the 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 from csipipe.links import network
 from csipipe.links.network import Link, Network
+from csipipe.reports.start import ended_by_signals
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -92,7 +90,7 @@ def train(
     config, log = folder / f"{place.name}.yaml", folder / f"{place.name}.log"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(commandline.to_yaml(settings))
-    with _ended_by_signals(), Network(links) as net, log.open("w") as output:
+    with ended_by_signals(), Network(links) as net, log.open("w") as output:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(settings.stages + len(links)):
@@ -185,22 +183,3 @@ def _found(place: Path, log: Path, crossed: int) -> Found:
     return Found(
         content["seconds_per_iteration"], content["seconds_total"], crossed / max(counted, 1)
     )
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C: ranks and networks end with this process."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {
-        number: signal.signal(number, interrupt)
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -66,12 +66,7 @@ class Centralised:
         self.test = test
         self.shared = shared
         if shared:
-            models.start(
-                settings.model,
-                ues[0].encoder,
-                ues[0].head,
-                torch.cat([ue.rows for ue in ues]).cpu(),
-            )
+            models.start(settings.model, ues[0].encoder, ues[0].head, [ue.rows for ue in ues])
             for ue in ues[1:]:
                 ue.encoder, ue.head = ues[0].encoder, ues[0].head
         # as on a UE rank: one product per head instead of one per micro-batch

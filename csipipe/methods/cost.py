@@ -29,7 +29,7 @@ def bytes_per_iteration(settings: Settings) -> dict[str, int]:
     """Bytes of those scalars as the codecs write them, `up` and `down`."""
     found = {"up": 0, "down": 0}
     messages = settings.train.micro_batches if settings.spec.pipelined else 1
-    for crossing in settings.spec.crosses or ("update", "mean_update"):
+    for crossing in settings.spec.crosses:
         kind = Kind[crossing.upper()]
         size = messages * message_bytes(settings, kind)
         found["up" if kind in UP else "down"] += settings.participants * size

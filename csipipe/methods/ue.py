@@ -49,7 +49,7 @@ class UserEquipment:
         self.rows = torch.from_numpy(rows).to(device)
         self.holdout = torch.from_numpy(holdout).to(device)
         encoder, head = build_encoder(model, seed), build_head(model, seed)
-        start(model, encoder, head, torch.from_numpy(rows))
+        start(model, encoder, head, [torch.from_numpy(rows)])
         self.encoder = ranged(encoder, widths(model)[0], settings.feedback_bits).to(device)
         self.head = head.to(device)
         belong((self.encoder, self.head), number)

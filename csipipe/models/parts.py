@@ -8,7 +8,7 @@ angles, D delays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,12 @@ def build_head(model: ModelSettings, seed: int) -> nn.Module:
     return head
 
 
-def start(model: ModelSettings, encoder: nn.Module, head: nn.Module, rows: Tensor) -> None:
-    """Set a UE's parts by its rows (B, 2, A, D), on the CPU, where `model.start` says so."""
+def start(
+    model: ModelSettings, encoder: nn.Module, head: nn.Module, rows: Sequence[Tensor]
+) -> None:
+    """Set parts on the CPU by rows, each (B, 2, A, D), where `model.start` says so."""
     if model.start == "pca":
-        found(_by_pca(model)[0])(encoder, head, rows)
+        found(_by_pca(model)[0])(encoder, head, torch.cat([part.cpu() for part in rows]))
 
 
 def _by_pca(model: ModelSettings) -> tuple[str, str]:

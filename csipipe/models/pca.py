@@ -84,7 +84,7 @@ def start_ends(encoder: nn.Module, head: nn.Module, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def start_tail(tail: list[nn.Module]) -> list[nn.Module]:
+def start_tail(tail: list[nn.Module]) -> None:
     """Make the layers of `csipipe.models.csilocal`'s tail pass codewords on.
 
     Of c2 outputs that are more than c1, the others start as they were drawn: the heads begin
@@ -107,7 +107,6 @@ def start_tail(tail: list[nn.Module]) -> list[nn.Module]:
             norm = layer.join[1]
             assert isinstance(norm, BatchNorm2d)
             norm.weight.zero_()
-    return tail
 
 
 def _pass_on(layer: Conv2d) -> None:

@@ -178,7 +178,9 @@ def claims(tried: list[Tried]) -> list[Claim]:
         for name, (other, goal) in against.items():
             found = None if mine is None or other is None else ratio(mine, other)
             counts = mine is not None and mine.counts
-            ours = "no run reaches it" if found is None else f"{found:.3f} times"
+            ours = "no run yet" if mine is None or other is None else "no run reaches it"
+            if found is not None:
+                ours = f"{found:.3f} times"
             if mine is not None:
                 ours += f"; loss at the end {mine.over_fp32:.3f} times fp32's"
             holds = None if mine is None else counts and found is not None and found <= goal

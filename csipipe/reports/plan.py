@@ -107,10 +107,8 @@ def plan(settings: Settings) -> list[Row]:
 
 def _row(settings: Settings) -> Row:
     scalars, size = (sum(of(settings).values()) for of in (exchanged, bytes_exchanged))
-    iterations, each = (
-        settings.train.iterations,
-        settings.participants * sum(widths(settings.model)),
-    )
+    iterations = settings.train.iterations
+    each = settings.participants * sum(widths(settings.model))
     return Row(
         method=settings.method,
         scalars_per_iteration=round(scalars / iterations),

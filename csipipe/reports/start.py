@@ -53,7 +53,7 @@ def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict
     failed: dict[str, str] = {}
     waiting, going, done = list(runs), list[_Started](), 0
     began = time.monotonic()
-    with _alone(out), _ended_by_signals():
+    with _alone(out), ended_by_signals():
         try:
             while waiting or going:
                 while waiting and len(going) < jobs:
@@ -141,8 +141,8 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Treat SIGTERM, and SIGHUP of a closed terminal, as Ctrl-C: the runs end with this process."""
+def ended_by_signals() -> Iterator[None]:
+    """Treat SIGTERM, and SIGHUP of a closed terminal, as Ctrl-C: what was started ends, too."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from csipipe import checkpoint
 from csipipe.channels import Manifest
-from csipipe.comm.ledger import Ledger
-from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.device import (
     keep_memory,
@@ -30,14 +27,14 @@ from csipipe.files import write_file
 from csipipe.methods import Worker, manifest, memory, prepare
 from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
-from csipipe.run import ceiling, handshake, initial
+from csipipe.run import handshake, initial, summary
 from csipipe.run.lock import Lock
 from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, source_of, written
 from csipipe.run.saving import Saver, restore
 from csipipe.run.stopping import Stopping
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
-from csipipe.tracking import BEGINNING, RankTracker, Tracker, exchanged_summary
+from csipipe.tracking import BEGINNING, RankTracker, Tracker
 
 _BEGUN = "run.dir"
 KEPT = 1e-4
@@ -334,10 +331,12 @@ def run(
         mine.close()
         with stopping.unhurried():
             worker.save_weights(start.folder / "weights")
-            pca = _ceiling(settings, world) if done == iterations else None
+            pca = summary.pca(settings, world) if done == iterations else None
         ledger = worker.exchanged()
         if tracker is not None:
-            tracker.finish(_summary(worker, settings, tracker, ledger, done, world.size, pca))
+            tracker.finish(
+                summary.content(worker, settings, tracker, ledger, done, world.size, pca)
+            )
             stopping.answered()
 
 
@@ -355,48 +354,6 @@ def _settle(saver: Saver, tracker: Tracker | None, done: int) -> OSError | None:
     if tracker is not None:
         tracker.saved(done, saver.seconds)
     return error
-
-
-def _ceiling(settings: Settings, world: World) -> dict[str, Any] | None:
-    """The PCA to compare a finished run with, found where there is data; collective."""
-    host, mine = Topology.first_host(settings, world.size), ""
-    if world.rank == host:
-        found = ceiling.find(settings)
-        mine = json.dumps(found and asdict(found))
-    shared: dict[str, Any] | None = json.loads(world.shared("ceiling", mine, origin=host))
-    return shared
-
-
-def _summary(
-    worker: Worker,
-    settings: Settings,
-    tracker: Tracker,
-    ledger: Ledger,
-    done: int,
-    ranks: int,
-    pca: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """`summary.json`; `test` is the last evaluation, null where a run stopped before its first.
-
-    Args:
-        pca: `csipipe.run.ceiling.Ceiling` as a dict; None: none, or the run isn't finished.
-    """
-    return {
-        "method": settings.method,
-        "status": "finished" if done == settings.train.iterations else "stopped",
-        "iterations": done,
-        "test": tracker.history[-1]["test"] if tracker.history else None,
-        "ceiling": pca,
-        "evaluated_ues": evaluated(settings),
-        "joined": [asdict(one) for one in initial.joined(settings, tracker.history)],
-        **exchanged_summary(ledger),
-        "dropped": worker.dropped,
-        "seconds_per_iteration": tracker.seconds_per_iteration,
-        "seconds_total": tracker.seconds_total,
-        "parameters": worker.parameters,
-        "topology": asdict(settings.topology)
-        | {"stages": settings.stages, "partition": settings.partition, "ranks": ranks},
-    }
 
 
 def _evaluate(

@@ -286,7 +286,7 @@ class TrainSettings:
     """What a UE does to every row that it draws, with commas between. angle: a circular shift, as a
     turned array sees; phase: a phase common to the row. Held-out and test rows stay. null: none."""
     init: str | None = None
-    """Start from the weights of this run's directory, or of a folder that `export --weights` wrote,
+    """Start from the weights of this run's directory, or of a folder that `export --pack` wrote,
     under the settings given here; the model must be the same. null: weights drawn by train.seed."""
     newcomers: Literal["fresh", "mean"] = "mean"
     """What UEs that train.init doesn't have start from. mean: of its UEs' encoders and heads;

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import reportruns
+import trainedruns
 
+from csipipe.evaluation import samples, testset
 from csipipe.reports import accuracy, budget, runs
 from csipipe.reports.accuracy import Reached
 from csipipe.reports.command import Report
 from csipipe.reports.curves import Curve
 from csipipe.reports.runs import Run
+from csipipe.run import trained as trained_runs
 from csipipe.settings.config import ModelSettings, Settings
 
 
@@ -58,6 +61,36 @@ def test_runs_of_a_kind_are_measured_once_and_get_the_same_iterations(tmp_path: 
     found = budget.within(two(tmp_path), 0.5, tmp_path, trained(0.25, started))  # type: ignore[arg-type]
     assert started == ["probe-csilocal-indoor-c16-seed0"]
     assert [run.settings.train.iterations for run in found] == [120, 120]
+
+
+def test_every_method_is_measured_by_itself(tmp_path: Path) -> None:
+    started: list[str] = []
+    preset = reportruns.preset()
+    wanted = [runs.make(preset, tmp_path, m, "indoor", 8, 0) for m in ("csilocal", "fedavg")]
+    budget.within(wanted, 0.5, tmp_path, trained(0.25, started))  # type: ignore[arg-type]
+    assert started == ["probe-csilocal-indoor-c16-seed0", "probe-fedavg-indoor-c16-seed0"]
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.0])
+def test_the_weights_are_those_that_were_best_on_held_out_rows(
+    holdout: float, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "run"
+    worker = trainedruns.finish(folder, data={"holdout": holdout})
+    summary = json.loads((folder / "summary.json").read_text()) | {"seconds_per_iteration": 0.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    last = trained_runs.read(folder)
+    worker.train_iteration(0)
+    worker.save_weights(folder / "checkpoints" / "best")
+    rows = testset.load(last.settings)
+    weights = last if not holdout else trained_runs.read(folder, weights="best")
+    found = accuracy.measure(runs.placed("run", worker.settings, tmp_path), rows, ("indoor", 24))
+    other = samples.means(
+        trained_runs.read(folder, weights="best" if not holdout else "last"), rows
+    )
+    assert found.nmse_db == 10 * math.log10(samples.means(weights, rows)["nmse"])
+    assert found.nmse_db != 10 * math.log10(other["nmse"])
+    assert found.seconds == 0.5 * 10
 
 
 def test_a_budget_shorter_than_an_iteration_is_refused(tmp_path: Path) -> None:

@@ -154,12 +154,14 @@ def test_noise_depends_on_kind_iteration_micro_batch_and_ue_alone() -> None:
 
 def test_gaussian_noise_is_a_ues_own_and_the_same_in_every_evaluation() -> None:
     one, other = (Rounding(3, stochastic=False) for _ in range(2))
-    evaluated = one.gaussian(1, 0, [0, 1], 20_000)
-    assert torch.equal(evaluated[1:], other.gaussian(1, 0, [1], 20_000))
-    torch.testing.assert_close(evaluated.std(1), torch.ones(2), atol=0.02, rtol=0)
-    assert abs(float((evaluated[0] * evaluated[1]).mean())) < 0.03
+    message = torch.tensor([[1.0], [-3.0]]).expand(2, 20_000)
+    evaluated = one.blur(message, 0.5, 1, 0, [0, 1])
+    assert torch.equal(evaluated[1:], other.blur(message[1:], 0.5, 1, 0, [1]))
+    added = evaluated - message
+    torch.testing.assert_close(added.std(1), torch.tensor([0.5, 1.5]), atol=0, rtol=0.02)
+    assert abs(float((added[0] * added[1]).mean())) < 0.03
     one.iteration = 0
-    assert not torch.equal(one.gaussian(1, 0, [0, 1], 20_000), evaluated)
+    assert not torch.equal(one.blur(message, 0.5, 1, 0, [0, 1]), evaluated)
 
 
 def test_noise_is_added_before_the_codec_in_proportion_to_what_is_sent() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from csipipe.comm.ledger import Kind
 from csipipe.evaluation import attack, leak
 from csipipe.evaluation.attack import Decoder
+from csipipe.models.ranged import levels, middles
 from csipipe.settings.config import CodecSettings, CommSettings, Settings
 
 
@@ -61,6 +62,15 @@ def test_messages_cross_with_the_runs_noise_and_codecs() -> None:
     steps = z.abs().amax(1, keepdim=True) / 127
     assert ((rounded(z, Kind.SMASHED) - z).abs() <= steps / 2 * 1.001).all()
     assert not torch.equal(rounded(z, Kind.SMASHED), z)
+
+
+def test_a_codeword_trained_for_its_bits_crosses_as_it_is_and_noise_is_rounded_too() -> None:
+    z = middles(torch.arange(480).view(20, 24) % 16, 4)
+    comm: dict[str, Any] = {"scale": "range", "codec": CodecSettings(smashed="int4")}
+    assert torch.equal(leak.Crossing(trained(**comm), 0)(z, Kind.SMASHED), z)
+    noisy = leak.Crossing(trained(**comm, noise=0.5), 0)(z, Kind.SMASHED)
+    assert not torch.equal(noisy, z)
+    assert torch.equal(middles(levels(noisy, 4), 4), noisy)
 
 
 def trained(**comm: Any) -> Settings:

@@ -56,6 +56,8 @@ def test_csilocals_transfers_overlap_by_micro_batch() -> None:
     assert forecast.seconds(settings, far, 0) == pytest.approx(0.6, rel=1e-6)
     gpipe = command._settings("csilocal", [*words, "--train.schedule", "gpipe"], 2)
     assert forecast.seconds(gpipe, far, 0) == pytest.approx(0.4, rel=1e-6)  # z, output and back
+    heads = command._settings("csilocal", [*words, "--train.freeze", "encoder,tail"], 2)
+    assert forecast.seconds(heads, far, 0) == pytest.approx(0.2, rel=1e-6)  # no gradient crosses
     codecs = ["--comm.codec.smashed", "int8", "--comm.codec.output_gradient", "int8"]
     fewer = command._settings("csilocal", [*words, *codecs], 2)
     shorter = forecast.seconds(fewer, [Link(1e6, 1e15)] * 2, 0)
@@ -81,6 +83,7 @@ def test_trouble_is_read() -> None:
         (["--up", "1mbit", "--methods", "centralised"], "has no links"),
         (["--up", "1mbit", "--hosts", "9"], "there are 4 UEs"),
         (["--up", "1mbit", "--delay", "-1"], "--delay is -1.0"),
+        (["--up", "1mbit", "--topology.participants", "2"], "of iterations of all UEs"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -35,7 +35,7 @@ def channels(rows: int, seed: int) -> Tensor:
 
 def built(model: ModelSettings, rows: Tensor) -> nn.Sequential:
     encoder, head = models.build_encoder(model, 0), models.build_head(model, 0)
-    models.start(model, encoder, head, rows)
+    models.start(model, encoder, head, [rows])
     return nn.Sequential(encoder, *models.build_tail(model, 0), head)
 
 
