@@ -11,7 +11,9 @@ import trainedruns
 from bits import assert_same
 from runs import CPU
 
+from csipipe import checkpoint
 from csipipe.methods.centralised import Centralised
+from csipipe.methods.state import BTS, NoMoments, Unit
 from csipipe.run import trained
 
 
@@ -64,6 +66,21 @@ def test_a_run_that_went_on_after_a_stop_is_read_from_its_checkpoint(tmp_path: P
     run = trained.read(folder)
     assert run.iteration == 5
     assert_is(run, worker)
+
+
+def test_what_federated_ues_have_in_common_is_the_bts_of_a_checkpoint(tmp_path: Path) -> None:
+    """A UE that took no part for a while is behind in its own part of it."""
+    folder = tmp_path / "run"
+    worker = trainedruns.begin(folder, "fedavg")
+    units = trainedruns.replicas(worker)
+    behind = {n: {k: t.clone() for k, t in unit.state().items()} for n, unit in units.items()}
+    worker.train_iteration(5)
+    modules = {"encoder": worker.ues[0].encoder, "tail": worker.tail, "head": worker.ues[0].head}
+    states = behind | {BTS: Unit(modules, NoMoments()).state()}
+    partial = folder / "checkpoints" / "6.partial"
+    parts = {n: checkpoint.write_part(partial, n, state) for n, state in states.items()}
+    checkpoint.commit(partial, {"iteration": 6}, parts)
+    assert_is(trained.read(folder), worker)
 
 
 def test_a_person_may_choose_the_weights(tmp_path: Path) -> None:
