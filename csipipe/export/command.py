@@ -100,14 +100,14 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
         ValueError, OSError: a run, UE, data or packages that can't be used.
         RuntimeError: the exported files don't do what the original does.
     """
-    if options.pack is None:
-        formats.require(tuple(options.formats))
     source = trained.read(Path(options.run), changes, options.weights)
     ues = source.settings.topology.ues
     if options.ue is None and options.pack is None:
         raise ValueError(f"--ue is missing; the run has UEs 0 … {ues - 1}.")
     if options.ue is not None and not 0 <= options.ue < ues:
         raise ValueError(f"--ue is {options.ue}; the run has UEs 0 … {ues - 1}.")
+    if options.pack is None:
+        formats.require(tuple(options.formats))
     set_threads(source.settings.train.threads, ranks_on_node=1)
     if options.pack is not None:
         some = range(ues) if options.ue is None else [options.ue]
