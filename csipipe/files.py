@@ -25,14 +25,22 @@ def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
     """
     partial = file.with_name(f"{file.name}.partial") if partial is None else partial
     try:
-        yield partial
-        os.replace(partial, file)
-    except OSError as error:
-        if error.errno in _NO_ROOM:  # a failing write doesn't say of which file
-            error.filename = str(file)
-        raise
+        with naming(file):
+            yield partial
+            os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Errors of a full disk name `file`: a write that fails doesn't say of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            error.filename = str(file)
+        raise
 
 
 def in_words(error: BaseException) -> str:
@@ -59,6 +67,12 @@ def write_file(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def add_line(file: Path, line: str) -> None:
+    """Append a line to a file."""
+    with naming(file), file.open("a", encoding="utf-8") as opened:
+        opened.write(line + "\n")
 
 
 def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -12,6 +12,7 @@ from csipipe.bench import memory
 from csipipe.bench.candidates import OTHER_NORMS, Candidate
 from csipipe.bench.conductor import CandidateFailed, Conductor, Resident, Turn
 from csipipe.bench.rank import Order
+from csipipe.files import add_line
 
 _SPARE = 2**30
 """Bytes that must stay free beside all candidates if they may keep their memory asleep."""
@@ -223,5 +224,4 @@ def run(
                 + ", ".join(f"{k} {v:.3f} s" for k, v in line.items())
             )
             if record is not None:
-                with record.open("a") as file:
-                    file.write(json.dumps({"round": number, "seconds": line}) + "\n")
+                add_line(record, json.dumps({"round": number, "seconds": line}))

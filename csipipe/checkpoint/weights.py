@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def write(file: Path, tensors: dict[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(tensors, file)
-    except SafetensorError as error:
+    except SafetensorError as error:  # has the system's number in its text alone
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
         raise OSError(f"{file} can't be written: {error}") from error
 
 

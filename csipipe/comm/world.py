@@ -34,6 +34,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from csipipe.comm import blame, meeting, orphans
 from csipipe.comm.patience import group_timeout
+from csipipe.files import in_words
 
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or generating its data, in seconds."""
@@ -289,7 +290,7 @@ class World:
         Exits without tearing down the process group: destructors wait for peers that are gone.
         """
         orphans.leave()  # a store that went with its torchrun explains this error
-        text = str(error) or type(error).__name__
+        text = in_words(error) or type(error).__name__
         if not isinstance(error, ValueError | OSError):
             text = f"{type(error).__name__}: {text}"
         if self.doing and not isinstance(error, ValueError):

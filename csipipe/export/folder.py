@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from csipipe.files import naming
 
 MANIFEST = "export.json"
 _ROOM = 1 << 20
@@ -32,16 +33,12 @@ def whole(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{out} can't be written: {error.strerror}; choose another --out.") from error
     try:
-        try:
-            yield partial
-        except (OSError, RuntimeError) as error:
-            free = shutil.disk_usage(partial).free
-            # PyTorch's and ONNX's writers raise errors of their own, without a number
-            if free < _ROOM and "write" in str(error).lower():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                error.filename = str(out)
-            raise
+        with naming(out):
+            try:
+                yield partial
+            except RuntimeError:  # of PyTorch's and ONNX's writers, who don't say why
+                (partial / "room").write_bytes(bytes(_ROOM))
+                raise
         old = out.with_name(f"{out.name}.{os.getpid()}.old.partial")
         if out.exists():
             os.rename(out, old)

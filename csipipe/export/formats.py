@@ -52,7 +52,9 @@ def save(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path)
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, (example,), dynamic_shapes=({0: rows},))
         if file.suffix == f".{PT2}":
-            torch.export.save(program, file)
+            packed = io.BytesIO()  # its own writer ends the process where the disk is full
+            torch.export.save(program, packed)
+            file.write_bytes(packed.getvalue())
             return _torch_function(file)
         torch.onnx.export(
             program,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from csipipe.files import write_file
 from csipipe.links import network
 from csipipe.links.network import Link, Network
 from csipipe.reports.start import ended_by_signals
@@ -88,8 +89,7 @@ def train(
         place = folder / f"{name}-{number}"
     settings = replace(settings, run=replace(settings.run, dir=str(place)))
     config, log = folder / f"{place.name}.yaml", folder / f"{place.name}.log"
-    folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(commandline.to_yaml(settings))
+    write_file(config, commandline.to_yaml(settings))
     with ended_by_signals(), Network(links) as net, log.open("w") as output:
         processes: list[subprocess.Popen[bytes]] = []
         try:

@@ -84,9 +84,8 @@ def command(run: Run, config: Path, processes: int) -> list[str]:
 
 def _launch(run: Run, out: Path, processes: int) -> _Started:
     config, log = out / "configs" / f"{run.name}.yaml", out / "logs" / f"{run.name}.log"
-    for file in (config, log):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(commandline.to_yaml(run.settings))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    files.write_file(config, commandline.to_yaml(run.settings))
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command(run, config, processes),

@@ -23,7 +23,7 @@ from csipipe.bench import candidates, memory
 from csipipe.bench.conductor import Conductor
 from csipipe.bench.race import CROWDED, Race
 from csipipe.bench.table import as_json, machine
-from csipipe.files import write_file
+from csipipe.files import add_line, write_file
 from csipipe.reports import table1_output
 from csipipe.settings.config import (
     DataSettings,
@@ -198,8 +198,7 @@ def measure(
             turns = race.round()
             _stop_on(race, cell)
             line = {label: turn.seconds for label, turn in turns.items()}
-            with record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            add_line(record, json.dumps(line))
             shown = ", ".join(f"{label} {value:.3f} s" for label, value in line.items())
             print(f"  round {number + 1}/{rounds}: {shown}", flush=True)
             now = time.monotonic()

@@ -46,14 +46,17 @@ def write(
     if folder.exists() and not (folder / CARD).is_file():
         raise ValueError(f"{folder} exists and holds no {CARD}; choose another folder.")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(commandline.to_yaml(_anonymous(settings, len(ues))))
-    checkpoint.write(tail_file(folder / WEIGHTS), tail)
-    for number, state in enumerate(ues):
-        checkpoint.write(ue_file(folder / WEIGHTS, number), state)
-    files = {str(f.relative_to(folder)): _told(f) for f in _files(folder, len(ues))}
-    card = {"csipipe": __version__, **facts, "files": files}
-    write_file(folder / CARD, json.dumps(card, indent=1) + "\n")
+    try:
+        write_file(folder / CONFIG, commandline.to_yaml(_anonymous(settings, len(ues))))
+        checkpoint.write(tail_file(folder / WEIGHTS), tail)
+        for number, state in enumerate(ues):
+            checkpoint.write(ue_file(folder / WEIGHTS, number), state)
+        files = {str(f.relative_to(folder)): _told(f) for f in _files(folder, len(ues))}
+        card = {"csipipe": __version__, **facts, "files": files}
+        write_file(folder / CARD, json.dumps(card, indent=1) + "\n")
+    except OSError:  # what has no card would be taken for somebody else's
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return card
 
 

@@ -40,13 +40,13 @@ class Lock:
         try:
             _take(self._descriptor, self._file)
             self._wait_for_another_node()
+            now = datetime.now().isoformat(timespec="seconds")
+            holder = {"pid": os.getpid(), "host": platform.node(), "since": now}
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
         except BaseException:
             os.close(self._descriptor)
             raise
-        now = datetime.now().isoformat(timespec="seconds")
-        holder = {"pid": os.getpid(), "host": platform.node(), "since": now}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
         self._ended = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 

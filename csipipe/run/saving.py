@@ -168,7 +168,10 @@ class Saver:
             return None
         last = checkpoint.newest(self._checkpoints)
         kept = f"the last complete one is {last}" if last else "there is none yet"
-        line = f"{what} can't be saved: {error}; training continues, {kept}. Free some disk space."
+        line = (
+            f"{what} can't be saved in {self._checkpoints}: {error.strerror or error}; training "
+            f"continues, {kept}. Free some disk space."
+        )
         with contextlib.suppress(OSError):  # the log may lie on the same disk
             tqdm.write(f"csipipe: warning: {line}", file=sys.stderr)
         return error

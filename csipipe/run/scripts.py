@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from csipipe.files import shipped
+from csipipe.files import in_words, naming, shipped
 
 ABOUT = """Shows where the sbatch scripts that came with csipipe are, or copies them: a site changes
 the #SBATCH lines on top of a script (partition, account, time) and the first lines of common.sh."""
@@ -26,14 +26,26 @@ def main(arguments: list[str]) -> int:
     folder = shipped("slurm")
     if target is not None:
         try:
-            shutil.copytree(folder, target)
+            _copy(folder, target)
         except FileExistsError:
             print(f"csipipe: error: --copy: {target} exists; choose a new folder.", file=sys.stderr)
             return 1
         except OSError as error:
-            print(f"csipipe: error: --copy: {target}: {error}", file=sys.stderr)
+            print(f"csipipe: error: --copy: {in_words(error)}", file=sys.stderr)
             return 1
         folder = target
     for script in sorted(folder.glob("*.sbatch")):
         print(script)
     return 0
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy the files of a folder into a new one, all or none (OSError)."""
+    target.mkdir(parents=True)
+    try:
+        with naming(target):
+            for file in folder.iterdir():
+                shutil.copy(file, target)
+    except OSError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise

@@ -265,7 +265,10 @@ def plan(arguments: Sequence[str], environment: Environment) -> Path:
         given = (*arguments, "--run.dir", str(folder))
         Plan(job_name(environment), nodes, ranks, address, port, given).write(folder)
     except OSError as error:
-        raise OSError(f"run.dir: {folder} can't be written: {error.strerror}.") from error
+        raise OSError(
+            f"run.dir: {folder} can't be written: {error.strerror}. Make room there if it is full, "
+            "or choose another run.dir."
+        ) from error
     print(describe(settings, job_name(environment), nodes, ranks, folder), file=sys.stderr)
     return folder
 

@@ -207,24 +207,34 @@ def _claim(start: Start, settings: Settings) -> Lock:
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder)
         if not start.exists:
-            with open(folder / CONFIG, "x") as file:
-                file.write(commandline.to_yaml(anywhere(settings)))
+            _write_config(folder / CONFIG, settings)
             _take_best_along(start)
-    except FileExistsError as error:
+    except OSError as error:
         if lock is not None:
             lock.release()
-        raise ValueError(
-            f"run.dir: {folder} already holds a run, or is a file; nothing was overwritten. "
-            "Choose another run.dir."
-        ) from error
-    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise ValueError(
+                f"run.dir: {folder} already holds a run, or is a file; nothing was overwritten. "
+                "Choose another run.dir."
+            ) from error
         raise OSError(
-            f"run.dir: {folder} can't be written: {error.strerror}. Make room there if it is full, "
-            "or choose another run.dir."
+            f"run.dir: {folder} can't be written: {error.strerror or error}. Make room there if it "
+            "is full, or choose another run.dir."
         ) from error
     if start.exists:
         reopen(start, settings)
     return lock
+
+
+def _write_config(file: Path, settings: Settings) -> None:
+    """Write a new `config.yaml`; half of one would belong to no run (FileExistsError, OSError)."""
+    opened = open(file, "x")  # noqa: SIM115  # what isn't ours stays
+    try:
+        with opened:
+            opened.write(commandline.to_yaml(anywhere(settings)))
+    except OSError:
+        file.unlink()
+        raise
 
 
 def anywhere(settings: Settings) -> Settings:

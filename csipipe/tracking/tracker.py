@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from csipipe.comm.ledger import PAPER, Ledger
-from csipipe.files import write_file
+from csipipe.files import in_words, write_file
 from csipipe.measure.figures import Figures
 from csipipe.settings.config import Settings
 from csipipe.tracking import dashboard
@@ -122,12 +122,13 @@ class Tracker:
             self._write_history()
         except OSError as error:
             self.say(
-                f"csipipe: warning: {error}; training continues. The next evaluation tries again."
+                f"csipipe: warning: {in_words(error)} Training continues; the next evaluation "
+                "tries again."
             )
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        _replace(self.folder / HISTORY, lines)
+        write_file(self.folder / HISTORY, lines)
 
     def _against_exchange(self, line: dict[str, Any]) -> None:
         """The same evaluation, over what had been exchanged by then.
@@ -152,7 +153,7 @@ class Tracker:
             self.events.add(self._end)
         self.events.close()
         self.screen.close()
-        _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(closing_table(summary, self.folder), flush=True)
 
     def _figure(self, figures: Figures) -> str:
@@ -174,13 +175,3 @@ class Tracker:
     def seconds_per_iteration(self) -> float:
         """Median wall time of the last 1,000 training iterations, without evaluation."""
         return statistics.median(self.seconds) if self.seconds else float("nan")
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file, whole or not at all (OSError, with its name)."""
-    try:
-        write_file(file, text)
-    except OSError as error:
-        raise OSError(
-            f"{file} can't be written ({error.strerror}): free some disk space"
-        ) from error

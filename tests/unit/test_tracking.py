@@ -105,7 +105,7 @@ def test_a_full_disk_ends_no_training_and_the_curve_is_whole_again(
         train(tracker, 5, 10, lambda done: 1.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert f"{tmp_path / HISTORY} can't be written (File too large)" in capsys.readouterr().err
+    assert f"{tmp_path / HISTORY} can't be written: File too large" in capsys.readouterr().err
     train(tracker, 10, 15, lambda done: 1.0)
     lines = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [5, 10, 15]
