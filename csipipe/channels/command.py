@@ -20,6 +20,7 @@ from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
 from csipipe.channels.eigenvectors import SUBBANDS
 from csipipe.channels.format import Description, SetPart
+from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.scene import Scene
 from csipipe.channels.source import Site
@@ -99,7 +100,7 @@ def generate(
             snapshots=snapshots,
             interval_ms=interval,
         )
-        plan = converting.Plan(
+        plan = Plan(
             axes=generating.AXES,
             geometry=Geometry(
                 columns=scene.columns, rows=scene.rows, polarisations=scene.polarisations
@@ -216,10 +217,10 @@ def convert(
             raise ValueError("--ues and --environments exclude each other.")
         places = [own_environment(ue) for ue in range(len(paths))]
     inputs = [
-        converting.Input(path, place, cast(SetPart, parts[n]) if parts else None)
+        Input(path, place, cast(SetPart, parts[n]) if parts else None)
         for n, (path, place) in enumerate(zip(paths, places, strict=True))
     ]
-    plan = converting.Plan(
+    plan = Plan(
         axes=axes,
         key=key,
         geometry=Geometry(**_sizes(array), order=tuple(ports.split())),

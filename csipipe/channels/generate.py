@@ -10,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from csipipe.channels import convert, planar, tr38901
-from csipipe.channels.convert import Input, Plan, Tally
+from csipipe.channels.convert import Tally
 from csipipe.channels.format import Description, SetPart
+from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.scene import Block, Scene, stream
 
 BLOCKS: dict[str, Block] = {

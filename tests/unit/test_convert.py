@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import convert as converting
-from csipipe.channels import eigenvectors, open_source, rawarray, statistics
+from csipipe.channels import eigenvectors, inputs, open_source, rawarray, statistics
 from csipipe.channels.axes import parse
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
+from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.reading import guess
 from csipipe.channels.source import Part, Source
 from csipipe.measure import metrics
@@ -173,7 +174,7 @@ def forms(h: Any, folder: Path) -> dict[str, tuple[Path, list[str]]]:
 
 
 def test_every_form_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "BLOCK", 40_000)  # several blocks
+    monkeypatch.setattr(inputs, "BLOCK", 40_000)  # several blocks
     h = channels()
     file = saved(tmp_path / "h.npy", h)
     assert run(file, tmp_path / "first", "--axes", "sample rx tx subcarrier") == 0
@@ -462,10 +463,10 @@ def test_bad_input_is_named_and_leaves_nothing(
 
 def test_the_better_shift_is_the_same_whatever_shift_was_taken(tmp_path: Path) -> None:
     late = channels() * np.exp(-2j * np.pi * 40 * np.arange(K) / K).astype(np.complex64)
-    given = converting.Input(saved(tmp_path / "late.npy", late), "all", None)
+    given = Input(saved(tmp_path / "late.npy", late), "all", None)
     found = []
     for shift in (0, 3):
-        plan = converting.Plan(axes="sample rx tx subcarrier", delays=16, shift=shift)
+        plan = Plan(axes="sample rx tx subcarrier", delays=16, shift=shift)
         _, tally = converting.convert([given], tmp_path / str(shift), plan)
         found.append(tally.best_shift(16)[0])
     assert found[0] == found[1]
