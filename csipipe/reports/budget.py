@@ -13,6 +13,8 @@ from csipipe.settings.config import ModelSettings, Settings
 
 PROBED = 12
 """Iterations by which a run's speed is measured."""
+EVALUATED = 64
+"""Test rows of such a run."""
 
 
 def within(
@@ -86,5 +88,10 @@ def _kind(run: Run) -> tuple[str, ModelSettings]:
 
 
 def _quiet(settings: Settings) -> Settings:
-    """Evaluated once, at the end."""
-    return replace(settings, run=replace(settings.run, eval_every=PROBED, save_every=PROBED))
+    """Evaluated once, at the end, on few rows: only seconds per iteration are wanted."""
+    few = min(settings.data.test_samples or EVALUATED, EVALUATED)
+    return replace(
+        settings,
+        data=replace(settings.data, test_samples=few),
+        run=replace(settings.run, eval_every=PROBED, save_every=PROBED),
+    )

@@ -8,6 +8,7 @@ process that started it, even if that is killed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from csipipe import files
 from csipipe.comm import orphans
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
+from csipipe.settings.config import Settings
 
 _POLL = 0.2
 _ENDING = 40.0
@@ -41,7 +43,7 @@ def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict
     """Train `runs`, `jobs` at a time.
 
     Args:
-        processes: ranks of a run, at most.
+        processes: ranks of a run, at most, unless its stages need more.
 
     Returns:
         What went wrong, by name of the run that failed.
@@ -72,14 +74,19 @@ def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict
 
 def command(run: Run, config: Path, processes: int) -> list[str]:
     """The torchrun line of a run, as arguments."""
-    settings = run.settings
-    ranks = min(processes, settings.stages + settings.topology.ues)
-    ranks = max(ranks, settings.stages + 1) if settings.stages else 1
+    most = run.settings.stages + run.settings.topology.ues
+    enough = itertools.count(min(processes, most))
+    ranks = next(n for n in enough if _fits(run.settings, n)) if run.settings.stages else 1
     # a port of its own, and no look-up of this machine's name, which may have no address
     alone = ["--standalone", "--local-addr=127.0.0.1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *alone]
     train = ["-m", "csipipe", "train", "--config", str(config)]
     return [*launcher, f"--nproc_per_node={ranks}", *train]
+
+
+def _fits(settings: Settings, ranks: int) -> bool:
+    decided = settings.on(ranks)
+    return ranks >= decided.stages + (decided.topology.placement == "apart")
 
 
 def _launch(run: Run, out: Path, processes: int) -> _Started:

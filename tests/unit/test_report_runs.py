@@ -22,6 +22,7 @@ from csipipe.reports import preset as presets
 from csipipe.reports.command import Report
 from csipipe.reports.preset import METHODS, PRESETS, REFERENCE
 from csipipe.reports.runs import Run, State
+from csipipe.settings.config import Settings, TopologySettings
 
 
 def a_run(out: Path, method: str = "csilocal", seed: int = 0) -> Run:
@@ -70,16 +71,27 @@ def test_reports_share_runs(tmp_path: Path) -> None:
 def test_a_method_gets_settings_it_can_use(tmp_path: Path) -> None:
     steps = {m: a_run(tmp_path, m).settings.train.local_steps for m in (*METHODS, REFERENCE)}
     assert {m for m, e in steps.items() if e > 1} == set(METHODS[1:5])
-    config = tmp_path / "c.yaml"
-    ranks = {
-        m: [w for w in start.command(a_run(tmp_path, m), config, 3) if "nproc" in w]
-        for m in ("csilocal", "fedavg", REFERENCE)
-    }
-    assert ranks == {
-        "csilocal": ["--nproc_per_node=3"],
-        "fedavg": ["--nproc_per_node=3"],
-        REFERENCE: ["--nproc_per_node=1"],
-    }
+
+
+@pytest.mark.parametrize(
+    ("topology", "processes", "ranks"),
+    [
+        ({}, 3, (3, 3, 1)),
+        ({}, 2, (3, 2, 1)),
+        ({}, 1, (1, 1, 1)),
+        ({"placement": "together"}, 2, (2, 2, 1)),
+        ({"placement": "apart"}, 1, (3, 2, 1)),
+    ],
+)
+def test_a_run_has_as_many_ranks_as_are_wanted_and_it_can_use(
+    topology: dict[str, Any], processes: int, ranks: tuple[int, int, int], tmp_path: Path
+) -> None:
+    found = []
+    for method in ("csilocal", "fedavg", REFERENCE):
+        settings = Settings(method=method, topology=TopologySettings(**topology))
+        line = start.command(Run("one", settings), tmp_path / "c.yaml", processes)
+        found += [int(word.split("=")[1]) for word in line if "nproc" in word]
+    assert tuple(found) == ranks
 
 
 @pytest.mark.parametrize(
