@@ -37,7 +37,7 @@ class _Raw(io.FileIO):
 def start(main: Callable[[list[str]], int]) -> int:
     """Run a command with this process's arguments; returns its exit code, whatever the screen.
 
-    Characters that the screen's encoding doesn't have are replaced.
+    Characters that the screen's encoding doesn't have are replaced. After Ctrl-C it is 130.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -54,7 +54,13 @@ def start(main: Callable[[list[str]], int]) -> int:
         )
         stream.flush()
         setattr(sys, name, replaced)
-    return main([_expanded(word) for word in sys.argv[1:]])
+    try:
+        return main([_expanded(word) for word in sys.argv[1:]])
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            raise
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def _expanded(word: str) -> str:

@@ -32,6 +32,9 @@ def main(arguments: list[str]) -> int:
     options, rest = parser().parse_known_args(arguments)
     try:
         run(options, rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         if options.debug:
             raise

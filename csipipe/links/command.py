@@ -32,9 +32,6 @@ def main(arguments: list[str]) -> int:
     options, settings = parser().parse_known_args(arguments)
     try:
         return run(options, settings)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     except (OSError, ValueError) as error:
         if options.debug:
             raise

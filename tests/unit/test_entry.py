@@ -62,6 +62,19 @@ def test_a_tilde_after_an_equals_sign_is_home(monkeypatch: pytest.MonkeyPatch) -
     assert found == ["--out=/home/me/x", "--a", "b=/home/me", "~", "--c=x~"]
 
 
+def test_control_c_ends_any_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["csipipe"])
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert entry.start(interrupted) == 130
+    monkeypatch.setattr(sys, "argv", ["csipipe", "--debug"])
+    with pytest.raises(KeyboardInterrupt):
+        entry.start(interrupted)
+
+
 LAUNCHER = """
 import os, sys, time
 from csipipe.comm import orphans
