@@ -225,7 +225,7 @@ def _add_images(
     in_angle, in_delay = one.domain
     made = to_image(rows, plan.geometry, plan.delays, plan.shift, in_angle, in_delay)
     peak = np.abs(made.image).max(axis=(1, 2))
-    good = peak > 0
+    good: NDArray[np.bool_] = peak > 0
     # a DFT over ports leaves the energy of a delay as it is, but for a factor
     power = np.square(np.abs(made.delays[good])).sum(axis=1, dtype=np.float64)
     shares = power / power.sum(axis=1, keepdims=True)
@@ -275,7 +275,7 @@ def _add_vectors(
     """Add eigenvectors of (n, rx, ports, subcarriers) rows; which have no silent subband."""
     assert plan.subbands is not None
     silent = [(part == 0).all(axis=(1, 2, 3)) for part in np.array_split(rows, plan.subbands, 3)]
-    good = ~np.any(silent, axis=0)
+    good: NDArray[np.bool_] = ~np.any(silent, axis=0)
     flat = rows[good].reshape(-1, *rows.shape[2:])
     ordered = plan.geometry.angles(flat, in_angle=True).reshape(-1, *rows.shape[1:])
     images = to_vectors(images_of(ordered, plan.subbands))
