@@ -15,7 +15,7 @@ from csipipe.links import forecast, network, page, ranks
 from csipipe.links.network import Link
 from csipipe.links.page import Row
 from csipipe.links.ranks import Trouble
-from csipipe.reports.preset import OURS
+from csipipe.reports.preset import ANY, OURS
 from csipipe.settings import commandline, tables
 from csipipe.settings.config import Settings
 
@@ -150,10 +150,10 @@ def _rates(name: str, text: str, options: Namespace) -> list[float]:
 
 
 def _settings(method: str, arguments: Sequence[str], hosts: int) -> Settings:
-    """What a method's ranks train, with the sizes of the data."""
+    """What a method's ranks train, without settings that it doesn't have; the sizes of the data."""
     tables.check("method", method)
-    given = [*arguments, "--method", method, "--topology.placement", "apart"]
-    settings, _ = commandline.settings(commandline.parser(""), given)
+    given = [*arguments, *ANY, "--topology.placement", "apart"]
+    settings = commandline.settings(commandline.parser(""), given)[0].of(method)
     if not settings.stages:
         raise ValueError(f"{method} has no links: it trains in one process; leave it out.")
     if settings.topology.participants is not None:

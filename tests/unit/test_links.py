@@ -64,6 +64,13 @@ def test_csilocals_transfers_overlap_by_micro_batch() -> None:
     assert shorter == pytest.approx(up * (64 + 4) / (4 * 64), rel=1e-6)
 
 
+def test_each_method_gets_settings_that_it_can_use() -> None:
+    words = ["--train.local_steps", "2", "--comm.codec.update", "int8"]
+    ours, theirs = (command._settings(method, words, 2) for method in ("csilocal", "fedavg"))
+    assert (ours.train.local_steps, theirs.train.local_steps) == (1, 2)
+    assert (ours.comm.codec.update, theirs.comm.codec.update) == (None, "int8")
+
+
 def test_trouble_is_read() -> None:
     assert Trouble.read("1:10:20", 2) == Trouble(1, 10, 20)
     assert Trouble.read("0:1:2:100kbit", 2) == Trouble(0, 1, 2, 1e5)
