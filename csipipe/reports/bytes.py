@@ -224,7 +224,7 @@ def draw(curves: Curves) -> Figure:
     top.set_xlabel(f"seconds on a link of {LINKS[0]} Mbit/s")
     axes.set_xlabel("exchanged (MB, both directions, all UEs)")
     axes.set_ylabel(plotting.LOSS)
-    axes.ticklabel_format(axis="y", scilimits=(-2, 2), useMathText=True)
+    axes.ticklabel_format(axis="y", style="plain")  # a power of ten would stand on the seconds
     axes.grid(color="0.9")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
     return figure
