@@ -140,7 +140,7 @@ def _noted_findings(note: Path, source: Path, sha256: str) -> list[Finding] | No
     try:
         *noted, found = json.loads(note.read_text())
         return [Finding(**one) for one in found] if noted == [str(source), sha256] else None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, *files.DAMAGED):
         return None
 
 
@@ -167,7 +167,7 @@ def _noted_digest(note: Path, source: Path) -> str | None:
     try:
         *noted, found = json.loads(note.read_text())
         return str(found) if noted == [str(source), *_state(source)] else None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, *files.DAMAGED):
         return None
 
 
@@ -303,5 +303,5 @@ def _noted(source: Path, unbounded: bool) -> Copy | None:
         copy = Copy(**json.loads(_note_file(source, unbounded).read_text()))
         noted = (copy.size, copy.mtime_ns, copy.ctime_ns, copy.inode)
         return copy if (copy.path, noted) == (str(source), state) else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, *files.DAMAGED):
         return None  # none yet, or damaged: make it again

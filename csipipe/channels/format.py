@@ -6,6 +6,7 @@ The specification is in docs/data.md. Nothing in a folder is executed or unpickl
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,6 +106,7 @@ class Description:
             _one_of("part", one.part, get_args(SetPart))
             _whole("rows of a set", one.rows, 1, 1 << 40)
             for stored in one.stored():
+                _whole("bytes of a file", stored.bytes, 1, 1 << 60)
                 if Path(stored.name).name != stored.name or not stored.name.endswith(".npy"):
                     raise ValueError(f"a file is called {stored.name!r}; expected a plain x.npy.")
             if (one.environment, one.part) in seen:
@@ -149,7 +151,8 @@ class Description:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{folder} has no {NAME}: it isn't a folder that `channels convert` wrote, or the "
-                f"conversion didn't finish. Run: python -m csipipe channels check {folder}"
+                "conversion didn't finish. Run: python -m csipipe channels check "
+                f"{shlex.quote(str(folder))}"
             )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -157,7 +160,7 @@ class Description:
                 raise ValueError(f"expected format {_FORMAT!r}, version {_VERSION}")
             sets = tuple(_set(one) for one in content.pop("sets"))
             return cls(**content, sets=sets)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except files.DAMAGED as error:
             raise ValueError(
                 f"{file} can't be used: {error}. Convert the channels again, or restore the file."
             ) from error
@@ -180,7 +183,7 @@ def open_rows(folder: Path, stored: Stored, dtype: str, shape: tuple[int, ...]) 
         values = np.load(path, mmap_mode="c", allow_pickle=False)
         if values.shape != shape or values.dtype != np.dtype(dtype) or np.isfortran(values):
             raise ValueError(f"it holds {values.dtype} {values.shape}")
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header, anything that Python's parser has, too
         raise ValueError(
             f"{path}: {error}; {NAME} says {np.dtype(dtype)} {shape}, {stored.bytes:,} bytes. It "
             "was replaced or cut short: restore it, or convert the channels again."

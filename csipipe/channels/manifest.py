@@ -16,7 +16,7 @@ import numpy as np
 from csipipe.channels.load import hold_out
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal
-from csipipe.files import write_file
+from csipipe.files import DAMAGED, write_file
 
 NAME = "manifest.json"
 _VERSION = 1
@@ -88,7 +88,7 @@ class Manifest:
                 test=_load(content["test"]["spans"]),
                 streams=dict(content["streams"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ValueError(
                 f"{file} is not a manifest that this version can read: {error!r}. Restore the one "
                 "that the run wrote."

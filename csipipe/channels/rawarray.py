@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,14 +64,27 @@ def opened(path: Path, key: str | None = None, scratch: Path | None = None) -> I
         except (FileNotFoundError, _RefusedError, mat5.NoRoomError):
             raise
         except Exception as error:  # each library has its own, for whatever the damage leads to
-            raise ValueError(
-                f"{path} ({path.stat().st_size:,} bytes) can't be read: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}. It is truncated, damaged or "
-                "not what its name says; copy or save it again."
-            ) from error
+            raise _damaged(path, error) from error
         if 0 in array.shape or not array.shape:
             raise ValueError(f"{array} holds no values; expected an array with samples.")
-        yield array
+
+        def cut(axis: int, start: int, stop: int) -> NDArray[Any]:
+            try:
+                return array.cut(axis, start, stop)
+            except Exception as error:
+                if str(path) in str(error):
+                    raise
+                raise _damaged(path, error) from error
+
+        yield replace(array, cut=cut)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} ({path.stat().st_size:,} bytes) can't be read: {type(error).__name__}: "
+        f"{str(error).splitlines()[0] if str(error) else ''}. It is truncated, damaged or "
+        "not what its name says; copy or save it again."
+    )
 
 
 class _RefusedError(ValueError):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from csipipe.checkpoint import weights
-from csipipe.files import flush
+from csipipe.files import DAMAGED, flush
 
 FORMAT = 2
 """Of the manifest and the parts; any other is refused. 1 had no `dropped` and other digests."""
@@ -142,7 +142,7 @@ class Snapshot:
             content = json.loads(file.read_text())
             version = content["format"]
             digest = content.pop("sha256")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *DAMAGED) as error:
             raise ValueError(f"{file} can't be read ({error!r}); {self._remedy}.") from error
         if version != FORMAT:
             raise ValueError(

@@ -36,6 +36,8 @@ from csipipe.comm import blame, meeting, orphans
 from csipipe.comm.patience import group_timeout
 from csipipe.files import in_words
 
+HELLO = 300.0
+"""Longest wait for a rank that was started and hasn't said hello: it imports, or is frozen."""
 SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or generating its data, in seconds."""
 POLL = 0.02
@@ -126,7 +128,7 @@ class World:
         if by == "deepspeed":  # never restarts
             return cls(store, rank, size, *local, holds_store=rank == 0)
         # a restarted run finds the same store, with what the last attempt left in it
-        attempt = meeting.attempt(PrefixStore("meeting", store), rank, size, SETUP_TIMEOUT)
+        attempt = meeting.attempt(PrefixStore("meeting", store), rank, size, HELLO)
         mine, lasting = (PrefixStore(n, store) for n in (f"attempt {attempt}", "all attempts"))
         return cls(mine, rank, size, *local, lasting, attempt)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from csipipe import models
 from csipipe.device import autocast, processor, synchronize
-from csipipe.files import write_file
+from csipipe.files import DAMAGED, write_file
 from csipipe.settings.config import ModelSettings, Precision
 
 _ROUNDS, _WARM_UP = 5, 2
@@ -135,7 +135,7 @@ def _read(path: Path, about: dict[str, Any], layers: int) -> list[float]:
     try:
         found = json.loads(path.read_text())
         seconds = [float(value) for value in found["seconds"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"topology.profile: {path} holds no profile of a tail; {remedy}"
         ) from error

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from csipipe.files import DAMAGED
 from csipipe.tracking import HISTORY
 
 Unit = Literal["scalars", "bytes"]
@@ -83,20 +84,19 @@ def read(folder: Path) -> Curve:
     Raises:
         ValueError: the folder is damaged; names the file, what is wrong and the remedy.
     """
-    summary = _json(folder / "summary.json", (folder / "summary.json").read_text())
+    [summary] = _json(folder / "summary.json", whole=True)
     file = folder / HISTORY
     if not file.is_file():
         raise ValueError(f"{file} is missing, but the run is finished; {REMEDY}.")
-    lines = [
-        _json(file, line, f", line {number}")
-        for number, line in enumerate(file.read_text().splitlines(), 1)
-    ]
+    lines = _json(file)
+    looked_at = file
     try:
         curve = _curve(lines)
+        looked_at = folder / "summary.json"
         finished, loss = int(summary["iterations"]), float(summary["test"]["loss"])
-    except (KeyError, TypeError, IndexError) as error:
+    except DAMAGED as error:
         raise ValueError(
-            f"{folder}: a figure is missing or of the wrong type ({error}); {REMEDY}."
+            f"{looked_at}: a figure is missing or of the wrong type ({error}); {REMEDY}."
         ) from error
     ascending = all(a < b for a, b in pairwise(curve.iterations))
     if not ascending or (curve.iterations[-1], curve.loss[-1]) != (finished, loss):
@@ -129,11 +129,19 @@ def _curve(lines: list[dict[str, Any]]) -> Curve:
     )
 
 
-def _json(file: Path, text: str, where: str = "") -> dict[str, Any]:
+def _json(file: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file, one per line or one in all (ValueError)."""
+    found = []
+    where = ""
     try:
-        read = json.loads(text)
-    except json.JSONDecodeError as error:
+        text = file.read_text()
+        for number, part in enumerate([text] if whole else text.splitlines(), 1):
+            where = "" if whole else f", line {number}"
+            found.append(json.loads(part))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}{where} isn't JSON ({error}); {REMEDY}.") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file}{where} isn't an object; {REMEDY}.")
-    return read
+    for number, read in enumerate(found, 1):
+        if not isinstance(read, dict):
+            where = "" if whole else f", line {number}"
+            raise ValueError(f"{file}{where} isn't an object; {REMEDY}.")
+    return found

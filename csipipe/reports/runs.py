@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from csipipe.files import DAMAGED
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
 from csipipe.reports.preset import DECIDED, Preset, argument, plain
@@ -72,7 +73,7 @@ class Run:
             return State.INTERRUPTED
         try:
             status = json.loads(summary.read_text())["status"]
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{summary} can't be read ({error}); {REMEDY}.") from error
         if status == "finished":
             curves.read(self.folder)

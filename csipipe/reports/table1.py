@@ -23,7 +23,7 @@ from csipipe.bench import candidates, memory
 from csipipe.bench.conductor import Conductor
 from csipipe.bench.race import CROWDED, Race
 from csipipe.bench.table import as_json, machine
-from csipipe.files import add_line, write_file
+from csipipe.files import DAMAGED, add_line, write_file
 from csipipe.reports import table1_output
 from csipipe.settings.config import (
     DataSettings,
@@ -274,7 +274,7 @@ def claim(plan: Plan, folder: Path) -> None:
             for key, value in keys.items()
             if theirs[part].get(key) != value
         ]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{file} isn't a plan of Table I; choose another --out.") from error
     if different:
         raise ValueError(
@@ -293,7 +293,7 @@ def read(folder: Path) -> list[table1_output.Row]:
     for file in sorted((folder / "cells").glob("*.json")):
         try:
             found.append(table1_output.Row.of(json.loads(file.read_text())))
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ValueError(
                 f"{file} isn't a finished cell ({error}); delete it to have it measured again."
             ) from error

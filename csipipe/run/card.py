@@ -17,7 +17,7 @@ from typing import Any
 
 from csipipe import __version__, checkpoint
 from csipipe.checkpoint import tail_file, ue_file
-from csipipe.files import write_file
+from csipipe.files import DAMAGED, write_file
 from csipipe.run.resuming import CONFIG
 from csipipe.settings import commandline
 from csipipe.settings.config import RunSettings, Settings, TopologySettings
@@ -70,7 +70,7 @@ def check(folder: Path, ues: int) -> dict[str, Any]:
         card = json.loads((folder / CARD).read_text())
         told = {name: str(entry["sha256"]) for name, entry in card["files"].items()}
         int(card["iterations"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(
             f"{folder / CARD} can't be read ({error!r}); get the folder again."
         ) from error

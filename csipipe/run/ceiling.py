@@ -10,6 +10,7 @@ from pathlib import Path
 from csipipe import channels, models
 from csipipe.channels import statistics
 from csipipe.channels.source import Images
+from csipipe.files import DAMAGED
 from csipipe.settings.config import Settings
 
 MOST = 20_000
@@ -63,7 +64,7 @@ def noted(folder: Path) -> Ceiling | None:
     """What a finished run wrote into its summary; None: nothing that can be read."""
     try:
         return Ceiling(**json.loads((folder / "summary.json").read_text())["ceiling"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGED):
         return None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from csipipe import checkpoint
+from csipipe.files import DAMAGED
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
 from csipipe.settings import commandline
@@ -112,7 +113,7 @@ def written(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     try:
         return dict(yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, *DAMAGED, yaml.YAMLError) as error:
         raise ValueError(
             f"{file} doesn't hold the settings of a run; choose another run.dir."
         ) from error
@@ -182,7 +183,7 @@ def _finished(folder: Path) -> int | None:
     try:
         summary = json.loads(file.read_text())
         return int(summary["iterations"]) if summary["status"] == "finished" else None
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{file} can't be read ({error!r}); delete it to resume from the newest checkpoint."
         ) from error

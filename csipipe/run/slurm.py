@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from csipipe.comm.topology import Topology
-from csipipe.files import write_file
+from csipipe.files import DAMAGED, write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -68,7 +68,7 @@ class Plan:
         """
         deadline = time.monotonic() + patience
         while True:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, *DAMAGED):
                 said = json.loads((folder / FILE).read_text())
                 if said["job"] == job:
                     nodes, ranks, words = (tuple(said[n]) for n in ("nodes", "ranks", "arguments"))

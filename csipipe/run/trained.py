@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models
+from csipipe.files import DAMAGED
 from csipipe.methods.state import BTS, layer_name, meant, ue_name
 from csipipe.models.ranged import ranged
 from csipipe.run import card
@@ -217,7 +218,7 @@ def _ended(folder: Path) -> tuple[str, int] | None:
     try:
         summary = json.loads(file.read_text())
         return str(summary["status"]), int(summary["iterations"])
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{file} can't be read ({error!r}); move it away to take the newest checkpoint."
         ) from error

@@ -86,7 +86,8 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
         lines.append(f"{'joined':>10}  UE {one['ue']}: {when}")
     stopped = []
     if summary["status"] == "stopped":
-        stopped = [f"stopped:      resume with the same command and --run.dir {folder}"]
+        place = shlex.quote(str(folder))
+        stopped = [f"stopped:      resume with the same command and --run.dir {place}"]
     lines += [
         "",
         f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "

@@ -75,6 +75,7 @@ def test_a_frozen_part_stays_to_the_bit_with_its_statistics(name: str) -> None:
         "head": models.build_head(model, seed),
     }
     before = {part: module.state_dict() for part, module in drawn.items()}
+    assert {key.split(".")[0] for tensors in after.values() for key in tensors} == {*before}
     for tensors in after.values():
         for key, tensor in tensors.items():
             part, name = key.split(".", 1)

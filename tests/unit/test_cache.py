@@ -60,6 +60,17 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert cache_folder() == Path.home() / ".cache" / "csipipe"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> Any:
+        raise KeyError(uid)
+
+    for name in ("HOME", "CSIPIPE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(FileNotFoundError, match=r"HOME isn't set.*set CSIPIPE_CACHE to a"):
+        cache_folder()
+
+
 def test_a_copy_is_an_npy_file_of_the_sources_rows(source: Path, folder: Path) -> None:
     copy = converted(source)
     assert copy.rows == 20

@@ -88,6 +88,7 @@ def test_means_are_over_rows_then_ues_and_linear_before_db() -> None:
 
 def test_percentiles_are_numpys() -> None:
     found = evaluated([Const(0.6), Const(0.4)], rows(37))
+    assert {"nmse_db", "rho", "sgcs"} <= found.distribution().keys()
     for name, percentiles in found.distribution().items():
         pool = found.pooled(name).numpy()
         assert len(pool) == 74

@@ -1,15 +1,13 @@
 """Whatever a user hands in: a clean error or a result, never a crash.
 
-A plain run tries the same few hundred cases every time, a long one 10,000 others of each kind.
+`fuzzing.py` has how; other files are in `test_fuzz_files.py`, what programs say in
+`test_fuzz_words.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import random
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 from csifiles import images, save
-from hypothesis import HealthCheck, given, settings
+from fuzzing import CASES, FEWER, damaged, repeat, said
 from hypothesis import strategies as st
 from torch import nn
 
@@ -34,98 +32,8 @@ from csipipe.settings import commandline
 from csipipe.settings.config import Precision, RunSettings, Settings
 
 ROOT = Path(__file__).parents[2]
-CASES = pytest.mark.parametrize("cases", [300, pytest.param(10_000, marks=pytest.mark.long)])
-FEWER = pytest.mark.parametrize("cases", [60, pytest.param(10_000, marks=pytest.mark.long)])
-"""Of what takes milliseconds each."""
 PARSER = commandline.parser("test")
-DIGITS = b"0123456789"
 SMALL = Layout("HT", (2, 4, 4), "2 x 4 angles x 4 delays", "f")
-
-
-def repeat(cases: int, *strategies: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
-    """Run a function on so many examples: the same ones every time in a plain run."""
-
-    def decorate(function: Callable[..., None]) -> Callable[[], None]:
-        setting: Any = settings(
-            max_examples=cases,
-            deadline=None,
-            derandomize=cases < 10_000,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        examples: Any = given
-        run: Callable[[], None] = setting(examples(*strategies)(function))
-        return run
-
-    return decorate
-
-
-def said(refusal: Exception, name: str = "") -> None:
-    """A refusal has a message, and names the file."""
-    assert str(refusal)
-    assert name in str(refusal), repr(refusal)
-
-
-def seed(cases: int) -> int:
-    """Of the damage: 0 in a plain run, another one in every long run; shown where a test fails."""
-    chosen = 0 if cases < 10_000 else int.from_bytes(os.urandom(4), "big")
-    print(f"seed {chosen}")
-    return chosen
-
-
-def damage(good: bytes, chance: random.Random, text: bool = False) -> bytes:
-    """A file with a few bytes changed, mostly such as say something, cut off, or lengthened.
-
-    Args:
-        text: every other time, a digit becomes another one and nothing else.
-    """
-    bad = bytearray(good)
-    if text and chance.random() < 0.5:
-        bad[chance.choice([i for i, byte in enumerate(good) if byte in DIGITS])] = chance.choice(
-            DIGITS
-        )
-        return bytes(bad)
-    kind = chance.random()
-    if kind < 0.15:
-        return bytes(bad[: chance.randrange(len(bad))])
-    if kind < 0.2:
-        return bytes(bad) + chance.randbytes(chance.randrange(1, 200))
-    saying = [i for i, byte in enumerate(good[:4000]) if byte]
-    for _ in range(chance.randrange(1, 6)):
-        where = chance.choice(saying) if chance.random() < 0.5 else chance.randrange(len(bad))
-        bad[where] = chance.choice([0, 1, 127, 128, 255, bad[where] ^ 1, chance.randrange(256)])
-    return bytes(bad)
-
-
-def damaged(
-    good: bytes,
-    cases: int,
-    file: Path,
-    read: Callable[[], object],
-    text: bool = False,
-    named: bool = True,
-) -> float:
-    """Read that many damaged files; the share that was refused.
-
-    Args:
-        text: see `damage`.
-        named: a refusal names the file.
-    """
-    chance = random.Random(seed(cases))
-    refused = 0
-    for _ in range(cases):
-        bad = damage(good, chance, text)
-        file.write_bytes(bad)
-        try:
-            read()
-        except (ValueError, OSError) as refusal:
-            said(refusal, file.name if named else "")
-            refused += 1
-        except BaseException:
-            file.with_name("found").write_bytes(bad)
-            raise
-    print(f"{refused} of {cases} were refused")
-    return refused / cases
 
 
 # what is typed

@@ -31,6 +31,7 @@ from csipipe.settings.config import (
     TopologySettings,
     TrainSettings,
 )
+from csipipe.tracking.tables import closing_table
 
 
 def snapshot(checkpoints: Path, iteration: int, settings: Settings | None = None) -> Path:
@@ -383,3 +384,9 @@ def test_paths_are_quoted_where_they_are_to_be_typed(tmp_path: Path) -> None:
         lock.Lock(folder)
     held.release()
     assert f"`touch '{folder}/stop'`" in str(refusal.value)
+    nothing = {unit: {"up": 0, "down": 0} for unit in ("scalars", "bytes")}
+    ended = {"status": "stopped", "iterations": 1, "seconds_per_iteration": 1, "seconds_total": 1}
+    found = {"test": None, "exchanged": nothing, "exchanged_buffers": nothing}
+    text = closing_table({**ended, **found, "dropped": [], "joined": []}, folder)
+    assert f"--run.dir '{folder}'" in text
+    assert f"tensorboard --logdir '{folder}'" in text

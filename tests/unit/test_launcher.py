@@ -11,6 +11,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
+from csipipe.__main__ import main
 from csipipe.comm import blame, meeting
 from csipipe.settings.launcher import RANKS, TORCHRUN, launched
 
@@ -55,6 +56,17 @@ def test_train_refuses_rank_variables_that_no_launcher_vouches_for() -> None:
     assert ended.returncode == 1
     assert "RANK=0, WORLD_SIZE=4 says" in ended.stderr
     assert "torchrun --nproc_per_node=4 launch/train.py" in ended.stderr
+
+
+def test_other_commands_ignore_them_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", str(tmp_path)]) == 1  # and waits for nobody
+    said = capsys.readouterr().err
+    assert "RANK=0, WORLD_SIZE=4 is ignored" in said
+    assert "is not a run's directory" in said
 
 
 def test_a_name_that_does_not_resolve_is_named_with_the_remedy() -> None:

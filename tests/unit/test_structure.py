@@ -55,6 +55,7 @@ def imports(file: Path) -> Iterator[str]:
 
 def test_imports_go_down_only() -> None:
     level = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
+    assert {room for room, _ in sources()} == level.keys() - {"__version__"}
     for room, file in sources():
         for name in imports(file):
             top, _, rest = name.partition(".")
@@ -129,7 +130,9 @@ def test_ue_code_loads_no_deepspeed() -> None:
 
 
 def test_scripts_are_commands() -> None:
-    for script in (ROOT / "launch").glob("*.py"):
+    scripts = sorted((ROOT / "launch").glob("*.py"))
+    assert {"train", "evaluate", "channels"} <= {script.stem for script in scripts}
+    for script in scripts:
         module, _ = COMMANDS[script.stem]
         assert set(imports(script)) == {"sys", "csipipe.entry.start", f"{module}.main"}
 

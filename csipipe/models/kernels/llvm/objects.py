@@ -47,7 +47,7 @@ def load(of: str) -> Compiled | None:
         arrays = [str(name) for name in about["arrays"]]
         if about["digest"] == _digest(of, arrays, code):
             return Compiled(arrays, code)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, *files.DAMAGED):
         pass  # none yet, none allowed, or damaged
     return None
 
