@@ -53,8 +53,18 @@ def test_runs_cross_their_links(tmp_path: Path) -> None:
 
 
 def test_a_link_that_stays_broken_ends_the_run_by_name(tmp_path: Path) -> None:
-    words = "--up 100kbit --methods fedavg --train.iterations 50 --trouble 1:2:300"
+    words = "--up 2mbit --methods fedavg --train.iterations 50 --trouble 1:2:300"
     done = links(tmp_path, words)
     assert done.returncode == 1
     [row] = rows(tmp_path)
     assert "UE rank 2 (UE 1)" in row["error"]
+
+
+def test_a_link_that_is_whole_again_in_time_loses_nothing(tmp_path: Path) -> None:
+    words = "--up 2mbit --methods fedavg --train.iterations 4 --trouble 1:2:10"
+    done = links(tmp_path, words)
+    assert done.returncode == 0, done.stderr
+    summary = tmp_path / "runs" / "fedavg-2mbit" / "summary.json"
+    assert json.loads(summary.read_text())["status"] == "finished"
+    [row] = rows(tmp_path)
+    assert float(row["in_all_s"]) > 4 * float(row["measured_s"]) + 5
