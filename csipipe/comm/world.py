@@ -143,15 +143,36 @@ class World:
 
         `timeout` is the longest wait for a peer, in seconds, on this group. Connecting takes as
         long as the slowest rank's imports, so it follows `ready`.
+
+        Raises:
+            PeerLost: a rank is frozen.
         """
-        dist.init_process_group(
-            "gloo",
-            store=PrefixStore("world", self.store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=timeout),
-        )
         self.attend()
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore("world", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=timeout),
+            )
+        except dist.DistError as error:  # doesn't say which
+            for rank in self._lifeless():
+                what, reason = "its connection", f"Timed out after {timeout:g} s"
+                raise blame.PeerLost(f"waiting for {what}", rank, what, reason) from error
+            raise
+
+    def _lifeless(self) -> list[int]:
+        """Ranks that give no sign of life while several are due."""
+
+        def beats() -> list[bytes]:
+            keys = [f"alive/{rank}" for rank in range(self.size)]
+            return [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
+
+        before = beats()
+        time.sleep(4 * _LOOK)
+        after = beats()
+        return [rank for rank in range(self.size) if before[rank] == after[rank]]
 
     def attend(self) -> None:
         """From here on, give signs of life, and say whom this rank waits for when one gives up."""

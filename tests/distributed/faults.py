@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,18 +35,21 @@ class Fault:
         what: at an instruction: raise, kill, freeze, hang, full (from here on no file of this rank
             grows beyond 10 kB, as on a full disk). With a message: drop, corrupt, shorten,
             lengthen; kill and freeze happen before it is sent.
-        at: the instruction's `Op`, or the message's `Kind`; None: while its parts are built.
+        at: the instruction's `Op`, or the message's `Kind`; None: while its parts are built;
+            "connect": when all are about to connect.
         micro_batch: of a message; of an instruction it is the first with that `Op`.
     """
 
     rank: int
     what: str
-    at: Op | Kind | None
+    at: Op | Kind | Literal["connect"] | None
     iteration: int = 3
     micro_batch: int = 0
 
     def __str__(self) -> str:
-        place = f"{self.at.name.lower()}, iteration {self.iteration}" if self.at else "building"
+        place = "connecting" if self.at else "building"
+        if isinstance(self.at, Op | Kind):
+            place = f"{self.at.name.lower()}, iteration {self.iteration}"
         return f"{self.what} rank {self.rank} at {place}"
 
 
@@ -58,6 +61,8 @@ def install(fault: Fault, note: Path) -> None:
 
     if fault.at is None:
         _at_building(fault, happens)
+    elif fault.at == "connect":
+        _at_connecting(fault, happens)
     elif isinstance(fault.at, Op):
         _at_instruction(fault, fault.at, happens)
     else:
@@ -86,6 +91,19 @@ def _at_building(fault: Fault, happens: Callable[[], None]) -> None:
         return count(wanted, ranks_on_node)
 
     training.set_threads = spoiled  # type: ignore[attr-defined]
+
+
+def _at_connecting(fault: Fault, happens: Callable[[], None]) -> None:
+    from csipipe.comm.world import World
+
+    connect = World.connect
+
+    def spoiled(world: World, timeout: float) -> None:
+        happens()
+        _act(fault.what)
+        connect(world, timeout)
+
+    World.connect = spoiled  # type: ignore[assignment,method-assign]
 
 
 def _at_instruction(fault: Fault, op: Op, happens: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from faults import Fault
@@ -189,16 +189,25 @@ def test_torchrun_ends_soon_after_the_ranks(what: str, place: int, tmp_path: Pat
     whole(tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["freeze", pytest.param("kill", marks=pytest.mark.long)])
-def test_a_rank_that_is_lost_while_parts_are_built_is_named(what: str, tmp_path: Path) -> None:
-    fault = Fault(2, what, None)
+@pytest.mark.parametrize(
+    ("what", "at", "waited"),
+    [
+        ("freeze", None, "it to be ready (data)"),
+        pytest.param("kill", None, "it to be ready (data)", marks=pytest.mark.long),
+        pytest.param("freeze", "connect", "its connection", marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_that_is_lost_while_parts_are_built_is_named(
+    what: str, at: Literal["connect"] | None, waited: str, tmp_path: Path
+) -> None:
+    fault = Fault(2, what, at)
     with Program(3, arguments(tmp_path / "run", run__timeout="3"), fault) as program:
         program.wait_for_fault()
         ended = program.join(timeout=60, without=2)
     assert [rank.code for rank in ended[:2]] == [1, 1]
     [message] = errors(ended)
     assert "rank 2 is silent: " in message
-    assert "waited for it to be ready (data)" in message
+    assert f"waited for {waited}" in message
 
 
 @pytest.mark.long
