@@ -7,6 +7,7 @@ means one exchange. BatchNorm's running statistics aren't included.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from csipipe.comm import codec
 from csipipe.comm.ledger import UP, Kind
@@ -15,11 +16,15 @@ from csipipe.models import count_parts, widths
 from csipipe.settings import tables
 from csipipe.settings.config import Settings
 
+_AVERAGED = (Kind.UPDATE, Kind.MEAN_UPDATE)
+"""What crosses of the shared parts, one message each."""
+
 
 def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
     """Scalars `up` (UE → BTS) and `down` in one iteration, over the UEs that take part.
 
-    What federated UEs receive that were absent isn't among them; see `exchanged`.
+    Neither splitfed's averagings are among them nor what UEs receive that were absent; see
+    `exchanged`.
     """
     up, down = tables.found(settings.spec.cost)(settings)
     return {"up": settings.participants * up, "down": settings.participants * down}
@@ -27,13 +32,24 @@ def exchanged_per_iteration(settings: Settings) -> dict[str, int]:
 
 def bytes_per_iteration(settings: Settings) -> dict[str, int]:
     """Bytes of those scalars as the codecs write them, `up` and `down`."""
+    kinds = [Kind[crossing.upper()] for crossing in settings.spec.crosses]
+    now_and_then = _AVERAGED if settings.spec.aggregates else ()
+    return _bytes(settings, [kind for kind in kinds if kind not in now_and_then])
+
+
+def _bytes(settings: Settings, kinds: Iterable[Kind]) -> dict[str, int]:
+    """Bytes of all messages of these kinds in an iteration that has them."""
     found = {"up": 0, "down": 0}
-    messages = settings.train.micro_batches if settings.spec.pipelined else 1
-    for crossing in settings.spec.crosses:
-        kind = Kind[crossing.upper()]
+    for kind in kinds:
+        messages = 1 if kind in _AVERAGED else settings.train.micro_batches
         size = messages * message_bytes(settings, kind)
         found["up" if kind in UP else "down"] += settings.participants * size
     return found
+
+
+def averagings(settings: Settings) -> int:
+    """How often a run averages what UEs share, besides what it exchanges in every iteration."""
+    return settings.aggregated // settings.aggregate_every if settings.spec.aggregates else 0
 
 
 def message_bytes(settings: Settings, kind: Kind) -> int:
@@ -42,7 +58,7 @@ def message_bytes(settings: Settings, kind: Kind) -> int:
     if not _needed(kind, settings):
         return 0
     name = codec.chosen(settings.comm, settings.train.precision)[kind.name.lower()]
-    if settings.spec.pipelined:
+    if kind not in _AVERAGED:
         c1, c2 = widths(settings.model)
         width = c1 if kind in (Kind.SMASHED, Kind.SMASHED_GRADIENT) else c2
         rows = settings.train.batch_size // settings.train.micro_batches
@@ -67,11 +83,15 @@ def feedback_bits(settings: Settings) -> int:
 def exchanged(settings: Settings) -> dict[str, int]:
     """Scalars `up` and `down` in all of a run's iterations, over all UEs.
 
-    A UE of a federated method that took no part in the iteration before first receives what it
-    missed: as many scalars as it shares.
+    A UE of a method that averages, which took no part before, first receives what it missed: as
+    many scalars as it shares.
     """
-    iterations = settings.train.iterations
-    found = {way: iterations * n for way, n in exchanged_per_iteration(settings).items()}
+    iterations, ues = settings.train.iterations, settings.participants
+    shared = dict(zip(("up", "down"), shared_parts(settings), strict=True))
+    found = {
+        way: iterations * n + averagings(settings) * ues * shared[way]
+        for way, n in exchanged_per_iteration(settings).items()
+    }
     found["down"] += _missed(settings)
     return found
 
@@ -79,7 +99,11 @@ def exchanged(settings: Settings) -> dict[str, int]:
 def bytes_exchanged(settings: Settings) -> dict[str, int]:
     """Bytes of those scalars; what was missed crosses in `train.precision`, whatever the codecs."""
     iterations, size = settings.train.iterations, {"fp32": 4, "bf16": 2}
-    found = {way: iterations * n for way, n in bytes_per_iteration(settings).items()}
+    averaging = _bytes(settings, _AVERAGED) if averagings(settings) else {"up": 0, "down": 0}
+    found = {
+        way: iterations * n + averagings(settings) * averaging[way]
+        for way, n in bytes_per_iteration(settings).items()
+    }
     found["down"] += size[settings.train.precision] * _missed(settings)
     return found
 

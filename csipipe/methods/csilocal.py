@@ -22,24 +22,8 @@ from csipipe.pipeline.schedule import Attempts, Instruction
 from csipipe.settings.config import Settings
 
 
-def prepare(settings: Settings, rank: int, world_size: int, device: torch.device) -> Builder:
-    """As `csipipe.methods.prepare`."""
-    models.check_stages(settings.model, settings.stages)
-    return ranks.prepare(_role, _plans, settings, rank, world_size, device)
-
-
-def _role(settings: Settings, topology: Topology, role: int, device: torch.device) -> ranks.Role:
-    way = decide(settings, topology, device)
-    if topology.is_bts(role):
-        deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
-        deepspeed = deepspeed_settings.on(deepspeed, device)
-        engine, cuts = import_engine(device), cut_tail(settings)
-        return partial(BtsHalf, deepspeed=deepspeed, engine=engine, way=way, cuts=cuts)
-    ues, test = load(settings, topology.ues_of(role), device)
-    return partial(UeHalf, ues=ues, test=test, way=way)
-
-
-def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
+def plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
+    """An iteration, for every role."""
     train = settings.train
     return schedule.split_training(
         train.schedule,
@@ -49,6 +33,44 @@ def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]
         train.on_bad_ue == "drop",
         train.frozen,
     )
+
+
+def prepare(
+    settings: Settings,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    stage: type[BtsHalf] = BtsHalf,
+    end: type[UeHalf] = UeHalf,
+    iteration: ranks.Plans = plans,
+) -> Builder:
+    """As `csipipe.methods.prepare`.
+
+    Args:
+        stage, end: what a method makes of a BTS stage, and of UEs.
+        iteration: what they do, for every role.
+    """
+    models.check_stages(settings.model, settings.stages)
+    role = partial(_role, stage, end)
+    return ranks.prepare(role, iteration, settings, rank, world_size, device)
+
+
+def _role(
+    stage: type[BtsHalf],
+    end: type[UeHalf],
+    settings: Settings,
+    topology: Topology,
+    role: int,
+    device: torch.device,
+) -> ranks.Role:
+    way = decide(settings, topology, device)
+    if topology.is_bts(role):
+        deepspeed = deepspeed_settings.load(settings.train.deepspeed, settings.train.precision)
+        deepspeed = deepspeed_settings.on(deepspeed, device)
+        engine, cuts = import_engine(device), cut_tail(settings)
+        return partial(stage, deepspeed=deepspeed, engine=engine, way=way, cuts=cuts)
+    ues, test = load(settings, topology.ues_of(role), device)
+    return partial(end, ues=ues, test=test, way=way)
 
 
 def cut_tail(settings: Settings) -> list[int] | None:

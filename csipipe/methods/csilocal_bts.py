@@ -46,6 +46,9 @@ class BtsHalf(Half):
         engine: `csipipe.pipeline.engine`, which UE ranks never import.
         way: how the UEs are computed, for the notes.
         cuts: first layer of every stage, then the number of layers; None: measured now.
+
+    Attributes:
+        idle: at the first stage, UEs of the iteration that were left out of it.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class BtsHalf(Half):
         self.whole, self.each = self.stage.whole, self.stage.each
         layers = {f"tail_layer_{n}": x for n, x in enumerate(self.layers, self.parts[role])}
         self.stage.before_step = partial(self.probe.gradients, {"tail": self.layers, **layers})
+        self.idle: list[int] = []
         self._restore: Callable[[], None] | None = None
         optimizer = self.stage.optimizer
         plain = isinstance(optimizer, torch.optim.Adam)
@@ -104,6 +108,7 @@ class BtsHalf(Half):
 
     def begin(self, iteration: int) -> None:
         """Lines 4–7 and 11 of Algorithm 1 follow."""
+        self.idle = []
         self.clock.begin("compute", "prepare")
         if self.role == 0:
             self.reports.post()
@@ -132,7 +137,7 @@ class BtsHalf(Half):
     def _count_idle(self, figures: Figures) -> None:
         """At the first stage: count UEs of the iteration that report no rows."""
         reported = figures.sums[:, 0].tolist()
-        idle = [ue for ue in self.seat.roster.present if not reported[ue]]
+        self.idle = idle = [ue for ue in self.seat.roster.present if not reported[ue]]
         self.seat.leave_out(
             dict.fromkeys(idle, "a gradient was bad; see the rank that received it")
         )

@@ -34,6 +34,9 @@ class UeHalf(UeSide):
 
     Args:
         way: how they are computed.
+
+    Attributes:
+        always: what is executed even if none of the UEs takes part.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class UeHalf(UeSide):
             calls={op: partial(self._hear, kind) for op, kind in AGREED.items()},
         )
         self.whole, self.each = self.stage.whole, self.stage.each
+        self.always: set[Op] = {*AGREED}
         self._restore: list[Callable[[], None]] = []
 
     def evaluated(self) -> dict[EvalRows, int]:
@@ -88,7 +92,7 @@ class UeHalf(UeSide):
 
     def execute(self, plan: Plan, clock: Clock | None = None) -> None:
         """Where none of its UEs takes part, a rank only hears who does."""
-        super().execute(plan if self.stage.ues else [i for i in plan if i.op in AGREED], clock)
+        super().execute(plan if self.stage.ues else [i for i in plan if i.op in self.always], clock)
 
     def undo(self) -> None:
         self.ends.clear()

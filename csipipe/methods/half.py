@@ -93,6 +93,9 @@ class Half:
         """Figures on `part`, BatchNorm by running statistics; called without gradients."""
         raise NotImplementedError
 
+    def lend(self) -> None:
+        """Before `hand_over`: UEs get what they miss, until their weights are saved."""
+
     def hand_over(self) -> None:
         """Send what another rank is to save: before any of them can fail to write."""
 

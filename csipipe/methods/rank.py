@@ -76,9 +76,10 @@ class Rank(Seat):
         self.halves = list(halves)
         wires = [half.wire for half in halves]
         self._decisions = wires[0].announcements(Kind.DECISION, 0, 1)
-        sections = zip(*((plan.once, plan.attempt, plan.end) for plan in plans), strict=True)
-        once, attempt, end = (self._mine(section) for section in sections)
-        self._order = Attempts(once, attempt, end)
+        sections = zip(
+            *((p.once, p.attempt, p.end, p.before, p.after) for p in plans), strict=True
+        )
+        self._order = Attempts(*(self._mine(section) for section in sections))
         if Instruction(Op.ROLL_CALL) in plans[0].attempt:
             self.roster.connect(wires[0])
         self.world.ready("parts")  # building them may take longer than a wait in an iteration
@@ -105,10 +106,14 @@ class Rank(Seat):
         self._draw(iteration)
         for half in self.halves:
             half.begin(iteration)
+        if self.roster.behind:
+            self._run_some(self._order.before)
         self.roster.train(self._order, self._run, self._undo)
         figures = None
         for half in reversed(self.halves):  # UEs report before the first stage gathers
             figures = half.end()
+        if self.roster.averages:
+            self._run_some(self._order.after)
         self.clock.stop()
         return figures
 
@@ -121,6 +126,12 @@ class Rank(Seat):
             of_role[role].execute(part)
         for half in self.halves:
             half.close()
+
+    def _run_some(self, parts: Sequence[order.Part]) -> None:
+        """Execute a section that is cut by UE, as far as it concerns UEs that take part."""
+        some = [(role, self.roster.of(part)) for role, part in parts]
+        if some:  # federated methods do all of it in one section
+            self._run(some)
 
     def _draw(self, iteration: int | None) -> None:
         """The UEs of an iteration, or of an evaluation, are present."""
@@ -161,6 +172,8 @@ class Rank(Seat):
         return bool(self._decisions.receive(0).item())
 
     def save_weights(self, folder: Path) -> None:
+        for half in self.halves:
+            half.lend()
         for half in self.halves:
             half.hand_over()
         for half in self.halves:

@@ -61,10 +61,6 @@ class Replica:
         """(P,) what goes up, and (WIDTH,) sums over the mini-batches; raises as `step`."""
         raise NotImplementedError
 
-    def apply(self, step: Tensor) -> None:
-        """Take the (P,) step of the shared parts that the BTS made of what the UEs sent."""
-        self.agreed.apply(step)
-
     @property
     def phases(self) -> list[list[nn.Parameter]]:
         """Parameters that step together: all (FedSim), or personal, then shared ones (FedAlt)."""
@@ -150,6 +146,13 @@ class Agreed:
         """Move to what all UEs agree on."""
         self.value += mean_change
         self.show(self.value)
+
+    def lend(self, missed: Tensor) -> Tensor:
+        """Let the tensors have what was missed, too; returns them as they were, for `show`."""
+        own = flat(self.tensors)
+        own = self.value if torch.equal(own, self.value) else own  # then no copy of them is kept
+        self.show(own + missed)
+        return own
 
     def show(self, vector: Tensor) -> None:
         """Let the tensors be `vector`, whatever is agreed on."""

@@ -29,8 +29,18 @@ _DRAWS, _EVALUATED = 2000, 3000  # distinct from the seeds of the UEs' own draws
 
 
 def drawn(settings: Settings, iteration: int) -> list[int]:
-    """UEs of an iteration, counted from 0, ascending: a function of the seed alone."""
-    return _some(settings, settings.participants, _DRAWS, iteration)
+    """UEs of an iteration, counted from 0, ascending: a function of the seed alone.
+
+    Up to the averaging that ends them, iterations have the same ones.
+    """
+    together = iteration < settings.aggregated
+    first = iteration - iteration % settings.aggregate_every if together else iteration
+    return _some(settings, settings.participants, _DRAWS, first)
+
+
+def averages(settings: Settings, iteration: int) -> bool:
+    """Whether an iteration ends with an averaging of what the UEs share."""
+    return iteration < settings.aggregated and (iteration + 1) % settings.aggregate_every == 0
 
 
 def evaluated(settings: Settings) -> list[int]:
@@ -46,9 +56,16 @@ def _some(settings: Settings, number: int, *what: int) -> list[int]:
 
 
 def returning(settings: Settings, iteration: int) -> list[int]:
-    """Those of an iteration that took no part in the one before, and missed something."""
+    """Those that begin an iteration with what they missed: who took no part in the one before.
+
+    After the last averaging that are all UEs, and nobody misses anything again.
+    """
     before = drawn(settings, iteration - 1) if iteration else range(settings.topology.ues)
-    return [ue for ue in drawn(settings, iteration) if ue not in before]
+    if iteration > settings.aggregated:
+        return []
+    last = iteration == settings.aggregated
+    now = range(settings.topology.ues) if last else drawn(settings, iteration)
+    return [ue for ue in now if ue not in before]
 
 
 class Roster:
@@ -57,7 +74,8 @@ class Roster:
     Attributes:
         present: UEs whose rows are in what crosses now, ascending: those of the iteration or of
             the evaluation.
-        behind: those of them that took no part in the iteration before.
+        behind: UEs that begin the iteration with what they missed.
+        averages: whether the iteration ends with an averaging of what the UEs share.
         evaluated: those of evaluations.
         out: those of them that are left out.
     """
@@ -72,6 +90,7 @@ class Roster:
         self.present = self._everyone
         self.evaluated = evaluated(settings)
         self.behind: list[int] = []
+        self.averages = False
         self.out: set[int] = set()
 
     def draw(self, iteration: int | None) -> None:
@@ -80,9 +99,10 @@ class Roster:
         if iteration is not None:
             self.present = drawn(self._settings, iteration)
             self.behind = returning(self._settings, iteration)
+            self.averages = averages(self._settings, iteration)
 
     def of(self, plan: Plan) -> list[Instruction]:
-        """Of a federated plan, cut by UE, what concerns UEs that take part."""
+        """Of a plan that is cut by UE, what concerns UEs that take part."""
         present, behind = set(self.present), set(self.behind)
         back = (Op.SEND_MISSED, Op.RECEIVE_MISSED)
         return [

@@ -105,6 +105,8 @@ def _needs(
     at = min(role, stages)  # hosts of UEs are next to the first stage and to the last
     if op in _SENT_BY:
         neighbours = ring[(at + (1 if op is Op.RECEIVE_BACKWARD else -1)) % len(ring)]
+        if op in (Op.RECEIVE_MISSED, Op.RECEIVE_MEAN):
+            neighbours = ring[0]  # it aggregates
         sent = Instruction(_SENT_BY[op], None if op is Op.RECEIVE_MEAN else instruction.micro_batch)
         return [(neighbour, sent) for neighbour in neighbours]
     if op in (Op.ROLL_CALL, Op.VERDICT):

@@ -13,7 +13,7 @@ and results don't depend on the schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -37,7 +37,7 @@ class Op(Enum):
     ROLL_CALL = "roll call"  # who takes part: once all smashed data have arrived
     VERDICT = "verdict"  # whether that holds: once all gradients have arrived
     STEP = "step"  # optimiser
-    # federated methods, on one UE each
+    # federated methods, and csilocal with averaging, on one UE each
     SEND_MISSED = "send what was missed to UE"  # RECEIVE_MISSED of the UE
     RECEIVE_MISSED = "wait for what was missed, UE"
     LOCAL_STEPS = "local step of UE"  # UE: its own training
@@ -131,6 +131,7 @@ class Attempts(Generic[Piece]):
     Where UEs aren't dropped, all of it is one attempt.
 
     Attributes:
+        before, after: executed in some iterations only, cut by UE: see `with_averaging`.
         once: executed first; a repetition reuses its results.
         attempt: everything that crosses; at its end all ranks know whether it is valid.
         end: executed after the valid attempt; changes weights.
@@ -139,6 +140,8 @@ class Attempts(Generic[Piece]):
     once: list[Piece]
     attempt: list[Piece]
     end: list[Piece]
+    before: list[Piece] = field(default_factory=list)
+    after: list[Piece] = field(default_factory=list)
 
 
 def one_attempt(plan: Plan) -> Attempts[Instruction]:
@@ -295,6 +298,28 @@ def federated_training(
     everyone = range(sum(map(len, hosted)))
     rounds = [ue_round(ues, absent) for ues in hosted]
     return [one_attempt(plan) for plan in (aggregation(everyone, absent), *rounds)]
+
+
+def with_averaging(
+    plans: Sequence[Attempts[Instruction]], stages: int, hosted: Sequence[range], absent: bool
+) -> list[Attempts[Instruction]]:
+    """CSILocal's iteration for every role, and around it what averages the UEs' parts.
+
+    It is a federated iteration without local steps, with the first stage as the aggregator. Whoever
+    was absent first hears what it missed, before anything else.
+    """
+    federated = federated_training(hosted, absent)
+    idle = one_attempt([])
+    rounds = [federated[0], *[idle] * (stages - 1), *federated[1:]]
+    missed = (Op.SEND_MISSED, Op.RECEIVE_MISSED)
+    return [
+        replace(
+            plan,
+            before=[i for i in round_.attempt if i.op in missed],
+            after=[i for i in round_.attempt if i.op not in (*missed, Op.LOCAL_STEPS)],
+        )
+        for plan, round_ in zip(plans, rounds, strict=True)
+    ]
 
 
 def bubble(stages: int, micro_batches: int) -> float:

@@ -137,6 +137,8 @@ class Trained:
         state = meant(snapshot.tensors(ue_name(ue)))
         if ue and not any(key.startswith("encoder.") for key in state):
             return self._ue_state(snapshot, 0)  # centralised: the first UE's are everyone's
+        if self.settings.spec.pipelined:  # between two averagings, or on its own
+            return state, file
         return state | _common(snapshot), file
 
 

@@ -260,6 +260,12 @@ class TrainSettings:
     give the same results, to the bit."""
     local_steps: int = 1
     """E: Adam steps of a UE, each on a mini-batch, between two exchanges (FedAvg, FedProx)."""
+    aggregate_every: int | None = None
+    """E of splitfed: iterations between two averagings of the UEs' encoders and heads. More than
+    train.iterations: never, as csilocal. null: 10."""
+    personal_iterations: int = 0
+    """splitfed: the last iterations, in which nothing is averaged any more: encoder and head of
+    every UE are tuned to its own channels."""
     mu: float = 0.01
     """Weight of FedProx's proximal term: adds mu times (local - global model) to the gradient."""
     personalisation: Literal["fedsim", "fedalt"] = "fedsim"
@@ -305,7 +311,7 @@ class TrainSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
     stacked: Literal["auto", "always", "never"] = "auto"
-    """csilocal: compute the encoders and heads of a rank's UEs as one, by grouped convolutions and
+    """csilocal, splitfed: compute the encoders and heads of a rank's UEs as one, by grouped convolutions and
     batched products, instead of one after the other: the same but for rounding. auto: where that
     is faster."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
@@ -327,6 +333,13 @@ class TrainSettings:
                 f"train.batch_size {self.batch_size} is not divisible by train.micro_batches "
                 f"{self.micro_batches}; every micro-batch holds the same number of rows of every "
                 "UE."
+            )
+        if self.aggregate_every is not None:
+            _at_least("train.aggregate_every", self.aggregate_every, 1)
+        if not 0 <= self.personal_iterations <= self.iterations:
+            raise ValueError(
+                f"train.personal_iterations is {self.personal_iterations}; it must lie between 0 "
+                f"and train.iterations {self.iterations}."
             )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"train.lr is {self.lr}; it must be positive and finite.")
@@ -403,9 +416,10 @@ class CodecSettings:
     smashed_gradient: str | None = None
     """The gradient at the encoder's output, BTS to UE."""
     update: str | None = None
-    """Federated: the change of the shared parts or their gradient, UE to BTS."""
+    """Federated methods and splitfed: the change of the shared parts or their gradient, UE to
+    BTS."""
     mean_update: str | None = None
-    """Federated: the mean of the UEs' updates, BTS to UE."""
+    """Federated methods and splitfed: the mean of the UEs' updates, BTS to UE."""
 
     def __post_init__(self) -> None:
         for kind, name in vars(self).items():
@@ -435,8 +449,8 @@ class CommSettings:
     """Gaussian noise that a UE adds to its smashed data, in training and evaluations: standard
     deviation over the root mean square of what it sends in a message."""
     error_feedback: bool = False
-    """Federated methods: what an update loses at its codec is added to the next one, at the UEs and
-    at the BTS."""
+    """Federated methods and splitfed: what an update loses at its codec is added to the next one,
+    at the UEs and at the BTS."""
 
     def __post_init__(self) -> None:
         if not 0 < self.topk <= 1:
@@ -573,7 +587,14 @@ class Settings:
 
     def check_comm(self) -> None:
         """Refuse (ValueError) what is said of messages that the method doesn't exchange."""
-        crosses = self.spec.crosses
+        crosses, train = self.spec.crosses, self.train
+        for name in ("aggregate_every", "personal_iterations"):
+            if getattr(train, name) and not self.spec.aggregates:
+                able = [method for method, spec in METHODS.items() if spec.aggregates]
+                raise ValueError(
+                    f"train.{name} is {getattr(train, name)}, but {self.method} has no iterations "
+                    f"with and without an averaging; leave it out, or use {', '.join(able)}."
+                )
         for kind, name in vars(self.comm.codec).items():
             if name is not None and kind not in crosses:
                 what = ", ".join(crosses) or "nothing"
@@ -592,6 +613,11 @@ class Settings:
                 "are for smashed data in int8, int4 or int2. Name one of them, or use comm.scale "
                 "row."
             )
+        if self.comm.scale == "range" and self.spec.shared:
+            raise ValueError(
+                f"comm.scale is range, but {self.method} averages encoders, whose ranges are found "
+                "by every UE for itself; use comm.scale row or ue."
+            )
         if self.comm.error_feedback and "update" not in crosses:
             raise ValueError(
                 f"comm.error_feedback is true, but {self.method} sends no updates, whose losses "
@@ -604,16 +630,21 @@ class Settings:
         kinds = [field.name for field in fields(CodecSettings)]
         codec = replace(self.comm.codec, **dict.fromkeys(set(kinds) - set(spec.crosses)))
         feedback = self.comm.error_feedback and "update" in spec.crosses
-        split = "smashed" in spec.crosses
+        split, ranged = "smashed" in spec.crosses, self.comm.scale == "range"
         comm = replace(
             self.comm,
             codec=codec,
             error_feedback=feedback,
             noise=self.comm.noise if split else 0.0,
-            scale=self.comm.scale if split or self.comm.scale != "range" else "row",
+            scale="row" if ranged and (spec.shared or not split) else self.comm.scale,
         )
-        steps = self.train.local_steps if spec.local_steps else 1
-        return replace(self, method=method, comm=comm, train=replace(self.train, local_steps=steps))
+        train = replace(
+            self.train,
+            local_steps=self.train.local_steps if spec.local_steps else 1,
+            aggregate_every=self.train.aggregate_every if spec.aggregates else None,
+            personal_iterations=self.train.personal_iterations if spec.aggregates else 0,
+        )
+        return replace(self, method=method, comm=comm, train=train)
 
     def on(self, ranks: int) -> Settings:
         """The same run on `ranks` processes: who is where is decided, unless it was."""
@@ -646,6 +677,17 @@ class Settings:
     def participants(self) -> int:
         """UEs that take part in an iteration."""
         return self.topology.participants or self.topology.ues
+
+    @property
+    def aggregate_every(self) -> int:
+        """Iterations between two averagings of what the UEs share."""
+        return self.train.aggregate_every or self.spec.aggregates or 1
+
+    @property
+    def aggregated(self) -> int:
+        """Iterations up to the last averaging; in those that follow, every UE is on its own."""
+        common = self.train.iterations - self.train.personal_iterations
+        return common - common % self.aggregate_every
 
     @property
     def similarity(self) -> bool:

@@ -34,6 +34,9 @@ class MethodSpec:
     """Whether UEs send gradients, with whose mean the BTS steps Adam; federated methods."""
     shared: tuple[str, ...] = ()
     """Parts of the model that every UE has and the BTS averages; the other parts are private."""
+    aggregates: int = 0
+    """Iterations between two averagings of the shared parts if train.aggregate_every is null; 0:
+    the user can't say, after every one if anything is shared."""
     crosses: tuple[str, ...] = ()
     """What crosses between UEs and BTS, as comm.codec has it."""
 
@@ -131,6 +134,7 @@ def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
 
 
 _WHOLE, _PERSONAL = ("encoder", "tail", "head"), ("tail", "head")
+_SPLIT = ("smashed", "output", "output_gradient", "smashed_gradient")
 
 METHODS: dict[str, MethodSpec] = {
     "csilocal": MethodSpec(
@@ -139,7 +143,17 @@ METHODS: dict[str, MethodSpec] = {
         cost="csipipe.methods.cost:split",
         stages=2,
         pipelined=True,
-        crosses=("smashed", "output", "output_gradient", "smashed_gradient"),
+        crosses=_SPLIT,
+    ),
+    "splitfed": MethodSpec(
+        about="csilocal, with encoders and heads averaged every so many iterations",
+        prepare="csipipe.methods.splitfed:prepare",
+        cost="csipipe.methods.cost:split",
+        stages=2,
+        pipelined=True,
+        shared=("encoder", "head"),
+        aggregates=10,
+        crosses=(*_SPLIT, "update", "mean_update"),
     ),
     "centralised": MethodSpec(
         about="the unsplit model on all data, in one process",
