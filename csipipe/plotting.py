@@ -16,6 +16,7 @@ from csipipe.files import whole
 
 _NAMES = {
     "csilocal": "CSILocal",
+    "splitfed": "SplitFed",
     "fedavg": "FedAvg",
     "fedavgper": "FedAvgPer",
     "fedprox": "FedProx",
@@ -31,6 +32,7 @@ _NAMES = {
 _DASHED, _DOTTED, _MIXED = (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))
 _STYLES: dict[str, dict[str, Any]] = {
     "csilocal": {"color": "black", "linestyle": "-", "marker": "o", "linewidth": 2.2},
+    "splitfed": {"color": "#8e44ad", "linestyle": _DASHED, "marker": "v"},
     "fedavg": {"color": "#0059b3", "linestyle": "-", "marker": "s"},
     "fedavgper": {"color": "#0059b3", "linestyle": _DASHED, "marker": "s", "mfc": "white"},
     "fedprox": {"color": "#c0392b", "linestyle": _MIXED, "marker": "^"},

@@ -76,9 +76,7 @@ class Rank(Seat):
         self.halves = list(halves)
         wires = [half.wire for half in halves]
         self._decisions = wires[0].announcements(Kind.DECISION, 0, 1)
-        sections = zip(
-            *((p.once, p.attempt, p.end, p.before, p.after) for p in plans), strict=True
-        )
+        sections = zip(*((p.once, p.attempt, p.end, p.before, p.after) for p in plans), strict=True)
         self._order = Attempts(*(self._mine(section) for section in sections))
         if Instruction(Op.ROLL_CALL) in plans[0].attempt:
             self.roster.connect(wires[0])

@@ -133,7 +133,7 @@ class BtsHalf(csilocal_bts.BtsHalf):
             self.exchange.finish()
 
     def _send_mean(self) -> None:
-        """A UE that was left out of the iteration sends its update, as it is, and is counted once."""
+        """A UE that was left out of the iteration sends its update all the same; counted once."""
         assert self.exchange is not None
         self.exchange.whole[Op.SEND_MEAN]()
         self.seat.count(ue for ue in self.exchange.faults if ue not in self.idle)

@@ -7,7 +7,18 @@ from argparse import ArgumentParser
 from types import ModuleType
 
 from csipipe.files import in_words
-from csipipe.reports import accuracy, array, bytes, fig5, fig6, headline, plan, search, table1
+from csipipe.reports import (
+    accuracy,
+    array,
+    averaging,
+    bytes,
+    fig5,
+    fig6,
+    headline,
+    plan,
+    search,
+    table1,
+)
 
 ABOUT = """Makes the paper's figures from training runs. Missing runs are started, one torchrun
 after the other; the same command resumes an interrupted report. Settings of training, such as
@@ -19,6 +30,7 @@ REPORTS: dict[str, ModuleType] = {
     "fig6": fig6,
     "headline": headline,
     "bytes": bytes,
+    "averaging": averaging,
     "accuracy": accuracy,
     "plan": plan,
     "search": search,
@@ -28,6 +40,7 @@ ARRAYS: dict[str, array.Wanted] = {
     "fig6": fig6.wanted,
     "headline": headline.wanted,
     "bytes": bytes.wanted,
+    "averaging": averaging.wanted,
 }
 """Reports whose runs can be started as a SLURM array."""
 

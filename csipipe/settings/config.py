@@ -311,9 +311,9 @@ class TrainSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
     stacked: Literal["auto", "always", "never"] = "auto"
-    """csilocal, splitfed: compute the encoders and heads of a rank's UEs as one, by grouped convolutions and
-    batched products, instead of one after the other: the same but for rounding. auto: where that
-    is faster."""
+    """csilocal, splitfed: compute the encoders and heads of a rank's UEs as one, by grouped
+    convolutions and batched products, instead of one after the other: the same but for rounding.
+    auto: where that is faster."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
     """What to do when a UE sends values that aren't finite or exceed train.max_rms. stop: end the
     run and name the UE. drop: compute the iteration as if the UE had not taken part.

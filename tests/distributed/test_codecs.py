@@ -18,7 +18,7 @@ from csipipe.comm import codec
 from csipipe.comm.channel import SLOTS
 from csipipe.comm.ledger import COUNTED, PAPER, PHASES, UP, Kind
 from csipipe.comm.world import World
-from csipipe.methods.cost import bytes_per_iteration
+from csipipe.methods.cost import bytes_exchanged
 from csipipe.settings.config import CodecSettings, CommSettings, Placement, Settings
 from csipipe.settings.tables import METHODS
 
@@ -77,17 +77,23 @@ def of_all(ranks: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return joined([rank["runs"][name] for rank in ranks])
 
 
-def check_ledger(ranks: list[dict[str, Any]], found: dict[str, Settings]) -> None:
-    """Planned, counted and sent bytes are the same."""
+def check_ledger(
+    ranks: list[dict[str, Any]], found: dict[str, Settings], lent: tuple[Kind, ...] = ()
+) -> None:
+    """Planned, counted and sent bytes are the same.
+
+    Args:
+        lent: kinds that cross once more when weights are saved, after the ledger was read.
+    """
     ledgers = {name: of_all(ranks, name)["ledger"] for name in found}
     training = PHASES.index("training")
     for name, settings in found.items():
-        planned = bytes_per_iteration(settings)
+        planned = bytes_exchanged(settings)
         for way, kinds in {"up": set(UP) & set(PAPER), "down": set(PAPER) - set(UP)}.items():
             rows = [COUNTED.index(kind) for kind in kinds]
             counted = int(ledgers[name][training, rows, :, 1].sum())
-            assert counted == settings.train.iterations * planned[way], (name, way)
-    for kind in COUNTED:
+            assert counted == planned[way], (name, way)
+    for kind in (kind for kind in COUNTED if kind not in lent):
         counted = sum(
             int(ledger[:, COUNTED.index(kind), :, 1].sum()) for ledger in ledgers.values()
         )

@@ -270,9 +270,16 @@ def test_bf16_loses_nothing_of_what_was_missed() -> None:
         assert b == pytest.approx(a, rel=3e-2)
 
 
-def test_weights_and_checkpoints_have_what_all_have_in_common(tmp_path: Path) -> None:
+PERIODS = {"train__aggregate_every": "2", "train__personal_iterations": "1"}
+
+
+@pytest.mark.parametrize(("method", "more"), [("fedgradper", {}), ("splitfed", PERIODS)])
+def test_weights_and_checkpoints_have_what_all_have_in_common(
+    method: str, more: dict[str, str], tmp_path: Path
+) -> None:
     """Of a UE too that took no part in the last iteration."""
-    given = arguments(tmp_path, method="fedgradper", topology__participants="2", data__holdout="0")
+    some = {"topology__participants": "2", "data__holdout": "0", **more}
+    given = arguments(tmp_path, method=method, **some)
     [ended] = run_program(1, given)
     assert ended.code == 0, ended.err
     summary = json.loads((tmp_path / "summary.json").read_text())

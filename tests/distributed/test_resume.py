@@ -147,6 +147,16 @@ CSILOCAL = {
             "noise": 0.1,
         },
     ),
+    "splitfed": small(  # the checkpoint is between two averagings
+        "splitfed",
+        train={"iterations": 2 * HALF, "aggregate_every": 2, "personal_iterations": 1},
+        topology={"participants": 3},
+        comm={
+            "codec": CodecSettings(update="int4", mean_update="topk"),
+            "rounding": "stochastic",
+            "error_feedback": True,
+        },
+    ),
     "random": small(model={"name": "randommodel:build"}, train={"iterations": 2 * HALF}),
     "transnet": small(model={"name": "transnet"}, train={"iterations": 2 * HALF}),
     "zero1": small(
@@ -180,9 +190,14 @@ def saved_csilocal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     ("placement", "stages", "size", "names"),
     [
         ("apart", 2, 4, ["zero1"]),
-        ("apart", 1, 5, ["fp32", "bf16", "some", "int4", "random", "transnet", "frozen"]),
+        (
+            "apart",
+            1,
+            5,
+            ["fp32", "bf16", "some", "int4", "random", "transnet", "frozen", "splitfed"],
+        ),
         ("apart", 3, 4, ["fp32"]),
-        ("together", 1, 1, ["fp32", "some", "int4"]),
+        ("together", 1, 1, ["fp32", "some", "int4", "splitfed"]),
         ("together", 2, 2, ["zero1"]),
         pytest.param("apart", 2, 4, ["fp32", "bf16", "zero1"], marks=pytest.mark.long),
         pytest.param("apart", 1, 2, ["fp32", "bf16"], marks=pytest.mark.long),
