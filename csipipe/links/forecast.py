@@ -9,6 +9,7 @@ transfers is hidden from the forecast too, which is then too long by as much.
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,56 +17,58 @@ from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
 from csipipe.links.network import Link
 from csipipe.methods.cost import message_bytes
-from csipipe.pipeline.schedule import Op, federated_training, split_training
+from csipipe.pipeline.schedule import Op, federated_training, split_training, with_averaging
 from csipipe.settings.config import Settings
 
 FRAME = 1514 / 1448
 """Bytes on the link for one that is sent: Ethernet, IPv4 and TCP with time stamps, in full frames
 of 1,500 bytes."""
+_NAMES = {
+    Kind.SMASHED: "z",
+    Kind.OUTPUT: "output",
+    Kind.OUTPUT_GRADIENT: "gradient",
+    Kind.SMASHED_GRADIENT: "dz",
+    Kind.UPDATE: "update",
+    Kind.MEAN_UPDATE: "mean",
+}
 Message = tuple[str, int, int | None]
 """What crosses: its name, the UE rank at one end (stages: -1), its micro-batch or UE."""
 
 
 def seconds(settings: Settings, links: Sequence[Link], computing: float) -> float:
-    """An iteration of training, in seconds.
+    """An iteration of training, in seconds: the median of those with and without an averaging.
 
     Args:
         links: of every UE rank.
         computing: seconds of an iteration where links cost nothing.
     """
-    return computing + _Play(settings, links).last()
+    every = settings.aggregate_every
+    averaging = _Play(settings, links, averaging=True).last()
+    plain = _Play(settings, links, averaging=False).last() if every > 1 else averaging
+    return computing + statistics.median([averaging, *[plain] * (every - 1)])
 
 
 class _Play:
     """The ranks' instructions, with a clock for each rank and each direction of each link."""
 
-    def __init__(self, settings: Settings, links: Sequence[Link]) -> None:
+    def __init__(self, settings: Settings, links: Sequence[Link], averaging: bool) -> None:
         train, stages = settings.train, settings.stages
         placed = Topology.of(settings, stages + len(links))
         self.links, self.stages = links, stages
         self.hosted = [placed.ues_of(stages + host) for host in range(len(links))]
+        crosses = [Kind[crossing.upper()] for crossing in settings.spec.crosses]
+        self.bits = {_NAMES[kind]: message_bytes(settings, kind) * 8 * FRAME for kind in crosses}
         if settings.spec.pipelined:
-            self.bits = {
-                name: message_bytes(settings, kind) * 8 * FRAME
-                for name, kind in (
-                    ("z", Kind.SMASHED),
-                    ("output", Kind.OUTPUT),
-                    ("gradient", Kind.OUTPUT_GRADIENT),
-                    ("dz", Kind.SMASHED_GRADIENT),
-                )
-            }
             plans = split_training(
                 *(train.schedule, stages, len(links), train.micro_batches),
                 drop=False,
                 frozen=train.frozen,
             )
+            if settings.spec.aggregates and averaging:
+                plans = with_averaging(plans, stages, self.hosted, absent=False)
         else:
-            self.bits = {
-                name: message_bytes(settings, kind) * 8 * FRAME
-                for name, kind in (("update", Kind.UPDATE), ("mean", Kind.MEAN_UPDATE))
-            }
             plans = federated_training(self.hosted)
-        self.plans = [deque([*p.once, *p.attempt, *p.end]) for p in plans]
+        self.plans = [deque([*p.once, *p.attempt, *p.end, *p.after]) for p in plans]
         self.now = [0.0] * len(plans)
         self.free = {(way, host): 0.0 for way in ("up", "down") for host in range(len(links))}
         self.arrived: dict[Message, float] = {}

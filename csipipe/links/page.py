@@ -59,7 +59,7 @@ def times_to(
             raise ValueError(f"--curves: {folder} trained {method}, not one of --methods.")
         for name in ("ues", "participants"):
             _same(folder, name, getattr(settings.topology, name), getattr(ours.topology, name))
-        for name in ("batch_size", "local_steps", "precision"):
+        for name in ("batch_size", "local_steps", "aggregate_every", "precision"):
             _same(folder, name, getattr(settings.train, name), getattr(ours.train, name))
         _same(folder, "model", settings.model, ours.model)
         found[method] = curves.read(Path(folder))
@@ -95,6 +95,7 @@ def text(runs: Mapping[str, Settings], rows: Sequence[Row], options: Namespace) 
             + "; ".join(f"{r.method} {r.links}: {r.found.in_all:.1f}" for r in rows)
             + "."
         )
+    periods = any(settings.aggregate_every > 1 for settings in runs.values())
     failed = [f"- {r.method}, {r.links}: {r.found.error}" for r in rows if r.found.error]
     return pages.page(
         "Training over links",
@@ -104,7 +105,8 @@ def text(runs: Mapping[str, Settings], rows: Sequence[Row], options: Namespace) 
         pages.table(heads, [_cells(row, bool(options.curves)) for row in rows]),
         "Planned: an iteration without links, and the transfers of the method's schedule with "
         "frames' headers, as if computing hid nothing of them. Bytes on the links also hold "
-        "set-up, signs of life and evaluations' exchange.",
+        "set-up, signs of life and evaluations' exchange."
+        + (" Averaging every few iterations shows in bytes, not in medians." if periods else ""),
         trouble,
         "Failed:\n\n" + "\n".join(failed) if failed else "",
     )

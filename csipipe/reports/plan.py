@@ -9,7 +9,7 @@ from pathlib import Path
 
 from csipipe import channels
 from csipipe.files import write_file, write_table
-from csipipe.methods.cost import bytes_exchanged, exchanged, shared_parts
+from csipipe.methods.cost import bytes_exchanged, exchanged
 from csipipe.models import count_parts, widths
 from csipipe.plotting import name_of
 from csipipe.reports import pages
@@ -102,7 +102,8 @@ def configuration(preset: str | None, arguments: list[str]) -> Settings:
 
 def plan(settings: Settings) -> list[Row]:
     """A row per method; local steps only where a method takes them."""
-    return [_row(settings.of(method)) for method in METHODS]
+    aggregating = [name for name, spec in tables.METHODS.items() if spec.aggregates]
+    return [_row(settings.of(method)) for method in (*METHODS, *aggregating)]
 
 
 def _row(settings: Settings) -> Row:
@@ -117,7 +118,7 @@ def _row(settings: Settings) -> Row:
         scalars=scalars,
         bytes=size,
         seconds={rate: size * 8 / (rate * 1e6) for rate in LINKS},
-        break_even=scalars / (2 * iterations * each) if any(shared_parts(settings)) else None,
+        break_even=None if settings.spec.pipelined else scalars / (2 * iterations * each),
     )
 
 

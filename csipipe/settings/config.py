@@ -129,7 +129,7 @@ class TopologySettings:
     """apart: the ranks that aren't stages host the UEs. together: all ranks do, those of stages
     too. null: together where there is one rank, else apart. The results are the same."""
     stages: int | None = None
-    """BTS pipeline stages, one rank each. null: 2 for csilocal (together: no more than ranks), 1
+    """BTS pipeline stages, one rank each. null: 2 for csilocal, splitfed (together: ≤ ranks), 1
     (all they can use) for the federated methods, none for centralised."""
     ues: int = 4
     """UEs, numbered from 0 and assigned in order to the ranks that host them."""
@@ -252,7 +252,7 @@ class TrainSettings:
     batch_size: int = 32
     """Samples per UE and iteration, drawn uniformly from the UE's own rows."""
     micro_batches: int = 4
-    """Micro-batches that the tail of csilocal and centralised runs on; must divide
+    """Micro-batches that the tail of csilocal, splitfed and centralised runs on; must divide
     train.batch_size. A federated UE runs its whole model on its whole mini-batch."""
     schedule: ScheduleName = "zerobubble"
     """Pipeline schedule. gpipe: all forward passes, then all backward passes; 1f1b: alternating,

@@ -15,7 +15,7 @@ from csipipe.comm.channel import SLOTS, Channel, Peer
 from csipipe.comm.codec import Codec, Residual, Rounding
 from csipipe.comm.ledger import Kind
 from csipipe.comm.loopback import Loopback
-from csipipe.settings.config import CodecSettings, CommSettings, Settings
+from csipipe.settings.config import CodecSettings, CommSettings, Settings, TrainSettings
 from csipipe.settings.tables import CODECS
 
 PACKED = [name for name, spec in CODECS.items() if spec.dtype is None]
@@ -248,12 +248,38 @@ def test_what_is_lost_comes_with_the_next_message() -> None:
             lambda: Settings(comm=CommSettings(error_feedback=True)).check_comm(),
             "comm.error_feedback is true, but csilocal sends no updates",
         ),
+        (
+            lambda: Settings(train=TrainSettings(aggregate_every=5)).check_comm(),
+            "train.aggregate_every is 5, but csilocal has no iterations.*use splitfed",
+        ),
+        (
+            lambda: Settings(
+                method="fedavg", train=TrainSettings(personal_iterations=5)
+            ).check_comm(),
+            "train.personal_iterations is 5, but fedavg has no",
+        ),
+        (
+            lambda: Settings(
+                method="splitfed",
+                comm=CommSettings(scale="range", codec=CodecSettings(smashed="int8")),
+            ).check_comm(),
+            "comm.scale is range, but splitfed averages encoders",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: object, message: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_another_method_has_no_period_and_no_ranges() -> None:
+    train = TrainSettings(aggregate_every=5, personal_iterations=2)
+    ranged = CommSettings(scale="range", codec=CodecSettings(smashed="int8"))
+    settings = Settings(method="splitfed", train=train)
+    assert settings.of("splitfed").train == train
+    assert settings.of("csilocal").train == TrainSettings()
+    assert Settings(comm=ranged).of("splitfed").comm.scale == "row"
 
 
 def test_another_method_takes_what_is_its_own() -> None:

@@ -14,6 +14,7 @@ from csipipe.methods.cost import (
     feedback_bits,
     shared_parts,
 )
+from csipipe.methods.roster import drawn
 from csipipe.settings.config import (
     CodecSettings,
     CommSettings,
@@ -102,3 +103,31 @@ def test_who_was_absent_receives_what_it_missed() -> None:
     each = 2 * 800 * 1024
     assert exchanged_per_iteration(split) == {"up": each, "down": each}
     assert exchanged(split) == {"up": 500 * each, "down": 500 * each}
+
+
+def test_what_splitfed_averages_by_hand() -> None:
+    """E = 10, in 45 iterations of which the last 12 are the UEs' own: 3 times in 30."""
+    settings = replace(
+        paper("splitfed", 256),
+        train=TrainSettings(
+            iterations=45, batch_size=800, aggregate_every=10, personal_iterations=12
+        ),
+        comm=CommSettings(codec=CodecSettings(update="int8"), scale="ue"),
+    )
+    # encoder and head: 2048·256 + 256 and 256·2048 + 2048, and the encoder's convolution
+    ends = 2 * 2048 * 256 + 256 + 2048 + (2 * 2 * 9 + 2 + 4)
+    assert shared_parts(settings) == (ends, ends)
+    split = 10 * 800 * 512
+    assert exchanged_per_iteration(settings) == {"up": split, "down": split}
+    assert exchanged(settings) == dict.fromkeys(("up", "down"), 45 * split + 3 * 10 * ends)
+    assert bytes_per_iteration(settings) == {"up": 4 * split, "down": 4 * split}
+    padded = -(-ends // 4) * 4 + 4
+    assert bytes_exchanged(settings) == {
+        "up": 4 * 45 * split + 3 * 10 * padded,
+        "down": 4 * (45 * split + 3 * 10 * ends),
+    }
+    # 2 of 5 UEs: who wasn't in the round before, and after the last one all but its two
+    some = replace(settings, topology=TopologySettings(ues=5, participants=2), comm=CommSettings())
+    back = [len({*drawn(some, 10 * k)} - {*drawn(some, 10 * k - 1)}) for k in (1, 2)]
+    down = 45 * split // 5 + (3 * 2 + sum(back) + 3) * ends
+    assert exchanged(some) == {"up": 45 * split // 5 + 3 * 2 * ends, "down": down}

@@ -71,6 +71,23 @@ def test_each_method_gets_settings_that_it_can_use() -> None:
     assert (ours.comm.codec.update, theirs.comm.codec.update) == (None, "int8")
 
 
+def test_an_averaging_follows_the_iteration() -> None:
+    words = ["--topology.ues", "2", "--model.c1", "64", "--model.c2", "64"]
+    links = [Link(1e6, 1e15)] * 2
+    split = forecast.seconds(command._settings("csilocal", words, 2), links, 0)
+    ends = 32 * forecast.FRAME * shared_parts(command._settings("splitfed", words, 2))[0] / 1e6
+    planned = [
+        forecast.seconds(
+            command._settings("splitfed", [*words, "--train.aggregate_every", str(every)], 2),
+            links,
+            0,
+        )
+        for every in (1, 2, 3)
+    ]
+    # after every iteration, after half of them, and after few: the median
+    assert planned == pytest.approx([split + ends, split + ends / 2, split], rel=1e-6)
+
+
 def test_trouble_is_read() -> None:
     assert Trouble.read("1:10:20", 2) == Trouble(1, 10, 20)
     assert Trouble.read("0:1:2:100kbit", 2) == Trouble(0, 1, 2, 1e5)

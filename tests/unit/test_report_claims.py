@@ -286,8 +286,8 @@ def test_the_plan_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture
     assert plan.run(Namespace(preset="paper", out=str(tmp_path), settings=[])) == 0
     assert "| CSILocal | 8,192,000 | 32,768,000 | 163,840,000,000 |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "plan.json").read_text())
-    assert [row["method"] for row in rows] == list(METHODS)
-    assert len(list(csv.reader((tmp_path / "plan.csv").open()))) == 1 + len(METHODS)
+    assert [row["method"] for row in rows] == [*METHODS, "splitfed"]
+    assert len(list(csv.reader((tmp_path / "plan.csv").open()))) == 2 + len(METHODS)
 
 
 @pytest.mark.parametrize("panel", ["b", "d", "f"])

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from csipipe.methods.roster import drawn, evaluated
+from csipipe.methods.roster import averages, drawn, evaluated, returning
 from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
 
 
@@ -81,3 +81,23 @@ def test_evaluations_are_over_ues_of_their_own_draw() -> None:
 def test_evaluations_over_more_than_there_are_or_none_are_refused(ues: int) -> None:
     with pytest.raises(ValueError, match=r"eval_ues is -?\d+; it must lie between 1 and .*ues 50"):
         evaluating(ues)
+
+
+def test_a_period_has_the_same_ues_and_ends_with_an_averaging() -> None:
+    """E = 4, in 15 iterations of which the last 5 are the UEs' own: averaged after 4 and 8."""
+    one = Settings(
+        method="splitfed",
+        topology=TopologySettings(ues=20, participants=5),
+        train=TrainSettings(iterations=15, aggregate_every=4, personal_iterations=5),
+    )
+    every = [drawn(one, k) for k in range(15)]
+    assert [k for k in range(15) if averages(one, k)] == [3, 7]
+    assert every[0:4] == [every[0]] * 4
+    assert every[4:8] == [every[4]] * 4
+    assert len({tuple(present) for present in every}) == 2 + 7
+    plain = Settings(topology=one.topology, train=TrainSettings(iterations=15))
+    assert every[8:] == [drawn(plain, k) for k in range(8, 15)]
+    behind = [returning(one, k) for k in range(15)]
+    assert {k for k, ues in enumerate(behind) if ues} == {4, 8}
+    assert behind[4] == sorted({*every[4]} - {*every[0]})
+    assert behind[8] == sorted({*range(20)} - {*every[4]})  # all have the last mean

@@ -74,6 +74,8 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.betas", "[0.9, 1.0]"], "train.betas"),
         (["--train.local_steps", "0"], "train.local_steps is 0"),
         (["--train.local_steps", "2"], "csilocal exchanges after every step"),
+        (["--train.aggregate_every", "0"], "train.aggregate_every is 0"),
+        (["--train.personal_iterations", "501"], "between 0 and train.iterations 500"),
         (["--method", "fedgrad", "--train.local_steps", "2"], "one of fedavg, fedavgper, fedprox"),
         (["--train.mu", "-0.1"], "train.mu is -0.1"),
         (["--train.mu", ".inf"], "train.mu is inf"),

@@ -1,0 +1,41 @@
+"""The report on splitfed, from runs made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import reportruns
+from reportruns import FLOOR, finish
+
+from csipipe.reports import averaging as report
+from csipipe.reports.command import Report
+from csipipe.reports.reproduce import ARRAYS, REPORTS
+
+LOSSES = [0.8, 0.6, 0.5, 0.5, 0.5]
+SIZES = {"CSILocal (never)": 100, "SplitFed, E = 1": 800, "FedAvg": 1000, "centralised": 0}
+
+
+def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
+    one = Report(reportruns.preset(), tmp_path, quick=False, collect=True, jobs=1)
+    asked = report.wanted(one)
+    assert len(asked) == 7 * 3
+    assert len({run.folder for run in asked.values()}) == len(asked)
+    train = {case: run.settings.train for (case, seed), run in asked.items() if seed == 0}
+    assert train["SplitFed, E = 100"].aggregate_every == 100
+    assert train["SplitFed, E = 10, then 30 on their own"].personal_iterations == 30
+    for (case, _), run in asked.items():
+        if case in SIZES:
+            last = 0.4 if case == "centralised" else 0.5
+            finish(run, [*LOSSES[:2], *[last] * 3], scalars=SIZES[case])
+    curves = {key: run.curve() for key, run in asked.items() if run.folder.exists()}
+    assert report.loss_of(curves, 300) == pytest.approx(FLOOR - 0.9 * 0.5)
+    page = report.verdict(one, curves, "")
+    # half of the third interval is 2.5 of them, of 4 bytes each
+    assert "| SplitFed, E = 1 | 0.0 | 0.0 (3 of 3) | 5.000e-01 | 1.250 |" in page
+    assert report.draw(curves).axes
+    few = {key: curve for key, curve in curves.items() if key[0] != "FedAvg"}
+    assert report.loss_of(few, 300) is None
+    assert "never" in report.verdict(one, few, "")
+    assert "averaging" in REPORTS
+    assert ARRAYS["averaging"] is report.wanted
