@@ -14,10 +14,12 @@ from csipipe.pipeline.schedule import (
     Op,
     aggregation,
     held,
+    split_training,
     stage_attempts,
     ue_attempts,
     ue_round,
     ue_training,
+    with_averaging,
 )
 from csipipe.settings.config import ScheduleName
 
@@ -140,6 +142,32 @@ def test_an_aggregator_holds_one_update_of_its_own_ues(ranks: int) -> None:
     assert {r: [i for role, i in flat(order) if role == r] for r in range(ranks + 1)} == dict(
         enumerate(plans)
     )
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (2, 2), (3, 2), (4, 4)])
+def test_the_first_stage_averages_and_nobody_waits_for_another(ranks: int, stages: int) -> None:
+    topology = Topology(ranks, stages, 8, together=True)
+    hosted = [topology.ues_of(role) for role in topology.ue_roles]
+    split = split_training("1f1b", stages, len(hosted), 4, drop=False)
+    plans = with_averaging(split, stages, hosted, absent=True)
+    assert [plan.attempt for plan in plans] == [plan.attempt for plan in split]
+    assert not any(plan.before or plan.after for plan in plans[1:stages])
+    for section in ([plan.before for plan in plans], [plan.after for plan in plans]):
+        order = flat(ordered(section, topology))
+        for sent, received in (
+            (Op.SEND_MISSED, Op.RECEIVE_MISSED),
+            (Op.SEND_UPDATE, Op.RECEIVE_UPDATE),
+            (Op.SEND_MEAN, Op.RECEIVE_MEAN),
+        ):
+            places = {}
+            for at, (_, i) in enumerate(order):
+                places[i.op, i.micro_batch] = at
+            for op, ue in places:
+                if op is received:
+                    assert places[sent, None if sent is Op.SEND_MEAN else ue] < places[op, ue]
+    ops = {i.op for plan in plans for i in plan.after}
+    assert Op.LOCAL_STEPS not in ops
+    assert {Op.SEND_UPDATE, Op.AGGREGATE, Op.APPLY} <= ops
 
 
 def test_roles_that_wait_for_each_other_are_found() -> None:
