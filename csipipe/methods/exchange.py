@@ -61,7 +61,7 @@ class UeExchange:
         if half.settings.comm.error_feedback:
             for line in self.lines.values():
                 line[Kind.UPDATE].residual = Residual(self.sizes[Kind.UPDATE]).to(half.device)
-        self.each = {
+        self.each: dict[Op, Callable[[int], None]] = {
             Op.RECEIVE_MISSED: self.catch_up,
             Op.RECEIVE_MEAN: self.receive,
             Op.APPLY: self.apply,
@@ -164,8 +164,8 @@ class BtsExchange:
         if some_are_absent(settings) or keeps:
             self._keep_parts()
         self.mean_step: MeanStep | None = None
-        self.whole = {Op.SEND_MEAN: self._send_mean}
-        self.each = {
+        self.whole: dict[Op, Callable[[], None]] = {Op.SEND_MEAN: self._send_mean}
+        self.each: dict[Op, Callable[[int], None]] = {
             Op.SEND_MISSED: self._send_missed,
             Op.RECEIVE_UPDATE: self._receive,
             Op.AGGREGATE: self._add,
