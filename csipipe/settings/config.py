@@ -261,11 +261,10 @@ class TrainSettings:
     local_steps: int = 1
     """E: Adam steps of a UE, each on a mini-batch, between two exchanges (FedAvg, FedProx)."""
     aggregate_every: int | None = None
-    """E of splitfed: iterations between two averagings of the UEs' encoders and heads. More than
-    train.iterations: never, as csilocal. null: 10."""
+    """E of splitfed: iterations between two averagings of encoders and heads; more than there are:
+    never. null: 10."""
     personal_iterations: int = 0
-    """splitfed: the last iterations, in which nothing is averaged any more: encoder and head of
-    every UE are tuned to its own channels."""
+    """splitfed: the last iterations, without averaging: UEs tune encoder and head of their own."""
     mu: float = 0.01
     """Weight of FedProx's proximal term: adds mu times (local - global model) to the gradient."""
     personalisation: Literal["fedsim", "fedalt"] = "fedsim"
