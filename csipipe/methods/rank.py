@@ -127,8 +127,8 @@ class Rank(Seat):
 
     def _run_some(self, parts: Sequence[order.Part]) -> None:
         """Execute a section that is cut by UE, as far as it concerns UEs that take part."""
-        some = [(role, self.roster.of(part)) for role, part in parts]
-        if some:  # federated methods do all of it in one section
+        some = [(role, mine) for role, part in parts if (mine := self.roster.of(part))]
+        if some:  # most methods do all of it in one section
             self._run(some)
 
     def _draw(self, iteration: int | None) -> None:
