@@ -43,7 +43,7 @@ def cases(iterations: int) -> dict[str, tuple[str, int | None, int]]:
     own, every = round(OWN * iterations), PERIODS[1]
     found[f"{name_of(METHOD)}, E = {every}, then {own} on their own"] = (METHOD, every, own)
     found |= {f"{name_of(OURS)} (never)": (OURS, None, 0), name_of(RIVAL): (RIVAL, None, 0)}
-    return found | {f"{name_of(REFERENCE)}": (REFERENCE, None, 0)}
+    return found | {name_of(REFERENCE): (REFERENCE, None, 0)}
 
 
 def wanted(report: Report) -> dict[tuple[str, int], Run]:
@@ -78,7 +78,7 @@ def run(options: Namespace) -> int:
         ],
     )
     if curves:
-        plotting.save(draw(curves), picture)
+        plotting.save(draw(curves, report.preset.common().train.iterations), picture)
     write_file(page, verdict(report, curves, found.notes()))
     return command.close(found, [file for file in files if file.exists()])
 
@@ -92,17 +92,18 @@ def loss_of(curves: Curves, iterations: int) -> float | None:
     return given_loss(plain, max(curve.lowest for curve in plain.values()))
 
 
-def draw(curves: Curves) -> Figure:
+def draw(curves: Curves, iterations: int) -> Figure:
     """Loss over bytes of the first seed."""
     figure = Figure(figsize=(6.8, 5.2), layout="constrained")
     axes = figure.subplots()
     first = min(seed for _, seed in curves)
-    shades = ["-", "--", "-.", ":", "-", "-"]
-    for (case, seed), curve in curves.items():
-        if seed == first and curve.bytes[-1]:
-            at = list(dict.fromkeys(name for name, _ in curves)).index(case)
+    dashes = iter(["-", "--", "-.", ":"])
+    for case, (method, every, _) in cases(iterations).items():
+        look = plotting.style(method) | {"label": case}
+        look |= {"linestyle": next(dashes)} if every else {}
+        if (curve := curves.get((case, first))) is not None and curve.bytes[-1]:
             x = [size / 1e6 for size in curve.bytes]
-            axes.plot(x, curve.loss, label=case, linestyle=shades[at % len(shades)], marker=".")
+            axes.plot(x, curve.loss, markevery=max(1, len(x) // 4), **look)
     axes.set_xscale("log")
     axes.set_xlabel("exchanged (MB, both directions, all UEs)")
     axes.set_ylabel(plotting.LOSS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,26 @@ def damaged(
         named: a refusal names the file.
     """
     chance = random.Random(seed(cases))
-    refused = 0
-    for _ in range(cases):
-        bad = damage(good, chance, text)
-        file.write_bytes(bad)
+    return _refused((damage(good, chance, text) for _ in range(cases)), file, read, named)
+
+
+def _refused(bad: Iterable[bytes], file: Path, read: Callable[[], object], named: bool) -> float:
+    """Read each of these as the file; the share that was refused. What was found is kept."""
+    refused = []
+    for content in bad:
+        file.write_bytes(content)
         try:
             read()
+            refused.append(False)
         except (ValueError, OSError) as refusal:
             said(refusal, file.name if named else "")
-            refused += 1
+            refused.append(True)
         except BaseException:
-            file.with_name("found").write_bytes(bad)
+            print(f"found with {file.name}: {content[:2000]!r}")
+            file.with_name("found").write_bytes(content)
             raise
-    print(f"{refused} of {cases} were refused")
-    return refused / cases
+    print(f"{sum(refused)} of {len(refused)} were refused")
+    return sum(refused) / len(refused)
 
 
 STRANGE = [None, True, -1, 0, 7, 2**70, 0.5, float("nan"), float("inf"), "", "x", "\ud800", "1e999"]
@@ -153,17 +160,5 @@ def respoiled(
         examples: texts that were found to be troublesome.
     """
     chance = random.Random(seed(cases))
-    refused = 0
-    for number in range(cases + len(examples)):
-        bad = examples[number] if number < len(examples) else spoiled(good, chance)
-        file.write_text(bad, encoding="utf-8", errors="surrogatepass")
-        try:
-            read()
-        except (ValueError, OSError) as refusal:
-            said(refusal, file.name if named else "")
-            refused += 1
-        except BaseException:
-            print(f"found with {file.name}: {bad}")
-            raise
-    print(f"{refused} of {cases} were refused")
-    return refused / cases
+    texts = itertools.chain(examples, (spoiled(good, chance) for _ in range(cases)))
+    return _refused((t.encode("utf-8", "surrogatepass") for t in texts), file, read, named)

@@ -47,6 +47,7 @@ def trained(seconds: float, started: list[str]) -> object:
     def train(probes: Sequence[Run]) -> None:
         for probe in probes:
             started.append(probe.name)
+            assert probe.settings.data.test_samples == budget.EVALUATED
             reportruns.finish(probe, [0.5])
             file = probe.folder / "summary.json"
             file.write_text(

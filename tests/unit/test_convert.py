@@ -92,6 +92,17 @@ def test_every_step_but_the_truncation_can_be_undone(tmp_path: Path) -> None:
     assert np.square(peaks).sum(1).max(1).min() < 0.2
 
 
+@pytest.mark.parametrize("axes", ["sample tx delay", "sample angle subcarrier"])
+def test_half_of_a_transform_that_was_done_is_not_done_again(axes: str, tmp_path: Path) -> None:
+    h = channels(rx=1)[:, 0]
+    # a DFT over ports is divided by their number
+    half = np.fft.ifft(h) if "delay" in axes else np.fft.fft(h, axis=1) / P
+    usual, done = saved(tmp_path / "h.npy", h), saved(tmp_path / "half.npy", half)
+    assert run(usual, tmp_path / "a", "--axes", "sample tx subcarrier", "--sets", "test") == 0
+    assert run(done, tmp_path / "b", "--axes", axes, "--sets", "test") == 0
+    np.testing.assert_allclose(everything(tmp_path / "b"), everything(tmp_path / "a"), atol=1e-5)
+
+
 def test_truncation_says_what_it_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     h = channels(rx=1)
     delays = np.fft.ifft(h, axis=-1)

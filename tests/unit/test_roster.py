@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from csipipe.methods.rank import Rank
 from csipipe.methods.roster import averages, drawn, evaluated, returning
+from csipipe.pipeline.schedule import Instruction, Op
 from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
 
 
@@ -101,3 +105,13 @@ def test_a_period_has_the_same_ues_and_ends_with_an_averaging() -> None:
     assert {k for k, ues in enumerate(behind) if ues} == {4, 8}
     assert behind[4] == sorted({*every[4]} - {*every[0]})
     assert behind[8] == sorted({*range(20)} - {*every[4]})  # all have the last mean
+
+
+def test_a_section_without_work_is_not_executed() -> None:
+    """A peer of the benchmark would train another step in it."""
+    executed: list[Any] = []
+    rank = SimpleNamespace(roster=SimpleNamespace(of=list), _run=executed.append)
+    work = [Instruction(Op.SEND_MEAN)]
+    Rank._run_some(cast(Rank, rank), [(0, []), (1, [])])
+    Rank._run_some(cast(Rank, rank), [(0, []), (1, work)])
+    assert executed == [[(1, work)]]
