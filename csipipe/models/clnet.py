@@ -15,7 +15,7 @@ from csipipe.models.crnet import Paths, long_path
 from csipipe.models.initial import xavier
 from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.norm import BatchNorm2d
-from csipipe.settings.config import Kernel, ModelSettings
+from csipipe.settings.config import Kernel, KernelsBy, ModelSettings
 
 CHANNELS = 32
 """Complex filters of the 1×1 convolution beside the long path."""
@@ -26,10 +26,12 @@ KERNELS: tuple[tuple[Kernel, ...], ...] = (((3, 3), (1, 3), (3, 1)), ((1, 5), (5
 class SpatialAttention(nn.Module):
     """Every pixel by a weight, from the largest and the mean channel around it: (B, C, A, D)."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels_by: KernelsBy) -> None:
         super().__init__()
         self.weigh = nn.Sequential(
-            Conv2d(2, 1, (3, 3), bias=False), BatchNorm2d(1, momentum=0.01), nn.Sigmoid()
+            Conv2d(2, 1, (3, 3), bias=False, kernels_by=kernels_by),
+            BatchNorm2d(1, momentum=0.01),
+            nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +62,11 @@ class ChannelAttention(nn.Module):
 def encoder(model: ModelSettings) -> nn.Sequential:
     """(B, 2, A, D) → (B, c1)."""
     beside = nn.Sequential(conv_bn(2, CHANNELS, (1, 1)), ChannelAttention(CHANNELS, CHANNELS // 16))
+    by = model.kernels_by
     return nn.Sequential(
         *xavier(
             nn.Sequential(
-                Paths(nn.Sequential(*long_path(), SpatialAttention()), beside),
+                Paths(nn.Sequential(*long_path(by), SpatialAttention(by)), beside),
                 nn.LeakyReLU(SLOPE),
                 conv_bn(CHANNELS + 2, 2, (1, 1)),
                 nn.LeakyReLU(SLOPE),
@@ -80,7 +83,7 @@ def tail(model: ModelSettings) -> list[nn.Module]:
     first = Linear(model.c1, reals)
     nn.init.uniform_(first.weight, -(reals**-0.5), reals**-0.5)  # PyTorch's for a deconvolution
     blocks = nn.Sequential(
-        conv_bn(2, 2, (5, 5)),
+        conv_bn(2, 2, (5, 5), model.kernels_by),
         nn.LeakyReLU(SLOPE),
         CRBlock(KERNELS, model.kernels_by),
         CRBlock(KERNELS, model.kernels_by),

@@ -20,9 +20,14 @@ SLOPE = 0.3
 """Negative slope of every LeakyReLU in the model."""
 
 
-def conv_bn(inputs: int, outputs: int, kernel: Kernel) -> nn.Sequential:
+def conv_bn(
+    inputs: int, outputs: int, kernel: Kernel, kernels_by: KernelsBy = "torch"
+) -> nn.Sequential:
     """Convolution that keeps the image's size, then BatchNorm (which makes a bias unnecessary)."""
-    return nn.Sequential(Conv2d(inputs, outputs, kernel, bias=False), BatchNorm2d(outputs))
+    if kernel == (1, 1):
+        return nn.Sequential(Pointwise(inputs, outputs), BatchNorm2d(outputs))
+    convolution = Conv2d(inputs, outputs, kernel, bias=False, kernels_by=kernels_by)
+    return nn.Sequential(convolution, BatchNorm2d(outputs))
 
 
 class CRBlock(Deferring):
@@ -36,6 +41,8 @@ class CRBlock(Deferring):
     kernels (3×3, 1×9, 9×1 beside 1×5, 5×1).
     """
 
+    in_channels = 2
+
     def __init__(
         self, paths: tuple[tuple[Kernel, ...], ...], kernels_by: KernelsBy = "auto"
     ) -> None:
@@ -44,7 +51,7 @@ class CRBlock(Deferring):
         self.shape = tuple(tuple((high, wide) for high, wide in path) for path in paths)
         self.paths = nn.ModuleList(self._path(path) for path in paths)
         self.act = nn.LeakyReLU(SLOPE, inplace=True)
-        self.join = nn.Sequential(Pointwise(CHANNELS * len(paths), 2), BatchNorm2d(2))
+        self.join = conv_bn(CHANNELS * len(paths), 2, (1, 1))
 
     def fresh(self) -> CRBlock:
         """A new block of this shape."""

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from csipipe.models.crblock import SLOPE, CRBlock, conv_bn
 from csipipe.models.initial import xavier
 from csipipe.models.layers import Linear
-from csipipe.settings.config import ModelSettings
+from csipipe.settings.config import KernelsBy, ModelSettings
 
 
-def long_path() -> nn.Sequential:
+def long_path(kernels_by: KernelsBy) -> nn.Sequential:
     """The encoder's path of three convolutions: (B, 2, A, D) → (B, 2, A, D)."""
     return nn.Sequential(
-        conv_bn(2, 2, (3, 3)),
+        conv_bn(2, 2, (3, 3), kernels_by),
         nn.LeakyReLU(SLOPE),
-        conv_bn(2, 2, (1, 9)),
+        conv_bn(2, 2, (1, 9), kernels_by),
         nn.LeakyReLU(SLOPE),
-        conv_bn(2, 2, (9, 1)),
+        conv_bn(2, 2, (9, 1), kernels_by),
     )
 
 
@@ -43,7 +43,7 @@ def encoder(model: ModelSettings) -> nn.Sequential:
     """(B, 2, A, D) → (B, c1)."""
     return xavier(
         nn.Sequential(
-            Paths(long_path(), conv_bn(2, 2, (3, 3))),
+            Paths(long_path(model.kernels_by), conv_bn(2, 2, (3, 3), model.kernels_by)),
             nn.LeakyReLU(SLOPE),
             conv_bn(4, 2, (1, 1)),
             nn.LeakyReLU(SLOPE),
@@ -58,7 +58,7 @@ def tail(model: ModelSettings) -> list[nn.Module]:
     layers = nn.Sequential(
         Linear(model.c1, model.reals),
         nn.Unflatten(1, model.image),
-        conv_bn(2, 2, (5, 5)),
+        conv_bn(2, 2, (5, 5), model.kernels_by),
         nn.LeakyReLU(SLOPE),
         CRBlock(model.kernels, model.kernels_by),
         CRBlock(model.kernels, model.kernels_by),

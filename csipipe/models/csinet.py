@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from csipipe.models.initial import xavier
 from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.norm import BatchNorm2d
-from csipipe.settings.config import ModelSettings
+from csipipe.settings.config import KernelsBy, ModelSettings
 
 _SLOPE = 0.3
+
+
+def _convolution(inputs: int, outputs: int, kernels_by: KernelsBy) -> Conv2d:
+    return Conv2d(inputs, outputs, (3, 3), bias=True, kernels_by=kernels_by)
 
 
 def _norm(channels: int) -> BatchNorm2d:
@@ -25,13 +29,13 @@ def _norm(channels: int) -> BatchNorm2d:
 class RefineBlock(nn.Module):
     """Three convolutions with 8, 16 and 2 filters, added to the input: (B, 2, A, D) → the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels_by: KernelsBy) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((2, 8), (8, 16), (16, 2)):
             if layers:
                 layers.append(nn.LeakyReLU(_SLOPE))
-            layers += [Conv2d(before, after, (3, 3), bias=True), _norm(after)]
+            layers += [_convolution(before, after, kernels_by), _norm(after)]
         self.path = nn.Sequential(*layers)
         self.act = nn.LeakyReLU(_SLOPE)
 
@@ -45,7 +49,7 @@ def encoder(model: ModelSettings) -> nn.Sequential:
     """(B, 2, A, D) → (B, c1)."""
     return xavier(
         nn.Sequential(
-            Conv2d(2, 2, (3, 3), bias=True),
+            _convolution(2, 2, model.kernels_by),
             _norm(2),
             nn.LeakyReLU(_SLOPE),
             nn.Flatten(),
@@ -60,8 +64,8 @@ def tail(model: ModelSettings) -> list[nn.Module]:
     layers = nn.Sequential(
         Linear(model.c1, model.reals),
         nn.Unflatten(1, model.image),
-        RefineBlock(),
-        RefineBlock(),
+        RefineBlock(model.kernels_by),
+        RefineBlock(model.kernels_by),
         nn.Flatten(),
     )
     return list(xavier(layers, biases=True))
@@ -70,6 +74,8 @@ def tail(model: ModelSettings) -> list[nn.Module]:
 def head(model: ModelSettings) -> nn.Sequential:
     """The output layer: (B, 2·A·D) → (B, 2, A, D) in [0, 1]."""
     return xavier(
-        nn.Sequential(nn.Unflatten(1, model.image), Conv2d(2, 2, (3, 3), bias=True), nn.Sigmoid()),
+        nn.Sequential(
+            nn.Unflatten(1, model.image), _convolution(2, 2, model.kernels_by), nn.Sigmoid()
+        ),
         biases=True,
     )

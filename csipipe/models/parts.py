@@ -20,7 +20,7 @@ from csipipe.models.crblock import CRBlock
 from csipipe.models.cut import Unsplittable, cut
 from csipipe.models.draws import Watch, reseed
 from csipipe.models.kernels import describe, plain_layers
-from csipipe.models.layers import Linear
+from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.stacked import Unstackable, check_stackable
 from csipipe.settings.config import PARTS, ModelSettings
 from csipipe.settings.tables import MODELS, found
@@ -187,13 +187,14 @@ def sketch_tail(model: ModelSettings) -> list[nn.Module]:
 
 
 def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
-    """Who computes a model's CRBlocks on a device, in words, if it has any; and make them ready."""
-    blocks = (b for layer in layers("tail", model) for b in layer.modules())
-    block = next((b for b in blocks if isinstance(b, CRBlock)), None)
-    if block is None:
-        return []
-    x = torch.zeros(2, *model.image, device=device)
-    return [describe(block.fresh().to(device), x)]
+    """Who computes a model's CRBlocks on a device, or else its small convolutions, in words."""
+    every = [m for part in PARTS for layer in layers(part, model) for m in layer.modules()]
+    for kind in (CRBlock, Conv2d):
+        for module in every:
+            if isinstance(module, kind) and module.kernels_by == model.kernels_by:
+                x = torch.zeros(2, module.in_channels, *model.image[1:], device=device)
+                return [describe(module.fresh().to(device), x)]
+    return []
 
 
 def unstackable(model: ModelSettings) -> str | None:

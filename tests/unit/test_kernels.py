@@ -13,6 +13,7 @@ from csipipe import models
 from csipipe.models import kernels
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.llvm import crblock as llvm
+from csipipe.models.layers import Conv2d
 from csipipe.settings.config import ModelSettings
 
 PATHS = (((3, 3), (1, 3)), ((3, 1),))
@@ -30,6 +31,26 @@ def test_the_choice_is_said() -> None:
     assert notes == ["CRBlocks are computed by fused kernels (llvm)"]
     plain = models.kernels_notes(ModelSettings(angles=4, delays=4, kernels_by="torch"), cpu)
     assert plain == ["CRBlocks are computed by PyTorch's layers (model.kernels_by is torch)"]
+    csinet = ModelSettings(name="csinet", c1=4, angles=4, delays=4)
+    assert models.kernels_notes(csinet, cpu) == [
+        "small convolutions are computed by fused kernels (llvm)"
+    ]
+    assert not models.kernels_notes(ModelSettings(name="linear", c1=4, angles=4, delays=4), cpu)
+
+
+@pytest.mark.parametrize("name", ["csinet", "crnet", "clnet"])
+def test_convolutions_of_published_models_are_kernels(name: str) -> None:
+    model = ModelSettings(name=name, c1=4, angles=4, delays=5)
+    for part in (models.build_encoder(model, 0), *models.build_tail(model, 0)):
+        for module in part.modules():
+            if isinstance(module, Conv2d) and module.kernel_size != (1, 1):
+                assert module.kernels_by == "auto" or _within(module, part)
+
+
+def _within(module: torch.nn.Module, part: torch.nn.Module) -> bool:
+    """Whether a CRBlock, which is computed whole, holds it."""
+    blocks = (block for block in part.modules() if isinstance(block, CRBlock))
+    return any(module is held for block in blocks for held in block.modules())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.llvm import convolution
 from csipipe.models.kernels.llvm import crblock as llvm
 from csipipe.models.layers import Conv2d
-from csipipe.settings.config import ModelSettings
+from csipipe.settings.config import Kernel, ModelSettings
 
 CRNET = ModelSettings().kernels
 OUTPUT, WEIGHTS = 1e-6, 2e-5
@@ -212,10 +212,17 @@ def test_evaluation_uses_running_statistics() -> None:
     assert torch.equal(flat(block.buffers()), before)
 
 
-def test_small_convolutions_are_torchs() -> None:
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "bias"),
+    [(2, 2, (3, 3), True), (2, 1, (1, 9), False), (8, 16, (5, 5), True), (16, 2, (9, 1), False)],
+)
+def test_small_convolutions_are_torchs(
+    inputs: int, outputs: int, kernel: Kernel, bias: bool
+) -> None:
     for angles, delays in ((32, 32), (5, 19)):
-        layer = Conv2d(2, 2, (3, 3), bias=True, kernels_by="llvm")
-        x, dy = torch.randn(7, 2, angles, delays), torch.randn(7, 2, angles, delays)
+        layer = Conv2d(inputs, outputs, kernel, bias, kernels_by="llvm")
+        x, dy = torch.randn(7, inputs, angles, delays), torch.randn(7, outputs, angles, delays)
+        assert kernels.choose(layer, x).why == "llvm"
         with torch.no_grad():
             y, saved = convolution.forward(layer, x, True)
             dx, rest = convolution.input_gradient(layer, saved, dy)

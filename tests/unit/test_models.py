@@ -28,6 +28,17 @@ def test_a_crblock_has_1425_parameters() -> None:
     assert models.count_parameters([models.CRBlock(ModelSettings().kernels)]) == 1425
 
 
+def test_transnet_begins_near_the_middle() -> None:
+    model = ModelSettings(name="transnet", c1=12, angles=6, delays=4)
+    z = models.build_encoder(model, 1)(torch.rand(9, 2, 6, 4))
+    image = models.build_head(model, 3)(torch.nn.Sequential(*models.build_tail(model, 2))(z))
+    assert (image - 0.5).square().mean().sqrt() < 0.02
+    narrow = models.build_tail(replace(model, c2=5), 2)
+    assert any(
+        isinstance(layer, torch.nn.LayerNorm) and (layer.weight == 1).all() for layer in narrow
+    )
+
+
 def test_a_head_with_a_crblock_begins_where_the_linear_one_does() -> None:
     """It costs a CRBlock's parameters; its branch begins at zero."""
     linear = ModelSettings(c1=12, c2=20, angles=32, delays=32)

@@ -42,6 +42,7 @@ def run(*words: str, interpret: bool) -> dict[str, Any]:
     [
         "one path",
         pytest.param("convolution", marks=pytest.mark.long),
+        pytest.param("no bias", marks=pytest.mark.long),
         pytest.param("two channels", marks=pytest.mark.long),
         pytest.param("CRNet", marks=pytest.mark.long),
         pytest.param("several tiles", marks=pytest.mark.long),

@@ -28,6 +28,7 @@ FEW = (((3, 3), (1, 3)), ((3, 1),))
 CASES: dict[str, tuple[int, Any, tuple[int, ...]]] = {
     # channels in paths, kernels (None: a convolution of two channels), shape of the input
     "convolution": (7, None, (3, 2, 6, 5)),
+    "no bias": (7, None, (2, 2, 5, 6)),
     "one path": (2, (((1, 3), (3, 1)),), (2, 2, 3, 3)),
     "two channels": (2, FEW, (3, 2, 6, 5)),
     "CRNet": (7, CRNET_KERNELS, (2, 2, 4, 9)),
@@ -43,7 +44,10 @@ def numbers(case: str) -> dict[str, Any]:
         vars(place)["CHANNELS"] = channels
     torch.manual_seed(0)
     module: CRBlock | Conv2d
-    module = Conv2d(2, 2, (3, 3), True, "triton") if paths is None else CRBlock(paths, "triton")
+    if paths is None:
+        module = Conv2d(2, 2, (3, 3), case != "no bias", "triton")
+    else:
+        module = CRBlock(paths, "triton")
     for parameter in module.parameters():
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.2, 0.4)

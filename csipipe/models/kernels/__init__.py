@@ -27,6 +27,7 @@ _BACKENDS = {
     ("triton", "CRBlock"): "csipipe.models.kernels.triton.crblock",
     ("triton", "Conv2d"): "csipipe.models.kernels.triton.convolution",
 }
+_NAMES = {"CRBlock": "CRBlocks", "Conv2d": "small convolutions"}
 _ROWS = 2
 """Rows that a backend is tried with."""
 _OUTPUT, _GRADIENT, _COARSE = 1e-4, 2e-2, 0.1
@@ -120,7 +121,7 @@ def describe(module: Fusable, x: Tensor) -> str:
     """What a run says of its kernels."""
     choice = choose(module, x)
     by = "PyTorch's layers" if choice.backend is None else "fused kernels"
-    return f"CRBlocks are computed by {by} ({choice.why})"
+    return f"{_NAMES[type(module).__name__]} are computed by {by} ({choice.why})"
 
 
 @functools.cache

@@ -21,8 +21,6 @@ def reason(layer: Conv2d, x: Tensor) -> str | None:
     """Why these kernels can't compute this layer on this input; None if they can."""
     if max(layer.in_channels, layer.out_channels) > LARGEST:
         return f"they take no more than {LARGEST} channels"
-    if layer.bias is None:
-        return "they add a bias"
     return reason_against(layer, x)
 
 
@@ -31,8 +29,8 @@ def forward(layer: Conv2d, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     x, image = x.contiguous(), image_of(x)
     frame = runner().frame(image, layer.in_channels, layer.size)
     out = x.new_empty(len(x), layer.out_channels, *x.shape[2:])
-    assert layer.bias is not None
-    arrays = {"x": x, "out z": out, "weights": layer.weight, "bias": layer.bias}
+    bias = x.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
+    arrays = {"x": x, "out z": out, "weights": layer.weight, "bias": bias}
     constants = (image, "stored", layer.in_channels, layer.size, layer.out_channels, False)
     runner().run(stages.convolution, constants, len(x), arrays, frame, forward_taps(frame))
     return out, x
@@ -51,7 +49,7 @@ def input_gradient(layer: Conv2d, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor
 
 
 def weight_gradients(layer: Conv2d, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Of weight and bias."""
+    """Of weight and bias, if it has one."""
     arrays = {"in x": x, "x": dy}
     weight = runner().weight_gradient(image_of(x), "stored", "stored", arrays, layer.weight, len(x))
-    return [weight, dy.sum((0, 2, 3))]
+    return [weight] if layer.bias is None else [weight, dy.sum((0, 2, 3))]

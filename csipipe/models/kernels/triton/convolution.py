@@ -19,8 +19,6 @@ def reason(layer: Conv2d, x: Tensor) -> str | None:
     """Why these kernels can't compute this layer on this input; None if they can."""
     if max(layer.in_channels, layer.out_channels) > LARGEST:
         return f"they take no more than {LARGEST} channels"
-    if layer.bias is None:
-        return "they add a bias"
     return host.reason_against(layer, x)
 
 
@@ -40,10 +38,11 @@ def input_gradient(layer: Conv2d, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor
 
 
 def weight_gradients(layer: Conv2d, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Of weight and bias."""
-    (found,) = host.weight_gradients(_tiles(x), host.Gradient(dy), layer.weight, x, bias=True)
-    weights = layer.weight.numel()
-    return [found[:weights].view_as(layer.weight), found[weights:]]
+    """Of weight and bias, if it has one."""
+    biased = layer.bias is not None
+    (found,) = host.weight_gradients(_tiles(x), host.Gradient(dy), layer.weight, x, bias=biased)
+    weight, bias = found[: layer.weight.numel()], found[layer.weight.numel() :]
+    return [weight.view_as(layer.weight), *([bias] if biased else [])]
 
 
 def _tiles(x: Tensor) -> host.Tiles:
