@@ -22,6 +22,7 @@ __all__ = [
     "Span",
     "common_test",
     "deal",
+    "dealt",
     "frequency_channels",
     "load_test",
     "load_ue",
@@ -57,6 +58,17 @@ def open_source(data: DataSettings, angles: int | None = None, delays: int | Non
                 f"{there}; leave {name} null to take what the data has, or give other data."
             )
     return source
+
+
+def dealt(settings: Settings) -> tuple[Source, Deal]:
+    """The source that the settings name, and which of its rows go to whom; no values are read yet.
+
+    Raises:
+        ValueError, OSError: as `open_source` and `deal`.
+    """
+    source = open_source(settings.data, settings.model.angles, settings.model.delays)
+    ues = settings.topology.ues
+    return source, deal(settings.data, ues, source.available, source.environments)
 
 
 def sized(settings: Settings) -> Settings:

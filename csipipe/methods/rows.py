@@ -14,7 +14,7 @@ def load(
     settings: Settings, numbers: range, device: torch.device
 ) -> tuple[list[UserEquipment], torch.Tensor]:
     """The UEs' private rows, and the common test set (B, 2, A, D)."""
-    source, deal = _dealt(settings)
+    source, deal = channels.dealt(settings)
     ues = [
         UserEquipment(
             n, settings, *channels.load_ue(source, deal, n, settings.data.holdout), device
@@ -31,12 +31,5 @@ def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifes
     """
     if rank != Topology.first_host(settings, world_size):
         return None
-    source, deal = _dealt(settings)
+    source, deal = channels.dealt(settings)
     return channels.manifest_of(deal, settings.data.holdout, source)
-
-
-def _dealt(settings: Settings) -> tuple[channels.Source, channels.Deal]:
-    """The source of the channels, and the assignment of its rows; no values are read yet."""
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    return source, channels.deal(data, settings.topology.ues, source.available, source.environments)

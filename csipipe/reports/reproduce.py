@@ -14,6 +14,7 @@ from csipipe.reports import (
     bytes,
     fig5,
     fig6,
+    gap,
     headline,
     plan,
     search,
@@ -31,6 +32,7 @@ REPORTS: dict[str, ModuleType] = {
     "headline": headline,
     "bytes": bytes,
     "averaging": averaging,
+    "gap": gap,
     "accuracy": accuracy,
     "plan": plan,
     "search": search,
@@ -41,6 +43,7 @@ ARRAYS: dict[str, array.Wanted] = {
     "headline": headline.wanted,
     "bytes": bytes.wanted,
     "averaging": averaging.wanted,
+    "gap": gap.wanted,
 }
 """Reports whose runs can be started as a SLURM array."""
 

@@ -47,7 +47,7 @@ def find(settings: Settings, test: Images | None = None) -> Ceiling | None:
     """
     confined = models.ceiling(settings.model)
     components = confined or models.widths(settings.model)[0]
-    source, deal = _dealt(settings)
+    source, deal = channels.dealt(settings)
     found = pca(settings, channels.load_test(source, deal) if test is None else test, [components])
     if components not in found:
         return None
@@ -73,15 +73,9 @@ def pca(settings: Settings, test: Images, components: Sequence[int]) -> dict[int
 
     Numbers that are too large for so many rows are left out. Raises as `find`.
     """
-    source, deal = _dealt(settings)
+    source, deal = channels.dealt(settings)
     spans = [span for ue in deal.ues for span in ue]
     if 2 * min(components) >= min(MOST, sum(span.size for span in spans)):
         return {}
     known = channels.rows_of(source, tuple(spans))
     return statistics.pca_db(known, test, components, most=MOST, weighted=True)
-
-
-def _dealt(settings: Settings) -> tuple[channels.Source, channels.Deal]:
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    return source, channels.deal(data, settings.topology.ues, source.available, source.environments)
