@@ -58,6 +58,7 @@ def given(options: Namespace) -> list[str]:
     words = [options.report, "--preset", options.preset]
     words += ["--quick"] if options.quick else []
     words += ["--out", options.out] if options.out else []
+    words += ["--seeds", str(options.seeds)] if options.seeds else []
     return [*words, *options.settings]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csipipe.reports import preset as presets
@@ -65,6 +65,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--collect", action="store_true", help="start nothing; draw what is finished"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--seeds", type=int, help="as many of the preset's seeds, not all")
 
 
 def report(options: Namespace) -> Report:
@@ -76,6 +77,13 @@ def report(options: Namespace) -> Report:
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1.")
     preset = presets.load(options.preset, options.quick, options.settings)
+    if options.seeds is not None:
+        if not 1 <= options.seeds <= len(preset.seeds):
+            raise ValueError(
+                f"--seeds is {options.seeds}; preset {preset.name} has {len(preset.seeds)}, choose "
+                "1 to as many."
+            )
+        preset = replace(preset, seeds=preset.seeds[: options.seeds])
     data = preset.common().data
     out = Path(options.out or f"reports/{preset.name}-{_data_name(data)}")
     return Report(preset, out, options.quick, options.collect, options.jobs)

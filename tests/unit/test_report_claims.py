@@ -32,6 +32,7 @@ COMPRESSION = (16, 8, 4)
 def options(out: Path, **others: object) -> Namespace:
     """Options of a report that starts nothing."""
     values = {"preset": "laptop", "quick": False, "collect": True, "jobs": 1, "settings": []}
+    values["seeds"] = None
     return Namespace(out=str(out), **(values | others))
 
 

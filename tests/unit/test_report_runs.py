@@ -17,7 +17,7 @@ import reportruns
 from reportruns import finish
 
 from csipipe import files
-from csipipe.reports import curves, fig5, fig6, headline, runs, start
+from csipipe.reports import curves, fig5, fig6, headline, reproduce, runs, start
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Report
 from csipipe.reports.preset import METHODS, PRESETS, REFERENCE
@@ -306,3 +306,15 @@ def test_two_reports_do_not_start_runs_in_one_folder(
         with pytest.raises(ValueError, match="another report is starting"):
             start.start([a_run(tmp_path)], tmp_path, 3)
     assert start.start([a_run(tmp_path)], tmp_path, 3) == {}
+
+
+def test_fewer_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["headline", "--out", str(tmp_path)]
+    assert reproduce.main([*words, "--collect", "--seeds", "1"]) == 0
+    page = (tmp_path / "headline.md").read_text()
+    assert "-seed0: not started yet" in page
+    assert "-seed1" not in page
+    assert reproduce.main([*words, "--sbatch", "--seeds", "2"]) == 0
+    assert "--seeds 2" in capsys.readouterr().out
+    assert reproduce.main([*words, "--collect", "--seeds", "4"]) == 1
+    assert "--seeds is 4; preset laptop has 3, choose 1 to as many" in capsys.readouterr().err
