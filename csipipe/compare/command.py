@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     found = [figures.measure(one, rows) for one in wanted]
     counts = sorted({n for f in found for n in (f.c1, f.ceiling) if n})
     lines = ceiling.pca(settings, rows.h_BAD.numpy(), counts)
-    text = page.text(found, lines, _about(settings, options, rows.name))
+    text = page.text(found, lines, _about(settings, options, rows.name), options.minutes)
     print(text)
     write_file(out / "table.md", text)
     page.write_csv(out / "table.csv", found)
@@ -151,7 +151,8 @@ def _about(settings: Settings, options: argparse.Namespace, rows: str) -> str:
     if options.seeds > 1:
         last = train.seed + options.seeds - 1
         seeds = f"seeds {train.seed} … {last}: medians, and in brackets the lowest and the highest"
+    ues = settings.topology.ues
     return (
-        f"Method {settings.method}, {settings.topology.ues} UEs × {train.batch_size} samples, "
+        f"Method {settings.method}, {ues} UE{'s' * (ues > 1)} × {train.batch_size} samples, "
         f"{seeds}, {budget}. Test set: {rows}."
     )

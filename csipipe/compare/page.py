@@ -23,11 +23,15 @@ COSTS = {
     "feedback_bits": "feedback bits",
     "seconds": "training time (s)",
 }
+_ENOUGH = 0.75
+"""Share of the minutes that a fair comparison needs."""
 _MARKS, _COLOURS = "osD^vP*X", ("black", "#0059b3", "#c0392b", "#4d9900", "0.5", "#8e44ad")
 
 
-def text(found: Sequence[Figures], pca: Mapping[int, float], about: str) -> str:
-    """The Markdown page."""
+def text(
+    found: Sequence[Figures], pca: Mapping[int, float], about: str, minutes: float | None = None
+) -> str:
+    """The Markdown page; `minutes` is how long each was to be trained."""
     head = ["model", "c1", *QUALITY.values(), *COSTS.values(), "iterations", "ceiling"]
     rows = []
     for group in by_model(found):
@@ -50,11 +54,30 @@ def text(found: Sequence[Figures], pca: Mapping[int, float], about: str) -> str:
         "Models compared",
         about,
         pages.table(head, rows),
+        _short(found, minutes),
         "NMSE is centred. Ceiling: the decoder ends with linear layers, so that its reconstruction "
         "(before its output function) lies in a space of so many dimensions, and PCA with as many "
         "components can't be beaten; —: it ends otherwise and has no such bound. Feedback bits are "
         "those of the codeword as it crosses, not quantised further. PCA is fitted to the NMSE of "
         "the training rows of all UEs, at most 20,000 of them.",
+    )
+
+
+def _short(found: Sequence[Figures], minutes: float | None) -> str:
+    """Which runs had much less than their minutes."""
+    if minutes is None:
+        return ""
+    few = [
+        f"{f.model} with c1 = {f.c1} ({f.seconds:,.0f} s)"
+        for f in found
+        if f.seconds < _ENOUGH * 60 * minutes
+    ]
+    if not few:
+        return ""
+    return (
+        f"**Not compared fairly**, since they trained much less than {minutes:g} minutes: "
+        f"{', '.join(few)}. The machine was slower when their speed was measured; remove these "
+        "runs and their probe-… from the folder of runs, and start the command again."
     )
 
 

@@ -81,6 +81,13 @@ def test_the_page_has_a_line_per_run_and_pca_and_the_floor(tmp_path: Path) -> No
     assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("crnet,64,0,10,-3.0")
 
 
+def test_runs_that_had_less_than_their_minutes_are_named() -> None:
+    found = [some("crnet", 64, seconds=40.0), some("linear", 64, seconds=50.0)]
+    assert "1 minutes: crnet with c1 = 64 (40 s)." in page.text(found, {}, "tried", 1.0)
+    assert "Not compared" not in page.text(found, {}, "tried", 0.7)
+    assert "Not compared" not in page.text(found, {}, "tried")
+
+
 def test_several_seeds_are_shown_by_median_and_spread() -> None:
     found = [some("crnet", 64, seed, nmse_db=db) for seed, db in enumerate((-3.0, -5.0, -3.5))]
     text = page.text([*found, some("linear", 64)], {}, "tried")
