@@ -78,8 +78,13 @@ class UeHalf(UeSide):
         self.stage.load(places, [ue.draw(train.batch_size) for ue in ues])
         self.ends.train(True)
         self.ends.set_rate(train.lr_at(iteration))
+        self._keep()
+
+    def _keep(self) -> None:
+        """Note what the UEs' buffers are, to go back to."""
         if self.tolerant:
-            self._restore = [keep_buffers([ue.encoder, ue.head]) for ue in ues]
+            places = self._places(self.seat.roster.present)
+            self._restore = [keep_buffers([self.ues[u].encoder, self.ues[u].head]) for u in places]
 
     def _places(self, present: Sequence[int]) -> list[int]:
         """Where the UEs that are present stand among those of this role."""

@@ -62,6 +62,8 @@ class UeHalf(csilocal_ue.UeHalf):
         own = {**self.exchange.each, Op.SEND_UPDATE: self._send}
         self.each = {**self.each, **own}
         self.always |= {*own}
+        self._behind = False
+        """Whether UEs are receiving what they missed."""
 
     def begin(self, iteration: int) -> None:
         self.exchange.give_back()
@@ -72,8 +74,16 @@ class UeHalf(csilocal_ue.UeHalf):
         ops, roster = {i.op for i in plan}, self.seat.roster
         if Op.RECEIVE_MISSED in ops:
             self.exchange.post(MISSED, roster.behind)
+            self._behind = True
         if Op.RECEIVE_MEAN in ops:
             self.exchange.post(MEANS, roster.present)
+
+    def close(self) -> None:
+        super().close()
+        if self._behind:  # they have other weights now than when the iteration began
+            self.ends.take(self._places(self.seat.roster.present))
+            self._keep()
+            self._behind = False
 
     def _send(self, ue: int) -> None:
         self.exchange.send(ue, self.exchange.agreed[ue][0].change())
