@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from csipipe import channels
 from csipipe.reports import start
 from csipipe.reports.runs import Run, State, placed, sort
 from csipipe.settings.config import ModelSettings, Settings
@@ -89,9 +90,11 @@ def _kind(run: Run) -> tuple[str, ModelSettings]:
 
 def _quiet(settings: Settings) -> Settings:
     """Evaluated once, at the end, on few rows: only seconds per iteration are wanted."""
-    few = min(settings.data.test_samples or EVALUATED, EVALUATED)
+    _, dealt = channels.dealt(settings)
+    there = sum(span.size for span in dealt.test)
     return replace(
         settings,
-        data=replace(settings.data, test_samples=few),
-        run=replace(settings.run, eval_every=PROBED, save_every=PROBED),
+        data=replace(settings.data, test_samples=min(there, EVALUATED)),
+        train=replace(settings.train, personal_iterations=0),
+        run=replace(settings.run, profile=False, eval_every=PROBED, save_every=PROBED),
     )

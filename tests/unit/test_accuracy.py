@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_the_weights_are_those_that_were_best_on_held_out_rows(
     assert found.nmse_db == 10 * math.log10(samples.means(weights, rows)["nmse"])
     assert found.nmse_db != 10 * math.log10(other["nmse"])
     assert found.seconds == 0.5 * 10
+
+
+def test_what_needs_more_iterations_or_rows_than_a_probe_has_is_left_out(tmp_path: Path) -> None:
+    one = two(tmp_path)[0]
+    settings = replace(
+        one.settings.of("splitfed"),
+        data=replace(one.settings.data, test_samples=5),
+        train=replace(one.settings.train, iterations=300, personal_iterations=50),
+        run=replace(one.settings.run, profile=True, profile_after=20),
+    )
+    asked: list[Run] = []
+    budget.within([replace(one, settings=settings)], 1, tmp_path, asked.extend)
+    [probe] = asked
+    assert probe.settings.train.iterations == budget.PROBED
+    assert probe.settings.data.test_samples == 5
 
 
 def test_a_budget_shorter_than_an_iteration_is_refused(tmp_path: Path) -> None:
