@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from csipipe import channels
+from csipipe.channels import manifest
 from csipipe.files import DAMAGED
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
@@ -98,6 +100,8 @@ class Run:
         for key, value in found.items():
             free = key.startswith(FREE) and key not in _OF_CURVES
             free = free or (wanted[key] is None and key in OF_THE_DATA)
+            if key == "data.path" and value != wanted[key]:
+                self._check_rows()
             if free or value == wanted[key]:
                 continue
             remedy = f"start the report with --{key} {argument(value)} to use such runs"
@@ -107,6 +111,20 @@ class Run:
                 f"{self.folder} was made with {key} {value!r}, this report needs "
                 f"{wanted[key]!r}; {remedy}, or choose another --out."
             )
+
+
+    def _check_rows(self) -> None:
+        """Refuse (ValueError) a run of other rows, whose data.path was another."""
+        if not (self.folder / manifest.NAME).is_file():
+            return
+        source, _ = channels.dealt(self.settings)
+        try:
+            channels.Manifest.read(self.folder).check(source)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder} was made with other data than {self.settings.data.path} ({error}) "
+                "Choose another --out for these."
+            ) from error
 
 
 def make(

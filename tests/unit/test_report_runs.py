@@ -9,20 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reportruns
+from csifiles import images, save
 from reportruns import finish
 
-from csipipe import files
+from csipipe import channels, files
 from csipipe.reports import curves, fig5, fig6, headline, reproduce, runs, start
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Report
 from csipipe.reports.preset import METHODS, PRESETS, REFERENCE
 from csipipe.reports.runs import Run, State
-from csipipe.settings.config import Settings, TopologySettings
+from csipipe.settings.config import DataSettings, Settings, TopologySettings
 
 
 def a_run(out: Path, method: str = "csilocal", seed: int = 0) -> Run:
@@ -318,3 +320,26 @@ def test_fewer_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--seeds 2" in capsys.readouterr().out
     assert reproduce.main([*words, "--collect", "--seeds", "4"]) == 1
     assert "--seeds is 4; preset laptop has 3, choose 1 to as many" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_other_rows_is_refused(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("a", "moved", "other")]
+    for n, place in enumerate(places):
+        place.mkdir()
+        for kind, rows in (("train", 40), ("val", 8), ("test", 8)):
+            values = images(rows, seed=1 if n == 2 else 0).reshape(rows, -1)
+            save(place / f"DATA_H{kind}in.mat", values)
+
+    def of(place: Path) -> Run:
+        run = runs.placed("one", Settings(), tmp_path)
+        data = DataSettings(source="csinet", path=str(place), environment="indoor")
+        model = replace(run.settings.model, angles=32, delays=32)
+        return replace(run, settings=replace(run.settings, data=data, model=model))
+
+    first = of(places[0])
+    finish(first, [0.5])
+    source, dealt = channels.dealt(first.settings)
+    channels.manifest_of(dealt, 0.05, source).write(first.folder)
+    assert of(places[1]).state() is State.FINISHED
+    with pytest.raises(ValueError, match=r"was made with other data than .*other"):
+        of(places[2]).state()
