@@ -112,7 +112,6 @@ class Run:
                 f"{wanted[key]!r}; {remedy}, or choose another --out."
             )
 
-
     def _check_rows(self) -> None:
         """Refuse (ValueError) a run of other rows, whose data.path was another."""
         if not (self.folder / manifest.NAME).is_file():
