@@ -80,10 +80,10 @@ class UeHalf(csilocal_ue.UeHalf):
 
     def close(self) -> None:
         super().close()
-        if self._behind:  # they have other weights now than when the iteration began
-            self.ends.take(self._places(self.seat.roster.present))
+        if self._behind and (places := self._places(self.seat.roster.present)):
+            self.ends.take(places)  # they may have other weights than when the iteration began
             self._keep()
-            self._behind = False
+        self._behind = False
 
     def _send(self, ue: int) -> None:
         self.exchange.send(ue, self.exchange.agreed[ue][0].change())

@@ -63,8 +63,11 @@ def runs(**topology: Any) -> dict[str, Settings]:
         "of some": splitfed(2, personal=1, topology=some),
         "int8": splitfed(2, topology=topology, comm=CODECS),
         "stacked": splitfed(2, topology=topology, train={"stacked": "always"}),
-        "stacked, of some": splitfed(1, topology=some, train={"stacked": "always"}),
-        "one by one, of some": splitfed(1, topology=some, train={"stacked": "never"}),
+        "stacked, of some": splitfed(1, personal=1, topology=some, train={"stacked": "always"}),
+        "stacked, one": splitfed(
+            1, personal=2, topology=topology | {"participants": 1}, train={"stacked": "always"}
+        ),
+        "one by one, of some": splitfed(1, personal=1, topology=some, train={"stacked": "never"}),
         "frozen": splitfed(2, topology=topology, train={"freeze": "head"}),
     }
 
