@@ -65,7 +65,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--collect", action="store_true", help="start nothing; draw what is finished"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument("--seeds", type=int, help="as many of the preset's seeds, not all")
+    parser.add_argument("--seeds", type=int, help="only the first so many of the preset's seeds")
 
 
 def report(options: Namespace) -> Report:
@@ -80,8 +80,8 @@ def report(options: Namespace) -> Report:
     if options.seeds is not None:
         if not 1 <= options.seeds <= len(preset.seeds):
             raise ValueError(
-                f"--seeds is {options.seeds}; preset {preset.name} has {len(preset.seeds)}, choose "
-                "1 to as many."
+                f"--seeds is {options.seeds}; preset {preset.name} has {len(preset.seeds)}, so "
+                f"choose a number from 1 to {len(preset.seeds)}."
             )
         preset = replace(preset, seeds=preset.seeds[: options.seeds])
     data = preset.common().data

@@ -152,7 +152,7 @@ def verdict(report: Report, curves: Curves, notes: str) -> str:
         f"1/{PANELS[PANEL][1]})",
         f"{train.iterations:,} iterations of {_samples(report)} samples in all; medians over "
         f"{len(report.preset.seeds)} seeds, and from the lowest to the highest; the end is the "
-        "mean of the last three evaluations.",
+        f"mean of the last three evaluations, which are over {EVALUATED} UEs at most.",
         pages.table(head, lines),
         notes,
     )

@@ -116,7 +116,8 @@ class Run:
         """Refuse (ValueError) a run of other rows, whose data.path was another."""
         if not (self.folder / manifest.NAME).is_file():
             return
-        source, _ = channels.dealt(self.settings)
+        model = self.settings.model
+        source = channels.open_source(self.settings.data, model.angles, model.delays)
         try:
             channels.Manifest.read(self.folder).check(source)
         except ValueError as error:

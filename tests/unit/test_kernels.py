@@ -41,7 +41,8 @@ def test_the_choice_is_said() -> None:
 @pytest.mark.parametrize("name", ["csinet", "crnet", "clnet"])
 def test_convolutions_of_published_models_are_kernels(name: str) -> None:
     model = ModelSettings(name=name, c1=4, angles=4, delays=5)
-    for part in (models.build_encoder(model, 0), *models.build_tail(model, 0)):
+    ends = models.build_encoder(model, 0), models.build_head(model, 0)
+    for part in (*ends, *models.build_tail(model, 0)):
         for module in part.modules():
             if isinstance(module, Conv2d) and module.kernel_size != (1, 1):
                 assert module.kernels_by == "auto" or _within(module, part)

@@ -31,9 +31,8 @@ COMPRESSION = (16, 8, 4)
 
 def options(out: Path, **others: object) -> Namespace:
     """Options of a report that starts nothing."""
-    values = {"preset": "laptop", "quick": False, "collect": True, "jobs": 1, "settings": []}
-    values["seeds"] = None
-    return Namespace(out=str(out), **(values | others))
+    usual = Namespace(preset="laptop", quick=False, collect=True, jobs=1, seeds=None, settings=[])
+    return Namespace(out=str(out), **(vars(usual) | others))
 
 
 def holds(claims: list[object]) -> list[bool | None]:

@@ -319,7 +319,10 @@ def test_fewer_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert reproduce.main([*words, "--sbatch", "--seeds", "2"]) == 0
     assert "--seeds 2" in capsys.readouterr().out
     assert reproduce.main([*words, "--collect", "--seeds", "4"]) == 1
-    assert "--seeds is 4; preset laptop has 3, choose 1 to as many" in capsys.readouterr().err
+    assert (
+        "--seeds is 4; preset laptop has 3, so choose a number from 1 to 3."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_finished_run_of_other_rows_is_refused(tmp_path: Path) -> None:
