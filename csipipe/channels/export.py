@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import io
 from tqdm import tqdm
 
 from csipipe import files
@@ -73,13 +72,14 @@ def write_files(
             raise FileExistsError(
                 f"{path} exists; generate overwrites nothing. Remove it or name another folder."
             )
+    save = _savemat()
     folder.mkdir(parents=True, exist_ok=True)
     for path, layout, part, start, stop in plans:
         make = source.rows if layout is HT else source.frequency_rows
         begun = time.process_time()
         values = _make(partial(make, environment, part), layout, start, stop, path.name)
         spent = time.process_time() - begun
-        _save(path, layout.key, values)
+        _save(save, path, layout.key, values)
         yield Written(path, stop - start, spent)
 
 
@@ -97,9 +97,22 @@ def _make(
     return values
 
 
-def _save(path: Path, key: str, values: NDArray[Any]) -> None:
+def _savemat() -> Callable[..., None]:
+    """SciPy's, imported only here: whoever writes no .mat file needs no SciPy."""
+    try:
+        from scipy.io import savemat
+    except ImportError as error:
+        raise ValueError(
+            f"CsiNet's files are written by SciPy, which can't be imported ({error}). Install it "
+            "with: pip install scipy."
+        ) from error
+    save: Callable[..., None] = savemat
+    return save
+
+
+def _save(save: Callable[..., None], path: Path, key: str, values: NDArray[Any]) -> None:
     """Write beside `path`, then rename, so that it is never half written."""
     with files.whole(path, path.with_name(f"{path.name}.{os.getpid()}.partial")) as partial:
         with partial.open("wb") as file:  # given a name, savemat would append an ending
-            io.savemat(file, {key: values})
+            save(file, {key: values})
         files.flush(partial)

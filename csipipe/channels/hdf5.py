@@ -19,10 +19,35 @@ from numpy.typing import NDArray
 from csipipe.channels.elements import DamagedError
 from csipipe.channels.layout import Layout, Unfit, check_class, check_key
 
+_MARK = b"\x89HDF\r\n\x1a\n"
+_V73 = (b"\x00\x02IM", b"\x02\x00MI")
+"""Bytes 124 … 127 of a MAT v7.3 file, as `mat5.MARKS`."""
 _MOST_DEFLATED = 1100
 """A byte of deflated data holds at most 1032."""
 _MOST_ROWS = 1 << 17
 """Most rows read at once, 1 GiB of HT: a data set of CsiNet as one chunk."""
+
+
+def library(path: Path) -> Any:
+    """h5py, imported only where a file needs it: training on other data goes without.
+
+    Raises:
+        Unfit: it can't be imported.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise Unfit(
+            f"{path} is HDF5 (as MAT v7.3 is), which h5py reads, and it can't be imported "
+            f"({error}). Install it with: pip install h5py; or save the file in another format, a "
+            "MAT file with -v7."
+        ) from error
+    return h5py
+
+
+def is_hdf5(head: bytes) -> bool:
+    """Whether a file whose first 128 bytes these are is HDF5, with MATLAB's header or without."""
+    return head.startswith(_MARK) or head[124:] in _V73
 
 
 @dataclass(frozen=True)
@@ -62,8 +87,7 @@ def opened(path: Path, layout: Layout) -> Iterator[Stored]:
         DamagedError: a shape that its data can't have.
         Exception: not HDF5, or damaged (h5py's errors, of several types).
     """
-    import h5py
-
+    h5py = library(path)
     with h5py.File(path, "r", locking=False) as file:
         check_key(path, layout, [name for name in file if not name.startswith("#")])
         # a link would read another file than the one that messages name

@@ -26,9 +26,6 @@ from csipipe.channels.layout import (
 
 PIECE = 4096
 """Rows handed out at once: 32 MiB of HT."""
-_V73 = (b"\x00\x02IM", b"\x02\x00MI")
-"""Bytes 124 … 127, as `mat5.MARKS`."""
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 def count_rows(path: Path, layout: Layout = HT) -> int:
@@ -74,7 +71,7 @@ def _format(path: Path, layout: Layout) -> Literal["v5", "v7.3"]:
         )
     with path.open("rb") as file:
         head = file.read(128)
-    if head[124:] in _V73 or head.startswith(_HDF5):
+    if hdf5.is_hdf5(head):
         return "v7.3"
     if head[124:] in mat5.MARKS:
         return "v5"

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels import hdf5, mat5
+from csipipe.channels.layout import Unfit
 
 Cut = Callable[[int, int, int], NDArray[Any]]
 
@@ -61,7 +62,7 @@ def opened(path: Path, key: str | None = None, scratch: Path | None = None) -> I
     with ExitStack() as stack:
         try:
             array = _open(stack, path, key, scratch)
-        except (FileNotFoundError, _RefusedError, mat5.NoRoomError):
+        except (FileNotFoundError, Unfit, _RefusedError, mat5.NoRoomError):
             raise
         except Exception as error:  # each library has its own, for whatever the damage leads to
             raise _damaged(path, error) from error
@@ -97,7 +98,7 @@ def _open(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
         head = file.read(128)
     if head.startswith(b"\x93NUMPY"):
         return _npy(path, path, "")
-    if head.startswith(b"\x89HDF\r\n\x1a\n") or head[124:] in (b"\x00\x02IM", b"\x02\x00MI"):
+    if hdf5.is_hdf5(head):
         return _hdf5(stack, path, key)
     if head[124:] in mat5.MARKS:
         return _mat5(stack, path, key, scratch)
@@ -207,8 +208,7 @@ def _mat5(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
 
 
 def _hdf5(stack: ExitStack, path: Path, key: str | None) -> RawArray:
-    import h5py
-
+    h5py = hdf5.library(path)
     file = stack.enter_context(h5py.File(path, "r", locking=False))
     names: dict[str, str] = {}
     for name in file:

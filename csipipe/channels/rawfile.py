@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,9 +23,11 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
         ValueError: neither MAT v5 nor v7.3 (HDF5), damaged, or none of that name among several.
     """
     try:
-        if h5py.is_hdf5(path):
+        with path.open("rb") as file:
+            head = file.read(128)
+        if hdf5.is_hdf5(head):
             return _from_hdf5(path, layout)
-        _refuse_version_4(path, layout)
+        _refuse_version_4(path, layout, head)
         found = {variable.name: variable for variable in mat5.variables(path)}
         name = _choose(layout, list(found))
         with mat5.opened(path, found[name]) as stored:
@@ -34,11 +35,9 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     except (_NoVariableError, Unfit, mat5.NoRoomError):
         raise
     except Exception as error:  # h5py raises whatever the damage leads to
-        with path.open("rb") as file:
-            head = file.read(10)
         raise ValueError(
             f"it can't be read ({type(error).__name__}: {error}); it has "
-            f"{path.stat().st_size:,} bytes and starts with {head!r}"
+            f"{path.stat().st_size:,} bytes and starts with {head[:10]!r}"
         ) from error
 
 
@@ -46,10 +45,8 @@ class _NoVariableError(ValueError):
     pass
 
 
-def _refuse_version_4(path: Path, layout: Layout) -> None:
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head in mat5.VERSION_4:
+def _refuse_version_4(path: Path, layout: Layout, head: bytes) -> None:
+    if head[:4] in mat5.VERSION_4:
         raise Unfit(
             f"it is a MAT file of version 4; save it again, in Octave with save -v7 {path.name} "
             f"{layout.key}"
@@ -65,6 +62,7 @@ def _choose(layout: Layout, found: list[str]) -> str:
 
 
 def _from_hdf5(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
+    h5py = hdf5.library(path)
     with h5py.File(path, "r", locking=False) as file:
         own = [name for name in file if hdf5.is_own(h5py, file, name)]
         for name in own:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg
 
 from csipipe.channels.source import Images
 from csipipe.channels.transform import ZERO, to_complex
@@ -146,8 +145,7 @@ def by_components(
         return
     wide = known.shape[1] > len(known)  # then the rows' products are the smaller matrix
     products = known @ known.T if wide else known.T @ known
-    last = len(products) - 1
-    _, basis = linalg.eigh(products, subset_by_index=[last - max(counts) + 1, last])
+    basis = _strongest(products, max(counts))
     if wide:
         basis = known.T @ basis
         basis /= np.linalg.norm(basis, axis=0)
@@ -155,6 +153,20 @@ def by_components(
     for n in counts:
         again = mean + code[:, -n:] @ basis[:, -n:].T
         yield n, again.reshape(test.shape), np.ascontiguousarray(test)
+
+
+def _strongest(products: Images, number: int) -> NDArray[Any]:
+    """The eigenvectors of a symmetric matrix's `number` largest eigenvalues, ascending.
+
+    SciPy finds them alone, NumPy all: 2 to 5 times slower, but training needs no SciPy.
+    """
+    try:
+        from scipy import linalg
+    except ImportError:
+        return np.linalg.eigh(products)[1][:, -number:]
+    last = len(products) - 1
+    found: NDArray[Any] = linalg.eigh(products, subset_by_index=[last - number + 1, last])[1]
+    return found
 
 
 def four_fifths(images: Images) -> tuple[Images, Images]:
