@@ -17,6 +17,7 @@ import yaml
 
 from csipipe import checkpoint
 from csipipe.files import DAMAGED
+from csipipe.methods.roster import averages, drawn, returning
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
 from csipipe.settings import commandline
@@ -196,11 +197,29 @@ def _check_snapshot(source: Path, settings: Settings) -> None:
     _check_deepspeed(content[DEEPSPEED] or {}, wanted, source)
     if stage := wanted.get("zero_optimization", {}).get("stage", 0):
         _check_cut(content["settings"]["topology"], settings, stage, source)
+    _check_averaging(content["settings"], settings, content["iteration"], source)
     if content["iteration"] > settings.train.iterations:
         raise ValueError(
             f"{source} is from iteration {content['iteration']}, but train.iterations is "
             f"{settings.train.iterations}; train longer, or name an earlier one in run.resume."
         )
+
+
+def _check_averaging(theirs: dict[str, Any], settings: Settings, done: int, source: Path) -> None:
+    """Refuse another number of iterations where UEs took part, or were averaged, by the old one."""
+    iterations = theirs["train"]["iterations"]
+    before = replace(settings, train=replace(settings.train, iterations=iterations))
+    if not settings.spec.aggregates or before.aggregated == settings.aggregated:
+        return
+    for k in range(min(before.aggregated, settings.aggregated), done):
+        if any(rule(before, k) != rule(settings, k) for rule in (drawn, returning, averages)):
+            raise ValueError(
+                f"{source} is from iteration {done} of a run with train.iterations {iterations}, "
+                f"this run has {settings.train.iterations}: in iteration {k + 1}, other UEs would "
+                "have taken part or been averaged, and the result would be neither of the two. "
+                f"Give train.iterations {iterations}, resume from a checkpoint of iteration {k} or "
+                "earlier (run.resume), or choose another run.dir."
+            )
 
 
 def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:

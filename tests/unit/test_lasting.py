@@ -139,6 +139,49 @@ def test_what_is_computed_may_not(settings: Settings, message: str, tmp_path: Pa
         decide(settings, folder, again=False)
 
 
+@pytest.mark.parametrize(
+    ("participants", "personal", "done", "longer", "first"),
+    [
+        (None, 5, 25, 60, None),  # 20 of 25 iterations with averagings: as in a run of 60
+        (None, 5, 30, 60, 30),
+        (None, 0, 30, 45, None),
+        (None, 5, 30, 32, None),
+        (2, 5, 20, 60, None),
+        (2, 5, 21, 60, 21),  # those who had been absent had come back
+    ],
+)
+def test_averagings_of_a_longer_run_are_those_that_were(
+    participants: int | None,
+    personal: int,
+    done: int,
+    longer: int,
+    first: int | None,
+    tmp_path: Path,
+) -> None:
+    """SplitFed averages after every 10 iterations, and in the last `personal` ones never.
+
+    Args:
+        first: iteration that would have been another, counted from 1.
+    """
+    settings = Settings(
+        method="splitfed",
+        topology=TopologySettings(participants=participants),
+        train=TrainSettings(
+            iterations=30, personal_iterations=personal, lr_schedule="constant", aggregate_every=10
+        ),
+    )
+    folder = tmp_path / "run"
+    run_in(folder, settings)
+    source = snapshot(folder / "checkpoints", done, settings)
+    settings = replace(settings, train=replace(settings.train, iterations=longer))
+    if first is None:
+        assert decide(settings, folder, again=False).checkpoint == source
+        return
+    message = rf"iterations 30, this run has {longer}: in iteration {first}, .*run\.resume"
+    with pytest.raises(ValueError, match=message):
+        decide(settings, folder, again=False)
+
+
 ZERO = {"gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
 
 
