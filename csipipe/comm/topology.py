@@ -64,6 +64,22 @@ class Topology:
         return cls(world_size, place.stages, place.ues, place.placement == "together")
 
     @classmethod
+    def ranks(cls, settings: Settings, world_size: int) -> tuple[int, int]:
+        """The fewest processes that a run needs, and the most that it can use.
+
+        Args:
+            world_size: processes that there would be, by which a run decides where roles are.
+        """
+        if not settings.stages:
+            return 1, 1
+        decided, ues = settings.on(world_size), settings.topology.ues
+        stages = decided.stages
+        if decided.topology.placement == "together":  # every rank hosts UEs
+            fewest = min(stages, ues) if settings.topology.stages is None else stages
+            return fewest, max(fewest, ues)
+        return stages + 1, stages + ues
+
+    @classmethod
     def first_host(cls, settings: Settings, world_size: int) -> int:
         """The rank that hosts UE 0, where there is data in any case; raises as `of`."""
         if not settings.stages:

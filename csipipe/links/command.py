@@ -15,9 +15,9 @@ from csipipe.links import forecast, network, page, ranks
 from csipipe.links.network import Link
 from csipipe.links.page import Row
 from csipipe.links.ranks import Trouble
-from csipipe.reports.preset import ANY, OURS
+from csipipe.reports.preset import OURS
 from csipipe.settings import commandline, tables
-from csipipe.settings.config import Settings
+from csipipe.settings.config import Settings, suited
 
 ABOUT = """Trains with every UE rank in a network of its own, behind a link of the rate that you
 give, and compares seconds per iteration with the forecast. Needs Linux, root, ip and tc. All other
@@ -152,8 +152,9 @@ def _rates(name: str, text: str, options: Namespace) -> list[float]:
 def _settings(method: str, arguments: Sequence[str], hosts: int) -> Settings:
     """What a method's ranks train, without settings that it doesn't have; the sizes of the data."""
     tables.check("method", method)
-    given = [*arguments, *ANY, "--topology.placement", "apart"]
-    settings = commandline.settings(commandline.parser(""), given)[0].of(method)
+    given = [*arguments, "--topology.placement", "apart"]
+    sections, _ = commandline.sections(commandline.parser(""), given)
+    settings = Settings(**suited(method, sections))
     if not settings.stages:
         raise ValueError(f"{method} has no links: it trains in one process; leave it out.")
     if settings.topology.participants is not None:

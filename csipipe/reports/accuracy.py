@@ -51,6 +51,8 @@ repositories (sydney222/Python_CsiNet, Kylin9511/CRNet, SIJIEJI/CLNet)."""
 _ABOUT_PUBLISHED = """Published figures are of one model trained on all of COST 2100's 100,000 rows,
 of other architectures without a second bottleneck; CRNet's took 1.25 million steps of 200 rows,
 and its checkpoint was chosen by the test set."""
+DECIDED = ("train.iterations",)
+"""What this report sets for each run, beside what all reports do."""
 _UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 Cell = tuple[Environment, int]

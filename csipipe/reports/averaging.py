@@ -27,6 +27,8 @@ from csipipe.settings.tables import METHODS
 
 __all__ = ["add_arguments", "run"]
 
+DECIDED = ("train.aggregate_every", "train.personal_iterations")
+"""What this report sets for each run, beside what all reports do."""
 METHOD = next(name for name, spec in METHODS.items() if spec.aggregates)
 PERIODS = (1, 10, 100)
 OWN = 0.1

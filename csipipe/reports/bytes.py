@@ -31,6 +31,8 @@ from csipipe.settings.tables import METHODS
 
 __all__ = ["add_arguments", "run"]
 
+DECIDED = ("comm.",)
+"""What this report sets for each run, beside what all reports do."""
 RIVAL = "fedavg"
 CLOSE = 1.05
 """How many times fp32's loss at the end a codec's may be; medians over the seeds."""

@@ -76,7 +76,8 @@ def report(options: Namespace) -> Report:
     """
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1.")
-    preset = presets.load(options.preset, options.quick, options.settings)
+    decided = getattr(options, "decided", ())
+    preset = presets.load(options.preset, options.quick, options.settings, decided)
     if options.seeds is not None:
         if not 1 <= options.seeds <= len(preset.seeds):
             raise ValueError(

@@ -27,6 +27,8 @@ from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
 
+DECIDED = ("run.eval_ues",)
+"""What this report sets for each run, beside what all reports do."""
 UES = (1, 2, 4, 8, 16)
 ROWS = (1.0, 0.25)
 """Shares of the training rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from csipipe.reports import pages
 from csipipe.reports import preset as presets
 from csipipe.reports.preset import METHODS
 from csipipe.settings import commandline, tables
-from csipipe.settings.config import Settings
+from csipipe.settings.config import Settings, suited
 
 LINKS = (10, 50, 100, 1000)
 """Rates in Mbit/s."""
@@ -49,9 +50,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Print the plan and write it; returns the exit code."""
-    settings = configuration(options.preset, options.settings)
-    rows = plan(settings)
-    text = page(settings, rows)
+    wanted, refused = configuration(options.preset, options.settings)
+    rows = plan(wanted)
+    text = page(wanted, rows, refused)
     out = Path(options.out)
     print(text)
     write_file(out / "plan.md", text)
@@ -88,22 +89,34 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def configuration(preset: str | None, arguments: list[str]) -> Settings:
-    """Settings to plan for; no data is read, so none is needed.
+def configuration(
+    preset: str | None, arguments: list[str]
+) -> tuple[dict[str, Settings], dict[str, str]]:
+    """Settings to plan for, by method; and why other methods can't have them.
+
+    No data is read, so none is needed.
 
     Raises:
-        ValueError: settings that can't be used.
+        ValueError: settings that no method can have.
     """
     base = presets.load(preset).arguments if preset else ()
-    no_data = (*presets.NO_DATA, *presets.ANY)
-    settings, _ = commandline.settings(commandline.parser(""), [*base, *arguments, *no_data])
-    return channels.sized(settings)
-
-
-def plan(settings: Settings) -> list[Row]:
-    """A row per method; local steps only where a method takes them."""
+    words = [*base, *arguments, *presets.NO_DATA]
+    sections, _ = commandline.sections(commandline.parser(""), words)
+    wanted, refused = dict[str, Settings](), dict[str, str]()
     aggregating = [name for name, spec in tables.METHODS.items() if spec.aggregates]
-    return [_row(settings.of(method)) for method in (*METHODS, *aggregating)]
+    for method in (*METHODS, *aggregating):
+        try:
+            wanted[method] = channels.sized(Settings(**suited(method, sections)))
+        except ValueError as error:
+            refused[method] = str(error)
+    if not wanted:
+        raise ValueError(next(iter(refused.values())))
+    return wanted, refused
+
+
+def plan(wanted: Mapping[str, Settings]) -> list[Row]:
+    """A row per method."""
+    return [_row(settings) for settings in wanted.values()]
 
 
 def _row(settings: Settings) -> Row:
@@ -122,8 +135,12 @@ def _row(settings: Settings) -> Row:
     )
 
 
-def page(settings: Settings, rows: list[Row]) -> str:
+def page(
+    wanted: Mapping[str, Settings], rows: list[Row], refused: Mapping[str, str] | None = None
+) -> str:
     """The plan as Markdown."""
+    settings = next(iter(wanted.values()))
+    left_out = [f"{name_of(method)} is left out: {why}" for method, why in (refused or {}).items()]
     train, ues = settings.train, str(settings.topology.ues)
     if settings.participants < settings.topology.ues:
         ues = f"{settings.participants} of {ues}"
@@ -157,6 +174,7 @@ def page(settings: Settings, rows: list[Row]) -> str:
         f"c2 = {down}, {train.iterations:,} iterations, {train.precision}. The model has "
         f"d = {d:,} parameters (" + ", ".join(f"{part} {n:,}" for part, n in sizes.items()) + ").",
         table,
+        *left_out,
         "Scalars and bytes are those of training, over all UEs and both directions (the paper's "
         "count, without BatchNorm's running statistics). Seconds are for the whole exchange over "
         "one link that the UEs share, one direction after the other, without protocol overhead.",
@@ -165,17 +183,12 @@ def page(settings: Settings, rows: list[Row]) -> str:
         pages.table(
             ["against", "limit of B·E", "B·E here", "cheaper here"],
             [
-                _break_even(r, train.batch_size * _steps(r.method, settings))
+                _break_even(r, train.batch_size * wanted[r.method].train.local_steps)
                 for r in rows
                 if r.break_even is not None
             ],
         ),
     )
-
-
-def _steps(method: str, settings: Settings) -> int:
-    """Steps of a UE between two exchanges."""
-    return settings.train.local_steps if tables.METHODS[method].local_steps else 1
 
 
 def _break_even(row: Row, samples: int) -> list[str]:

@@ -10,6 +10,7 @@ import json
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jsonargparse import ArgumentParser
 from csipipe import channels
 from csipipe.files import shipped
 from csipipe.settings import commandline, tables
-from csipipe.settings.config import DataSettings, Environment, Settings
+from csipipe.settings.config import DataSettings, Environment, Settings, suited
 
 PRESETS = shipped("launch/configs/reports")
 
@@ -45,12 +46,10 @@ PANELS: dict[str, tuple[Environment, int]] = {
 }
 """Fig. 6: distribution and compression ratio (8 is c = 256 of 2048 reals, 4 is c = 512)."""
 
-ANY = ("--method", next(name for name, spec in tables.METHODS.items() if spec.local_steps))
-"""A method that accepts every setting, where no particular one is meant."""
 NO_DATA = ("--data.source", DataSettings().source, "--data.path", "null")
 """Where no data is looked at, none is asked for."""
 DECIDED = ("model.c1", "model.c2", "data.environment", "train.lr", "train.seed", "run.dir")
-"""What a report itself sets for each run, besides the method."""
+"""What a report itself sets for each run, besides the method; some set more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,20 +112,19 @@ class Preset:
                 )
 
     def common(self) -> Settings:
-        """Settings that all runs of the preset share.
+        """Settings that all runs of the preset share, as CSILocal's runs have them.
 
         Raises:
             ValueError: a setting that doesn't exist, can't be used, or that reports set themselves.
         """
-        return _parse((*self.arguments, *ANY))
+        return _parse(self.arguments, OURS)
 
     def settings(self, method: str, environment: Environment, ratio: int, seed: int) -> Settings:
         """Settings of one run, without `run.dir`; raises as `common`."""
-        common = self.common().of(method)
+        common = _parse(self.arguments, method)
         if None in (common.model.angles, common.model.delays):
             common = channels.sized(common)
         model, train, topology = common.model, common.train, common.topology
-        spec = tables.METHODS[method]
         reals = model.reals
         if reals % ratio:
             raise ValueError(
@@ -137,7 +135,7 @@ class Preset:
         return Settings(
             method=method,
             model=replace(model, c1=reals // ratio, c2=reals // ratio),
-            topology=topology if spec.pipelined else replace(topology, stages=None),
+            topology=topology,
             data=replace(common.data, environment=environment),
             train=replace(
                 train,
@@ -149,22 +147,26 @@ class Preset:
         )
 
 
-_parsed: dict[tuple[str, ...], Settings] = {}
+@cache
+def _sections(arguments: tuple[str, ...]) -> dict[str, Any]:
+    return commandline.sections(commandline.parser(""), arguments)[0]
 
 
-def _parse(arguments: tuple[str, ...]) -> Settings:
-    if arguments not in _parsed:
-        _parsed[arguments] = commandline.settings(commandline.parser(""), arguments)[0]
-    return _parsed[arguments]
+def _parse(arguments: tuple[str, ...], method: str) -> Settings:
+    """What a method's run has of settings that several methods' runs share."""
+    return Settings(**suited(method, _sections(arguments)))
 
 
-def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
+def load(
+    name: str, quick: bool = False, user: Sequence[str] = (), decided: Sequence[str] = ()
+) -> Preset:
     """Read a preset.
 
     Args:
         name: of a file in `launch/configs/reports`, or a path of such a file.
         quick: fewer panels and points.
         user: settings as the command line takes them; they win over the preset's.
+        decided: what the report sets itself, beside `DECIDED`; a section ends with a dot.
 
     Raises:
         ValueError: an unknown preset or key, or a user's setting that reports set themselves.
@@ -179,7 +181,7 @@ def load(name: str, quick: bool = False, user: Sequence[str] = ()) -> Preset:
         preset = _preset(file, read | fewer if quick else read)
     except (ArgumentError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not a preset of reports: {error}.") from error
-    _refuse_decided(preset.arguments, tuple(user))
+    _refuse_decided(preset.arguments, tuple(user), (*DECIDED, *decided))
     return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
 
 
@@ -214,13 +216,20 @@ def _rates(file: Path | None) -> dict[str, float]:
     return {method: float(rate) for method, rate in read.items()}
 
 
-def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...]) -> None:
+def _refuse_decided(preset: tuple[str, ...], user: tuple[str, ...], own: tuple[str, ...]) -> None:
     """Refuse (ValueError) a user's value for a setting that a report sets for each run."""
     if not user:
         return
-    before = plain(_parse((*preset, *NO_DATA, *ANY)))
-    after = plain(_parse((*preset, *user, *NO_DATA, *ANY)))
-    decided = [key for key in DECIDED if before[key] != after[key]]
+    before, after = (
+        commandline.dotted(commandline.plainly(_sections(words)))
+        for words in ((*preset, *NO_DATA), (*preset, *user, *NO_DATA))
+    )
+    parts = tuple(key for key in own if key.endswith("."))
+    decided = [
+        key
+        for key, _, _ in commandline.differences(before, after)
+        if key in own or key.startswith(parts)
+    ]
     decided += ["method" for word in user if word.split("=")[0] == "--method"]
     if decided:
         raise ValueError(

@@ -63,6 +63,7 @@ def parser() -> ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(report)
+        report.set_defaults(decided=getattr(module, "DECIDED", ()))
         if name in ARRAYS:
             array.add_arguments(report)
         report.add_argument("--debug", action="store_true", help="show a traceback with an error")

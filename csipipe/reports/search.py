@@ -22,6 +22,8 @@ from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
 
+DECIDED = ("train.iterations", "data.holdout")
+"""What this report sets for each run, beside what all reports do."""
 DIVERGED = "a lower train.lr usually helps"
 """What a run prints when it ends because its loss isn't finite."""
 Key = tuple[str, float, int]
@@ -50,9 +52,11 @@ def run(options: Namespace) -> int:
             f"--preset {report.preset.name} takes its learning rates from the paper; there is "
             "nothing to search. Use --preset laptop."
         )
-    options.settings += ["--train.iterations", str(search.iterations)]
-    options.settings += ["--data.holdout", str(search.holdout)]
-    report = command.report(options)
+    if options.seeds is not None:
+        search = replace(search, seeds=report.preset.seeds)
+    own = ("--train.iterations", str(search.iterations), "--data.holdout", str(search.holdout))
+    preset = replace(report.preset, arguments=(*report.preset.arguments, *own))
+    report = replace(report, preset=preset)
     asked = wanted(report, search)
     found = command.obtain(report, asked.values())
     losses = held_out(asked, found)

@@ -8,7 +8,6 @@ process that started it, even if that is killed.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from tqdm import tqdm
 
 from csipipe import files
 from csipipe.comm import orphans
+from csipipe.comm.topology import Topology
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
-from csipipe.settings.config import Settings
 
 _POLL = 0.2
 _ENDING = 40.0
@@ -74,19 +73,13 @@ def start(runs: Sequence[Run], out: Path, processes: int, jobs: int = 1) -> dict
 
 def command(run: Run, config: Path, processes: int) -> list[str]:
     """The torchrun line of a run, as arguments."""
-    most = run.settings.stages + run.settings.topology.ues
-    enough = itertools.count(min(processes, most))
-    ranks = next(n for n in enough if _fits(run.settings, n)) if run.settings.stages else 1
+    least, most = Topology.ranks(run.settings, processes)
+    ranks = max(least, min(processes, most))
     # a port of its own, and no look-up of this machine's name, which may have no address
     alone = ["--standalone", "--local-addr=127.0.0.1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *alone]
     train = ["-m", "csipipe", "train", "--config", str(config)]
     return [*launcher, f"--nproc_per_node={ranks}", *train]
-
-
-def _fits(settings: Settings, ranks: int) -> bool:
-    decided = settings.on(ranks)
-    return ranks >= decided.stages + (decided.topology.placement == "apart")
 
 
 def _launch(run: Run, out: Path, processes: int) -> _Started:

@@ -135,13 +135,11 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
         ValueError: too few tasks, or a BTS stage outside the first component.
     """
     counts = [count for group in groups for _, count in group]
-    settings = settings.on(sum(counts))
-    stages, ues = settings.stages, settings.topology.ues
-    together = settings.topology.placement == "together"
-    least, most = (stages, max(stages, ues)) if together else (stages + 1, stages + ues)
-    if not stages:
-        least = most = 1
+    least, most = Topology.ranks(settings, sum(counts))
+    settings = settings.on(min(sum(counts), most))
+    stages = settings.stages
     if sum(counts) < least:
+        together = settings.topology.placement == "together"
         needed = f"{stages} BTS rank(s)" + ("" if together else " and at least one UE rank")
         raise ValueError(
             f"{sum(counts)} task(s) are too few for topology.stages {stages}: {needed} are "

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
@@ -89,6 +89,12 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
     Raises:
         ValueError: an unknown setting, a wrong type or a value that can't be used.
     """
+    found, values = sections(parser, arguments)
+    return Settings(**found), values
+
+
+def sections(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[dict[str, Any], Namespace]:
+    """As `settings`, but by section, before anything is refused that doesn't suit the method."""
     try:
         # the first page of help has no room for every setting
         if not parser.groups and not _asks_for_help(arguments):
@@ -98,8 +104,7 @@ def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{error}\nRun with --help for the settings.") from error
-    found = Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
-    return _at_home(found), values
+    return {f.name: _at_home(f.name, values[f.name]) for f in fields(Settings)}, values
 
 
 def _refuse_null(section: Any, parsed: Any, prefix: str = "") -> None:
@@ -114,14 +119,11 @@ def _refuse_null(section: Any, parsed: Any, prefix: str = "") -> None:
             _refuse_null(inner, value, f"{prefix}{field.name}.")
 
 
-def _at_home(settings: Settings) -> Settings:
-    """The same with `~` expanded, which no shell does in a file."""
-    for section, names in PATHS.items():
-        part = getattr(settings, section)
-        given = {name: value for name in names if (value := getattr(part, name)) is not None}
-        home = {name: os.path.expanduser(value) for name, value in given.items()}
-        settings = replace(settings, **{section: replace(part, **home)})
-    return settings
+def _at_home(name: str, section: Any) -> Any:
+    """A section with `~` expanded in its paths, which no shell does in a file."""
+    paths = {path: getattr(section, path) for path in PATHS.get(name, ())}
+    home = {path: os.path.expanduser(value) for path, value in paths.items() if value is not None}
+    return replace(section, **home) if home else section
 
 
 def _with_shipped(arguments: Sequence[str]) -> Iterator[str]:
@@ -205,7 +207,12 @@ def to_yaml(settings: Settings) -> str:
 
 def plain(settings: Settings) -> dict[str, Any]:
     """Complete settings as YAML and JSON have them."""
-    return {name: _plain(value) for name, value in asdict(settings).items()}
+    return plainly(vars(settings))
+
+
+def plainly(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """As `plain`, of sections."""
+    return {name: _plain(_dict(section)) for name, section in sections.items()}
 
 
 def dotted(settings: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +231,10 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple
     for key in dict.fromkeys([*wanted, *found]):
         if found.get(key) != wanted.get(key):
             yield key, found.get(key), wanted.get(key)
+
+
+def _dict(section: Any) -> Any:
+    return asdict(section) if is_dataclass(section) and not isinstance(section, type) else section
 
 
 def _plain(value: Any) -> Any:

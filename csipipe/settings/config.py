@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from csipipe.settings import tables
 from csipipe.settings.tables import CODECS, KINDS, LOSSES, METHODS, MODELS, SOURCES, MethodSpec
@@ -624,28 +625,6 @@ class Settings:
                 "could be made up for by the next one; leave it out."
             )
 
-    def of(self, method: str) -> Settings:
-        """The same by another method, without what is said only to this one."""
-        spec = METHODS[method]
-        kinds = [field.name for field in fields(CodecSettings)]
-        codec = replace(self.comm.codec, **dict.fromkeys(set(kinds) - set(spec.crosses)))
-        feedback = self.comm.error_feedback and "update" in spec.crosses
-        split, ranged = "smashed" in spec.crosses, self.comm.scale == "range"
-        comm = replace(
-            self.comm,
-            codec=codec,
-            error_feedback=feedback,
-            noise=self.comm.noise if split else 0.0,
-            scale="row" if ranged and (spec.shared or not split) else self.comm.scale,
-        )
-        train = replace(
-            self.train,
-            local_steps=self.train.local_steps if spec.local_steps else 1,
-            aggregate_every=self.train.aggregate_every if spec.aggregates else None,
-            personal_iterations=self.train.personal_iterations if spec.aggregates else 0,
-        )
-        return replace(self, method=method, comm=comm, train=train)
-
     def on(self, ranks: int) -> Settings:
         """The same run on `ranks` processes: who is where is decided, unless it was."""
         place = self.topology
@@ -716,3 +695,31 @@ class Settings:
     def save_every(self) -> int:
         """Iterations between checkpoints."""
         return self.run.save_every or max(1, self.train.iterations // 10)
+
+
+def suited(method: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, by section, without what is said only to other methods than `method`.
+
+    They needn't suit any single method before: a report's are for several.
+    """
+    spec = METHODS[method]
+    comm, train, topology = (sections[name] for name in ("comm", "train", "topology"))
+    kinds = [field.name for field in fields(CodecSettings)]
+    split, ranged = "smashed" in spec.crosses, comm.scale == "range"
+    comm = replace(
+        comm,
+        codec=replace(comm.codec, **dict.fromkeys(set(kinds) - set(spec.crosses))),
+        error_feedback=comm.error_feedback and "update" in spec.crosses,
+        noise=comm.noise if split else 0.0,
+        scale="row" if ranged and (spec.shared or not split) else comm.scale,
+    )
+    train = replace(
+        train,
+        local_steps=train.local_steps if spec.local_steps else 1,
+        aggregate_every=train.aggregate_every if spec.aggregates else None,
+        personal_iterations=train.personal_iterations if spec.aggregates else 0,
+        stacked="auto" if train.stacked == "always" and not spec.pipelined else train.stacked,
+    )
+    topology = replace(topology, stages=topology.stages if spec.pipelined else None)
+    found = {"method": method, "comm": comm, "train": train, "topology": topology}
+    return {**sections, **found}

@@ -19,7 +19,7 @@ from csipipe.reports.command import Report
 from csipipe.reports.curves import Curve
 from csipipe.reports.runs import Run
 from csipipe.run import trained as trained_runs
-from csipipe.settings.config import ModelSettings, Settings
+from csipipe.settings.config import ModelSettings, Settings, suited
 
 
 def reached(method: str, seed: int, nmse_db: float) -> Reached:
@@ -98,7 +98,7 @@ def test_the_weights_are_those_that_were_best_on_held_out_rows(
 def test_what_needs_more_iterations_or_rows_than_a_probe_has_is_left_out(tmp_path: Path) -> None:
     one = two(tmp_path)[0]
     settings = replace(
-        one.settings.of("splitfed"),
+        Settings(**suited("splitfed", vars(one.settings))),
         data=replace(one.settings.data, test_samples=5),
         train=replace(one.settings.train, iterations=300, personal_iterations=50),
         run=replace(one.settings.run, profile=True, profile_after=20),

@@ -107,6 +107,8 @@ def test_a_rank_may_be_a_stage_and_host_ues(
 ) -> None:
     asked = settings(method, placement=placement)
     assert slurm.ranks_of(asked, groups(*counts)) == ranks
+    one = settings(method, placement="together", ues=1)
+    assert slurm.ranks_of(one, groups(*counts)) == (1, *[0] * (len(counts) - 1))
     Topology.of(asked, sum(ranks))
 
 

@@ -15,7 +15,7 @@ from csipipe.comm.channel import SLOTS, Channel, Peer
 from csipipe.comm.codec import Codec, Residual, Rounding
 from csipipe.comm.ledger import Kind
 from csipipe.comm.loopback import Loopback
-from csipipe.settings.config import CodecSettings, CommSettings, Settings, TrainSettings
+from csipipe.settings.config import CodecSettings, CommSettings, Settings, TrainSettings, suited
 from csipipe.settings.tables import CODECS
 
 PACKED = [name for name, spec in CODECS.items() if spec.dtype is None]
@@ -276,15 +276,15 @@ def test_what_does_not_fit_is_refused(make: object, message: str) -> None:
 def test_another_method_has_no_period_and_no_ranges() -> None:
     train = TrainSettings(aggregate_every=5, personal_iterations=2)
     ranged = CommSettings(scale="range", codec=CodecSettings(smashed="int8"))
-    settings = Settings(method="splitfed", train=train)
-    assert settings.of("splitfed").train == train
-    assert settings.of("csilocal").train == TrainSettings()
-    assert Settings(comm=ranged).of("splitfed").comm.scale == "row"
+    sections = vars(Settings(method="splitfed", train=train))
+    assert suited("splitfed", sections)["train"] == train
+    assert suited("csilocal", sections)["train"] == TrainSettings()
+    assert suited("splitfed", vars(Settings(comm=ranged)))["comm"].scale == "row"
 
 
 def test_another_method_takes_what_is_its_own() -> None:
     codecs = CodecSettings(smashed="int8", update="int4")
-    settings = Settings(comm=CommSettings(codec=codecs, error_feedback=True))
-    split, federated = settings.of("csilocal").comm, settings.of("fedavg").comm
+    sections = vars(Settings(comm=CommSettings(codec=codecs, error_feedback=True)))
+    split, federated = (suited(method, sections)["comm"] for method in ("csilocal", "fedavg"))
     assert (split.codec, split.error_feedback) == (CodecSettings(smashed="int8"), False)
     assert (federated.codec, federated.error_feedback) == (CodecSettings(update="int4"), True)

@@ -71,6 +71,18 @@ def test_each_method_gets_settings_that_it_can_use() -> None:
     assert (ours.comm.codec.update, theirs.comm.codec.update) == (None, "int8")
 
 
+def test_settings_of_csilocal_alone_are_no_obstacle() -> None:
+    """More stages than one are the split tail's; a federated method has one."""
+    words = ["--topology.stages", "3", "--train.stacked", "always"]
+    ours, theirs = (command._settings(method, words, 2) for method in ("csilocal", "fedavg"))
+    assert (ours.stages, theirs.stages) == (3, 1)
+    assert forecast.seconds(theirs, [Link(1e6, 1e6)] * 2, 0) > 0
+    pca = command._settings("csilocal", ["--model.start", "pca"], 2)
+    assert pca.model.start == "pca"
+    with pytest.raises(ValueError, match=r"model\.start is pca and method fedavg"):
+        command._settings("fedavg", ["--model.start", "pca"], 2)
+
+
 def test_an_averaging_follows_the_iteration() -> None:
     words = ["--topology.ues", "2", "--model.c1", "64", "--model.c2", "64"]
     links = [Link(1e6, 1e15)] * 2

@@ -7,7 +7,6 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,7 +239,7 @@ def test_the_papers_ratios() -> None:
 )
 def test_the_plan_counts_as_the_paper(method: str, iterations: int, billions: float) -> None:
     asked = ["--model.c1", "512", "--model.c2", "512", "--train.iterations", str(iterations)]
-    rows = {row.method: row for row in plan.plan(plan.configuration("paper", asked))}
+    rows = {row.method: row for row in plan.plan(plan.configuration("paper", asked)[0])}
     assert rows[method].scalars / 1e9 == pytest.approx(billions, abs=5e-5)  # as printed
     assert rows[method].bytes == 4 * rows[method].scalars
     assert rows[method].seconds[100] == pytest.approx(rows[method].bytes * 8 / 1e8)
@@ -249,7 +248,7 @@ def test_the_plan_counts_as_the_paper(method: str, iterations: int, billions: fl
 def test_the_plan_says_where_csilocal_stops_being_cheaper(tmp_path: Path) -> None:
     model = ["--model.angles", "8", "--model.delays", "8", "--model.c1", "16", "--model.c2", "16"]
     for rows, cheaper in ((356, "CSILocal"), (357, "FedAvg")):
-        settings = plan.configuration(
+        settings, _ = plan.configuration(
             None, [*model, "--train.batch_size", str(rows), "--train.micro_batches", "1"]
         )
         row = plan.plan(settings)[1]
@@ -263,23 +262,37 @@ def test_the_plan_says_where_csilocal_stops_being_cheaper(tmp_path: Path) -> Non
 def test_the_plan_counts_what_who_is_back_receives() -> None:
     """2 of 5 UEs, seed 0: in 3 iterations 4 are back, beside the 6 turns up and down."""
     given = ["--topology.ues", "5", "--topology.participants", "2", "--train.iterations", "3"]
-    settings = plan.configuration(None, given)
+    settings, _ = plan.configuration(None, given)
     rows = {row.method: row for row in plan.plan(settings)}
-    d, _ = shared_parts(replace(settings, method="fedavg"))
+    d, _ = shared_parts(settings["fedavg"])
     assert rows["fedavg"].scalars == (6 + 6 + 4) * d
-    c1, c2 = widths(settings.model)
+    c1, c2 = widths(settings["csilocal"].model)
     assert rows["csilocal"].scalars == 2 * 6 * 32 * (c1 + c2)
     assert rows["fedavg"].break_even == 16 * d / (12 * (c1 + c2))
     assert "\n2 of 5 UEs" in plan.page(settings, list(rows.values()))
 
 
 def test_local_steps_count_where_they_are_taken() -> None:
-    settings = plan.configuration(None, ["--train.local_steps", "3", "--train.precision", "bf16"])
+    settings, _ = plan.configuration(
+        None, ["--train.local_steps", "3", "--train.precision", "bf16"]
+    )
     page = plan.page(settings, plan.plan(settings))
     cells = [line.split(" | ") for line in page.splitlines() if "|" in line]
     here = {line[0]: line[2] for line in cells}
     assert (here["| FedAvg"], here["| FedGrad"]) == ("96", "32")
     assert plan.plan(settings)[0].bytes == 2 * plan.plan(settings)[0].scalars
+
+
+def test_the_plan_leaves_out_methods_that_settings_do_not_suit() -> None:
+    """SplitFed exchanges encoder and head alone; the others train on."""
+    frozen = ["--train.freeze", "encoder,head", "--train.stacked", "always"]
+    wanted, refused = plan.configuration("laptop", frozen)
+    assert list(wanted) == list(METHODS)
+    assert list(refused) == ["splitfed"]
+    page = plan.page(wanted, plan.plan(wanted), refused)
+    assert "SplitFed is left out: train.freeze is encoder,head, which are all the parts" in page
+    with pytest.raises(ValueError, match=r"run\.eval_ues is 9"):
+        plan.configuration(None, ["--run.eval_ues", "9"])
 
 
 def test_the_plan_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,6 +347,14 @@ def test_the_search_takes_the_best_rate_on_held_out_rows(tmp_path: Path) -> None
     assert "At the edge of the grid: FedAvg." in page
     preset = presets.load(str(tmp_path / "out" / "small.yaml"))
     assert preset.settings("fedavg", "outdoor", 4, 0).train.lr == 1e-3
+
+
+def test_a_search_takes_so_many_seeds_of_the_preset(tmp_path: Path) -> None:
+    assert searching(tmp_path / "out", tmp_path / "rates.yaml", {}) == 0
+    file = str(tmp_path / "out" / "small.yaml")
+    assert search.run(options(tmp_path / "out", preset=file, seeds=1)) == 0
+    assert search.run(options(tmp_path / "out", preset=file, seeds=2)) == 1  # runs are missing
+    assert "2 seed(s)" in (tmp_path / "out" / "search.md").read_text()
 
 
 def test_an_unfinished_search_leaves_the_rates_alone(tmp_path: Path) -> None:

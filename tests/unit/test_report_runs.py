@@ -19,12 +19,24 @@ from csifiles import images, save
 from reportruns import finish
 
 from csipipe import channels, files
-from csipipe.reports import curves, fig5, fig6, headline, reproduce, runs, start
+from csipipe.comm.topology import Topology
+from csipipe.reports import (
+    bytes,
+    command,
+    curves,
+    fig5,
+    fig6,
+    gap,
+    headline,
+    reproduce,
+    runs,
+    start,
+)
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Report
 from csipipe.reports.preset import METHODS, PRESETS, REFERENCE
 from csipipe.reports.runs import Run, State
-from csipipe.settings.config import DataSettings, Settings, TopologySettings
+from csipipe.settings.config import DataSettings, Settings, TopologySettings, suited
 
 
 def a_run(out: Path, method: str = "csilocal", seed: int = 0) -> Run:
@@ -83,6 +95,8 @@ def test_a_method_gets_settings_it_can_use(tmp_path: Path) -> None:
         ({}, 1, (1, 1, 1)),
         ({"placement": "together"}, 2, (2, 2, 1)),
         ({"placement": "apart"}, 1, (3, 2, 1)),
+        ({"placement": "together", "ues": 1}, 4, (1, 1, 1)),
+        ({"placement": "together", "ues": 2, "stages": 1}, 4, (2, 2, 1)),
     ],
 )
 def test_a_run_has_as_many_ranks_as_are_wanted_and_it_can_use(
@@ -90,9 +104,12 @@ def test_a_run_has_as_many_ranks_as_are_wanted_and_it_can_use(
 ) -> None:
     found = []
     for method in ("csilocal", "fedavg", REFERENCE):
-        settings = Settings(method=method, topology=TopologySettings(**topology))
+        sections = vars(Settings(topology=TopologySettings(**topology)))
+        settings = Settings(**suited(method, sections))
         line = start.command(Run("one", settings), tmp_path / "c.yaml", processes)
         found += [int(word.split("=")[1]) for word in line if "nproc" in word]
+        if settings.stages:
+            Topology.of(settings, found[-1])
     assert tuple(found) == ranks
 
 
@@ -108,6 +125,53 @@ def test_a_run_has_as_many_ranks_as_are_wanted_and_it_can_use(
 def test_settings_that_a_report_decides_are_refused(user: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         presets.load("laptop", user=user)
+
+
+@pytest.mark.parametrize(
+    ("report", "user", "key"),
+    [
+        ("bytes", ["--comm.topk", "0.2"], "comm.topk"),
+        ("bytes", ["--comm.noise", "0.1"], "comm.noise"),
+        ("bytes", ["--comm.codec.smashed", "int4"], "comm.codec.smashed"),
+        ("averaging", ["--train.aggregate_every", "3"], "train.aggregate_every"),
+        ("averaging", ["--train.personal_iterations", "3"], "train.personal_iterations"),
+        ("gap", ["--run.eval_ues", "1"], "run.eval_ues"),
+        ("search", ["--train.iterations", "9"], "train.iterations"),
+        ("accuracy", ["--train.iterations", "9"], "train.iterations"),
+        ("averaging", ["--comm.topk", "0.2"], ""),
+        ("bytes", ["--train.lr_schedule", "cosine"], ""),
+    ],
+)
+def test_a_report_refuses_what_it_sets_itself(
+    report: str,
+    user: list[str],
+    key: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = [report, "--preset", "laptop", "--out", str(tmp_path / "out"), *user]
+    if not key:
+        options, settings = reproduce.parser().parse_known_args(line)
+        options.settings = settings
+        command.report(options)
+        return
+    assert reproduce.main([*line, "--collect"]) == 1
+    assert f"{key} is among the settings to pass on, but a report" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_refused_in_the_name_of_methods_that_a_report_has(tmp_path: Path) -> None:
+    """The laptop preset has train.local_steps 2, which CSILocal and the unsplit model don't take;
+    starts by PCA are for these two alone."""
+    user = ["--model.start", "pca", "--train.stacked", "always", "--model.angles", "8"]
+    preset = presets.load("laptop", user=[*user, "--model.delays", "8"])
+    one = Report(replace(preset, compression=(4,), seeds=(0,)), tmp_path, False, True, 1)
+    made = gap.wanted(one)
+    assert {run.settings.model.start for run in made.values()} == {"pca"}
+    stacked = {run.settings.method: run.settings.train.stacked for run in made.values()}
+    assert stacked == {"csilocal": "always", REFERENCE: "auto"}
+    with pytest.raises(ValueError, match=r"model\.start is pca and method fedavg"):
+        bytes.wanted(one)
 
 
 def test_a_size_that_a_ratio_does_not_divide_is_refused() -> None:
