@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,8 @@ from csipipe.compare import figures, page, plan
 from csipipe.evaluation import testset
 from csipipe.files import in_words, write_file
 from csipipe.reports import budget
-from csipipe.reports.runs import Run
-from csipipe.run import ceiling, trained
-from csipipe.run.resuming import CONFIG
+from csipipe.reports.runs import Run, State, sort
+from csipipe.run import ceiling
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 from csipipe.settings.tables import MODELS
@@ -89,21 +89,16 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         train = replace(settings.train, iterations=max(1, options.samples // each))
         settings = replace(settings, train=train)
     settings = channels.sized(settings)
-    wanted = plan.runs(settings, options.models.split(","), sizes, out, options.seeds)
+    names = [name.strip() for name in options.models.split(",")]
+    wanted = plan.runs(settings, names, sizes, out, options.seeds)
     rows = testset.load(settings)
-    if not options.collect:
-        if options.minutes is not None:
-            complete = partial(budget.complete, out=out, processes=options.processes)
-            wanted = budget.within(wanted, options.minutes, out, complete)
-        budget.complete(wanted, out, options.processes)
-    else:
-        wanted = [one for one in wanted if _finished(one)]
-        if not wanted:
-            raise ValueError(f"{out} has no finished run of this comparison; leave --collect out.")
-    found = [figures.measure(one, rows) for one in wanted]
+    ready = _collected(wanted, options, out) if options.collect else _trained(wanted, options, out)
+    found = [figures.measure(one, rows) for one in ready]
     counts = sorted({n for f in found for n in (f.c1, f.ceiling) if n})
     lines = ceiling.pca(settings, rows.h_BAD.numpy(), counts)
-    text = page.text(found, lines, _about(settings, options, rows.name), options.minutes)
+    missing = [one.name for one in wanted if one.name not in {other.name for other in ready}]
+    about = _about(settings, options, rows.name, [f.seed for f in found], missing)
+    text = page.text(found, lines, about, options.minutes)
     print(text)
     write_file(out / "table.md", text)
     page.write_csv(out / "table.csv", found)
@@ -111,9 +106,32 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"written:      {out}/table.md, table.csv, picture.png")
 
 
-def _finished(one: Run) -> bool:
-    there = (one.folder / CONFIG).is_file()
-    return there and trained.read(one.folder).status == "finished"
+def _trained(wanted: list[Run], options: argparse.Namespace, out: Path) -> list[Run]:
+    """All runs, after what is missing was trained."""
+    complete = partial(budget.complete, out=out, processes=options.processes)
+    if options.minutes is not None:
+        wanted = budget.within(wanted, options.minutes, out, complete)
+    complete(wanted)
+    return wanted
+
+
+def _collected(wanted: list[Run], options: argparse.Namespace, out: Path) -> list[Run]:
+    """Those that are finished; ValueError: none is, or one was made with other settings.
+
+    By minutes, a run's iterations follow from its probe, as when it was started.
+    """
+    try:
+        if options.minutes is not None:
+            wanted = budget.within(wanted, options.minutes, out, lambda probes: None)
+        ready = sort(wanted)[State.FINISHED]
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\n  --collect shows what the same command made without it; give the same "
+            "--minutes or --samples, too."
+        ) from error
+    if not ready:
+        raise ValueError(f"{out} has no finished run of this comparison; leave --collect out.")
+    return ready
 
 
 def _numbers(text: str) -> list[int]:
@@ -139,20 +157,27 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
         )
 
 
-def _about(settings: Settings, options: argparse.Namespace, rows: str) -> str:
+def _about(
+    settings: Settings,
+    options: argparse.Namespace,
+    rows: str,
+    seeds: Collection[int],
+    missing: Sequence[str],
+) -> str:
     """What was trained, in a paragraph."""
     train = settings.train
-    budget = f"{train.iterations:,} iterations each"
+    amount = f"{train.iterations:,} iterations each"
     if options.minutes is not None:
-        budget = f"{options.minutes:g} minutes each, in iterations by each model's own speed"
+        amount = f"{options.minutes:g} minutes each, in iterations by each model's own speed"
     elif options.samples is not None:
-        budget = f"{options.samples:,} samples each"
-    seeds = f"seed {train.seed}"
-    if options.seeds > 1:
-        last = train.seed + options.seeds - 1
-        seeds = f"seeds {train.seed} … {last}: medians, and in brackets the lowest and the highest"
+        amount = f"{options.samples:,} samples each"
+    first, last = min(seeds), max(seeds)
+    which = f"seed {first}"
+    if first != last:
+        which = f"seeds {first} … {last}: medians, and in brackets the lowest and the highest"
+    absent = f" Not finished, and not in here: {', '.join(missing)}." if missing else ""
     ues = settings.topology.ues
     return (
         f"Method {settings.method}, {ues} UE{'s' * (ues > 1)} × {train.batch_size} samples, "
-        f"{seeds}, {budget}. Test set: {rows}."
+        f"{which}, {amount}. Test set: {rows}.{absent}"
     )

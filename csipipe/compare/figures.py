@@ -23,6 +23,7 @@ class Figures:
 
     model: str
     c1: int
+    """The model's; with model.split, something else crosses."""
     seed: int
     iterations: int
     nmse_db: float
@@ -54,10 +55,9 @@ def measure(run: Run, rows: Rows) -> Figures:
     with torch.no_grad():
         y = first.tail(first.encoder(h_BAD))
     summary = json.loads((run.folder / "summary.json").read_text())
-    up, _ = models.widths(settings.model)
     return Figures(
         model=settings.model.name,
-        c1=up,
+        c1=settings.model.c1,
         seed=settings.train.seed,
         iterations=summary["iterations"],
         nmse_db=10 * math.log10(values["nmse"]),

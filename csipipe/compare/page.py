@@ -23,8 +23,8 @@ COSTS = {
     "feedback_bits": "feedback bits",
     "seconds": "training time (s)",
 }
-_ENOUGH = 0.75
-"""Share of the minutes that a fair comparison needs."""
+_FAIR = (0.75, 1.25)
+"""Shares of the minutes between which a comparison is fair."""
 _MARKS, _COLOURS = "osD^vP*X", ("black", "#0059b3", "#c0392b", "#4d9900", "0.5", "#8e44ad")
 
 
@@ -54,7 +54,7 @@ def text(
         "Models compared",
         about,
         pages.table(head, rows),
-        _short(found, minutes),
+        _unfair(found, minutes),
         "NMSE is centred. Ceiling: the decoder ends with linear layers, so that its reconstruction "
         "(before its output function) lies in a space of so many dimensions, and PCA with as many "
         "components can't be beaten; —: it ends otherwise and has no such bound. Feedback bits are "
@@ -63,21 +63,23 @@ def text(
     )
 
 
-def _short(found: Sequence[Figures], minutes: float | None) -> str:
-    """Which runs had much less than their minutes."""
+def _unfair(found: Sequence[Figures], minutes: float | None) -> str:
+    """Which runs had much less than their minutes, or much more."""
     if minutes is None:
         return ""
-    few = [
-        f"{f.model} with c1 = {f.c1} ({f.seconds:,.0f} s)"
-        for f in found
-        if f.seconds < _ENOUGH * 60 * minutes
-    ]
-    if not few:
+    names = {f"{f.model} with c1 = {f.c1} ({f.seconds:,.0f} s)": f.seconds for f in found}
+    least, most = (60 * minutes * share for share in _FAIR)
+    cases = {
+        "less": [name for name, seconds in names.items() if seconds < least],
+        "more": [name for name, seconds in names.items() if seconds > most],
+    }
+    unfair = [f"much {how} {', '.join(which)}" for how, which in cases.items() if which]
+    if not unfair:
         return ""
     return (
-        f"**Not compared fairly**, since they trained much less than {minutes:g} minutes: "
-        f"{', '.join(few)}. The machine was slower when their speed was measured; remove these "
-        "runs and their probe-… from the folder of runs, and start the command again."
+        f"**Not compared fairly**, since they didn't train {minutes:g} minutes: "
+        f"{'; '.join(unfair)}. The machine was slower or faster when their speed was measured; "
+        "remove these runs and their probe-… from the folder of runs, and start the command again."
     )
 
 

@@ -23,8 +23,8 @@ def runs(
         ValueError: a model that can't be used; named before anything is started.
     """
     found = []
-    for name in names:
-        for c in codewords:
+    for name in dict.fromkeys(names):  # a run named twice is one run
+        for c in dict.fromkeys(codewords):
             model = replace(settings.model, name=name, c1=c)
             models.check(model)
             label = name.replace(":", "-").replace("/", "-")

@@ -9,16 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trainedruns
 from torch import nn
 
 from csipipe import channels, models
 from csipipe.channels import statistics
-from csipipe.compare import command, page, plan
+from csipipe.comm.world import World
+from csipipe.compare import command, figures, page, plan
 from csipipe.compare.figures import Figures
 from csipipe.evaluation import testset
 from csipipe.models.ceiling import confined
 from csipipe.reports import budget
+from csipipe.reports.runs import placed
 from csipipe.run import ceiling
+from csipipe.run.training import launch
+from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
 
 SMALL = ModelSettings(c1=12, angles=6, delays=4)
@@ -81,9 +86,10 @@ def test_the_page_has_a_line_per_run_and_pca_and_the_floor(tmp_path: Path) -> No
     assert (tmp_path / "table.csv").read_text().splitlines()[1].startswith("crnet,64,0,10,-3.0")
 
 
-def test_runs_that_had_less_than_their_minutes_are_named() -> None:
+def test_runs_that_had_less_or_more_than_their_minutes_are_named() -> None:
     found = [some("crnet", 64, seconds=40.0), some("linear", 64, seconds=50.0)]
-    assert "1 minutes: crnet with c1 = 64 (40 s)." in page.text(found, {}, "tried", 1.0)
+    assert "1 minutes: much less crnet with c1 = 64 (40 s)." in page.text(found, {}, "tried", 1.0)
+    assert "0.6 minutes: much more linear with c1 = 64 (50 s)." in page.text(found, {}, "", 0.6)
     assert "Not compared" not in page.text(found, {}, "tried", 0.7)
     assert "Not compared" not in page.text(found, {}, "tried")
 
@@ -152,6 +158,8 @@ def test_runs_differ_in_model_and_codeword_alone(tmp_path: Path) -> None:
     assert [run.name for run in wanted] == ["crnet-c8", "crnet-c4", "linear-c8", "linear-c4"]
     assert [(run.settings.model.name, run.settings.model.c1) for run in wanted][1] == ("crnet", 4)
     assert wanted[0].folder == tmp_path / "runs" / "crnet-c8"
+    twice = plan.runs(Settings(model=SMALL), ["crnet", "linear", "crnet"], [8, 4, 8], tmp_path)
+    assert twice == wanted
     seeds = plan.runs(Settings(model=SMALL), ["linear"], [8], tmp_path, 2)
     assert [(run.name, run.settings.train.seed) for run in seeds] == [
         ("linear-c8", 0),
@@ -175,6 +183,40 @@ def test_what_cannot_be_compared_is_named(
     small = ["--model.angles", "6", "--model.delays", "4", "--c", "8", "--out", str(tmp_path)]
     assert command.main([*small, "--data.test_samples", "8", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_codewords_are_told_apart_where_something_else_crosses(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    split = {"split": (4, 6), "kernels_by": "torch"}  # before the encoder's linear layer
+    settings = trainedruns.finish(folder, "centralised", model=split).settings
+    summary = json.loads((folder / "summary.json").read_text()) | {"seconds_per_iteration": 0.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert models.widths(settings.model)[0] != settings.model.c1
+    found = figures.measure(placed("run", settings, tmp_path), testset.load(settings))
+    assert found.c1 == settings.model.c1
+
+
+def test_what_is_collected_is_what_was_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--model.angles 6 --model.delays 4 --topology.ues 1 --method centralised"
+    few = "--data.train_samples 60 --data.test_samples 8 --train.batch_size 8"
+    words = f"{small} {few} --train.micro_batches 1".split()
+    few_iterations = [*words, "--train.iterations", "3"]
+    settings, _ = commandline.settings(commandline.parser(""), few_iterations)
+    [run] = plan.runs(channels.sized(settings), ["linear"], [8], tmp_path)
+    launch(World.alone(), run.settings)
+    given = ["--models", "linear", "--c", "8,2", "--out", str(tmp_path), "--collect"]
+    assert command.main([*given, *few_iterations]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "3 iterations each" in table
+    assert "Not finished, and not in here: linear-c2." in table
+    assert table.count("| linear |") == table.count("| linear | 8 |") == 1
+    capsys.readouterr()
+    assert command.main([*given, *few_iterations, "--train.iterations", "9"]) == 1
+    said = capsys.readouterr().err
+    assert "linear-c8 was made with train.iterations 3, this report needs 9" in said
+    assert "--collect shows what the same command made" in said
 
 
 @pytest.mark.long
