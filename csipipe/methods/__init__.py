@@ -11,6 +11,7 @@ import torch
 from csipipe import models
 from csipipe.methods.average import Averaged
 from csipipe.methods.base import Builder, EvalRows, Worker
+from csipipe.methods.cost import exchanged_parts, shared_parts
 from csipipe.methods.rows import load, manifest
 from csipipe.settings import tables
 from csipipe.settings.config import Settings
@@ -33,6 +34,18 @@ def prepare(settings: Settings, rank: int, world_size: int, device: torch.device
     """
     models.check(settings.model)
     settings.check_comm()
+    _check_exchange(settings)
     builder: Builder = tables.found(settings.spec.prepare)(settings, rank, world_size, device)
     decay = settings.train.average
     return builder if decay is None else lambda world: Averaged(builder(world), decay)
+
+
+def _check_exchange(settings: Settings) -> None:
+    """Refuse (ValueError) to freeze all that a method exchanges; a head may have no parameters."""
+    if settings.spec.shared and not shared_parts(settings)[0]:
+        empty = ", ".join(exchanged_parts(settings))
+        raise ValueError(
+            f"train.freeze is {settings.train.freeze}, and of the parts that {settings.method} "
+            f"exchanges, only {empty} of model.name {settings.model.name} would be left, without a "
+            "parameter; freeze fewer."
+        )

@@ -55,7 +55,7 @@ def build_head(model: ModelSettings, seed: int) -> nn.Module:
 def start(
     model: ModelSettings, encoder: nn.Module, head: nn.Module, rows: Sequence[Tensor]
 ) -> None:
-    """Set parts on the CPU by rows, each (B, 2, A, D), where `model.start` says so."""
+    """Set parts by rows, each (B, 2, A, D), where `model.start` says so."""
     if model.start == "pca":
         found(_by_pca(model)[0])(encoder, head, torch.cat([part.cpu() for part in rows]))
 

@@ -53,7 +53,11 @@ def components(rows: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def start_ends(encoder: nn.Module, head: nn.Module, rows: Tensor) -> None:
-    """Set encoder and head of `csipipe.models.csilocal` by a UE's rows, (B, 2, A, D) in [0, 1]."""
+    """Set encoder and head of `csipipe.models.csilocal`, on any device, by a UE's rows.
+
+    Args:
+        rows: (B, 2, A, D) in [0, 1], on the CPU.
+    """
     convolution, norm, _, _, project = encoder.children()
     rebuild = next(head.children())
     assert isinstance(convolution, Conv2d)
@@ -70,11 +74,12 @@ def start_ends(encoder: nn.Module, head: nn.Module, rows: Tensor) -> None:
     centre, spread = rows.mean((0, 2, 3)), rows.var((0, 2, 3)).add(norm.eps).sqrt()
     largest = ((rows - centre[:, None, None]).abs().amax((0, 2, 3)) / spread).max()
     norm.weight.fill_(_NORMED)
-    norm.bias.fill_(_NORMED * largest)
+    shift = _NORMED * largest  # not read back from norm.bias, which may be on another device
+    norm.bias.fill_(shift)
     norm.running_mean.copy_(centre)
     norm.running_var.copy_(spread.square())
     of_pixel = [x[:, None, None].expand(rows.shape[1:]).flatten() for x in (spread, centre)]
-    back, offset = of_pixel[0] / _NORMED, of_pixel[1] - norm.bias[0] * of_pixel[0] / _NORMED
+    back, offset = of_pixel[0] / _NORMED, of_pixel[1] - shift * of_pixel[0] / _NORMED
     project.weight.copy_(scale * basis.t() * back)
     project.bias.copy_(scale * (basis.t() @ (offset - 0.5 - mean)))
 

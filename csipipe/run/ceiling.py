@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from csipipe import channels, models
 from csipipe.channels import statistics
-from csipipe.channels.source import Images
+from csipipe.channels.source import Images, Span
 from csipipe.files import DAMAGED
 from csipipe.settings.config import Settings
 
@@ -51,11 +52,10 @@ def find(settings: Settings, test: Images | None = None) -> Ceiling | None:
     found = pca(settings, channels.load_test(source, deal) if test is None else test, [components])
     if components not in found:
         return None
-    rows = min(MOST, sum(span.size for ue in deal.ues for span in ue))
     return Ceiling(
         components=components,
         bound=confined is not None,
-        rows=rows,
+        rows=sum(span.size for span in fitted([span for ue in deal.ues for span in ue])),
         nmse_db=found[components],
     )
 
@@ -74,8 +74,17 @@ def pca(settings: Settings, test: Images, components: Sequence[int]) -> dict[int
     Numbers that are too large for so many rows are left out. Raises as `find`.
     """
     source, deal = channels.dealt(settings)
-    spans = [span for ue in deal.ues for span in ue]
-    if 2 * min(components) >= min(MOST, sum(span.size for span in spans)):
+    spans = fitted([span for ue in deal.ues for span in ue])
+    if 2 * min(components) >= sum(span.size for span in spans):
         return {}
     known = channels.rows_of(source, tuple(spans))
     return statistics.pca_db(known, test, components, most=MOST, weighted=True)
+
+
+def fitted(spans: Sequence[Span], most: int = MOST) -> list[Span]:
+    """The first rows of each span, `most` in all and in proportion: a stream has no order."""
+    upto = [0, *accumulate(span.size for span in spans)]
+    if upto[-1] > most:
+        upto = [most * count // upto[-1] for count in upto]
+    sizes = [stop - start for start, stop in pairwise(upto)]
+    return [s._replace(stop=s.start + size) for s, size in zip(spans, sizes, strict=True)]

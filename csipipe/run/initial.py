@@ -17,6 +17,7 @@ from torch import Tensor
 from csipipe import models
 from csipipe.measure.metrics import to_db
 from csipipe.methods import Worker
+from csipipe.methods.cost import exchanged_parts
 from csipipe.methods.state import BTS, whose
 from csipipe.run import trained
 from csipipe.run.trained import Trained
@@ -89,8 +90,8 @@ class Initial:
         return self._mean if self.settings.train.newcomers == "mean" else {}
 
     def _shared(self, ue: int) -> dict[str, Tensor]:
-        """What all UEs of this run's method have in common: the first UE's."""
-        common = tuple(f"{part}." for part in self.settings.spec.shared)
+        """What all UEs of this run's method exchange: the first UE's. What is frozen they keep."""
+        common = tuple(f"{part}." for part in exchanged_parts(self.settings))
         return {k: v for k, v in self._ue(0).items() if k.startswith(common)} if ue else {}
 
     @cached_property
@@ -147,11 +148,12 @@ def _joined(
         if ue not in linear or not others:  # not evaluated
             continue
         if to_db(linear[ue]) <= to_db(sum(others) / len(others)) + NEAR:
-            done, share = line["iteration"], settings.topology.ues
+            done, share, train = line["iteration"], settings.topology.ues, settings.train
+            each = train.local_steps * train.batch_size
             return Joined(
                 ue=ue,
                 iterations=done,
-                samples=done * settings.train.batch_size * settings.participants // share,
+                samples=done * each * settings.participants // share,
                 bytes=sum(line["exchanged"]["bytes"].values()) // share,
             )
     return Joined(ue=ue, iterations=0, samples=0, bytes=0)

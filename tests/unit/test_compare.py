@@ -14,6 +14,7 @@ from torch import nn
 
 from csipipe import channels, models
 from csipipe.channels import statistics
+from csipipe.channels.source import Span
 from csipipe.comm.world import World
 from csipipe.compare import command, figures, page, plan
 from csipipe.compare.figures import Figures
@@ -151,6 +152,15 @@ def test_the_ceiling_is_fitted_to_the_nmse_of_all_training_rows() -> None:
     assert statistics.pca_db(rows, rows, [8], weighted=True)[8] < fitted - 0.01
     few = replace(settings, data=replace(settings.data, train_samples=16))
     assert ceiling.find(few) is None
+
+
+def test_only_what_a_ceiling_is_fitted_to_is_read() -> None:
+    spans = [Span("indoor", "train", 0, 60), Span("outdoor", "train", 10, 40)]
+    few = ceiling.fitted(spans, 30)
+    assert few == [Span("indoor", "train", 0, 20), Span("outdoor", "train", 10, 20)]
+    assert ceiling.fitted(spans, 90) == spans
+    uneven = ceiling.fitted([Span("indoor", "train", n, n + 7) for n in (0, 7, 14)], 20)
+    assert sum(span.size for span in uneven) == 20
 
 
 def test_runs_differ_in_model_and_codeword_alone(tmp_path: Path) -> None:

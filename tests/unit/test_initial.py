@@ -13,7 +13,7 @@ from runs import CPU, small
 from csipipe import methods, models
 from csipipe.methods.centralised import Centralised
 from csipipe.run import initial
-from csipipe.settings.config import Settings
+from csipipe.settings.config import ModelSettings, Settings, TrainSettings
 
 
 def begun(settings: Settings, shared: bool = False) -> tuple[Centralised, initial.Initial]:
@@ -48,6 +48,20 @@ def test_ues_keep_their_parts_and_newcomers_start_from_the_mean_or_fresh(tmp_pat
     assert torch.equal(fresh.ues[4].head.get_parameter("0.weight"), drawn.get_parameter("0.weight"))
     assert not any(p.requires_grad for p in fresh.tail.parameters())
     assert "UEs 4-5: drawn by train.seed; frozen: tail" in source.note
+
+
+def test_ues_keep_a_frozen_part_that_a_method_would_have_averaged(tmp_path: Path) -> None:
+    before = trainedruns.finish(tmp_path / "run")
+    settings = wanting(tmp_path / "run", 4, freeze="encoder")
+    worker, _ = begun(replace(settings, method="splitfed"))
+    for part, whose in (("encoder", 2), ("head", 0)):  # heads start as one, the first UE's
+        mine, theirs = getattr(worker.ues[2], part), getattr(before.ues[whose], part)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[name], tensor), (part, name)
+    assert not torch.equal(
+        before.ues[2].encoder.get_parameter("0.weight"),
+        before.ues[0].encoder.get_parameter("0.weight"),
+    )
 
 
 def test_a_run_goes_on_as_well_as_the_other_ended(tmp_path: Path) -> None:
@@ -102,6 +116,9 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
     ]
     [found] = initial.joined(wanting(tmp_path / "run", 5), history)
     assert found == initial.Joined(ue=4, iterations=10, samples=80, bytes=1200)
+    steps = small("fedavg", topology={"ues": 5}, train={"init": str(tmp_path / "run")})
+    steps = replace(steps, train=replace(steps.train, local_steps=3))
+    assert initial.joined(steps, history)[0].samples == 240
     [found] = initial.joined(wanting(tmp_path / "run", 5), history[:1])
     assert found.iterations == 0
     assert initial.joined(wanting(tmp_path / "run", 4), history) == []
@@ -118,3 +135,26 @@ def test_a_part_that_does_not_exist_cannot_be_frozen(parts: str) -> None:
 def test_a_federated_method_must_have_something_to_exchange() -> None:
     with pytest.raises(ValueError, match="are all the parts that fedavgper exchanges"):
         small("fedavgper", topology={"stages": None}, train={"freeze": "tail,head"})
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "freeze"),
+    [
+        ("splitfed", "linear", "encoder"),
+        ("splitfed", "crnet", "encoder"),
+        ("fedavgper", "clnet", "tail"),
+        ("fedgrad", "transnet", "encoder,tail"),
+    ],
+)
+def test_a_head_without_parameters_is_nothing_to_exchange(
+    method: str, model: str, freeze: str
+) -> None:
+    """Refused by a rank alone, before it meets the others."""
+    settings = Settings(
+        method=method,
+        model=ModelSettings(name=model, c1=16, angles=8, delays=8),
+        train=TrainSettings(freeze=freeze),
+    )
+    message = f"train.freeze is {freeze}, .* only head of model.name {model} would be left, with"
+    with pytest.raises(ValueError, match=message):
+        methods.prepare(settings, 0, 4, CPU)

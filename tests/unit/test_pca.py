@@ -56,6 +56,15 @@ def test_it_reconstructs_as_pca_does(c2: int | None, training: bool) -> None:
     assert away(found, unseen) == pytest.approx(error, rel=0.05)
 
 
+def test_parts_on_another_device_than_the_rows_are_set() -> None:
+    """As centralised training does, whose parts are on the GPU by then: never computed with."""
+    elsewhere = torch.device("meta")
+    encoder = models.build_encoder(MODEL, 0).to(elsewhere)
+    head = models.build_head(MODEL, 0).to(elsewhere)
+    models.start(MODEL, encoder, head, [channels(100, 0)])
+    assert {p.device for part in (encoder, head) for p in part.parameters()} == {elsewhere}
+
+
 def test_components_are_those_of_a_full_decomposition() -> None:
     rows = channels(500, 0).flatten(1)
     mean, basis, variance = components(rows, 24)
