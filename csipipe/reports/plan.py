@@ -36,8 +36,10 @@ class Row:
     bytes: int
     seconds: dict[int, float]
     """For the whole exchange over one link that the UEs share, by its rate in Mbit/s."""
+    samples_per_exchange: int
+    """B·E: samples of a UE between two exchanges."""
     break_even: float | None
-    """Samples per UE and exchange (B·E) at and above which CSILocal is no longer cheaper."""
+    """B·E at and above which CSILocal is no longer cheaper."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -131,6 +133,7 @@ def _row(settings: Settings) -> Row:
         scalars=scalars,
         bytes=size,
         seconds={rate: size * 8 / (rate * 1e6) for rate in LINKS},
+        samples_per_exchange=settings.train.batch_size * settings.train.local_steps,
         break_even=None if settings.spec.pipelined else scalars / (2 * iterations * each),
     )
 
@@ -182,16 +185,13 @@ def page(
         "least (parameters exchanged) / (c1 + c2); E is train.local_steps.",
         pages.table(
             ["against", "limit of B·E", "B·E here", "cheaper here"],
-            [
-                _break_even(r, train.batch_size * wanted[r.method].train.local_steps)
-                for r in rows
-                if r.break_even is not None
-            ],
+            [_break_even(r) for r in rows if r.break_even is not None],
         ),
     )
 
 
-def _break_even(row: Row, samples: int) -> list[str]:
+def _break_even(row: Row) -> list[str]:
     assert row.break_even is not None
-    cheaper = "CSILocal" if samples < row.break_even else name_of(row.method)
-    return [name_of(row.method), f"{row.break_even:,.1f}", f"{samples:,}", cheaper]
+    here = row.samples_per_exchange
+    cheaper = "CSILocal" if here < row.break_even else name_of(row.method)
+    return [name_of(row.method), f"{row.break_even:,.1f}", f"{here:,}", cheaper]
