@@ -27,7 +27,19 @@ def main(arguments: list[str]) -> int:
     """Run the command that the first argument names, without importing the others."""
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
-        code: int = import_module(COMMANDS[name][0]).main(arguments[1:])
+        try:
+            command = import_module(COMMANDS[name][0])
+        except ModuleNotFoundError as error:
+            package = (error.name or __package__).partition(".")[0]
+            if package == __package__ or "--debug" in arguments:
+                raise
+            print(
+                f"csipipe: error: {name} needs {package}, which can't be imported ({error}); "
+                f"install it with: pip install {package}.",
+                file=sys.stderr,
+            )
+            return 1
+        code: int = command.main(arguments[1:])
         return code
     rows = "\n".join(f"  {key:<11}{about}" for key, (_, about) in COMMANDS.items())
     usage = f"usage: python -m csipipe COMMAND …, each with its --help:\n{rows}"

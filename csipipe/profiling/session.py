@@ -190,10 +190,10 @@ class Profile:
                     f"(± {within / 1e6:.3f} ms); its times were shifted"
                 )
         try:
-            self._draw(rows)
             if not errors:
                 traces.merge(found, self._folder / MERGED)
-        except (OSError, ValueError) as problem:
+            self._draw(rows)
+        except (ImportError, OSError, ValueError) as problem:  # matplotlib may be missing
             errors.append(str(problem))
         self._report(errors, time.monotonic() - started)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -311,6 +312,18 @@ def test_a_disk_without_room_costs_the_profile_alone(
     assert f"1,000 are free in {tmp_path}" in line
     assert "training continues" in line
     assert not (tmp_path / "profile").exists()
+    assert not list(tmp_path.glob("timeline*"))
+
+
+def test_without_matplotlib_there_are_traces_and_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("csipipe.profiling.timeline", raising=False)
+    monkeypatch.setitem(sys.modules, "csipipe.profiling.timeline", None)
+    session = Session(tmp_path, settings()).until(12)
+    assert "can't be written: " in session.end()[-1]
+    assert "timeline" in session.said[-1]
+    assert (tmp_path / "profile" / "all-ranks.json.gz").is_file()
     assert not list(tmp_path.glob("timeline*"))
 
 

@@ -67,3 +67,12 @@ def test_a_file_that_needs_h5py_says_so(tmp_path: Path) -> None:
     for line in lines:
         assert str(path) in line
         assert "pip install h5py" in line
+
+
+def test_a_command_that_needs_one_says_so() -> None:
+    said = _run(
+        f"{_WITHOUT}\nfrom csipipe.__main__ import main\nsys.stderr = sys.stdout\n"
+        "assert main(['evaluate', 'RUN']) == 1"
+    )
+    assert "evaluate needs matplotlib" in said
+    assert "pip install matplotlib" in said
