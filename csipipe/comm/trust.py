@@ -8,15 +8,42 @@ over the values is enough: the norm is finite only if all of them are (and, in f
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
+_postponed: list[Tensor] | None = None
+"""Where the verdicts of checks go that nobody waits for; None: all are waited for."""
+
+
 class BadMessage(ConnectionError):
     """A peer sent something that can't be used, and the run must stop."""
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[list[Tensor]]:
+    """Within it all checks pass at once, and a device isn't waited for.
+
+    Gives a list to which each check adds a truth value on its device: whether it holds.
+    """
+    global _postponed
+    _postponed, before = [], _postponed
+    try:
+        yield _postponed
+    finally:
+        _postponed = before
+
+
+def _holds(verdict: Tensor) -> bool:
+    """Whether a check holds, as far as anybody waits for it."""
+    if _postponed is None:
+        return bool(verdict)
+    _postponed.append(verdict)
+    return True
 
 
 def mark(rows: Tensor) -> None:
@@ -39,15 +66,20 @@ def _last(payload: Tensor) -> Tensor:
     return flat[-1:] if payload.is_floating_point() else flat[-4:].view(torch.float32)
 
 
+def _rms(rows: Tensor) -> Tensor:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype).double()
+    return norm / math.sqrt(max(1, rows.numel()))
+
+
 def rms(rows: Tensor) -> float:
     """Root mean square of any tensor; NaN or infinite if one of its values is."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(rows, dtype=dtype)) / math.sqrt(max(1, rows.numel()))
+    return float(_rms(rows))
 
 
 def sound(rows: Tensor, limit: float) -> bool:
     """Whether a tensor is finite and its root mean square at most `limit`."""
-    return rms(rows) <= limit
+    return _holds(_rms(rows) <= limit)
 
 
 def fault(rows: Tensor, limit: float) -> str:
@@ -70,7 +102,7 @@ def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
         FloatingPointError: naming the first layer with such a gradient.
     """
     named = [(name, p.grad) for name, p in parameters if p.grad is not None]
-    if torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite():
+    if _holds(torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite()):
         return
     for name, grad in named:
         if not math.isfinite(rms(grad)):  # or its square would be infinite in Adam's moments
@@ -93,7 +125,7 @@ def check_loss(whose: str, loss: Tensor, parts: nn.Module) -> None:
     Raises:
         FloatingPointError: naming the first layer whose weights aren't finite either.
     """
-    if loss.isfinite().all():
+    if _holds(loss.isfinite().all()):
         return
     named = (*parts.named_parameters(), *parts.named_buffers())
     layer = next((f"{name} isn't finite" for name, t in named if not t.isfinite().all()), None)

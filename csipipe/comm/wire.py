@@ -204,6 +204,15 @@ class Wire:
         faults = [text for channel in channels for text in channel.bad.values()]
         return faults[0] if faults else tensors
 
+    def unrecordable(self) -> str | None:
+        """Why what is sent can't be recorded once and then only be replayed; None: it can."""
+        for channel, _ in self._laid:
+            if not isinstance(channel.codec, Plain) or channel.residual is not None:
+                return "comm.codec packs messages on the host's word"
+            if channel.noise:
+                return "comm.noise is drawn for every message"
+        return None
+
     def _codec(self, kind: Kind) -> str:
         """Name of the codec of a kind of message."""
         return codecs.chosen(self.comm, self.usual).get(kind.name.lower(), self.usual)

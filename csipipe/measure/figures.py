@@ -16,16 +16,23 @@ WIDTH = 5
 0 for SGCS where the images' columns aren't compared."""
 
 
-def row_sums(loss_B: Tensor, floor_B: Tensor, sgcs_B: Tensor | None) -> Tensor:
-    """(WIDTH,) float64 from per-sample losses, floors and, where there are any, SGCS.
+def row_sums(
+    loss_B: Tensor, floor_B: Tensor, sgcs_B: Tensor | None, counted_B: Tensor | None = None
+) -> Tensor:
+    """(…, B) per-sample losses, floors and, where there are any, SGCS → (…, WIDTH) float64.
 
     The paper's loss divides the error by ‖H‖², the centred NMSE by ‖H − 0.5‖²; the floor is the
     ratio of the two, so NMSE = loss / floor, sample by sample.
+
+    Args:
+        counted_B: which samples count, (…, B); None: all.
     """
     loss, floor = loss_B.detach().double(), floor_B.double()
-    rows = torch.full((), float(len(loss)), dtype=torch.float64, device=loss.device)
-    sgcs = torch.zeros_like(rows) if sgcs_B is None else sgcs_B.detach().double().sum()
-    return torch.stack([rows, loss.sum(), (loss / floor).sum(), floor.sum(), sgcs])
+    sgcs = torch.zeros_like(loss) if sgcs_B is None else sgcs_B.detach().double()
+    of_each = torch.stack([torch.ones_like(loss), loss, loss / floor, floor, sgcs], -2)
+    if counted_B is not None:
+        of_each = of_each.where(counted_B[..., None, :], 0.0)
+    return of_each.sum(-1)
 
 
 @dataclass(frozen=True)

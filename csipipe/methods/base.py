@@ -102,9 +102,18 @@ def group(part: str, parameters: Iterable[nn.Parameter], train: TrainSettings) -
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set Adam's rate for the next step: every part's, by its factor."""
+    """Set Adam's rate for the next step: every part's, by its factor.
+
+    On a GPU a rate is a tensor that stays where it is, so that a recorded step sees it change.
+    """
     for one in optimizer.param_groups:
-        one["lr"] = lr * one[_FACTOR]
+        rate, device = lr * one[_FACTOR], one["params"][0].device
+        if isinstance(one["lr"], Tensor):
+            one["lr"].fill_(rate)
+        elif device.type == "cuda" and isinstance(optimizer, Adam):
+            one["lr"] = torch.full((), rate, device=device)
+        else:
+            one["lr"] = rate
 
 
 def adam_of_ues(parts: Mapping[str, Iterable[nn.Parameter]], train: TrainSettings) -> Adam:

@@ -126,6 +126,11 @@ class BtsHalf(Half):
         self.stage.zero_grad()
         self._restore()
 
+    def unrecordable(self) -> str | None:
+        if not isinstance(self.moments, AdamMoments):
+            return "ZeRO decides within a step what it sends"
+        return self.wire.unrecordable()
+
     def end(self) -> Figures | None:
         self.stage.taking = None
         self.clock.begin("wait", "wait for figures")

@@ -17,7 +17,7 @@ from csipipe.comm.ledger import Kind
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH
 from csipipe.methods.base import EvalRows, padded
-from csipipe.methods.ends import Way, ends
+from csipipe.methods.ends import Stacked, Way, ends
 from csipipe.methods.half import Evaluation, UeSide
 from csipipe.methods.objective import Objective
 from csipipe.methods.roster import AGREED, keep_buffers
@@ -64,7 +64,10 @@ class UeHalf(UeSide):
         )
         self.whole, self.each = self.stage.whole, self.stage.each
         self.always: set[Op] = {*AGREED}
-        self._restore: list[Callable[[], None]] = []
+        self._restore: list[dict[str, Callable[[], None]]] = []
+        # these two stay where they are, so that an iteration can be recorded
+        self._picks = torch.zeros(len(ues), train.batch_size, dtype=torch.int64).to(self.device)
+        self._sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
 
     def evaluated(self) -> dict[EvalRows, int]:
         ues = [self.ues[at] for at in self._places(self.seat.roster.evaluated)]
@@ -74,17 +77,26 @@ class UeHalf(UeSide):
         """Lines 3 and 8–10 of Algorithm 1 follow."""
         self.clock.begin("compute", "draw mini-batches")
         train, places = self.settings.train, self._places(self.seat.roster.present)
-        ues = [self.ues[at] for at in places]
-        self.stage.load(places, [ue.draw(train.batch_size) for ue in ues])
-        self.ends.train(True)
+        self.stage.take(places)
+        if places:
+            picks = torch.stack([ue.pick(train.batch_size) for ue in self.stage.ues])
+            self._picks[: len(picks)].copy_(picks)
         self.ends.set_rate(train.lr_at(iteration))
+
+    def load(self) -> None:
+        drawn = zip(self.stage.ues, self._picks, strict=False)
+        self.stage.load([ue.picked(picks) for ue, picks in drawn])
+        self.ends.train(True)
         self._keep()
 
     def _keep(self) -> None:
         """Note what the UEs' buffers are, to go back to."""
         if self.tolerant:
             places = self._places(self.seat.roster.present)
-            self._restore = [keep_buffers([self.ues[u].encoder, self.ues[u].head]) for u in places]
+            self._restore = [
+                {name: keep_buffers([part]) for name, part in self.ues[u].parts.items()}
+                for u in places
+            ]
 
     def _places(self, present: Sequence[int]) -> list[int]:
         """Where the UEs that are present stand among those of this role."""
@@ -101,19 +113,41 @@ class UeHalf(UeSide):
 
     def undo(self) -> None:
         self.ends.clear()
+        for restore in self._restore:  # the encoders' pass isn't repeated
+            restore["head"]()
+        if places := self._places(self.seat.roster.present):
+            self.ends.take(places)
+
+    def add_up(self) -> None:
+        if len(self.stage.ues) < len(self.ues):
+            self._sums.zero_()
+            if self.stage.ues:
+                self._sums[self._places(self.seat.roster.present)] = self.stage.sums()
+        else:
+            self._sums.copy_(self.stage.sums())
 
     def end(self) -> None:
         """A UE that is left out stays as it was, including BatchNorm's statistics."""
         self.seat.leave_out(self.stage.faults)
         for u in self.stage.idle:
             self.stage.ues[u].parts.zero_grad()
-            self._restore[u]()
+            for restore in self._restore[u].values():
+                restore()
         self.clock.begin("send", "finish sending")
         # of all UEs, so that a rank without any in this iteration doesn't hurry ahead
-        sums = torch.zeros(len(self.ues), WIDTH, dtype=torch.float64, device=self.device)
-        if self.stage.ues:
-            sums[self._places(self.seat.roster.present)] = self.stage.sums()
-        self._report(sums)
+        self._report(self._sums)
+
+    def unrecordable(self) -> str | None:
+        train = self.settings.train
+        if self.tolerant:
+            return "train.on_bad_ue drop decides within an iteration who takes part"
+        if self.settings.participants < self.topology.ues:
+            return "other UEs take part in every iteration"
+        if isinstance(self.ends, Stacked):
+            return "stacked UEs are checked one by one"
+        if train.augment is not None:
+            return "train.augment draws while it trains"
+        return self.wire.unrecordable()
 
     def _hear(self, kind: Kind) -> None:
         """Learn which UEs take part."""
@@ -133,7 +167,7 @@ class UeHalf(UeSide):
         rows = [self.test if part == "test" else self.ues[at].holdout for at in places]
         sums = torch.zeros(len(self.ues), WIDTH, dtype=torch.float64, device=self.device)
         self.wire.ledger.phase = "evaluation"
-        self.stage.load(places, [])  # none yet
+        self.stage.take(places)
         self.ends.train(False)
         if places:
             self.ports.forward_in.post()  # before any send: the BTS keeps few messages in flight
@@ -143,7 +177,6 @@ class UeHalf(UeSide):
             if k < batches:
                 start = k * size
                 self.stage.load(
-                    places,
                     [padded(h, start, size) for h in rows],
                     [min(size, max(0, len(h) - start)) for h in rows],
                 )

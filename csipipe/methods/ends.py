@@ -82,7 +82,7 @@ def ends(ues: Sequence[UserEquipment], probe: Probe, settings: Settings, way: Wa
         ValueError: they are to be stacked, and their models differ.
     """
     if not way.stacked:
-        return Singly(ues, probe)
+        return Singly(ues, probe, settings.train)
     try:
         return Stacked(ues, probe, settings.train)
     except Unstackable as error:
@@ -91,7 +91,7 @@ def ends(ues: Sequence[UserEquipment], probe: Probe, settings: Settings, way: Wa
                 f"train.stacked is always, but the UEs' models can't be stacked: {error}. Use "
                 "train.stacked auto or never."
             ) from error
-        return Singly(ues, probe)
+        return Singly(ues, probe, settings.train)
 
 
 class Ends(Protocol):
@@ -135,14 +135,27 @@ class Ends(Protocol):
 class _Both:
     """What the two ways share."""
 
-    def __init__(self, ues: Sequence[UserEquipment], probe: Probe) -> None:
+    def __init__(self, ues: Sequence[UserEquipment], probe: Probe, train: TrainSettings) -> None:
         self.everyone = ues
         self.ues = ues
         self.probe = probe
         self._pending: list[models.Pending] = []
+        # one for all: its parameters are the UEs' own, each with moments and steps of its own
+        self._optimizer = adam_of_ues(
+            {
+                "encoder": [p for ue in ues for p in ue.encoder.parameters()],
+                "head": [p for ue in ues for p in ue.head.parameters()],
+            },
+            train,
+        )
+        for ue in ues:
+            ue.optimizer = self._optimizer
 
     def take(self, chosen: Sequence[int]) -> None:
         self.ues = [self.everyone[u] for u in chosen]
+
+    def set_rate(self, lr: float) -> None:
+        set_rate(self._optimizer, lr)
 
     def weight_gradients(self) -> None:
         models.accumulate(models.joined(self._pending))
@@ -152,18 +165,14 @@ class _Both:
 class Singly(_Both):
     """One UE after the other."""
 
-    def __init__(self, ues: Sequence[UserEquipment], probe: Probe) -> None:
-        super().__init__(ues, probe)
+    def __init__(self, ues: Sequence[UserEquipment], probe: Probe, train: TrainSettings) -> None:
+        super().__init__(ues, probe, train)
         self._pending = models.put_off(ue.head for ue in ues if "head" not in ue.frozen)
         self._z_UBC: list[Tensor] = []
 
     def train(self, mode: bool) -> None:
         for ue in self.ues:
             ue.train(mode)
-
-    def set_rate(self, lr: float) -> None:
-        for ue in self.ues:
-            set_rate(ue.optimizer, lr)
 
     def encode(self, h_UBAD: Tensor) -> Tensor:
         self._z_UBC = [ue.encoder(h) for ue, h in zip(self.ues, h_UBAD, strict=True)]
@@ -180,21 +189,24 @@ class Singly(_Both):
 
     def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
         faults = {}
+        for u in set(range(len(self.ues))) - set(taking):
+            self.ues[u].parts.zero_grad()
         for u in taking:
             ue = self.ues[u]
             self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
             try:
-                ue.check_loss(loss_UB[u])
-                ue.step()
+                ue.check(loss_UB[u])
             except FloatingPointError as error:
                 if not tolerant:
                     raise
                 faults[u] = str(error)
+                ue.parts.zero_grad()
+        self._optimizer.step()
+        self.clear()
         return faults
 
     def clear(self) -> None:
-        for ue in self.ues:
-            ue.optimizer.zero_grad()
+        self._optimizer.zero_grad()
 
 
 class Stacked(_Both):
@@ -205,23 +217,13 @@ class Stacked(_Both):
     """
 
     def __init__(self, ues: Sequence[UserEquipment], probe: Probe, train: TrainSettings) -> None:
-        super().__init__(ues, probe)
         encoders, heads = [ue.encoder for ue in ues], [ue.head for ue in ues]
         for modules in (encoders, heads):  # before anything is changed
             check_stackable(modules)
+        super().__init__(ues, probe, train)
         self._encoders, self._heads = Stack(encoders), Stack(heads)
         if "head" not in train.frozen:
             self._heads.put_off(self._pending)
-        # one for all: its parameters are the UEs' own, each with moments and steps of its own
-        self._optimizer = adam_of_ues(
-            {
-                "encoder": [p for ue in ues for p in ue.encoder.parameters()],
-                "head": [p for ue in ues for p in ue.head.parameters()],
-            },
-            train,
-        )
-        for ue in ues:
-            ue.optimizer = self._optimizer
         self._z_UBC: Tensor | None = None
 
     def take(self, chosen: Sequence[int]) -> None:
@@ -231,9 +233,6 @@ class Stacked(_Both):
 
     def train(self, mode: bool) -> None:
         self.everyone[0].train(mode)
-
-    def set_rate(self, lr: float) -> None:
-        set_rate(self._optimizer, lr)
 
     def encode(self, h_UBAD: Tensor) -> Tensor:
         self._z_UBC = self._encoders(h_UBAD)

@@ -26,8 +26,10 @@ Evaluation = Generator[None, None, Figures | None]
 class Half:
     """One role of a rank in a method.
 
-    An iteration is `begin`, then, for each section of the plan, `open`, `execute` in one or more
-    pieces, and `close`, and at last `end`.
+    An iteration is `begin`, then `load`, for each section of the plan `open`, `execute` in one or
+    more pieces, and `close`, then `add_up`, and at last `end`. From `load` to `add_up` nothing is
+    decided by what was computed, unless UEs are dropped: it can be recorded (`csipipe.methods.
+    recorded`).
 
     Args:
         seat: the rank that has this role.
@@ -66,7 +68,10 @@ class Half:
         return {"holdout": 0, "test": 0}
 
     def begin(self, iteration: int) -> None:
-        """An iteration begins: post what may arrive before the plan says so."""
+        """An iteration begins: draw, and post what may arrive before the plan says so."""
+
+    def load(self) -> None:
+        """Put what was drawn where it is computed with."""
 
     def open(self, plan: list[Instruction]) -> None:
         """These instructions will follow."""
@@ -85,9 +90,16 @@ class Half:
     def undo(self) -> None:
         """Take back what the section changed: it is repeated without some UE."""
 
+    def add_up(self) -> None:
+        """All sections were executed: sum up the figures."""
+
     def end(self) -> Figures | None:
         """The iteration is over; figures of the UEs' batches, at the BTS's first stage."""
         raise NotImplementedError
+
+    def unrecordable(self) -> str | None:
+        """Why an iteration can't be recorded once and then only be replayed; None: it can."""
+        return f"{self.settings.method} decides what it computes while it trains"
 
     def evaluation(self, part: EvalRows) -> Evaluation:
         """Figures on `part`, BatchNorm by running statistics; called without gradients."""

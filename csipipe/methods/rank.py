@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from csipipe.comm import handshake
 from csipipe.comm.collectives import largest, merged
@@ -14,6 +15,7 @@ from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.measure.figures import Figures
+from csipipe.methods import recorded
 from csipipe.methods.base import Builder, EvalRows, batches_of
 from csipipe.methods.half import Half, in_turns
 from csipipe.methods.seat import Seat
@@ -65,6 +67,7 @@ class Rank(Seat):
         super().__init__(settings, topology, world, device)
         self.parameters = count_parts(settings.model)
         self.halves: list[Half] = []
+        self._recorded: recorded.Recorded | None = None
         self._evaluations = 0
 
     def take(self, halves: Sequence[Half], plans: Sequence[Attempts[Instruction]]) -> None:
@@ -86,6 +89,45 @@ class Rank(Seat):
         rows = {part: max(one[part] for one in found) for part in found[0]}
         batches = [batches_of(n, self.settings.train.batch_size) for n in rows.values()]
         self.batches = dict(zip(rows, largest(batches), strict=True))
+        self._decide_on_recording()
+
+    def _decide_on_recording(self) -> None:
+        """Whether iterations become a CUDA graph (ValueError: they are to and can't)."""
+        wanted = self.settings.train.cuda_graph
+        if wanted == "never" or (wanted == "auto" and self.device.type != "cuda"):
+            return
+        reason = self._unrecordable()
+        if reason is None:
+            self.record()
+            self.notes.append(f"iterations are one CUDA graph (train.cuda_graph is {wanted})")
+        elif wanted == "always":
+            raise ValueError(
+                f"train.cuda_graph is always, but {reason}. Use train.cuda_graph auto or never."
+            )
+        else:
+            self.notes.append(f"iterations are no CUDA graph (train.cuda_graph auto): {reason}")
+
+    def _unrecordable(self) -> str | None:
+        if self.device.type != "cuda":
+            return "this rank computes on a CPU"
+        if self.world.size > 1:
+            return f"{self.world.size} processes train together, and one can be recorded"
+        if self.settings.run.profile:
+            return "run.profile looks into iterations"
+        reasons = (half.unrecordable() for half in self.halves)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def record(self, by: Callable[[Callable[[], None]], recorded.Replay] | None = None) -> None:
+        """From now on record an iteration and replay it; `by`: as `recorded.record`."""
+        if by is None:
+            recorded.on_a_stream()
+        ledgers = [half.wire.ledger for half in self.halves]
+        self._recorded = recorded.Recorded(self._state, ledgers, by or recorded.record)
+
+    def _state(self) -> list[Tensor]:
+        """Weights, statistics and moments."""
+        tensors = (t for unit in self.units().values() for t in unit.state().values())
+        return [t for t in tensors if t.device.type == self.device.type]
 
     def _mine(self, plans: Sequence[Sequence[Instruction]]) -> list[order.Part]:
         roles = self.topology.roles_of(self.world.rank)
@@ -104,9 +146,11 @@ class Rank(Seat):
         self._draw(iteration)
         for half in self.halves:
             half.begin(iteration)
-        if self.roster.behind:
-            self._run_some(self._order.before)
-        self.roster.train(self._order, self._run, self._undo)
+        if self._recorded is None:
+            self._compute()
+        else:
+            self.clock.begin("compute", "iteration")
+            self._recorded.iteration(self._compute, as_it_is=self.probe.gradients_wanted)
         figures = None
         for half in reversed(self.halves):  # UEs report before the first stage gathers
             figures = half.end()
@@ -114,6 +158,16 @@ class Rank(Seat):
             self._run_some(self._order.after)
         self.clock.stop()
         return figures
+
+    def _compute(self) -> None:
+        """What of an iteration happens where it is computed."""
+        for half in self.halves:
+            half.load()
+        if self.roster.behind:
+            self._run_some(self._order.before)
+        self.roster.train(self._order, self._run, self._undo)
+        for half in self.halves:
+            half.add_up()
 
     def _run(self, parts: Sequence[order.Part]) -> None:
         """Execute a section of the iteration."""

@@ -85,6 +85,9 @@ class UeHalf(csilocal_ue.UeHalf):
             self._keep()
         self._behind = False
 
+    def unrecordable(self) -> str | None:
+        return "encoders and heads are averaged between iterations"
+
     def _send(self, ue: int) -> None:
         self.exchange.send(ue, self.exchange.agreed[ue][0].change())
 

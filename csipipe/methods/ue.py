@@ -61,11 +61,18 @@ class UserEquipment:
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))
 
+    def pick(self, batch_size: int) -> Tensor:
+        """(B,) on the host: rows drawn uniformly, with replacement."""
+        return torch.randint(len(self.rows), (batch_size,), generator=self.generator)
+
+    def picked(self, picks_B: Tensor) -> Tensor:
+        """(B, 2, A, D): a mini-batch of the rows that were drawn."""
+        h_BAD = self.rows[picks_B.to(self.rows.device)]
+        return augmented(h_BAD, self.augmentation, self.generator)
+
     def draw(self, batch_size: int) -> Tensor:
         """(B, 2, A, D): a mini-batch drawn uniformly, with replacement, from the UE's rows."""
-        picks = torch.randint(len(self.rows), (batch_size,), generator=self.generator)
-        h_BAD = self.rows[picks.to(self.rows.device)]
-        return augmented(h_BAD, self.augmentation, self.generator)
+        return self.picked(self.pick(batch_size))
 
     def train(self, mode: bool) -> None:
         """Put encoder and head into training or evaluation mode."""

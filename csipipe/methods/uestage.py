@@ -32,7 +32,7 @@ class _Batch:
     """A (U, B, 2, A, D) mini-batch of every UE, how many rows of each count, (U, B) figures."""
 
     h_UBAD: Tensor
-    valid: Sequence[int]
+    valid: Sequence[int] | None
     loss_UB: Tensor
     sgcs_UB: Tensor
 
@@ -89,28 +89,24 @@ class UeStage:
         self._dy: dict[int, Tensor] = {}
         self._dz: dict[int, Tensor] = {}
 
-    def load(
-        self,
-        places: Sequence[int],
-        h_UBAD: Sequence[Tensor],
-        valid: Sequence[int] | None = None,
-    ) -> None:
-        """Add a (B, 2, A, D) mini-batch of each of some UEs; `sums` removes it.
-
-        Args:
-            places: where those UEs stand among the rank's, ascending.
-            valid: rows of each UE that are counted in `sums`, the rest is padding; None: all.
-        """
+    def take(self, places: Sequence[int]) -> None:
+        """Mini-batches of these UEs follow; `places`: theirs among the rank's, ascending."""
         self.ues = [self.everyone[at] for at in places]
         self.taking = list(range(len(places)))
         self.idle, self.faults = set(), {}
         if places:
             self.ends.take(places)
+
+    def load(self, h_UBAD: Sequence[Tensor], valid: Sequence[int] | None = None) -> None:
+        """Add a (B, 2, A, D) mini-batch of each UE, if there are any; `sums` removes it.
+
+        Args:
+            valid: rows of each UE that are counted in `sums`, the rest is padding; None: all.
+        """
         if h_UBAD:
             h = torch.stack(list(h_UBAD))
-            counted = [h.shape[1]] * len(h) if valid is None else valid
             zeros = (h.new_zeros(h.shape[:2]) for _ in range(2))
-            self._batches.append(_Batch(h, counted, *zeros))
+            self._batches.append(_Batch(h, valid, *zeros))
 
     def post(self, backward: bool) -> None:
         """Post the receives of an iteration; `backward`: gradients come back to the encoders."""
@@ -122,8 +118,11 @@ class UeStage:
         """(UEs, WIDTH) figures of the oldest mini-batch; NaN for a UE that took no step."""
         batch = self._batches.popleft()
         floor_UB = floor_loss(batch.h_UBAD.flatten(0, 1)).view_as(batch.loss_UB)
-        rows = zip(batch.loss_UB, floor_UB, batch.sgcs_UB, batch.valid, strict=True)
-        sums = torch.stack([row_sums(loss[:n], fl[:n], sgcs[:n]) for loss, fl, sgcs, n in rows])
+        counted_UB = None
+        if batch.valid is not None:
+            valid = torch.tensor(batch.valid, device=floor_UB.device)
+            counted_UB = torch.arange(floor_UB.shape[1], device=valid.device) < valid[:, None]
+        sums = row_sums(batch.loss_UB, floor_UB, batch.sgcs_UB, counted_UB)
         if self.idle:
             sums[list(self.idle)] = math.nan
         return sums
@@ -200,8 +199,8 @@ class UeStage:
     def _show(self, batch: _Batch, m: int, h_hat: Tensor) -> None:
         """Show reconstructions of micro-batch `m` to the probe."""
         rows = self._rows(batch)
-        first = m * rows
-        shown = zip(self.ues, batch.h_UBAD, torch.split(h_hat, rows), batch.valid, strict=True)
+        first, valid = m * rows, batch.valid or [batch.h_UBAD.shape[1]] * len(self.ues)
+        shown = zip(self.ues, batch.h_UBAD, torch.split(h_hat, rows), valid, strict=True)
         for ue, h, reconstructed, n in shown:
             counted = min(rows, max(0, n - first))
             self.probe.reconstructed(ue.number, h[first : first + counted], reconstructed[:counted])

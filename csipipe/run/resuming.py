@@ -35,6 +35,7 @@ FREE = (
     "train.threads",
     "train.schedule",
     "train.stacked",
+    "train.cuda_graph",
 )
 """Settings, or prefixes of them, that decide where and how fast, not what is computed."""
 _SAME = "run.eval_ues"

@@ -315,6 +315,9 @@ class TrainSettings:
     """csilocal, splitfed: compute the encoders and heads of a rank's UEs as one, by grouped
     convolutions and batched products, instead of one after the other: the same but for rounding.
     auto: where that is faster."""
+    cuda_graph: Literal["auto", "always", "never"] = "auto"
+    """csilocal in one process on a GPU: record an iteration as one CUDA graph and replay it, with
+    the same bits. auto: where that is possible; the run reports why not."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
     """What to do when a UE sends values that aren't finite or exceed train.max_rms. stop: end the
     run and name the UE. drop: compute the iteration as if the UE had not taken part.

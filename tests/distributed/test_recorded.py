@@ -1,0 +1,179 @@
+"""An iteration that is recorded once and replayed, as a CUDA graph does it.
+
+A CPU has no such graphs. `Tape` keeps what a GPU's keeps (operations with the tensors that they
+had, and nothing that Python decides) and refuses what a GPU's refuses: to read a value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import run_world
+from runs import CPU, small
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from csipipe import methods
+from csipipe.comm.trust import BadMessage
+from csipipe.comm.world import World
+from csipipe.methods.csilocal_ue import UeHalf
+from csipipe.settings.config import Settings
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+}
+ONE = {"stages": 1, "placement": "together"}
+
+
+class Tape(TorchDispatchMode):
+    """Operations, to be done again with the same tensors.
+
+    Args:
+        host: tensors that lie on the host beside a GPU too, so that a graph knows nothing of them.
+    """
+
+    def __init__(self, host: list[Tensor]) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.host = {_place(tensor) for tensor in host}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in READS, f"{func}: a graph can't wait for a value"
+        out = func(*args, **(kwargs or {}))
+        if not self.host & {_place(tensor) for tensor in _tensors(args)}:
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def play(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, before in self.calls:
+                now = func(*args, **kwargs)
+                for old, new in zip(_tensors(before), _tensors(now), strict=True):
+                    if _place(old) != _place(new):
+                        old.copy_(new)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def taped(host: list[Tensor], compute: Callable[[], None]) -> Callable[[], None]:
+    """As `recorded.record`; what a tape records is done at once, so its first replay is left out."""
+    tape = Tape(host)
+    with tape:
+        compute()
+    plays = iter([lambda: None])
+    return lambda: next(plays, tape.play)()
+
+
+def trained(world: World, settings: Settings, way: str) -> dict[str, Any]:
+    """Ten iterations, every figure, and the state; an evaluation in between."""
+    build = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(20.0)
+    worker: Any = build(world)
+    for half in worker.halves:  # rates as a GPU has them
+        optimizers = [ue.optimizer for ue in getattr(half, "ues", [])] or [half.stage.optimizer]
+        for group in (group for one in optimizers for group in one.param_groups):
+            group["lr"] = torch.zeros(())
+    if way != "computed":
+        worker.record(partial(taped, [half.wire.ledger.counts for half in worker.halves]))
+    found: dict[str, Any] = {"sums": []}
+    for k in range(10):
+        worker.probe.gradients_wanted = k == 6  # somebody looks at it
+        found["sums"].append(worker.train_iteration(k).sums.clone())
+        if k in (1, 5):
+            found["sums"].append(worker.evaluate("test").sums.clone())
+    found["norms"] = worker.probe.norms()
+    found["ledger"] = worker.exchanged().counts.clone()
+    if way == "spoiled":
+        found["error"] = spoiled(worker)
+    found["state"] = {
+        f"{name} {key}": tensor.clone()
+        for name, unit in worker.units().items()
+        for key, tensor in unit.state().items()
+    }
+    world.leave()
+    return found
+
+
+def spoiled(worker: Any) -> str:
+    """An iteration in which UE 2 sends NaN: the error, and not a scalar changed or counted."""
+    (half,) = (half for half in worker.halves if isinstance(half, UeHalf))
+    half.ues[2].rows[:] = float("nan")
+    generators = [ue.generator.get_state() for ue in half.ues]
+    with pytest.raises(BadMessage) as error:
+        worker.train_iteration(10)
+    for ue, generator in zip(half.ues, generators, strict=True):
+        ue.generator.set_state(generator)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, dict[str, Any]]:
+    settings = small(topology=ONE, train={"lr": 2**-9})
+    ways = ("computed", "recorded", "spoiled")
+    return {way: run_world(1, trained, settings, way)[0] for way in ways}
+
+
+def test_a_replayed_iteration_has_the_same_bits(runs: dict[str, dict[str, Any]]) -> None:
+    one, two = runs["computed"], runs["recorded"]
+    assert len(one["sums"]) == 12
+    for k, (mine, other) in enumerate(zip(one["sums"], two["sums"], strict=True)):
+        assert torch.equal(mine, other), k
+    assert torch.equal(one["ledger"], two["ledger"])
+    assert one["norms"] == two["norms"]
+    assert {"encoder", "tail", "head"} <= one["norms"].keys()
+    assert one["state"].keys() == two["state"].keys()
+    for name, tensor in one["state"].items():
+        assert torch.equal(tensor, two["state"][name]), name
+
+
+def test_a_bad_value_is_named_and_nothing_has_changed(runs: dict[str, dict[str, Any]]) -> None:
+    assert "from UE 2" in runs["spoiled"]["error"]
+    assert "holds nan" in runs["spoiled"]["error"]
+    before, after = runs["recorded"]["state"], runs["spoiled"]["state"]
+    # the encoders' statistics have seen the mini-batch, as in a run without a recording
+    changed = {n for n, tensor in before.items() if not torch.equal(tensor, after[n])}
+    assert all(" encoder." in n and ("running" in n or "tracked" in n) for n in changed), changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, "computes on a CPU"),
+        ({"train": {"on_bad_ue": "drop"}}, "drop decides"),
+        ({"train": {"augment": "angle"}}, "draws while it trains"),
+        ({"train": {"stacked": "always"}}, "checked one by one"),
+        ({"topology": ONE | {"participants": 2}}, "other UEs take part"),
+        ({"method": "splitfed", "train": {"aggregate_every": 2}}, "averaged between"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value.split()[0],
+)
+def test_what_cannot_be_recorded_is_said(changes: dict[str, Any], why: str) -> None:
+    assert why in run_world(1, reason, small(**({"topology": ONE} | changes)))[0]
+
+
+def reason(world: World, settings: Settings) -> str:
+    """Why this run isn't recorded: the device's reason comes first, then those of the roles."""
+    build = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(20.0)
+    worker: Any = build(world)
+    found = [worker._unrecordable(), *(half.unrecordable() for half in worker.halves)]
+    world.leave()
+    return "; ".join(filter(None, found))
