@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-
 _postponed: list[Tensor] | None = None
 """Where the verdicts of checks go that nobody waits for; None: all are waited for."""
 

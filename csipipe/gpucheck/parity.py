@@ -77,10 +77,20 @@ def split(step: Step) -> None:
         name: start(step, name, ranks, small(step) | changes)
         for name, (ranks, changes) in cases.items()
     }
+    # half of so many iterations show their gradients, and are computed without the graph
+    long = (
+        {"run.eval_every": 1000} if step.tiny else {"run.eval_every": 1000, "train.iterations": 250}
+    )
+    graphs = {
+        name: start(
+            step, name, 1, small(step) | cases["together"][1] | long | {"train.cuda_graph": use}
+        )
+        for name, use in (("without-graph", "never"), ("one-graph", "auto"))
+    }
     wanted, nudged = (unsplit(step, small(step) | {"topology.stages": 1}, n) for n in (False, True))
     grown = relative(nudged, wanted)
     step.add("the unsplit model, its weights off by half a unit in the last place", f"{grown:.1e}")
-    for name, run in runs.items():
+    for name, run in (runs | graphs).items():
         try:
             run.succeed(step.left - 2)
         except (RuntimeError, TimeoutError) as error:
@@ -90,11 +100,13 @@ def split(step: Step) -> None:
     for name, run in done.items():
         early, late = (TOLERANCE, max(TOLERANCE, grown)) if name != "bf16" else (3e-2, 3e-2)
         _compare(step, f"{name} beside the unsplit model", run.losses, wanted, early, late)
-    for name in ("two-stages", "together"):
-        if done.keys() >= {"one-stage", name}:
-            differ = same_bits(done["one-stage"].weights, done[name].weights)
+    done |= {name: run for name, run in graphs.items() if run.process.poll() == 0}
+    pairs = (("one-stage", "two-stages"), ("one-stage", "together"), ("without-graph", "one-graph"))
+    for one, other in pairs:
+        if done.keys() >= {one, other}:
+            differ = same_bits(done[one].weights, done[other].weights)
             found = differ or "the same bits"
-            step.add(f"one-stage and {name}", found, "the same bits", not differ)
+            step.add(f"{one} and {other}", found, "the same bits", not differ)
     if "two-stages" in done:
         _ledger(step, done["two-stages"])
 

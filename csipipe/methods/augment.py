@@ -16,15 +16,30 @@ ZERO = 0.5
 """What an image holds where the channel is zero."""
 
 
-def augmented(h_BAD: Tensor, ways: Container[str], generator: torch.Generator) -> Tensor:
-    """(B, 2, A, D) in [0, 1], each row changed by the `ways` of `train.augment`."""
+DRAWN = 2
+"""Numbers that are drawn for a row: by how many angles it is shifted, and a phase in turns."""
+
+
+def draw(
+    ways: Container[str], angles: int, rows: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(B,) shifts and phases for the `ways` of `train.augment`; zeros for the others."""
+    shift, phase = torch.zeros(rows), torch.zeros(rows)
     if "angle" in ways:
-        angles = h_BAD.shape[2]
-        by = torch.randint(angles, (len(h_BAD),), generator=generator).to(h_BAD.device)
+        shift = torch.randint(angles, (rows,), generator=generator)
+    if "phase" in ways:
+        phase = torch.rand(rows, generator=generator)
+    return shift, phase
+
+
+def augmented(h_BAD: Tensor, ways: Container[str], shift_B: Tensor, phase_B: Tensor) -> Tensor:
+    """(B, 2, A, D) in [0, 1], each row changed by what was drawn for the `ways`."""
+    if "angle" in ways:
+        angles, by = h_BAD.shape[2], shift_B.long()
         places = (torch.arange(angles, device=h_BAD.device) - by[:, None]) % angles
         h_BAD = h_BAD.gather(2, places[:, None, :, None].expand_as(h_BAD))
     if "phase" in ways:
-        by = 2 * math.pi * torch.rand(len(h_BAD), generator=generator).to(h_BAD.device)
+        by = 2 * math.pi * phase_B.float()
         real, imaginary = (h_BAD - ZERO).unbind(1)
         cosine, sine = by.cos()[:, None, None], by.sin()[:, None, None]
         turned = (cosine * real - sine * imaginary, sine * real + cosine * imaginary)

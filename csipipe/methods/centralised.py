@@ -94,7 +94,7 @@ class Centralised:
         self.tail.train("tail" not in train.frozen)
         set_rate(self.optimizer, train.lr_at(iteration))
         self.clock.begin("compute", "draw mini-batches")
-        sums = self.run(self.ues, [ue.draw(train.batch_size) for ue in self.ues])
+        sums = self.run(self.ues, [ue.batch(ue.draw(train.batch_size)) for ue in self.ues])
         self.clock.begin("compute", "step")
         for ue, figures in zip(self.ues, sums, strict=True):
             ue.check_loss(figures)

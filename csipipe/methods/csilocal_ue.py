@@ -23,7 +23,7 @@ from csipipe.methods.objective import Objective
 from csipipe.methods.roster import AGREED, keep_buffers
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit, ue_name
-from csipipe.methods.ue import UserEquipment
+from csipipe.methods.ue import DRAWN, UserEquipment
 from csipipe.methods.uestage import UeStage
 from csipipe.pipeline import schedule
 from csipipe.pipeline.schedule import Instruction, Op, Plan
@@ -66,7 +66,8 @@ class UeHalf(UeSide):
         self.always: set[Op] = {*AGREED}
         self._restore: list[dict[str, Callable[[], None]]] = []
         # these two stay where they are, so that an iteration can be recorded
-        self._picks = torch.zeros(len(ues), train.batch_size, dtype=torch.int64).to(self.device)
+        shape = len(ues), DRAWN, train.batch_size
+        self._drawn = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self._sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
 
     def evaluated(self) -> dict[EvalRows, int]:
@@ -79,13 +80,13 @@ class UeHalf(UeSide):
         train, places = self.settings.train, self._places(self.seat.roster.present)
         self.stage.take(places)
         if places:
-            picks = torch.stack([ue.pick(train.batch_size) for ue in self.stage.ues])
-            self._picks[: len(picks)].copy_(picks)
+            drawn = torch.stack([ue.draw(train.batch_size) for ue in self.stage.ues])
+            self._drawn[: len(drawn)].copy_(drawn)
         self.ends.set_rate(train.lr_at(iteration))
 
     def load(self) -> None:
-        drawn = zip(self.stage.ues, self._picks, strict=False)
-        self.stage.load([ue.picked(picks) for ue, picks in drawn])
+        drawn = zip(self.stage.ues, self._drawn, strict=False)
+        self.stage.load([ue.batch(numbers) for ue, numbers in drawn])
         self.ends.train(True)
         self._keep()
 
@@ -138,15 +139,12 @@ class UeHalf(UeSide):
         self._report(self._sums)
 
     def unrecordable(self) -> str | None:
-        train = self.settings.train
         if self.tolerant:
             return "train.on_bad_ue drop decides within an iteration who takes part"
         if self.settings.participants < self.topology.ues:
             return "other UEs take part in every iteration"
         if isinstance(self.ends, Stacked):
             return "stacked UEs are checked one by one"
-        if train.augment is not None:
-            return "train.augment draws while it trains"
         return self.wire.unrecordable()
 
     def _hear(self, kind: Kind) -> None:

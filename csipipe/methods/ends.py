@@ -65,7 +65,7 @@ def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
     if reason is not None:
         return Way(False, reason)
     if device.type != "cpu":
-        return Way(False, "train.stacked auto: on a GPU it hasn't been measured")
+        return Way(False, "train.stacked auto: on a GPU it was no faster")
     hosted = (len(topology.ues_of(role)) for role in topology.ue_roles)
     if min(hosted) < 2 or settings.participants < FEW:
         return Way(False, "train.stacked auto: they are few")

@@ -78,8 +78,7 @@ class Recorded:
         if self._replay is None:
             self._replay = self._record(lambda: self._recorded(compute))
             self._crossing = [
-                ledger.counts - counts
-                for ledger, counts in zip(self._ledgers, before, strict=True)
+                ledger.counts - counts for ledger, counts in zip(self._ledgers, before, strict=True)
             ]
         else:
             for ledger, crossing in zip(self._ledgers, self._crossing, strict=True):

@@ -84,7 +84,7 @@ class Replica:
             parameter.requires_grad_(False)
         for parameter in learning:
             parameter.requires_grad_()
-        h_BAD = self.ue.draw(self.settings.train.batch_size)
+        h_BAD = self.ue.batch(self.ue.draw(self.settings.train.batch_size))
         loss_B, sums = self._losses(h_BAD)
         trust.check_loss(f"UE {self.ue.number}", loss_B, nn.ModuleDict(self.parts))
         torch.autograd.backward(loss_B.mean())

@@ -16,7 +16,7 @@ from csipipe import checkpoint
 from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
 from csipipe.measure.metrics import floor_loss
-from csipipe.methods.augment import augmented
+from csipipe.methods import augment
 from csipipe.methods.base import adam_of_ues, freeze
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
@@ -25,6 +25,8 @@ from csipipe.models.ranged import ranged
 from csipipe.settings.config import Settings
 
 _DRAWS = 1000  # distinct from the seeds of the model's parts
+DRAWN = 1 + augment.DRAWN
+"""Numbers that are drawn for a row of a mini-batch."""
 
 
 class UserEquipment:
@@ -61,18 +63,17 @@ class UserEquipment:
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))
 
-    def pick(self, batch_size: int) -> Tensor:
-        """(B,) on the host: rows drawn uniformly, with replacement."""
-        return torch.randint(len(self.rows), (batch_size,), generator=self.generator)
-
-    def picked(self, picks_B: Tensor) -> Tensor:
-        """(B, 2, A, D): a mini-batch of the rows that were drawn."""
-        h_BAD = self.rows[picks_B.to(self.rows.device)]
-        return augmented(h_BAD, self.augmentation, self.generator)
-
     def draw(self, batch_size: int) -> Tensor:
-        """(B, 2, A, D): a mini-batch drawn uniformly, with replacement, from the UE's rows."""
-        return self.picked(self.pick(batch_size))
+        """(DRAWN, B) on the host: rows, uniformly and with replacement, and their augmentation."""
+        generator, angles = self.generator, self.rows.shape[2]
+        picks = torch.randint(len(self.rows), (batch_size,), generator=generator)
+        more = augment.draw(self.augmentation, angles, batch_size, generator)
+        return torch.stack([number.double() for number in (picks, *more)])
+
+    def batch(self, drawn: Tensor) -> Tensor:
+        """(B, 2, A, D): the mini-batch of what was drawn, (DRAWN, B)."""
+        picks, *more = drawn.to(self.rows.device)
+        return augment.augmented(self.rows[picks.long()], self.augmentation, *more)
 
     def train(self, mode: bool) -> None:
         """Put encoder and head into training or evaluation mode."""

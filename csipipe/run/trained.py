@@ -155,9 +155,9 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no {CONFIG}.")
-    settings, own = (
-        _settings(["--config", str(folder / CONFIG), *given]) for given in (changes, ())
-    )
+    # what computed it need not be here
+    mine = ["--config", str(folder / CONFIG), "--train.device", "auto"]
+    settings, own = (_settings([*mine, *given]) for given in (changes, ()))
     if (folder / card.CARD).is_file() and weights == LAST:
         told = card.check(folder, own.topology.ues)
         place = folder / card.WEIGHTS

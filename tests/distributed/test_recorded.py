@@ -33,7 +33,7 @@ READS = {
 ONE = {"stages": 1, "placement": "together"}
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations, to be done again with the same tensors.
 
     Args:
@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
     """
 
     def __init__(self, host: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.host = {_place(tensor) for tensor in host}
 
@@ -125,7 +125,7 @@ def spoiled(worker: Any) -> str:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, dict[str, Any]]:
-    settings = small(topology=ONE, train={"lr": 2**-9})
+    settings = small(topology=ONE, train={"lr": 2**-9, "augment": "angle,phase"})
     ways = ("computed", "recorded", "spoiled")
     return {way: run_world(1, trained, settings, way)[0] for way in ways}
 
@@ -157,7 +157,6 @@ def test_a_bad_value_is_named_and_nothing_has_changed(runs: dict[str, dict[str, 
     [
         ({}, "computes on a CPU"),
         ({"train": {"on_bad_ue": "drop"}}, "drop decides"),
-        ({"train": {"augment": "angle"}}, "draws while it trains"),
         ({"train": {"stacked": "always"}}, "checked one by one"),
         ({"topology": ONE | {"participants": 2}}, "other UEs take part"),
         ({"method": "splitfed", "train": {"aggregate_every": 2}}, "averaged between"),

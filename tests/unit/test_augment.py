@@ -7,20 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import CPU, small
+from torch import Tensor
 
 from csipipe import methods
-from csipipe.methods.augment import augmented
+from csipipe.methods import augment
 from csipipe.settings.config import DataSettings, Settings, TrainSettings
 
 H = 0.5 + 0.3 * (torch.rand(64, 2, 5, 3, generator=torch.Generator().manual_seed(0)) - 0.5)
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
+def augmented(h: Tensor, way: str) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return augment.augmented(h, (way,), *augment.draw((way,), h.shape[2], len(h), generator))
 
 
 def test_a_shift_turns_every_row_by_angles_of_its_own() -> None:
-    found = augmented(H, ("angle",), generator())
+    found = augmented(H, "angle")
     shifts = {
         next(k for k in range(5) if torch.equal(row, old.roll(k, 1)))
         for row, old in zip(found, H, strict=True)
@@ -29,13 +31,13 @@ def test_a_shift_turns_every_row_by_angles_of_its_own() -> None:
 
 
 def test_a_phase_leaves_every_magnitude_and_all_relations_within_a_row() -> None:
-    found = augmented(H, ("phase",), generator()) - 0.5
+    found = augmented(H, "phase") - 0.5
     before, after = (torch.complex(h[:, 0], h[:, 1]) for h in (H - 0.5, found))
     torch.testing.assert_close(after.abs(), before.abs(), rtol=1e-5, atol=1e-6)
     turned = after / before
     torch.testing.assert_close(turned, turned[:, :1, :1].expand_as(turned), rtol=1e-3, atol=1e-4)
     assert turned[:, 0, 0].angle().std() > 1
-    strong = augmented(torch.ones(64, 2, 1, 1), ("phase",), generator())
+    strong = augmented(torch.ones(64, 2, 1, 1), "phase")
     assert 0 <= strong.min() < strong.max() <= 1
 
 
@@ -45,7 +47,7 @@ def test_a_ue_changes_what_it_draws_and_nothing_else() -> None:
     [other], same = methods.load(both, range(1), CPU)
     assert torch.equal(test, same)
     assert torch.equal(one.holdout, other.holdout)
-    first, second = one.draw(16), other.draw(16)
+    first, second = (ue.batch(ue.draw(16)) for ue in (one, other))
     assert not torch.equal(first, second)
     norms = [(h - 0.5).flatten(1).norm(dim=1) for h in (first, second)]
     torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-5)  # the same rows

@@ -157,3 +157,14 @@ def test_models_are_in_evaluation_mode(tmp_path: Path) -> None:
     for model in trained.read(tmp_path / "run").models():
         assert not any(module.training for module in model.modules())
         assert all(p.device == CPU for p in model.parameters())
+
+
+def test_a_run_of_a_gpu_is_read_where_there_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trainedruns.end(folder, trainedruns.begin(folder))
+    config = folder / "config.yaml"
+    there = config.read_text().replace("device: auto", "device: cuda")
+    assert there != config.read_text()
+    config.write_text(there)
+    assert trained.read(folder).settings.train.device == "auto"
+    assert trained.read(folder, ["--train.device", "cpu"]).settings.train.device == "cpu"
