@@ -19,7 +19,7 @@ def test_weights_can_be_used_as_a_run_can(folder: Path) -> None:
     assert all(file.stat().st_size <= MOST for file in folder.rglob("*") if file.is_file())
     assert f"| `{folder.name}` |" in (ZOO / "README.md").read_text()
     model = run.models()[0].eval()
-    rows = torch.rand(2, 2, run.settings.model.angles, run.settings.model.delays)
+    rows = torch.rand(2, *run.settings.model.image)
     with torch.no_grad():
         assert model(rows).shape == rows.shape
 
