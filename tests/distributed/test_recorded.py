@@ -72,7 +72,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def taped(host: list[Tensor], compute: Callable[[], None]) -> Callable[[], None]:
-    """As `recorded.record`; what a tape records is done at once, so its first replay is left out."""
+    """As `recorded.record`; a tape does what it records, so its first replay is left out."""
     tape = Tape(host)
     with tape:
         compute()
