@@ -252,7 +252,8 @@ class Stacked(_Both):
         if not taking:
             self.clear()
             return {}
-        norms = [part.gradient_norms() for part in (self._encoders, self._heads)]
+        both = (self._encoders, self._heads)
+        norms = [part.gradient_norms(loss_UB.device) for part in both]
         norms_U = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         sound = (norms_U.isfinite() & loss_UB.isfinite().all(1)).tolist()
         self._encoders.hand_out(taking)

@@ -128,7 +128,7 @@ def draw(curves: Curves) -> Figure:
     axes.set_xlabel("UEs that share the rows")
     axes.set_ylabel(f"{name_of(OURS)}'s loss at the end over {name_of(REFERENCE)}'s")
     axes.grid(color="0.9")
-    axes.legend(frameon=False)
+    axes.legend(handlelength=4, frameon=False)
     return figure
 
 
