@@ -98,7 +98,8 @@ class Rank(Seat):
             return
         reason = self._unrecordable()
         if reason is None:
-            self.record()
+            recorded.on_a_stream()
+            self.record(recorded.record)
             self.notes.append(f"iterations are one CUDA graph (train.cuda_graph is {wanted})")
         elif wanted == "always":
             raise ValueError(
@@ -117,12 +118,10 @@ class Rank(Seat):
         reasons = (half.unrecordable() for half in self.halves)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def record(self, by: Callable[[Callable[[], None]], recorded.Replay] | None = None) -> None:
-        """From now on record an iteration and replay it; `by`: as `recorded.record`."""
-        if by is None:
-            recorded.on_a_stream()
+    def record(self, by: recorded.Recorder) -> None:
+        """From now on record an iteration, `by` that, and replay it."""
         ledgers = [half.wire.ledger for half in self.halves]
-        self._recorded = recorded.Recorded(self._state, ledgers, by or recorded.record)
+        self._recorded = recorded.Recorded(self._state, ledgers, by)
 
     def _state(self) -> list[Tensor]:
         """Weights, statistics and moments."""

@@ -19,6 +19,7 @@ from csipipe.comm import trust
 from csipipe.comm.ledger import Ledger
 
 Replay = Callable[[], None]
+Recorder = Callable[[Callable[[], None]], Replay]
 _FIRST = 3
 """Iterations before the one that is recorded, as PyTorch advises."""
 
@@ -43,21 +44,21 @@ class Recorded:
     """What computes iterations.
 
     Args:
-        state: all that an iteration changes and the next one reads, by name; host tensors don't
-            count. Called once, when an iteration has been computed.
+        state: all on the device that an iteration changes and the next one reads. Called once,
+            when some iterations have been computed.
         ledgers: of what an iteration sends.
-        record: as `record`.
+        recorder: as `record`.
     """
 
     def __init__(
         self,
         state: Callable[[], Iterable[Tensor]],
         ledgers: Sequence[Ledger],
-        record: Callable[[Callable[[], None]], Replay] = record,
+        recorder: Recorder,
     ) -> None:
         self._state = state
         self._ledgers = ledgers
-        self._record = record
+        self._record = recorder
         self._computed = 0
         self._replay: Replay | None = None
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -69,6 +70,9 @@ class Recorded:
 
         Args:
             as_it_is: not from the graph: somebody looks at it.
+
+        Raises:
+            ValueError: it can't be recorded: a model of the user's may want to know a value.
         """
         if as_it_is or self._computed < _FIRST:
             compute()
@@ -76,7 +80,7 @@ class Recorded:
             return
         before = [ledger.counts.clone() for ledger in self._ledgers]
         if self._replay is None:
-            self._replay = self._record(lambda: self._recorded(compute))
+            self._replay = self._recording(compute)
             self._crossing = [
                 ledger.counts - counts for ledger, counts in zip(self._ledgers, before, strict=True)
             ]
@@ -90,6 +94,18 @@ class Recorded:
             for live, kept in self._pairs:
                 torch._foreach_copy_(live, kept)
             compute()
+
+    def _recording(self, compute: Callable[[], None]) -> Replay:
+        try:
+            return self._record(lambda: self._recorded(compute))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"an iteration can't be recorded as a CUDA graph ({reason}); use "
+                "train.cuda_graph never."
+            ) from error
 
     def _recorded(self, compute: Callable[[], None]) -> None:
         """Keep the state, then compute."""

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csipipe import methods
 from csipipe.comm.trust import BadMessage
 from csipipe.comm.world import World
+from csipipe.methods import recorded
 from csipipe.methods.csilocal_ue import UeHalf
 from csipipe.settings.config import Settings
 
@@ -150,6 +151,17 @@ def test_a_bad_value_is_named_and_nothing_has_changed(runs: dict[str, dict[str, 
     # the encoders' statistics have seen the mini-batch, as in a run without a recording
     changed = {n for n, tensor in before.items() if not torch.equal(tensor, after[n])}
     assert all(" encoder." in n and ("running" in n or "tracked" in n) for n in changed), changed
+
+
+def test_what_the_recorder_refuses_has_a_remedy() -> None:
+    def refuse(compute: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    recording = recorded.Recorded(list, [], refuse)
+    for _ in range(3):
+        recording.iteration(lambda: None, as_it_is=False)
+    with pytest.raises(ValueError, match=r"\(operation .* capturing\); use train.cuda_graph never"):
+        recording.iteration(lambda: None, as_it_is=False)
 
 
 @pytest.mark.parametrize(
