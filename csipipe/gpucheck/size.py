@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from csipipe.methods.ue import UserEquipment
 from csipipe.settings.config import Settings
 
 _PROFILED = 20
+_HOW = re.compile("computed by|kernels for|are computed|CUDA graph")
+"""What a run says of how it computes."""
 
 
 def paper(step: Step, **changes: Any) -> dict[str, Any]:
@@ -80,6 +83,8 @@ def program(step: Step) -> None:
             name,
             f"{ms:.1f} ms per iteration; {most / 2**30:.1f} GiB of the card",
         )
+        said = (text for text in run.log.read_text().splitlines() if _HOW.search(text))
+        step.findings.show("\n".join([f"{name}:", *said]))
 
 
 def unsplit(step: Step) -> None:
