@@ -87,7 +87,8 @@ def memory_explained(settings: Settings, ranks_on_node: int) -> Iterator[None]:
             f"{reason}. An iteration takes {ues} UEs × {train.batch_size} rows in "
             f"{train.micro_batches} micro-batch(es), with {ranks_on_node} rank(s) on this node's "
             f"{torch.cuda.device_count()} GPU(s). Raise train.micro_batches, lower "
-            "train.batch_size or the number of ranks, or use train.precision bf16."
+            "train.batch_size or the number of ranks, use train.precision bf16, or (a CUDA graph "
+            "keeps the memory of an iteration) train.cuda_graph never."
         ) from error
 
 

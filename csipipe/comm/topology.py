@@ -76,8 +76,12 @@ class Topology:
         stages = decided.stages
         if decided.topology.placement == "together":  # every rank hosts UEs
             fewest = min(stages, ues) if settings.topology.stages is None else stages
-            return fewest, max(fewest, ues)
-        return stages + 1, stages + ues
+            most = max(fewest, ues)
+        else:
+            fewest, most = stages + 1, stages + ues
+        if fewest > world_size:  # with so many, roles may be elsewhere
+            return cls.ranks(settings, fewest)
+        return fewest, most
 
     @classmethod
     def first_host(cls, settings: Settings, world_size: int) -> int:

@@ -101,7 +101,7 @@ def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
         FloatingPointError: naming the first layer with such a gradient.
     """
     named = [(name, p.grad) for name, p in parameters if p.grad is not None]
-    if _holds(torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite()):
+    if not named or _holds(torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite()):
         return
     for name, grad in named:
         if not math.isfinite(rms(grad)):  # or its square would be infinite in Adam's moments

@@ -207,8 +207,8 @@ class Wire:
     def unrecordable(self) -> str | None:
         """Why what is sent can't be recorded once and then only be replayed; None: it can."""
         for channel, _ in self._laid:
-            if not isinstance(channel.codec, Plain) or channel.residual is not None:
-                return "comm.codec packs messages on the host's word"
+            if not isinstance(channel.codec, Plain):
+                return "comm.codec packs messages"
             if channel.noise:
                 return "comm.noise is drawn for every message"
         return None

@@ -34,6 +34,7 @@ def pack(source: Trained, ues: Sequence[int], h_BAD: Tensor, licence: str, out: 
         "seed": settings.train.seed,
         "data": _data(source),
         "ues": list(ues),
+        "trained": {"ues": settings.topology.ues, "rows_of_all": settings.data.train_samples},
         "figures": {"nmse_db": figures, "ceiling": pca and asdict(pca)},
         "licence": licence,
     }

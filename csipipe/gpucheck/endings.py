@@ -15,21 +15,26 @@ _HALF = 6
 
 
 def resume(step: Step) -> None:
-    """Twelve iterations in one go, and the last six of them again from the checkpoint between."""
+    """Twelve iterations in one go, and the last six of them again from the checkpoint between.
+
+    In one process, which replays them on a GPU; the last six on two ranks, too, which don't.
+    """
     arguments = small(step) | {
         "topology.stages": 1,
         "train.iterations": 2 * _HALF,
         "run.save_every": _HALF,
         "run.eval_every": 2,
     }
-    whole = Run(step.folder / "whole", 2, arguments).succeed(step.left - 2)
+    whole = Run(step.folder / "whole", 1, arguments).succeed(step.left - 2)
     again = arguments | {"run.resume": whole.folder / "checkpoints" / str(_HALF)}
     device = step.device.type
-    same = start(step, "again", 2, again)
+    same = {ranks: start(step, f"again-{ranks}", ranks, again) for ranks in (1, 2)}
     cpu = start(step, "cpu", 2, again | {"train.device": "cpu"})
-    same.succeed(step.left - 2)
-    differ = same_bits(whole.weights, same.weights)
-    step.add(f"{device} → {device}", differ or "the same bits", "the same bits", not differ)
+    for ranks, run in same.items():
+        run.succeed(step.left - 2)
+        differ = same_bits(whole.weights, run.weights)
+        name = f"{device} → {device}, {ranks} rank(s)"
+        step.add(name, differ or "the same bits", "the same bits", not differ)
     cpu.succeed(step.left - 2)
     found = relative(cpu.losses[-3:], whole.losses[-3:])
     step.add(f"{device} → cpu, losses", f"{found:.1e}", "≤ 1e-03", found <= 1e-3)

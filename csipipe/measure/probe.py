@@ -21,6 +21,7 @@ class Probe:
         ue: the UE whose reconstructions are kept.
 
     Attributes:
+        apart: iterations from one look at gradients to the next, at least: they may cost much.
         gradients_wanted: record the gradients of the optimiser's next steps.
         rows_wanted: how many reconstructions to keep from here on; 0: none.
         seconds: what probing has taken so far.
@@ -28,6 +29,7 @@ class Probe:
 
     def __init__(self, ue: int = 0) -> None:
         self.ue = ue
+        self.apart = 1
         self.gradients_wanted = False
         self.rows_wanted = 0
         self.seconds = 0.0

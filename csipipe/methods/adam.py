@@ -8,12 +8,15 @@ they aren't to be compiled: three seconds of CPU in each process. Numbers and st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
+_COPIED = 2**24
+"""Parameters whose moments are copied at once, where they are kept in another type."""
 
 
 class Adam(torch.optim.Adam):
@@ -39,36 +42,48 @@ class Adam(torch.optim.Adam):
         """One step of all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
-            stepping = [p for p in group["params"] if p.grad is not None]
-            if not stepping:
-                continue
-            for p in stepping:
-                if not self.state[p]:
-                    zeros = (torch.zeros_like(p, dtype=self.moments) for _ in range(2))
-                    values = torch.zeros(()).to(p.device), *zeros
-                    self.state[p].update(zip(_STATE, values, strict=True))
-            steps, *kept = ([self.state[p][name] for p in stepping] for name in _STATE)
-            # the same tensors unless they are kept in another type
-            averages, squares = (
-                [moment.to(p.dtype) for moment, p in zip(moments, stepping, strict=True)]
-                for moments in kept
-            )
-            torch._foreach_add_(steps, 1)
-            torch._fused_adam_(
-                stepping,
-                [p.grad for p in stepping],
-                averages,
-                squares,
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-            if self.moments is not None:
-                torch._foreach_copy_(kept[0], averages)
-                torch._foreach_copy_(kept[1], squares)
+            for stepping in self._together(p for p in group["params"] if p.grad is not None):
+                self._step(group, stepping)
+
+    def _together(self, stepping: Iterable[nn.Parameter]) -> Iterator[list[Any]]:
+        """Parameters that step at once: all, or few where their moments are copied for it."""
+        some: list[Any] = []
+        for p in stepping:
+            some.append(p)
+            if self.moments is not None and sum(q.numel() for q in some) >= _COPIED:
+                yield some
+                some = []
+        if some:
+            yield some
+
+    def _step(self, group: dict[str, Any], stepping: list[Any]) -> None:
+        for p in stepping:
+            if not self.state[p]:
+                zeros = (torch.zeros_like(p, dtype=self.moments) for _ in range(2))
+                values = torch.zeros(()).to(p.device), *zeros
+                self.state[p].update(zip(_STATE, values, strict=True))
+        steps, *kept = ([self.state[p][name] for p in stepping] for name in _STATE)
+        # the same tensors unless they are kept in another type
+        averages, squares = (
+            [moment.to(p.dtype) for moment, p in zip(moments, stepping, strict=True)]
+            for moments in kept
+        )
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            stepping,
+            [p.grad for p in stepping],
+            averages,
+            squares,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        if self.moments is not None:
+            torch._foreach_copy_(kept[0], averages)
+            torch._foreach_copy_(kept[1], squares)

@@ -129,7 +129,7 @@ class BtsHalf(Half):
     def unrecordable(self) -> str | None:
         if not isinstance(self.moments, AdamMoments):
             return "ZeRO decides within a step what it sends"
-        return self.wire.unrecordable()
+        return "a layer draws random numbers" if any(map(models.draws, self.layers)) else None
 
     def end(self) -> Figures | None:
         self.stage.taking = None

@@ -145,6 +145,8 @@ class UeHalf(UeSide):
             return "other UEs take part in every iteration"
         if isinstance(self.ends, Stacked):
             return "stacked UEs are checked one by one"
+        if any(models.draws(ue.parts) for ue in self.ues):
+            return "a layer draws random numbers"
         return self.wire.unrecordable()
 
     def _hear(self, kind: Kind) -> None:

@@ -28,6 +28,9 @@ from csipipe.settings.config import Settings
 Role = Callable[[Seat, int], Half]
 """Makes a half once the ranks have met; `PrepareRole` does what a rank can do for it before."""
 PrepareRole = Callable[[Settings, Topology, int, torch.device], Role]
+_APART = 20
+"""Iterations from one that is computed without the recording, to show its gradients, to the next:
+without it, it takes three times as long."""
 Plans = Callable[[Settings, Topology], list[Attempts[Instruction]]]
 """An iteration, for every role of the run."""
 
@@ -97,6 +100,8 @@ class Rank(Seat):
         if wanted == "never" or (wanted == "auto" and self.device.type != "cuda"):
             return
         reason = self._unrecordable()
+        if wanted == "auto" and reason is None and ":" in self.settings.model.name:
+            reason = "a model of your own may decide in Python (always tries it)"
         if reason is None:
             recorded.on_a_stream()
             self.record(recorded.record)
@@ -120,6 +125,7 @@ class Rank(Seat):
 
     def record(self, by: recorded.Recorder) -> None:
         """From now on record an iteration, `by` that, and replay it."""
+        self.probe.apart = _APART
         ledgers = [half.wire.ledger for half in self.halves]
         self._recorded = recorded.Recorded(self._state, ledgers, by)
 

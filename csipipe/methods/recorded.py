@@ -94,6 +94,10 @@ class Recorded:
             for live, kept in self._pairs:
                 torch._foreach_copy_(live, kept)
             compute()
+            raise FloatingPointError(
+                "an iteration was wrong when it was replayed as a CUDA graph, and right when it "
+                "was computed: use train.cuda_graph never"
+            )
 
     def _recording(self, compute: Callable[[], None]) -> Replay:
         try:

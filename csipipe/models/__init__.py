@@ -3,7 +3,7 @@
 from csipipe.models.backward import backward
 from csipipe.models.ceiling import ceiling
 from csipipe.models.crblock import CRBlock
-from csipipe.models.draws import belong
+from csipipe.models.draws import belong, draws
 from csipipe.models.kernels import plain_layers
 from csipipe.models.layers import Pending, accumulate, joined, put_off
 from csipipe.models.parts import (
@@ -39,6 +39,7 @@ __all__ = [
     "count_parameters",
     "count_parts",
     "count_statistics",
+    "draws",
     "joined",
     "kernels_notes",
     "plain_layers",

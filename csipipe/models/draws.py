@@ -39,6 +39,12 @@ def reseed(layer: nn.Module, key: tuple[int, ...]) -> None:
     layer.register_forward_pre_hook(Reseed(key))
 
 
+def draws(layer: nn.Module) -> bool:
+    """Whether a layer, or one within it, draws random numbers."""
+    hooks = (hook for part in layer.modules() for hook in part._forward_pre_hooks.values())
+    return any(isinstance(hook, Reseed) for hook in hooks)
+
+
 def belong(layers: Iterable[nn.Module], ue: int) -> None:
     """Let these layers draw other numbers than another UE's."""
     for layer in layers:

@@ -187,14 +187,16 @@ def sketch_tail(model: ModelSettings) -> list[nn.Module]:
 
 
 def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
-    """Who computes a model's CRBlocks on a device, or else its small convolutions, in words."""
+    """Who computes a model's CRBlocks on a device, and its small convolutions if somebody else."""
     every = [m for part in PARTS for layer in layers(part, model) for m in layer.modules()]
+    first_of: dict[str, str] = {}
     for kind in (CRBlock, Conv2d):
-        for module in every:
-            if isinstance(module, kind) and module.kernels_by == model.kernels_by:
-                x = torch.zeros(2, module.in_channels, *model.image[1:], device=device)
-                return [describe(module.fresh().to(device), x)]
-    return []
+        mine = (m for m in every if isinstance(m, kind) and m.kernels_by == model.kernels_by)
+        for module in {module.shape: module for module in mine}.values():
+            x = torch.zeros(2, module.in_channels, *model.image[1:], device=device)
+            text = describe(module.fresh().to(device), x)
+            first_of.setdefault(text.partition(" are ")[2], text)
+    return list(first_of.values())
 
 
 def unstackable(model: ModelSettings) -> str | None:

@@ -212,6 +212,9 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         whole[self.taking] = rows.detach()
         return whole
 
+    def _report_progress(self, step: int) -> None:
+        """Nothing: DeepSpeed would read the rate, which may lie on a GPU."""
+
     @contextlib.contextmanager
     def _allowed(self) -> Iterator[None]:
         """DeepSpeed refuses backward passes that it did not start itself."""

@@ -98,7 +98,8 @@ def _told(file: Path) -> dict[str, Any]:
 
 def _anonymous(settings: Settings, ues: int) -> Settings:
     """What others need of the settings: no place on this machine."""
-    data, train = settings.data, replace(settings.train, init=None, deepspeed=None)
+    data = settings.data
+    train = replace(settings.train, init=None, deepspeed=None, device="auto", threads=None)
     if data.path is not None:
         data = replace(data, path=os.path.basename(os.path.abspath(data.path)))
     return replace(

@@ -155,9 +155,10 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no {CONFIG}.")
-    # what computed it need not be here
-    mine = ["--config", str(folder / CONFIG), "--train.device", "auto"]
-    settings, own = (_settings([*mine, *given]) for given in (changes, ()))
+    mine = ["--config", str(folder / CONFIG)]
+    # the GPU that trained it need not be here
+    here = [] if torch.cuda.is_available() else ["--train.device", "auto"]
+    settings, own = _settings([*mine, *here, *changes]), _settings(mine)
     if (folder / card.CARD).is_file() and weights == LAST:
         told = card.check(folder, own.topology.ues)
         place = folder / card.WEIGHTS

@@ -73,7 +73,8 @@ class RankTracker:
 
     def before(self, done: int) -> None:
         """The `done`-th iteration comes next."""
-        self._worker.probe.gradients_wanted = due(done, self._iterations, _POINTS)
+        probe = self._worker.probe
+        probe.gradients_wanted = due(done, self._iterations, _POINTS, probe.apart)
 
     def after(self, done: int) -> None:
         """The `done`-th iteration is over."""
@@ -113,9 +114,13 @@ class RankTracker:
         self.events.close()
 
 
-def due(done: int, iterations: int, points: int) -> bool:
-    """Whether the `done`-th iteration is one of about `points` to record; the last one is."""
-    return done % max(1, iterations // points) == 0 or done == iterations
+def due(done: int, iterations: int, points: int, apart: int = 1) -> bool:
+    """Whether the `done`-th iteration is one of about `points` to record; the last one is.
+
+    Args:
+        apart: iterations from one to the next, at least.
+    """
+    return done % max(apart, iterations // points) == 0 or done == iterations
 
 
 def slug(role: str) -> str:

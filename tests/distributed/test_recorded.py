@@ -14,10 +14,11 @@ import pytest
 import torch
 from harness import run_world
 from runs import CPU, small
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csipipe import methods
+from csipipe.comm import trust
 from csipipe.comm.trust import BadMessage
 from csipipe.comm.world import World
 from csipipe.methods import recorded
@@ -124,6 +125,45 @@ def spoiled(worker: Any) -> str:
     return str(error.value)
 
 
+def frozen(world: World, settings: Settings) -> int:
+    """Five iterations of a run in which UEs learn nothing."""
+    build = methods.prepare(settings, world.rank, world.size, CPU)
+    world.ready("data")
+    world.connect(20.0)
+    worker: Any = build(world)
+    for half in worker.halves:
+        if isinstance(half, UeHalf):
+            for group in half.ues[0].optimizer.param_groups:
+                group["lr"] = torch.zeros(())
+        else:
+            for group in half.stage.optimizer.param_groups:
+                group["lr"] = torch.zeros(())
+    verdicts: list[int] = []
+
+    def counted(compute: Callable[[], None]) -> Callable[[], None]:
+        replay = taped([half.wire.ledger.counts for half in worker.halves], compute)
+        verdicts.append(1)
+        return replay
+
+    worker.record(counted)
+    for k in range(5):
+        worker.train_iteration(k)
+    world.leave()
+    return len(verdicts)
+
+
+def test_frozen_ends_are_recorded() -> None:
+    settings = small(topology=ONE, train={"freeze": "encoder,head"})
+    assert run_world(1, frozen, settings) == [1]
+
+
+def test_nothing_is_judged_where_there_is_no_gradient() -> None:
+    """A verdict would lie on the host, beside those of a GPU."""
+    with trust.postponed() as verdicts:
+        trust.check_gradients("nobody's", nn.Linear(2, 2).named_parameters())
+    assert not verdicts
+
+
 @pytest.fixture(scope="module")
 def runs() -> dict[str, dict[str, Any]]:
     settings = small(topology=ONE, train={"lr": 2**-9, "augment": "angle,phase"})
@@ -172,6 +212,7 @@ def test_what_the_recorder_refuses_has_a_remedy() -> None:
         ({"train": {"stacked": "always"}}, "checked one by one"),
         ({"topology": ONE | {"participants": 2}}, "other UEs take part"),
         ({"method": "splitfed", "train": {"aggregate_every": 2}}, "averaged between"),
+        ({"model": {"name": "randommodel:build"}}, "draws random numbers"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value.split()[0],
 )

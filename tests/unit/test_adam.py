@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
 from csipipe import models
+from csipipe.methods import adam
 from csipipe.methods.adam import Adam
 
 
@@ -35,6 +37,27 @@ def test_steps_are_torchs_to_the_bit() -> None:
         assert torch.equal(a, b)
         assert {"step", "exp_avg", "exp_avg_sq"} == one.state[a].keys() == two.state[b].keys()
         assert all(torch.equal(one.state[a][key], two.state[b][key]) for key in one.state[a])
+
+
+def test_moments_that_are_copied_for_a_step_are_copied_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(n)) for n in (30, 20, 10, 40)]
+    byhand = [nn.Parameter(p.detach().clone()) for p in ours]
+    one, two = Adam(ours, lr=1e-2, fused=True), Adam(byhand, lr=1e-2, fused=True)
+    one.moments = two.moments = torch.bfloat16
+    for a, b in zip(ours, byhand, strict=True):
+        a.grad = torch.randn(a.shape)
+        b.grad = a.grad.clone()
+    assert [[len(p) for p in some] for some in one._together(ours)] == [[30, 20, 10, 40]]
+    one.step()
+    monkeypatch.setattr(adam, "_COPIED", 45)
+    assert [[len(p) for p in some] for some in two._together(byhand)] == [[30, 20], [10, 40]]
+    two.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, byhand, strict=True))
+    two.moments = None
+    assert len(list(two._together(byhand))) == 1
 
 
 def test_moments_in_bf16_are_rounded_after_each_step() -> None:

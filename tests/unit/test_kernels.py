@@ -38,6 +38,18 @@ def test_the_choice_is_said() -> None:
     assert not models.kernels_notes(ModelSettings(name="linear", c1=4, angles=4, delays=4), cpu)
 
 
+def test_convolutions_that_somebody_else_computes_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(name: str, backend: object, module: object, x: object) -> str | None:
+        return "it is wrong" if isinstance(module, Conv2d) else None
+
+    monkeypatch.setattr(kernels, "_fault", fault)
+    notes = models.kernels_notes(ModelSettings(angles=4, delays=4), torch.device("cpu"))
+    assert notes == [
+        "CRBlocks are computed by fused kernels (llvm)",
+        "small convolutions are computed by PyTorch's layers (llvm: it is wrong)",
+    ]
+
+
 @pytest.mark.parametrize("name", ["csinet", "crnet", "clnet"])
 def test_convolutions_of_published_models_are_kernels(name: str) -> None:
     model = ModelSettings(name=name, c1=4, angles=4, delays=5)

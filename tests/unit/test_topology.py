@@ -91,3 +91,16 @@ def test_placement_and_stages_follow_the_ranks(
     found = Settings(method=method, topology=asked).on(ranks)
     assert (found.topology.placement, found.topology.stages) == decided
     assert found.on(ranks) == found
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("stages", [None, 1, 2, 3])
+@pytest.mark.parametrize("placement", ["apart", "together", None])
+def test_with_the_fewest_ranks_a_run_has_a_topology(
+    placement: Placement | None, stages: int | None, processes: int
+) -> None:
+    """Where roles are depends on the number of ranks, so a larger number may need more."""
+    settings = Settings(topology=TopologySettings(placement=placement, stages=stages, ues=4))
+    fewest, most = Topology.ranks(settings, processes)
+    for ranks in {max(fewest, min(processes, most)), fewest, most} - {1}:
+        Topology.of(settings, ranks)

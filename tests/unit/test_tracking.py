@@ -367,3 +367,6 @@ def test_due_points() -> None:
     assert noted[:3] == [2, 4, 6]
     assert noted[-1] == 250
     assert [k for k in range(1, 7) if rank.due(k, 6, 100)] == [1, 2, 3, 4, 5, 6]
+    # where a look costs much, fewer
+    assert [k for k in range(1, 51) if rank.due(k, 50, 100, apart=20)] == [20, 40, 50]
+    assert sum(rank.due(k, 9000, 100, apart=20) for k in range(1, 9001)) == 100
