@@ -11,6 +11,7 @@ import torch
 from bits import assert_same
 from harness import run_world
 from runs import CPU, small
+from torch import Tensor
 
 from csipipe import methods
 from csipipe.checkpoint import Snapshot
@@ -47,14 +48,16 @@ def spoil(worker: Rank, bad: Bad, value: float) -> None:
     for place, ue in enumerate(half.ues):
         what, iterations = bad.get(ue.number, ("", []))
         if what == "own":
-            step = ue.step
+            check = ue.check
 
-            def poisoned(ue: Any = ue, step: Any = step, when: Any = iterations) -> None:
+            def poisoned(
+                loss: Tensor, ue: Any = ue, check: Any = check, when: Any = iterations
+            ) -> None:
                 if now in when:
                     ue.head[0].weight.grad[0, 0] = value
-                step()
+                check(loss)
 
-            ue.step = poisoned  # type: ignore[method-assign]
+            ue.check = poisoned  # type: ignore[method-assign]
         elif what:
             channel = {
                 "smashed": half.ports.forward_out,
@@ -82,6 +85,7 @@ def build(world: World, settings: Settings, keep: list[int]) -> Any:
     fewer = small(
         topology={**vars(settings.topology), "ues": len(keep)},
         train={**vars(settings.train), "on_bad_ue": settings.train.on_bad_ue},
+        model=vars(settings.model),
     )
     everyone, test = methods.load(settings, range(4), CPU)
 
@@ -126,9 +130,14 @@ def train(
 
 
 def setting(
-    stages: int, schedule: str = "zerobubble", placement: str = "apart", **train: Any
+    stages: int,
+    schedule: str = "zerobubble",
+    placement: str = "apart",
+    head: str = "linear",
+    **train: Any,
 ) -> Settings:
     return small(
+        model={"head": head},
         topology={"stages": stages, "placement": placement},
         train={"iterations": 4, "on_bad_ue": "drop", "schedule": schedule, **train},
     )
@@ -147,7 +156,7 @@ def slow(*values: Any) -> Any:
     [
         ("smashed", NAN, setting(2)),
         ("output_gradient", math.inf, setting(1, deepspeed=str(ROOT / "ds_configs/zero1.json"))),
-        ("output_gradient", NAN, setting(2, placement="together")),
+        ("output_gradient", NAN, setting(2, placement="together", head="crblock")),
         slow("smashed", NAN, setting(1, "1f1b", "together")),
         slow("output_gradient", NAN, setting(2)),
         slow("smashed", 1e30, setting(1, "gpipe")),
