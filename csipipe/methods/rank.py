@@ -24,6 +24,7 @@ from csipipe.models import count_parts
 from csipipe.pipeline import order
 from csipipe.pipeline.schedule import Attempts, Instruction, Op
 from csipipe.settings.config import Settings
+from csipipe.settings.tables import is_own
 
 Role = Callable[[Seat, int], Half]
 """Makes a half once the ranks have met; `PrepareRole` does what a rank can do for it before."""
@@ -100,7 +101,7 @@ class Rank(Seat):
         if wanted == "never" or (wanted == "auto" and self.device.type != "cuda"):
             return
         reason = self._unrecordable()
-        if wanted == "auto" and reason is None and ":" in self.settings.model.name:
+        if wanted == "auto" and reason is None and is_own(self.settings.model.name):
             reason = "a model of your own may decide in Python (always tries it)"
         if reason is None:
             recorded.on_a_stream()

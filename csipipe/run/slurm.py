@@ -136,7 +136,7 @@ def ranks_of(settings: Settings, groups: list[list[tuple[str, int]]]) -> tuple[i
     """
     counts = [count for group in groups for _, count in group]
     least, most = Topology.ranks(settings, sum(counts))
-    settings = settings.on(min(sum(counts), most))
+    settings = settings.on(max(least, min(sum(counts), most)))
     stages = settings.stages
     if sum(counts) < least:
         together = settings.topology.placement == "together"

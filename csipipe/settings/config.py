@@ -291,7 +291,7 @@ class TrainSettings:
     instead of the last ones; 0.999 is over about 1,000 iterations. null: none."""
     augment: str | None = None
     """What a UE does to every row that it draws, with commas between. angle: a circular shift, as a
-    turned array sees; phase: a phase common to the row. Held-out and test rows stay. null: none."""
+    turned array sees; phase: a phase common to the row. Held-out and test rows stay."""
     init: str | None = None
     """Start from the weights of this run's directory, or of a folder that `export --pack` wrote,
     under the settings given here; the model must be the same. null: weights drawn by train.seed."""
@@ -305,19 +305,15 @@ class TrainSettings:
     """Arithmetic of UEs and tail, and the codec of what comm.codec doesn't name. bf16: autocast,
     fp32 weights, half the bytes exchanged; on a CPU only what is exchanged."""
     tf32: bool = False
-    """Let GPUs compute fp32 convolutions and products in TF32: faster, and right to three digits
-    instead of seven."""
+    """Let GPUs compute fp32 convolutions and products in TF32: faster, right to three digits."""
     deepspeed: str | None = None
     """DeepSpeed file without batch keys. null: ds_configs/<precision>.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one, else CPU."""
     stacked: Literal["auto", "always", "never"] = "auto"
-    """csilocal, splitfed: compute the encoders and heads of a rank's UEs as one, by grouped
-    convolutions and batched products, instead of one after the other: the same but for rounding.
-    auto: where that is faster."""
+    """csilocal, splitfed: encoders and heads of a rank's UEs as one. auto: where faster."""
     cuda_graph: Literal["auto", "always", "never"] = "auto"
-    """csilocal in one process on a GPU: record an iteration as one CUDA graph and replay it, with
-    the same bits. auto: where that is possible; the run reports why not."""
+    """csilocal in one process on a GPU: iterations as one CUDA graph. auto: where possible."""
     on_bad_ue: Literal["stop", "drop"] = "stop"
     """What to do when a UE sends values that aren't finite or exceed train.max_rms. stop: end the
     run and name the UE. drop: compute the iteration as if the UE had not taken part.

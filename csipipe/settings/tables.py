@@ -314,10 +314,15 @@ OWN_PARTITION = "parameters"
 """How the tail of a user's own model is cut where topology.partition says nothing."""
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is that of the user's own code, module:function."""
+    return ":" in name
+
+
 def check(setting: str, name: str) -> None:
     """Refuse (ValueError) a name that is in no row; the user's own code isn't looked for yet."""
     table = TABLES[setting]
-    if name in table or (setting in OWN and ":" in name):
+    if name in table or (setting in OWN and is_own(name)):
         return
     own = f", or {OWN[setting]}" if setting in OWN else ""
     raise ValueError(f"{setting} is {name!r}; it must be one of {', '.join(table)}{own}.")

@@ -134,7 +134,7 @@ class ByHand:
 
     def gradient(self, u: int, parts: str) -> dict[str, Tensor]:
         """Of one mini-batch's mean loss, for the parameters of `parts`."""
-        h = self.ues[u].draw(self.train.batch_size)
+        h = self.ues[u].batch(self.ues[u].draw(self.train.batch_size))
         error = (self.nets[u](h) - h).square().sum((1, 2, 3)) / h.square().sum((1, 2, 3))
         of = {name: p for name, p in self.nets[u].named_parameters() if name[0] in parts}
         return dict(zip(of, torch.autograd.grad(error.mean(), list(of.values())), strict=True))

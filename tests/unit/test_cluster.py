@@ -89,7 +89,7 @@ def test_a_task_becomes_a_rank_where_there_is_use_for_it(
 def test_too_few_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 task.* sbatch --ntasks=3 or more, ideally 6"):
         slurm.ranks_of(settings(), groups(1, 1))
-    with pytest.raises(ValueError, match=r"1 task.*: 2 BTS rank.s. are needed.* --ntasks=2 "):
+    with pytest.raises(ValueError, match=r"1 task.*: 2 BTS rank.s. and at least one.* --ntasks=3 "):
         slurm.ranks_of(settings(stages=2), groups(1))
 
 

@@ -16,7 +16,7 @@ for name in ("scipy", "h5py", "matplotlib", "llvmlite"):
 """
 _TRAIN = """
 import csipipe.gpucheck.command, csipipe.gpucheck.curve, csipipe.gpucheck.kernels
-import csipipe.gpucheck.iteration, csipipe.gpucheck.parity, csipipe.gpucheck.peer
+import csipipe.gpucheck.parity, csipipe.gpucheck.peer
 import csipipe.gpucheck.runs, csipipe.gpucheck.size
 import csipipe.methods.centralised, csipipe.methods.csilocal, csipipe.methods.fedavg
 import csipipe.methods.splitfed, csipipe.profiling, csipipe.run.training
