@@ -57,7 +57,7 @@ def find(settings: Settings, test: Images | None = None) -> Ceiling | None:
         bound=confined is not None,
         rows=sum(span.size for span in fitted([span for ue in deal.ues for span in ue])),
         # the last digits depend on the number of threads with which a library multiplies
-        nmse_db=round(found[components], 9),
+        nmse_db=round(found[components], 6),
     )
 
 
