@@ -21,7 +21,7 @@ from csipipe.methods.ue import UserEquipment
 from csipipe.settings.config import Settings
 
 _PROFILED = 20
-_HOW = re.compile("computed by|kernels for|are computed|CUDA graph")
+_HOW = re.compile("are computed|kernels for|CUDA graph")
 """What a run says of how it computes."""
 
 

@@ -28,8 +28,8 @@ class Half:
 
     An iteration is `begin`, then `load`, for each section of the plan `open`, `execute` in one or
     more pieces, and `close`, then `add_up`, and at last `end`. From `load` to `add_up` nothing is
-    decided by what was computed, unless UEs are dropped: it can be recorded (`csipipe.methods.
-    recorded`).
+    decided by what was computed, unless UEs are dropped, so that `csipipe.methods.recorded` can
+    record it.
 
     Args:
         seat: the rank that has this role.

@@ -102,7 +102,7 @@ class Rank(Seat):
             return
         reason = self._unrecordable()
         if wanted == "auto" and reason is None and is_own(self.settings.model.name):
-            reason = "a model of your own may decide in Python (always tries it)"
+            reason = "a model of your own may decide in Python; always tries it"
         if reason is None:
             recorded.on_a_stream()
             self.record(recorded.record)

@@ -73,6 +73,7 @@ class Recorded:
 
         Raises:
             ValueError: it can't be recorded: a model of the user's may want to know a value.
+            FloatingPointError: only the replayed iteration was wrong, not the computed one.
         """
         if as_it_is or self._computed < _FIRST:
             compute()

@@ -6,6 +6,7 @@ had, and nothing that Python decides) and refuses what a GPU's refuses: to read 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from csipipe import methods
 from csipipe.comm import trust
+from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.trust import BadMessage
 from csipipe.comm.world import World
 from csipipe.methods import recorded
@@ -202,6 +204,33 @@ def test_what_the_recorder_refuses_has_a_remedy() -> None:
         recording.iteration(lambda: None, as_it_is=False)
     with pytest.raises(ValueError, match=r"\(operation .* capturing\); use train.cuda_graph never"):
         recording.iteration(lambda: None, as_it_is=False)
+
+
+def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() -> None:
+    value, sent, ledger = torch.zeros(3), torch.ones(3), Ledger(1)
+
+    def compute() -> None:
+        value.add_(1)
+        ledger.count(Kind.SMASHED, [0], 5, 20)
+        assert trust.sound(sent, 1e4)
+
+    def wrong(compute: Callable[[], None]) -> Callable[[], None]:
+        sent.fill_(math.nan)
+        compute()
+
+        def replay() -> None:
+            value.mul_(100)
+            sent.fill_(1.0)
+
+        return replay
+
+    recording = recorded.Recorded(lambda: [value], [ledger], wrong)
+    for _ in range(3):
+        recording.iteration(compute, as_it_is=False)
+    with pytest.raises(FloatingPointError, match=r"use train\.cuda_graph never"):
+        recording.iteration(compute, as_it_is=False)
+    assert value.tolist() == [4.0] * 3  # three iterations, and the one that was computed again
+    assert ledger.total("training", [Kind.SMASHED]) == (20, 80)
 
 
 @pytest.mark.parametrize(
