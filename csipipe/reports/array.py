@@ -59,6 +59,7 @@ def given(options: Namespace) -> list[str]:
     words += ["--quick"] if options.quick else []
     words += ["--out", options.out] if options.out else []
     words += ["--seeds", str(options.seeds)] if options.seeds else []
+    words += ["--processes", str(options.processes)] if options.processes else []
     return [*words, *options.settings]
 
 

@@ -55,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="laptop",
-        help="laptop, paper, accuracy, or a YAML file of that kind (%(default)s)",
+        help="laptop, paper, generated, accuracy, or a YAML file of that kind (%(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer panels and points")
     parser.add_argument(
@@ -65,6 +65,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--collect", action="store_true", help="start nothing; draw what is finished"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument(
+        "--processes", type=int, help="ranks of a run, at most; by default the preset's. One GPU: 1"
+    )
     parser.add_argument("--seeds", type=int, help="only the first so many of the preset's seeds")
 
 
@@ -78,6 +81,10 @@ def report(options: Namespace) -> Report:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1.")
     decided = getattr(options, "decided", ())
     preset = presets.load(options.preset, options.quick, options.settings, decided)
+    if options.processes is not None:
+        if options.processes < 1:
+            raise ValueError(f"--processes is {options.processes}; it must be at least 1.")
+        preset = replace(preset, processes=options.processes)
     if options.seeds is not None:
         if not 1 <= options.seeds <= len(preset.seeds):
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Preset:
     """Methods of the headline."""
     loss: float | None = None
     """The headline's given test loss; None: by its rule."""
+    iterations: dict[str, int] = field(default_factory=dict)
+    """Iterations by method, where they aren't train.iterations of the settings."""
 
     def __post_init__(self) -> None:
         if not (self.compression and self.panels and self.seeds):
@@ -103,7 +105,7 @@ class Preset:
                 f"preset {self.name}: compression is {self.compression}; order it from the "
                 "smallest codeword to the largest, such as 64, 32, 16, 8, 4."
             )
-        for method in self.headline:
+        for method in (*self.headline, *self.iterations):
             tables.check("method", method)
         for panel in self.panels:
             if panel not in PANELS:
@@ -139,6 +141,7 @@ class Preset:
             data=replace(common.data, environment=environment),
             train=replace(
                 train,
+                iterations=self.iterations.get(method, train.iterations),
                 lr=self.rates.get(method, train.lr),
                 seed=seed,
             ),
@@ -181,7 +184,8 @@ def load(
         preset = _preset(file, read | fewer if quick else read)
     except (ArgumentError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not a preset of reports: {error}.") from error
-    _refuse_decided(preset.arguments, tuple(user), (*DECIDED, *decided))
+    own = ("train.iterations",) if preset.iterations else ()
+    _refuse_decided(preset.arguments, tuple(user), (*DECIDED, *decided, *own))
     return replace(preset, arguments=(*preset.arguments, *user), rates=_rates(preset.rates_file))
 
 

@@ -18,7 +18,7 @@ import reportruns
 from csifiles import images, save
 from reportruns import finish
 
-from csipipe import channels, files
+from csipipe import channels, files, models
 from csipipe.comm.topology import Topology
 from csipipe.reports import (
     bytes,
@@ -70,6 +70,37 @@ def test_the_paper_preset_has_the_papers_points(tmp_path: Path) -> None:
     assert {r.settings.model.c1 for r in fig6.wanted(one).values()} == {256, 512}
     assert len(fig6.wanted(one)) == 48
     assert preset.loss == 1.3e-3
+
+
+def test_the_generated_preset_exchanges_what_the_paper_did(tmp_path: Path) -> None:
+    preset = presets.load("generated")
+    one = Report(preset, tmp_path, quick=False, collect=True, jobs=1)
+    for (method, _), run in headline.wanted(one).items():
+        of, sizes = run.settings, models.count_parts(run.settings.model)
+        assert (of.topology.ues, of.train.batch_size, of.data.environment) == (10, 800, "outdoor")
+        each = 2 * 800 * (512 + 512) if method == "csilocal" else 2 * sum(sizes.values())
+        scalars = 10 * each * of.train.iterations
+        assert scalars == pytest.approx(headline.PAPER_TOTALS[method], rel=1e-5)
+        assert "--nproc_per_node=1" in start.command(run, tmp_path / "c.yaml", preset.processes)
+
+
+def test_iterations_by_method_are_the_presets(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.iterations is among the settings to pass on"):
+        presets.load("generated", user=["--train.iterations", "9"])
+    with pytest.raises(ValueError, match="fedbest"):
+        replace(reportruns.preset(), iterations={"fedbest": 9})
+
+
+def test_the_users_processes_win_over_the_presets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["accuracy", "--out", str(tmp_path), "--processes"]
+    options, settings = reproduce.parser().parse_known_args([*words, "1"])
+    options.settings = settings
+    assert presets.load("accuracy").processes > 1
+    assert command.report(options).preset.processes == 1
+    assert reproduce.main([*words, "0", "--collect"]) == 1
+    assert "--processes is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_reports_share_runs(tmp_path: Path) -> None:
@@ -204,7 +235,7 @@ def test_files_that_are_no_presets_are_named(text: str, message: str, tmp_path: 
 
 
 def test_unknown_presets_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="known presets: accuracy, laptop"):
+    with pytest.raises(ValueError, match="known presets: accuracy, generated, laptop"):
         presets.load("desktop")
 
 
