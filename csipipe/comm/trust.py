@@ -45,6 +45,15 @@ def _holds(verdict: Tensor) -> bool:
     return True
 
 
+def each_holds(verdicts: Tensor) -> list[bool]:
+    """Which of some checks hold, (N,), as far as anybody waits for them."""
+    if _postponed is None:
+        found: list[bool] = verdicts.tolist()
+        return found
+    _postponed.append(verdicts.all())
+    return [True] * len(verdicts)
+
+
 def mark(rows: Tensor) -> None:
     """Make the last scalar of a buffer NaN, until a whole message overwrites it.
 

@@ -17,7 +17,7 @@ from csipipe.comm.ledger import Kind
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH
 from csipipe.methods.base import EvalRows, padded
-from csipipe.methods.ends import Stacked, Way, ends
+from csipipe.methods.ends import Way, ends
 from csipipe.methods.half import Evaluation, UeSide
 from csipipe.methods.objective import Objective
 from csipipe.methods.roster import AGREED, keep_buffers
@@ -143,8 +143,6 @@ class UeHalf(UeSide):
             return "train.on_bad_ue drop decides within an iteration who takes part"
         if self.settings.participants < self.topology.ues:
             return "other UEs take part in every iteration"
-        if isinstance(self.ends, Stacked):
-            return "stacked UEs are checked one by one"
         if any(models.draws(ue.parts) for ue in self.ues):
             return "a layer draws random numbers"
         return self.wire.unrecordable()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from csipipe import models
+from csipipe.comm import trust
 from csipipe.comm.topology import Topology
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam_of_ues, set_rate
@@ -255,7 +256,7 @@ class Stacked(_Both):
         both = (self._encoders, self._heads)
         norms = [part.gradient_norms(loss_UB.device) for part in both]
         norms_U = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        sound = (norms_U.isfinite() & loss_UB.isfinite().all(1)).tolist()
+        sound = trust.each_holds(norms_U.isfinite() & loss_UB.isfinite().all(1))
         self._encoders.hand_out(taking)
         self._heads.hand_out(taking)
         faults: dict[int, str] = {}

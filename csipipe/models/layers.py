@@ -276,7 +276,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         module, backend, saved = ctx.module, ctx.backend, ctx.saved
         del ctx.saved  # as large as the activations
-        dx, rest = backend.input_gradient(module, saved, gradients[0])
+        dx, rest = backend.input_gradient(module, saved, gradients[0], ctx.needs_input_grad[0])
         wanted = ctx.needs_input_grad[3:]
         found: list[Tensor | None] = [None] * len(wanted)
         if module.pending is not None:

@@ -11,16 +11,17 @@ delays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from csipipe.models import layers
+from csipipe.models import kernels, layers
 from csipipe.models.crblock import CRBlock
-from csipipe.models.layers import Deferring
+from csipipe.models.layers import Deferring, Pending, fused
 from csipipe.models.norm import BatchNorm2d
 
 
@@ -52,39 +53,83 @@ class _Linear(Deferring):
         return torch.bmm(gradient.mT, x), None if self.bias is None else gradient.sum(1)
 
 
-class _Conv2d(nn.Module):
+class StackedConv2d(nn.Module):
     """(U, B, I, A, D) → (U, B, O, A, D); weights (U, O, I, KH, KW), biases (U, O)."""
+
+    pending: list[Pending] | None = None
+    """Its weights' gradients don't wait."""
 
     def __init__(self, like: layers.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.__dict__["like"] = like  # no submodule: its weights aren't this one's
+        self.kernels_by = like.kernels_by
+        self.in_channels, self.out_channels = like.in_channels, like.out_channels
         self.padding, self.weight, self.bias = like.padding, weight, bias
 
+    @property
+    def shape(self) -> Hashable:
+        return self.like.shape
+
+    def fresh(self) -> nn.Module:
+        """Two new layers of this shape, as one."""
+        return _stacked([self.like.fresh() for _ in range(2)])
+
     def forward(self, x: Tensor) -> Tensor:
+        backend = kernels.choose(self, x).backend
+        if backend is not None:
+            return fused(self, backend, x)
         bias = None if self.bias is None else self.bias.flatten()
         weight, groups = self.weight.flatten(0, 1), len(x)
         beside = functional.conv2d(_beside(x), weight, bias, padding=self.padding, groups=groups)
         return _apart(beside, groups)
 
 
-class _BatchNorm2d(nn.Module):
-    """(U, B, C, A, D) → the same shape; weights, biases and running statistics (U, C)."""
+class StackedBatchNorm2d(nn.Module):
+    """(U, B, C, A, D) → the same shape; weights, biases and running statistics (U, C).
+
+    Training or evaluation mode is that of the module that it is like.
+    """
+
+    affine = track_running_stats = True
+    pending: list[Pending] | None = None
+    """Its weights' gradients don't wait."""
 
     def __init__(self, like: nn.BatchNorm2d, of: dict[str, Tensor]) -> None:
         super().__init__()
-        self.like, self.of = like, of
+        self.__dict__["like"] = like  # no submodule: its weights aren't this one's
+        self.kernels_by = getattr(like, "kernels_by", "torch")
+        self.momentum, self.eps = cast(float, like.momentum), like.eps
+        for name, tensor in of.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def shape(self) -> int:
+        return self.like.num_features
+
+    def fresh(self) -> nn.Module:
+        """Two new layers of this shape, as one."""
+        like = BatchNorm2d(self.like.num_features, self.eps, self.momentum)
+        return _stacked([like, copy.deepcopy(like)])
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = {name: self.of[name].flatten() for name in ("weight", "bias")}
-        if self.like.training:
-            self.of["num_batches_tracked"].add_(1)
+        self.training = self.like.training
+        if self.training:
+            backend = kernels.choose(self, x).backend
+            if backend is not None:
+                return fused(self, backend, x)
+            self.num_batches_tracked.add_(1)
         beside = functional.batch_norm(
             _beside(x),
-            self.of["running_mean"].view(-1),  # views, which follow
-            self.of["running_var"].view(-1),
-            **flat,
-            training=self.like.training,
-            momentum=cast(float, self.like.momentum),
-            eps=self.like.eps,
+            self.running_mean.view(-1),  # views, which follow
+            self.running_var.view(-1),
+            self.weight.flatten(),
+            self.bias.flatten(),
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
         )
         return _apart(beside, len(x))
 
@@ -133,7 +178,7 @@ def _linear(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
 
 
 def _convolution(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return _Conv2d(cast(layers.Conv2d, like), of["weight"], of.get("bias"))
+    return StackedConv2d(cast(layers.Conv2d, like), of["weight"], of.get("bias"))
 
 
 def _crblock(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
@@ -141,7 +186,7 @@ def _crblock(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
 
 
 def _norm(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return _BatchNorm2d(cast(nn.BatchNorm2d, like), of)
+    return StackedBatchNorm2d(cast(nn.BatchNorm2d, like), of)
 
 
 def _flatten(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
@@ -279,7 +324,9 @@ class _Place:
         self._now = {}
         for name, of_all in self._all.items():
             some = of_all[first:end] if beside else of_all[self._copied]
-            self._now[name] = some.requires_grad_(self.own[name][0].requires_grad)
+            like = self.own[name][0]
+            is_weight = isinstance(like, nn.Parameter)
+            self._now[name] = nn.Parameter(some, like.requires_grad) if is_weight else some
         return _MAKERS[type(self.like)](self.like, self._now)
 
     def leaves(self) -> list[tuple[str, Tensor]]:
@@ -292,6 +339,11 @@ class _Place:
             for name, tensor in self._now.items():
                 if not isinstance(self.own[name][0], nn.Parameter):
                     self._all[name][self._copied] = tensor
+
+
+def _stacked(same: Sequence[nn.Module]) -> nn.Module:
+    """One layer for several of one make."""
+    return _Place(same).take(range(len(same)))
 
 
 def check_stackable(modules: Sequence[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Who computes a CRBlock or a small convolution: fused kernels, or PyTorch's layers.
+"""Who computes a CRBlock, a small convolution or a BatchNorm: fused kernels, or PyTorch's layers.
 
 The one place that decides. A backend is a module with four functions, see `Backend`; it computes
 what it can once it has shown, on a few rows, that the numbers are the layers'.
@@ -26,6 +26,9 @@ _BACKENDS = {
     ("llvm", "Conv2d"): "csipipe.models.kernels.llvm.convolution",
     ("triton", "CRBlock"): "csipipe.models.kernels.triton.crblock",
     ("triton", "Conv2d"): "csipipe.models.kernels.triton.convolution",
+    ("triton", "StackedConv2d"): "csipipe.models.kernels.triton.convolution",
+    ("triton", "BatchNorm2d"): "csipipe.models.kernels.triton.batchnorm",
+    ("triton", "StackedBatchNorm2d"): "csipipe.models.kernels.triton.batchnorm",
 }
 _NAMES = {"CRBlock": "CRBlocks", "Conv2d": "small convolutions"}
 _ROWS = 2
@@ -62,8 +65,10 @@ class Backend(Protocol):
     def forward(self, module: Any, x: Tensor, training: bool) -> tuple[Tensor, Any]:
         """Output and `saved`. In training mode running statistics follow as in BatchNorm2d."""
 
-    def input_gradient(self, module: Any, saved: Any, dy: Tensor) -> tuple[Tensor, Any]:
-        """Gradient at the input, and `rest`."""
+    def input_gradient(
+        self, module: Any, saved: Any, dy: Tensor, wanted: bool = True
+    ) -> tuple[Tensor | None, Any]:
+        """Gradient at the input, which may be None unless it is `wanted`, and `rest`."""
 
     def weight_gradients(self, module: Any, saved: Any, rest: Any) -> list[Tensor]:
         """Gradients of all parameters, in the order of `module.parameters()`."""

@@ -36,9 +36,13 @@ def forward(layer: Conv2d, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     return out, x
 
 
-def input_gradient(layer: Conv2d, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, I, A, D), and the gradient at the output."""
+def input_gradient(
+    layer: Conv2d, x: Tensor, dy: Tensor, wanted: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """(B, I, A, D) if it is wanted, and the gradient at the output."""
     dy, image = dy.contiguous(), image_of(dy)
+    if not wanted:
+        return None, dy
     frame = runner().frame(image, layer.out_channels, layer.size)
     dx = torch.zeros_like(x)
     constants = (image, "stored", layer.out_channels, layer.size, layer.in_channels)

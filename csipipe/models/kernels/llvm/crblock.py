@@ -119,8 +119,10 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
     return out, Saved(x, out.detach(), z, norms, joined, norm, weights, paths)
 
 
-def input_gradient(block: CRBlock, saved: Saved, dy: Tensor) -> tuple[Tensor, Rest]:
-    """The gradient at the block's input."""
+def input_gradient(
+    block: CRBlock, saved: Saved, dy: Tensor, wanted: bool = True
+) -> tuple[Tensor, Rest]:
+    """The gradient at the block's input, wanted or not."""
     dy, image, rows = dy.contiguous(), image_of(dy), len(dy)
     dx, sums = torch.empty_like(saved.x), runner().sums(rows, 2, 2)
     join = {"z": saved.joined, "norm": saved.join_norm.table, "q": dx}

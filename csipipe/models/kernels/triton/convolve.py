@@ -167,7 +167,7 @@ def gradients(
     return out
 
 
-@triton.jit(do_not_specialize=["programs", "zero"])
+@triton.jit(do_not_specialize=["programs", "share", "zero"])
 def conv_backward(
     g,  # with JOIN: dj
     q,
@@ -180,6 +180,7 @@ def conv_backward(
     out,
     part,
     programs,
+    share,  # so many images after each other share weights
     zero,
     A: tl.constexpr,
     D: tl.constexpr,
@@ -216,6 +217,7 @@ def conv_backward(
         g_at = g_at + zero
     q_at = q_at + (h * D + d)
     g_at = g_at + (h * D + d)
+    weight += image // share * (OUT * IN * KH * KW)
     acc = zeros(IN * RUN, d.to(tl.float32))
     for o in range(OUT):
         for s in tl.static_range(ACROSS):

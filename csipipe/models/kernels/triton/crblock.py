@@ -133,8 +133,10 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
     return y, Saved(x, paths, ends, ends_stats, j, join_stats, training)
 
 
-def input_gradient(block: CRBlock, saved: Saved, dy: Tensor) -> tuple[Tensor, Rest]:
-    """The gradient at the block's input."""
+def input_gradient(
+    block: CRBlock, saved: Saved, dy: Tensor, wanted: bool = True
+) -> tuple[Tensor, Rest]:
+    """The gradient at the block's input, wanted or not."""
     x, dy = saved.x, dy.contiguous()
     tiles, grid = _tiles(x), (len(x) * _tiles(x).block["TILES"],)
     dz, dj, dx = (torch.empty_like(x) for _ in range(3))

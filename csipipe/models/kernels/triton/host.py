@@ -45,8 +45,8 @@ def reason_against(module: nn.Module, x: Tensor) -> str | None:
     for parameter in module.parameters():
         if parameter.dtype != torch.float32:
             return f"they take parameters of float32, and there is {parameter.dtype}"
-        if parameter.dim() == 4 and parameter[0, 0].numel() > LARGEST_KERNEL:
-            high, wide = parameter.shape[2:]
+        if parameter.dim() >= 4 and parameter.shape[-2] * parameter.shape[-1] > LARGEST_KERNEL:
+            high, wide = parameter.shape[-2:]
             return f"they take no more than {LARGEST_KERNEL} taps, and there is {high}×{wide}"
     return None if x.numel() else "there are no rows"
 
@@ -84,8 +84,8 @@ class Tiles:
         return torch.empty(rows * most, device=device)
 
     def channels(self, x: Tensor) -> int:
-        """How many channels lie between an image of `x` and the next."""
-        return x.stride(0) // self.pixels
+        """How many channels lie between an image of `x`, which may have groups, and the next."""
+        return x.stride(-4) // self.pixels
 
 
 def _sizes(weight: Tensor) -> dict[str, int]:
@@ -178,7 +178,7 @@ def backward(
     before_stats: Tensor | None = None,
     part: Tensor | None = None,
 ) -> None:
-    """The gradient at a convolution's input into `out`, for one group.
+    """The gradient at a convolution's input into `out`; with a BatchNorm or a join for one group.
 
     Args:
         before: what is added; or, with `before_stats`, the output of the convolution before, whose
@@ -194,6 +194,7 @@ def backward(
         out,
         out if part is None else part,
         programs,
+        tiles.images // tiles.groups,
         0,
         before_channels=tiles.channels(out),
         ACTIVATE=before_stats is not None,
