@@ -20,16 +20,13 @@ DRAWN = 2
 """Numbers that are drawn for a row: by how many angles it is shifted, and a phase in turns."""
 
 
-def draw(
-    ways: Container[str], angles: int, rows: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(B,) shifts and phases for the `ways` of `train.augment`; zeros for the others."""
-    shift, phase = torch.zeros(rows), torch.zeros(rows)
+def draw(ways: Container[str], angles: int, into: Tensor, generator: torch.Generator) -> None:
+    """Shifts and phases for the `ways` of `train.augment` into (DRAWN, B); others stay."""
+    rows = into.shape[1:]
     if "angle" in ways:
-        shift = torch.randint(angles, (rows,), generator=generator)
+        into[0] = torch.randint(angles, rows, generator=generator)
     if "phase" in ways:
-        phase = torch.rand(rows, generator=generator)
-    return shift, phase
+        into[1] = torch.rand(rows, generator=generator)
 
 
 def augmented(h_BAD: Tensor, ways: Container[str], shift_B: Tensor, phase_B: Tensor) -> Tensor:

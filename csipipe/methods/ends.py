@@ -20,7 +20,8 @@ from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam_of_ues, set_rate
 from csipipe.methods.ue import UserEquipment
 from csipipe.models.stacked import Stack, Unstackable, check_stackable
-from csipipe.settings.config import HeadName, Settings, TrainSettings
+from csipipe.settings.config import HeadName, ModelSettings, Settings, TrainSettings
+from csipipe.settings.tables import is_own
 
 SMALL: dict[HeadName, int] = {"linear": 2**16, "crblock": 2**12}
 """Reals of a UE's mini-batch, up to which stacking was measured to be faster on a CPU, by
@@ -65,15 +66,24 @@ def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
         return Way(True, "train.stacked is always")
     if reason is not None:
         return Way(False, reason)
-    if device.type != "cpu":
-        return Way(False, "train.stacked auto: on a GPU it was no faster")
     hosted = (len(topology.ues_of(role)) for role in topology.ue_roles)
     if min(hosted) < 2 or settings.participants < FEW:
         return Way(False, "train.stacked auto: they are few")
+    if device.type != "cpu":
+        return _on_a_gpu(settings.model)
     reals = settings.train.batch_size * settings.model.reals
     if reals > SMALL[settings.model.head]:
         return Way(False, f"train.stacked auto: {reals:,} reals of each are many")
     return Way(True, f"train.stacked auto: only {reals:,} reals of each in an iteration")
+
+
+def _on_a_gpu(model: ModelSettings) -> Way:
+    """The same there, where many rows are stacked as well."""
+    if model.head != "linear":
+        return Way(False, "train.stacked auto: on a GPU, a head's CRBlock has no kernels stacked")
+    if is_own(model.name):
+        return Way(False, "train.stacked auto: on a GPU, not a model of your own")
+    return Way(True, "train.stacked auto: on a GPU")
 
 
 def ends(ues: Sequence[UserEquipment], probe: Probe, settings: Settings, way: Way) -> Ends:

@@ -50,6 +50,8 @@ def evaluated(settings: Settings) -> list[int]:
 
 def _some(settings: Settings, number: int, *what: int) -> list[int]:
     ues = settings.topology.ues
+    if number >= ues:
+        return list(range(ues))
     seed = np.random.SeedSequence((settings.train.seed, *what))
     order = np.argsort(seed.generate_state(ues, np.uint64), kind="stable")
     return sorted(order[:number].tolist())

@@ -66,9 +66,10 @@ class UserEquipment:
     def draw(self, batch_size: int) -> Tensor:
         """(DRAWN, B) on the host: rows, uniformly and with replacement, and their augmentation."""
         generator, angles = self.generator, self.rows.shape[2]
-        picks = torch.randint(len(self.rows), (batch_size,), generator=generator)
-        more = augment.draw(self.augmentation, angles, batch_size, generator)
-        return torch.stack([number.double() for number in (picks, *more)])
+        drawn = torch.zeros(DRAWN, batch_size, dtype=torch.float64)
+        drawn[0] = torch.randint(len(self.rows), (batch_size,), generator=generator)
+        augment.draw(self.augmentation, angles, drawn[1:], generator)
+        return drawn
 
     def batch(self, drawn: Tensor) -> Tensor:
         """(B, 2, A, D): the mini-batch of what was drawn, (DRAWN, B)."""

@@ -298,10 +298,25 @@ def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
 
 
 def accumulate(pending: Iterable[Pending]) -> None:
-    """Add postponed gradients to those of the weights, calling the parameters' hooks."""
+    """Add postponed gradients to those of the weights, calling the parameters' hooks.
+
+    In one pass per layer and micro-batch at most: a parameter's are added one after the other.
+    """
+    found: dict[Tensor, Tensor] = {}
     for entry in pending:
         for parameter, gradient in entry.gradients():
-            backward([parameter], [gradient.to(parameter.dtype)])
+            if parameter in found:
+                _add(found)
+            found[parameter] = gradient.to(parameter.dtype)
+    _add(found)
+
+
+def _add(found: dict[Tensor, Tensor]) -> None:
+    """Add gradients to those of their weights, and forget them."""
+    if found:
+        parameters, gradients = list(found), list(found.values())
+        found.clear()
+        backward(parameters, gradients)
 
 
 def joined(pending: Iterable[Pending]) -> list[Pending]:

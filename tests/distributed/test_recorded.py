@@ -166,9 +166,10 @@ def test_nothing_is_judged_where_there_is_no_gradient() -> None:
     assert not verdicts
 
 
-@pytest.fixture(scope="module")
-def runs() -> dict[str, dict[str, Any]]:
-    settings = small(topology=ONE, train={"lr": 2**-9, "augment": "angle,phase"})
+@pytest.fixture(scope="module", params=["never", "always"])
+def runs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    changes = {"lr": 2**-9, "augment": "angle,phase", "stacked": request.param}
+    settings = small(topology=ONE, train=changes)
     ways = ("computed", "recorded", "spoiled")
     return {way: run_world(1, trained, settings, way)[0] for way in ways}
 
@@ -238,7 +239,6 @@ def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() ->
     [
         ({}, "computes on a CPU"),
         ({"train": {"on_bad_ue": "drop"}}, "drop decides"),
-        ({"train": {"stacked": "always"}}, "checked one by one"),
         ({"topology": ONE | {"participants": 2}}, "other UEs take part"),
         ({"method": "splitfed", "train": {"aggregate_every": 2}}, "averaged between"),
         ({"model": {"name": "randommodel:build"}}, "draws random numbers"),

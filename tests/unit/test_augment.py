@@ -18,7 +18,9 @@ H = 0.5 + 0.3 * (torch.rand(64, 2, 5, 3, generator=torch.Generator().manual_seed
 
 def augmented(h: Tensor, way: str) -> Tensor:
     generator = torch.Generator().manual_seed(7)
-    return augment.augmented(h, (way,), *augment.draw((way,), h.shape[2], len(h), generator))
+    drawn = torch.zeros(augment.DRAWN, len(h), dtype=torch.float64)
+    augment.draw((way,), h.shape[2], drawn, generator)
+    return augment.augmented(h, (way,), *drawn)
 
 
 def test_a_shift_turns_every_row_by_angles_of_its_own() -> None:

@@ -183,13 +183,20 @@ def test_what_cant_be_stacked_is_named_and_left_alone() -> None:
     assert models.unstackable(MODEL) is None
 
 
-def run(ues: int, ranks: int, rows: int = 32, head: HeadName = "linear", **train: Any) -> Way:
+def run(
+    ues: int,
+    ranks: int,
+    rows: int = 32,
+    head: HeadName = "linear",
+    device: str = "cpu",
+    **train: Any,
+) -> Way:
     settings = Settings(
         model=ModelSettings(angles=16, delays=8, head=head),
         topology=TopologySettings(ues=ues, placement="together", stages=1),
         train=TrainSettings(batch_size=rows, **train),
     )
-    return decide(settings, Topology.of(settings, ranks), torch.device("cpu"))
+    return decide(settings, Topology.of(settings, ranks), torch.device(device))
 
 
 def test_auto_stacks_where_that_is_faster_whatever_the_placement() -> None:
@@ -202,6 +209,9 @@ def test_auto_stacks_where_that_is_faster_whatever_the_placement() -> None:
     assert not run(64, 1, head="crblock").stacked
     assert run(64, 1, rows=512, stacked="always").stacked
     assert not run(64, 1, stacked="never").stacked
+    assert run(10, 2, rows=512, device="cuda").stacked
+    assert not run(4, 1, device="cuda").stacked
+    assert not run(10, 1, head="crblock", device="cuda").stacked
     assert run(64, 1).note == (
         "UEs of a rank are computed stacked (train.stacked auto: only 8,192 reals of each in an "
         "iteration)"

@@ -22,6 +22,8 @@ from csipipe.models import crblock, kernels
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.triton import crblock as fused
 from csipipe.models.layers import Conv2d, accumulate, put_off
+from csipipe.models.norm import BatchNorm2d
+from csipipe.models.stacked import Stack
 from csipipe.settings.config import CRNET_KERNELS
 
 FEW = (((3, 3), (1, 3)), ((3, 1),))
@@ -29,6 +31,8 @@ CASES: dict[str, tuple[int, Any, tuple[int, ...]]] = {
     # channels in paths, kernels (None: a convolution of two channels), shape of the input
     "convolution": (7, None, (3, 2, 6, 5)),
     "no bias": (7, None, (2, 2, 5, 6)),
+    "norm": (3, None, (2, 3, 5, 6)),
+    "norm of tiles": (2, None, (2, 2, 40, 33)),
     "one path": (2, (((1, 3), (3, 1)),), (2, 2, 3, 3)),
     "two channels": (2, FEW, (3, 2, 6, 5)),
     "CRNet": (7, CRNET_KERNELS, (2, 2, 4, 9)),
@@ -43,8 +47,11 @@ def numbers(case: str) -> dict[str, Any]:
     for place in (crblock, fused):
         vars(place)["CHANNELS"] = channels
     torch.manual_seed(0)
-    module: CRBlock | Conv2d
-    if paths is None:
+    module: CRBlock | Conv2d | BatchNorm2d
+    if case in ("norm", "norm of tiles"):
+        module = BatchNorm2d(channels)
+        module.kernels_by = "triton"
+    elif paths is None:
         module = Conv2d(2, 2, (3, 3), case != "no bias", "triton")
     else:
         module = CRBlock(paths, "triton")
@@ -86,6 +93,41 @@ def numbers(case: str) -> dict[str, Any]:
     return found
 
 
+def stacked() -> dict[str, Any]:
+    """Three stacks of convolutions and BatchNorms beside the same in float64, one by one."""
+    torch.manual_seed(0)
+    modules = [
+        nn.Sequential(Conv2d(2, 3, (3, 3), True, "triton"), BatchNorm2d(3), nn.LeakyReLU(0.3))
+        for _ in range(3)
+    ]
+    for module in modules:
+        module.append(Conv2d(3, 2, (1, 5), False, "triton"))
+        vars(module[1])["kernels_by"] = "triton"
+    exact = copy.deepcopy(modules)
+    x, dy = torch.randn(3, 4, 2, 6, 5), torch.randn(3, 4, 2, 6, 5)
+    stack = Stack(modules)
+    leaf = x.clone().requires_grad_()
+    y = stack(leaf)
+    y.backward(dy)
+    stack.hand_out(range(3))
+    layers: list[Any] = stack._layers
+    inputs = x, torch.randn(3, 4, 3, 6, 5)
+    found: dict[str, Any] = {
+        "by": [kernels.choose(*pair).why for pair in zip(layers, inputs, strict=False)]
+    }
+    assert leaf.grad is not None
+    for name, module, other, mine, h, d, dh in zip(
+        "012", modules, exact, y, x, dy, leaf.grad, strict=True
+    ):
+        wanted = passes(other.double(), h.double(), d.double())
+        weights = [p.grad for p in module.parameters()]
+        pairs = list(zip([mine.detach(), dh, *weights], wanted, strict=True))
+        del pairs[3]  # of the bias before BatchNorm, whose true gradient is zero
+        found[name] = distances([a for a, _ in pairs], [b for _, b in pairs])
+        found[f"{name} buffers"] = distances(list(module.buffers()), list(other.buffers()))
+    return found
+
+
 def passes(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """Output and gradients."""
     leaf = x.clone().requires_grad_()
@@ -123,7 +165,7 @@ def compiled() -> dict[str, Any]:
     triton.runtime.JITFunction.run = note
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.zeros(2, 2, 32, 32, dtype=dtype)
-        for module in (CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True)):
+        for module in (CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True), BatchNorm2d(2)):
             backend: Any = kernels._load("triton", type(module).__name__)
             y, saved = backend.forward(module, x, True)
             _, rest = backend.input_gradient(module, saved, y)
@@ -140,4 +182,7 @@ def compiled() -> dict[str, Any]:
 
 if __name__ == "__main__":
     what, *cases = sys.argv[1:]
-    print(json.dumps(compiled() if what == "compile" else {case: numbers(case) for case in cases}))
+    if what == "compile":
+        print(json.dumps(compiled()))
+    else:
+        print(json.dumps({c: stacked() if c == "stacked" else numbers(c) for c in cases}))
