@@ -42,6 +42,15 @@ class Deferring(nn.Module):
     """Which axis of the input the rows are."""
 
 
+class Fused(Protocol):
+    """A module that a backend computes, and whose weight gradients may wait."""
+
+    training: bool
+    pending: list[Pending] | None
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 class Splittable(Protocol):
     """A layer whose backward pass comes in two parts."""
 
@@ -240,7 +249,7 @@ class _Layer(torch.autograd.Function):
 class FusedGradients(Pending):
     """A module's, by the backend that computes it."""
 
-    module: Deferring
+    module: Fused
     backend: Backend
     saved: Any
     rest: Any
@@ -250,7 +259,7 @@ class FusedGradients(Pending):
         yield from zip(self.module.parameters(), found, strict=True)
 
 
-def fused(module: Deferring, backend: Backend, x: Tensor) -> Tensor:
+def fused(module: Fused, backend: Backend, x: Tensor) -> Tensor:
     """A module's output, computed by a backend."""
     x = kernels.computed(x)
     if not torch.is_grad_enabled():
@@ -266,7 +275,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, module: Deferring, backend: Backend, *parameters: Tensor
+        ctx: Any, x: Tensor, module: Fused, backend: Backend, *parameters: Tensor
     ) -> Tensor:
         y, ctx.saved = backend.forward(module, x, module.training)
         ctx.module, ctx.backend = module, backend

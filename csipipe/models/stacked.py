@@ -23,6 +23,7 @@ from csipipe.models import kernels, layers
 from csipipe.models.crblock import CRBlock
 from csipipe.models.layers import Deferring, Pending, fused
 from csipipe.models.norm import BatchNorm2d
+from csipipe.settings.config import KernelsBy
 
 
 class Unstackable(ValueError):
@@ -59,6 +60,8 @@ class StackedConv2d(nn.Module):
     pending: list[Pending] | None = None
     """Its weights' gradients don't wait."""
 
+    like: layers.Conv2d
+
     def __init__(self, like: layers.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.__dict__["like"] = like  # no submodule: its weights aren't this one's
@@ -70,9 +73,9 @@ class StackedConv2d(nn.Module):
     def shape(self) -> Hashable:
         return self.like.shape
 
-    def fresh(self) -> nn.Module:
+    def fresh(self) -> StackedConv2d:
         """Two new layers of this shape, as one."""
-        return _stacked([self.like.fresh() for _ in range(2)])
+        return cast(StackedConv2d, _stacked([self.like.fresh() for _ in range(2)]))
 
     def forward(self, x: Tensor) -> Tensor:
         backend = kernels.choose(self, x).backend
@@ -93,11 +96,17 @@ class StackedBatchNorm2d(nn.Module):
     affine = track_running_stats = True
     pending: list[Pending] | None = None
     """Its weights' gradients don't wait."""
+    like: nn.BatchNorm2d
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, like: nn.BatchNorm2d, of: dict[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["like"] = like  # no submodule: its weights aren't this one's
-        self.kernels_by = getattr(like, "kernels_by", "torch")
+        self.kernels_by: KernelsBy = getattr(like, "kernels_by", "torch")
         self.momentum, self.eps = cast(float, like.momentum), like.eps
         for name, tensor in of.items():
             if isinstance(tensor, nn.Parameter):
@@ -109,10 +118,10 @@ class StackedBatchNorm2d(nn.Module):
     def shape(self) -> int:
         return self.like.num_features
 
-    def fresh(self) -> nn.Module:
+    def fresh(self) -> StackedBatchNorm2d:
         """Two new layers of this shape, as one."""
         like = BatchNorm2d(self.like.num_features, self.eps, self.momentum)
-        return _stacked([like, copy.deepcopy(like)])
+        return cast(StackedBatchNorm2d, _stacked([like, copy.deepcopy(like)]))
 
     def forward(self, x: Tensor) -> Tensor:
         self.training = self.like.training

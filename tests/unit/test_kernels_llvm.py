@@ -226,6 +226,7 @@ def test_small_convolutions_are_torchs(
         with torch.no_grad():
             y, saved = convolution.forward(layer, x, True)
             dx, rest = convolution.input_gradient(layer, saved, dy)
+            assert dx is not None
             found = [y, dx, *convolution.weight_gradients(layer, saved, rest)]
         exact = copy.deepcopy(layer).double()
         leaf = x.double().requires_grad_()

@@ -108,7 +108,7 @@ def stacked() -> dict[str, Any]:
     stack = Stack(modules)
     leaf = x.clone().requires_grad_()
     y = stack(leaf)
-    y.backward(dy)
+    torch.autograd.backward(y, dy)
     stack.hand_out(range(3))
     layers: list[Any] = stack._layers
     inputs = x, torch.randn(3, 4, 3, 6, 5)

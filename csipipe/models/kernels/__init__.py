@@ -173,6 +173,7 @@ def _try(backend: Backend, like: Fusable, x: Tensor) -> str | None:
             y, saved = backend.forward(one, rows, True)
             dy = torch.randn(y.shape).to(y.device, y.dtype)
             dx, rest = backend.input_gradient(one, saved, dy)
+            assert dx is not None
             found = [y, dx, *backend.weight_gradients(one, saved, rest), *one.buffers()]
     wanted, theirs = (_layers(copy.deepcopy(two), rows, dy, d) for d in (torch.float32, x.dtype))
     names = ["the output", "the input's gradient", *(name for name, _ in two.named_parameters())]

@@ -104,4 +104,4 @@ def weight_gradients(
 
 def _tiles(x: Tensor) -> host.Tiles:
     groups = len(x) if x.dim() == 5 else 1
-    return host.Tiles(x.shape[-4] * groups, *x.shape[-2:], groups)
+    return host.Tiles(x.shape[-4] * groups, x.shape[-2], x.shape[-1], groups)

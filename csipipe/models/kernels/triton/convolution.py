@@ -55,4 +55,4 @@ def weight_gradients(layer: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
 
 def _tiles(x: Tensor) -> host.Tiles:
     groups = len(x) if x.dim() == 5 else 1
-    return host.Tiles(x.shape[-4] * groups, *x.shape[-2:], groups)
+    return host.Tiles(x.shape[-4] * groups, x.shape[-2], x.shape[-1], groups)
