@@ -23,10 +23,13 @@ from csipipe.models.kernels.triton.window import (
     is_inside,
     leaky,
     places,
+    read_windows,
     store_run,
     store_run_moments,
     store_sums,
     sums,
+    taken,
+    unfold,
     window,
     zeros,
 )
@@ -58,6 +61,7 @@ def conv_forward(
     TRAIN: tl.constexpr,  # the statistics are wanted
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
+    AHEAD: tl.constexpr,  # read a channel while the one before is computed
 ):
     """Convolution of IN to OUT channels, and the moments of its output."""
     VERTICAL: tl.constexpr = KH >= KW
@@ -74,9 +78,18 @@ def conv_forward(
     weight += image // share * (OUT * IN * KH * KW)
     bias += image // share * OUT
     acc = zeros(OUT * RUN, d.to(tl.float32))
+    LOADS: tl.constexpr = (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + RUN - 1) // RUN) + 1)
+    if AHEAD:
+        ahead = read_windows(at, h, d, LEFT, ACROSS, A, D, VERTICAL)
     for i in range(IN):
+        if AHEAD:
+            now = ahead
+            later = at + (i + 1 - (i + 1) // IN) * (A * D)  # the last one again
+            ahead = read_windows(later, h, d, LEFT, ACROSS, A, D, VERTICAL)
+        else:
+            now = read_windows(at + i * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
         for s in tl.static_range(ACROSS):
-            v = window(at + i * (A * D), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+            v = unfold(taken(now, s * LOADS, LOADS), LEFT, VERTICAL)
             if ACTIVATE:
                 scale = tl.load(stats + 2 * stats_channels + i)
                 shift = tl.load(stats + 3 * stats_channels + i)
@@ -111,17 +124,44 @@ def conv_forward(
 
 
 @triton.jit
-def gradients(
+def _read_gradients(
     g,
     q,
     h,
     d,
-    across: tl.constexpr,
+    o,
+    LEFT: tl.constexpr,
+    ACROSS: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    JOIN: tl.constexpr,
+    WITH_Q: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """Windows of channel o of g and q, for all places across.
+
+    `g` and `q` point to the runs' first pixels of their first channels.
+    """
+    if WITH_Q:
+        out = read_windows(q + o * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
+    if not JOIN:  # the join's two channels are the same for all o
+        of_g = read_windows(g + o * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
+        out = (of_g + out) if WITH_Q else of_g
+    return out
+
+
+@triton.jit
+def _gradients(
+    read,
+    h,
+    d,
+    s: tl.constexpr,
     o,
     stats,
     coef,
     join,
     LEFT: tl.constexpr,
+    ACROSS: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
     stats_channels: tl.constexpr,
@@ -132,26 +172,26 @@ def gradients(
 ):
     """Window of the gradient dq at a convolution's output, channel o; zero outside the image.
 
-    With NORM a BatchNorm follows the convolution, with LEAKY only a LeakyReLU, whose output is `q`
-    and whose gradient is `g`. With neither dq is g.
+    `read` has g (JOIN: both channels of dj), then q.
 
-    `g` points to the runs' first pixels of the channel (JOIN: of dj's first), so does `q`.
+    With NORM a BatchNorm follows the convolution, with LEAKY only a LeakyReLU, whose output is q
+    and whose gradient is g. With neither dq is g.
     """
+    LOADS: tl.constexpr = (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + RUN - 1) // RUN) + 1)
     if NORM:
         mean = tl.load(stats + o)
         scale = tl.load(stats + 2 * stats_channels + o)
         coef0 = tl.load(coef + o)
         coef1 = scale * tl.load(coef + stats_channels + o)
     if NORM or LEAKY:
-        v = window(q, h, d, across, LEFT, A, D, VERTICAL)
+        at_q: tl.constexpr = ((2 if JOIN else 1) * ACROSS + s) * LOADS
+        v = unfold(taken(read, at_q, LOADS), LEFT, VERTICAL)
+    d0 = unfold(taken(read, s * LOADS, LOADS), LEFT, VERTICAL)
     if JOIN:
         shift = tl.load(stats + 3 * stats_channels + o)
         join0 = tl.load(join + o)
         join1 = tl.load(join + stats_channels + o)
-        d0 = window(g, h, d, across, LEFT, A, D, VERTICAL)
-        d1 = window(g + A * D, h, d, across, LEFT, A, D, VERTICAL)
-    else:
-        d0 = window(g, h, d, across, LEFT, A, D, VERTICAL)
+        d1 = unfold(taken(read, (ACROSS + s) * LOADS, LOADS), LEFT, VERTICAL)
     for t in tl.static_range(RUN + 2 * LEFT):
         if JOIN:
             dq = d0[t] * join0 + d1[t] * join1
@@ -160,7 +200,7 @@ def gradients(
             dq = d0[t]
         if NORM:
             dq = scale * (dq - coef0) - (v[t] - mean) * coef1
-            dq = tl.where(is_inside(h, d, t - LEFT, across, A, D, VERTICAL), dq, 0.0)
+            dq = tl.where(is_inside(h, d, t - LEFT, s - ACROSS // 2, A, D, VERTICAL), dq, 0.0)
         elif LEAKY:
             dq = tl.where(v[t] > 0, dq, SLOPE * dq)  # g is zero outside
         out = (out + (dq,)) if t else (dq,)
@@ -198,6 +238,8 @@ def conv_backward(
     ADD: tl.constexpr,
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
+    AHEAD: tl.constexpr,  # read a channel while the one before is computed
+    RELOAD: tl.constexpr,  # JOIN: read dj for each channel again, don't keep it in registers
 ):
     """Gradient at a convolution's input, through the LeakyReLU before it to that layer's g.
 
@@ -219,19 +261,32 @@ def conv_backward(
     g_at = g_at + (h * D + d)
     weight += image // share * (OUT * IN * KH * KW)
     acc = zeros(IN * RUN, d.to(tl.float32))
+    WITH_Q: tl.constexpr = NORM or LEAKY
+    if AHEAD:
+        ahead = _read_gradients(g_at, q_at, h, d, 0, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
     for o in range(OUT):
+        if AHEAD:
+            now = ahead
+            c = o + 1 - (o + 1) // OUT  # the last one again
+            ahead = _read_gradients(g_at, q_at, h, d, c, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
+        else:
+            now = _read_gradients(g_at, q_at, h, d, o, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
+        if JOIN:
+            at_j = g_at + o * zero if RELOAD else g_at
+            j0 = read_windows(at_j, h, d, LEFT, ACROSS, A, D, VERTICAL)
+            now = j0 + read_windows(at_j + A * D, h, d, LEFT, ACROSS, A, D, VERTICAL) + now
         for s in tl.static_range(ACROSS):
-            dq = gradients(
-                g_at if JOIN else g_at + o * (A * D),
-                q_at + o * (A * D),
+            dq = _gradients(
+                now,
                 h,
                 d,
-                s - ACROSS // 2,
+                s,
                 o,
                 stats,
                 coef,
                 join,
                 LEFT,
+                ACROSS,
                 A,
                 D,
                 stats_channels,

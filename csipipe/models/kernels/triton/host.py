@@ -25,10 +25,17 @@ class Tuning:
     """What only the speed depends on. As measured on an H100."""
 
     forward_warps: int = 4
+    forward_ahead: bool = False
+    """Whether a program reads its next channel while it computes one."""
     backward_warps: int = 4
+    backward_ahead: bool = False
+    backward_reload: bool = False
+    backward_registers: int | None = None
     weight_warps: int = 8
     weight_programs: int = 264
-    """How many programs share the images: two per multiprocessor of an H100."""
+    """How many programs share the images' chunks: two per multiprocessor of an H100."""
+    weight_ahead: bool = True
+    """Whether a program reads its next chunk while it computes one."""
     weight_registers: int | None = 128
     """At most so many per thread, so that two programs fit on a multiprocessor."""
 
@@ -73,6 +80,11 @@ class Tiles:
         runs = min(LARGEST_TILE // 4, triton.next_power_of_2(count))
         tiles = triton.cdiv(count, runs)
         return self.images * tiles, {"A": self.a, "D": self.d, "TILES": tiles, "RUNS": runs}
+
+    def count(self, weight: Tensor) -> int:
+        """Runs of a convolution in an image."""
+        down = weight.shape[-2] >= weight.shape[-1]
+        return triton.cdiv(self.a, 4) * self.d if down else triton.cdiv(self.d, 4) * self.a
 
     def runs(self, weight: Tensor) -> tuple[int, dict[str, int]]:
         """Programs and constants of a convolution."""
@@ -129,6 +141,7 @@ def forward(
         BIAS=bias is not None,
         LEAKY=leaky,
         TRAIN=part is not None,
+        AHEAD=tuning.forward_ahead,
         num_warps=tuning.forward_warps,
         **_sizes(weight),
         **constants,
@@ -199,7 +212,10 @@ def backward(
         before_channels=tiles.channels(out),
         ACTIVATE=before_stats is not None,
         ADD=before is not None and before_stats is None,
+        AHEAD=tuning.backward_ahead,
+        RELOAD=tuning.backward_reload,
         num_warps=tuning.backward_warps,
+        maxnreg=tuning.backward_registers,
         **gradient.constants(tiles),
         **_sizes(weight),
         **constants,
@@ -224,8 +240,10 @@ def weight_gradients(
     outputs, inputs = sizes["OUT"], sizes["IN"]
     size = outputs * inputs * sizes["KH"] * sizes["KW"] + outputs * bias
     images = tiles.images // groups
-    programs = min(images, triton.cdiv(tuning.weight_programs, groups))
-    rows = triton.next_power_of_2(inputs)
+    rows, outs = triton.next_power_of_2(inputs), triton.next_power_of_2(outputs)
+    columns = max(1, 32 * tuning.weight_warps // rows)
+    chunks = images * triton.cdiv(tiles.count(weight), columns)
+    programs = min(chunks, triton.cdiv(tuning.weight_programs, groups))
     part = torch.empty(groups * programs * size, device=x.device)
     weights.conv_weights[(groups * programs,)](
         *gradient.pointers(),
@@ -241,7 +259,10 @@ def weight_gradients(
         ACTIVATE=x_stats is not None,
         BIAS=bias,
         ROWS=rows,
-        COLUMNS=max(1, 32 * tuning.weight_warps // rows),
+        COLUMNS=columns,
+        OUTS=outs,
+        LEVELS=(4 * outs).bit_length() - 1,
+        AHEAD=tuning.weight_ahead and rows > 2,
         num_warps=tuning.weight_warps,
         maxnreg=tuning.weight_registers,
         **gradient.constants(tiles),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csipipe.models.kernels.triton.window import add2, sums
+
 
 @triton.jit(do_not_specialize=["programs", "all_programs", "values"])
 def finish_forward(
@@ -32,7 +34,7 @@ def finish_forward(
 ):
     """The table of one BatchNorm from its tiles' moments, and its running statistics.
 
-    Deviations are taken from each tile's mean, then of the tiles' means from the whole's, so that
+    Deviations are taken from each tile's mean, and of the tiles' means from the first's, so that
     nothing cancels where the mean is large beside the deviation. One program per channel and
     group: parameters and tables of groups lie after each other, so do their programs' parts.
     """
@@ -45,26 +47,23 @@ def finish_forward(
     running_mean += group * C
     running_var += group * C
     if TRAIN:
-        total = tl.zeros((CHUNK,), tl.float64)
+        near = tl.load(part + c * all_programs).to(tl.float64)
+        first = tl.zeros((CHUNK,), tl.float64)
+        second = tl.zeros((CHUNK,), tl.float64)
         start = 0
         while start < programs:
             p = start + tl.arange(0, CHUNK)
             there = p < programs
             n = tl.load(part + 2 * C * all_programs + p, mask=there, other=0.0).to(tl.float64)
-            total += n * tl.load(part + c * all_programs + p, mask=there, other=0.0)
-            start += CHUNK
-        mean = tl.sum(total) / values
-        total = tl.zeros((CHUNK,), tl.float64)
-        start = 0
-        while start < programs:
-            p = start + tl.arange(0, CHUNK)
-            there = p < programs
-            n = tl.load(part + 2 * C * all_programs + p, mask=there, other=0.0).to(tl.float64)
-            off = tl.load(part + c * all_programs + p, mask=there, other=0.0) - mean
+            off = tl.load(part + c * all_programs + p, mask=there, other=0.0) - near
             within = tl.load(part + (C + c) * all_programs + p, mask=there, other=0.0)
-            total += tl.where(there, within + n * off * off, 0.0)
+            first += n * off  # n is 0 where no tile is
+            second += within + n * off * off
             start += CHUNK
-        squares = tl.sum(total)
+        total, squares = tl.reduce((first, second), 0, add2)
+        off = total / values
+        mean = near + off
+        squares -= total * off
         var = squares / values
         kept = (1 - MOMENTUM) * tl.load(running_mean + c)
         tl.store(running_mean + c, (kept + MOMENTUM * mean).to(tl.float32))
@@ -107,8 +106,22 @@ def finish_backward(
     coef += group * (2 * C)
     dgamma += group * C
     dbeta += group * C
-    g = _total(part + c * all_programs, programs, CHUNK)
-    gv = _total(part + (C + c) * all_programs, programs, CHUNK)
+    rows: tl.constexpr = 2 + EXTRA
+    for k in tl.static_range(rows):
+        none = tl.zeros((CHUNK,), tl.float64)
+        all_sums = (all_sums + (none,)) if k else (none,)
+    start = 0
+    while start < programs:
+        p = start + tl.arange(0, CHUNK)
+        for k in tl.static_range(rows):
+            at = part + (k * C + c) * all_programs + p
+            more = all_sums[k] + tl.load(at, mask=p < programs, other=0.0)
+            next_sums = (next_sums + (more,)) if k else (more,)
+        all_sums = next_sums
+        start += CHUNK
+    total = sums(all_sums, rows)
+    g = total[0]
+    gv = total[1]
     rstd = tl.load(stats + C + c)
     tl.store(dbeta + c, g.to(tl.float32))
     tl.store(dgamma + c, (gv * rstd).to(tl.float32))
@@ -119,16 +132,4 @@ def finish_backward(
         tl.store(coef + c, 0.0)
         tl.store(coef + C + c, 0.0)
     for k in tl.static_range(EXTRA):
-        total = _total(part + ((2 + k) * C + c) * all_programs, programs, CHUNK)
-        tl.store(extra + k * C + c, total.to(tl.float32))
-
-
-@triton.jit
-def _total(row, programs, CHUNK: tl.constexpr):
-    total = tl.zeros((CHUNK,), tl.float64)
-    start = 0
-    while start < programs:
-        p = start + tl.arange(0, CHUNK)
-        total += tl.load(row + p, mask=p < programs, other=0.0)
-        start += CHUNK
-    return tl.sum(total)
+        tl.store(extra + k * C + c, total[2 + k].to(tl.float32))

@@ -55,14 +55,26 @@ def window(
 
     `at` points to the runs' first pixels, `across` moves the window on the other axis.
     """
+    return unfold(read_window(at, h, d, across, LEFT, A, D, VERTICAL), LEFT, VERTICAL)
+
+
+@triton.jit
+def read_window(
+    at,
+    h,
+    d,
+    across: tl.constexpr,
+    LEFT: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """What `unfold` makes a window of: so many loads."""
     if VERTICAL:
-        inside = is_inside(h, d, -LEFT, across, A, D, VERTICAL)
-        v = tl.load(at + (across - LEFT * D), mask=inside, other=0.0).to(tl.float32)
-        out = (v,)
-        for t in tl.static_range(1, RUN + 2 * LEFT):
+        for t in tl.static_range(RUN + 2 * LEFT):
             inside = is_inside(h, d, t - LEFT, across, A, D, VERTICAL)
-            v = tl.load(at + (across + (t - LEFT) * D), mask=inside, other=0.0).to(tl.float32)
-            out = out + (v,)
+            v = tl.load(at + (across + (t - LEFT) * D), mask=inside, other=0.0)
+            out = (out + (v,)) if t else (v,)
         return out
     else:
         quads: tl.constexpr = (LEFT + RUN - 1) // RUN
@@ -74,7 +86,49 @@ def window(
             column = d4 + (lane + (k - quads) * RUN)
             inside = (h4 >= 0) & (h4 < A) & (column >= 0) & (column < D)
             v4 = tl.load(at4 + (lane + (k - quads) * RUN), mask=inside, other=0.0)
-            some = unpack(v4.to(tl.float32))
+            out = (out + (v4,)) if k else (v4,)
+        return out
+
+
+@triton.jit
+def read_windows(
+    at,
+    h,
+    d,
+    LEFT: tl.constexpr,
+    ACROSS: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    VERTICAL: tl.constexpr,
+):
+    """What `read_window` reads for each of ACROSS places of the window on the other axis."""
+    for s in tl.static_range(ACROSS):
+        some = read_window(at, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+        out = (out + some) if s else some
+    return out
+
+
+@triton.jit
+def taken(values, first: tl.constexpr, N: tl.constexpr):
+    """N of a tuple's values."""
+    for n in tl.static_range(N):
+        one = values[first + n]
+        out = (out + (one,)) if n else (one,)
+    return out
+
+
+@triton.jit
+def unfold(loaded, LEFT: tl.constexpr, VERTICAL: tl.constexpr):
+    """The RUN + 2 LEFT values of what `read_window` read, in float32."""
+    if VERTICAL:
+        for t in tl.static_range(RUN + 2 * LEFT):
+            v = loaded[t].to(tl.float32)
+            out = (out + (v,)) if t else (v,)
+        return out
+    else:
+        quads: tl.constexpr = (LEFT + RUN - 1) // RUN
+        for k in tl.static_range(2 * quads + 1):
+            some = unpack(loaded[k].to(tl.float32))
             every = (every + some) if k else some
         for t in tl.static_range(RUN + 2 * LEFT):
             v = every[quads * RUN - LEFT + t]
@@ -175,15 +229,15 @@ def add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
 
 
 @triton.jit
-def sums(values, N: tl.constexpr):
-    """Sum of each of N tensors, all in one pass over the threads."""
+def sums(values, N: tl.constexpr, AXIS: tl.constexpr = 0):
+    """Sum of each of N tensors along an axis, all in one pass over the threads."""
     tl.static_assert((N == 2) | (N == 4) | (N == 7))
     if N == 2:
-        return tl.reduce(values, 0, add2)
+        return tl.reduce(values, AXIS, add2)
     elif N == 4:
-        return tl.reduce(values, 0, add4)
+        return tl.reduce(values, AXIS, add4)
     else:
-        return tl.reduce(values, 0, add7)
+        return tl.reduce(values, AXIS, add7)
 
 
 @triton.jit
