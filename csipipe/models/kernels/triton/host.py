@@ -30,6 +30,7 @@ class Tuning:
     backward_warps: int = 4
     backward_ahead: bool = False
     backward_reload: bool = False
+    """Whether the join's gradient is read for each channel again: fewer registers, more reads."""
     backward_registers: int | None = None
     weight_warps: int = 8
     weight_programs: int = 264

@@ -67,6 +67,12 @@ def _spread(v, N: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _columns(n, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The runs of chunk n. Unsigned, so that the compiler knows that they aren't negative."""
+    return (n.to(tl.uint32) % CHUNKS).to(tl.int32) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
 def _read(
     g,
     q,
@@ -92,8 +98,8 @@ def _read(
     VERTICAL: tl.constexpr = KH >= KW
     LEFT: tl.constexpr = KH // 2 if VERTICAL else KW // 2
     ACROSS: tl.constexpr = KW if VERTICAL else KH
-    image = (n // CHUNKS).to(tl.int64)
-    column = n % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+    image = (n.to(tl.uint32) // CHUNKS).to(tl.int64)
+    column = _columns(n, COLUMNS, CHUNKS)
     h, d = places(column[None, :, None, None], D, VERTICAL)
     inside = is_in_run(h, d, A, D, VERTICAL) & (o >= 0)  # so that it has all of the table's axes
     r = tl.arange(0, RUN)[None, None, :, None]
@@ -264,7 +270,7 @@ def conv_weights(
                 COLUMNS,
                 CHUNKS,
             )
-        column = n % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+        column = _columns(n, COLUMNS, CHUNKS)
         dq = now[0].to(tl.float32)
         if NORM or LEAKY:
             v = now[GRADIENTS - 1].to(tl.float32)
