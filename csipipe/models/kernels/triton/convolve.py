@@ -61,7 +61,6 @@ def conv_forward(
     TRAIN: tl.constexpr,  # the statistics are wanted
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
-    AHEAD: tl.constexpr,  # read a channel while the one before is computed
 ):
     """Convolution of IN to OUT channels, and the moments of its output."""
     VERTICAL: tl.constexpr = KH >= KW
@@ -78,18 +77,9 @@ def conv_forward(
     weight += image // share * (OUT * IN * KH * KW)
     bias += image // share * OUT
     acc = zeros(OUT * RUN, d.to(tl.float32))
-    LOADS: tl.constexpr = (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + RUN - 1) // RUN) + 1)
-    if AHEAD:
-        ahead = read_windows(at, h, d, LEFT, ACROSS, A, D, VERTICAL)
     for i in range(IN):
-        if AHEAD:
-            now = ahead
-            later = at + (i + 1 - (i + 1) // IN) * (A * D)  # the last one again
-            ahead = read_windows(later, h, d, LEFT, ACROSS, A, D, VERTICAL)
-        else:
-            now = read_windows(at + i * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
         for s in tl.static_range(ACROSS):
-            v = unfold(taken(now, s * LOADS, LOADS), LEFT, VERTICAL)
+            v = window(at + i * (A * D), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
             if ACTIVATE:
                 scale = tl.load(stats + 2 * stats_channels + i)
                 shift = tl.load(stats + 3 * stats_channels + i)
@@ -238,8 +228,6 @@ def conv_backward(
     ADD: tl.constexpr,
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
-    AHEAD: tl.constexpr,  # read a channel while the one before is computed
-    RELOAD: tl.constexpr,  # JOIN: read dj for each channel again, don't keep it in registers
 ):
     """Gradient at a convolution's input, through the LeakyReLU before it to that layer's g.
 
@@ -262,17 +250,13 @@ def conv_backward(
     weight += image // share * (OUT * IN * KH * KW)
     acc = zeros(IN * RUN, d.to(tl.float32))
     WITH_Q: tl.constexpr = NORM or LEAKY
-    if AHEAD:
-        ahead = _read_gradients(g_at, q_at, h, d, 0, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
-    for o in range(OUT):
-        if AHEAD:
-            now = ahead
-            c = o + 1 - (o + 1) // OUT  # the last one again
-            ahead = _read_gradients(g_at, q_at, h, d, c, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
-        else:
-            now = _read_gradients(g_at, q_at, h, d, o, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
+    ahead = _read_gradients(g_at, q_at, h, d, 0, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
+    for o in range(OUT):  # a channel is read while the one before is computed
+        now = ahead
+        c = o + 1 - (o + 1) // OUT  # the last one again
+        ahead = _read_gradients(g_at, q_at, h, d, c, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
         if JOIN:
-            at_j = g_at + o * zero if RELOAD else g_at
+            at_j = g_at + o * zero  # read for each channel again: registers are scarcer than reads
             j0 = read_windows(at_j, h, d, LEFT, ACROSS, A, D, VERTICAL)
             now = j0 + read_windows(at_j + A * D, h, d, LEFT, ACROSS, A, D, VERTICAL) + now
         for s in tl.static_range(ACROSS):

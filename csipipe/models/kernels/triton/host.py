@@ -25,18 +25,10 @@ class Tuning:
     """What only the speed depends on. As measured on an H100."""
 
     forward_warps: int = 4
-    forward_ahead: bool = False
-    """Whether a program reads its next channel while it computes one."""
     backward_warps: int = 4
-    backward_ahead: bool = False
-    backward_reload: bool = False
-    """Whether the join's gradient is read for each channel again: fewer registers, more reads."""
-    backward_registers: int | None = None
     weight_warps: int = 8
     weight_programs: int = 264
     """How many programs share the images' chunks: two per multiprocessor of an H100."""
-    weight_ahead: bool = True
-    """Whether a program reads its next chunk while it computes one."""
     weight_registers: int | None = 128
     """At most so many per thread, so that two programs fit on a multiprocessor."""
 
@@ -142,7 +134,6 @@ def forward(
         BIAS=bias is not None,
         LEAKY=leaky,
         TRAIN=part is not None,
-        AHEAD=tuning.forward_ahead,
         num_warps=tuning.forward_warps,
         **_sizes(weight),
         **constants,
@@ -213,10 +204,7 @@ def backward(
         before_channels=tiles.channels(out),
         ACTIVATE=before_stats is not None,
         ADD=before is not None and before_stats is None,
-        AHEAD=tuning.backward_ahead,
-        RELOAD=tuning.backward_reload,
         num_warps=tuning.backward_warps,
-        maxnreg=tuning.backward_registers,
         **gradient.constants(tiles),
         **_sizes(weight),
         **constants,
@@ -263,7 +251,7 @@ def weight_gradients(
         COLUMNS=columns,
         OUTS=outs,
         LEVELS=(4 * outs).bit_length() - 1,
-        AHEAD=tuning.weight_ahead and rows > 2,
+        AHEAD=rows > 2,
         num_warps=tuning.weight_warps,
         maxnreg=tuning.weight_registers,
         **gradient.constants(tiles),
