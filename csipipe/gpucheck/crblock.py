@@ -15,7 +15,7 @@ _SHOWN = 14000  # characters
 def run(step: Step) -> None:
     """Run the check; what it printed goes onto the page."""
     found = step.folder / "triton.json"
-    rows = ["--rows", "2", "--size", "4"] if step.tiny else []
+    rows = ["--size", "4"] if step.tiny else []
     seconds = max(5.0, step.left - 12)
     line = [sys.executable, str(SCRIPT), "--device", step.device.type, "--out", str(found)]
     with open(step.folder / "triton.txt", "w") as log:

@@ -1,19 +1,17 @@
-"""The Triton kernels on a GPU: the fused iteration, and the program with and without them.
+"""The Triton kernels on a GPU: compiled, and the program with and without them.
 
     python csipipe/gpucheck/triton_step.py --seconds 90 --out triton.json
 
 Each finding is written at once, so that nothing is lost when the time is up. On a CPU it is only
-rehearsed: TRITON_INTERPRET=1 … --device cpu --rows 2 --size 4.
+rehearsed: TRITON_INTERPRET=1 … --device cpu --size 4.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 import traceback
@@ -28,15 +26,14 @@ import triton
 from csipipe import methods, models
 from csipipe.device import set_arithmetic
 from csipipe.gpucheck.findings import Findings, Step
-from csipipe.gpucheck.iteration import Iteration
-from csipipe.gpucheck.iteration_numbers import numbers, parts_of
 from csipipe.gpucheck.runs import Run, settings
-from csipipe.gpucheck.size import captured, paper
+from csipipe.gpucheck.size import paper
 from csipipe.gpucheck.timing import milliseconds
 from csipipe.methods.centralised import Centralised
 from csipipe.models.crblock import CRBlock
-from csipipe.models.kernels.triton import convolution, crblock
+from csipipe.models.kernels.triton import batchnorm, convolution, crblock
 from csipipe.models.layers import Conv2d
+from csipipe.models.norm import BatchNorm2d
 from csipipe.settings.config import CRNET_KERNELS
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,13 +81,12 @@ def some_block(device: torch.device) -> CRBlock:
     return block.to(device)
 
 
-def compile_job(job: tuple[int, int, int, bool, int]) -> str:
+def compile_job(job: tuple[int, int, int, int]) -> str:
     """Compile one launch's kernel into Triton's cache and run it on few rows; what went wrong.
 
-    job: number of a type, of a launch, how many processes share the launches, whether the
-    iteration's kernels are meant, the images' size.
+    job: number of a type, of a launch, how many processes share the launches, the images' size.
     """
-    t, number, share, stacked, size = job
+    t, number, share, size = job
     count = iter(range(9999))
     run = triton.runtime.JITFunction.run
 
@@ -103,22 +99,16 @@ def compile_job(job: tuple[int, int, int, bool, int]) -> str:
     try:
         device = torch.device("cuda")
         x = torch.zeros(16, 2, size, size, device=device, dtype=DTYPES[t])
-        if stacked:
-            held, picks = torch.zeros(2, 8, 2, 32, 32), torch.zeros(2, 8, dtype=torch.int64)
-            one = Iteration(*parts_of(2, device), held.to(device), picks.to(device), 1, DTYPES[t])
-            with torch.no_grad():
-                one.gradients()
-        else:
-            for backend, module in (
-                (crblock, some_block(device)),
-                (convolution, Conv2d(2, 2, (3, 3), True).to(device)),
-            ):
-                made: Any = backend
-                for training in (True, False):
-                    y, saved = made.forward(module, x, training)
-                    if training or backend is crblock:
-                        _, rest = made.input_gradient(module, saved, y)
-                        made.weight_gradients(module, saved, rest)
+        for backend, module in (
+            (crblock, some_block(device)),
+            (convolution, Conv2d(2, 2, (3, 3), True).to(device)),
+            (batchnorm, BatchNorm2d(2).to(device)),
+        ):
+            made: Any = backend
+            for training in (True, False) if backend is crblock else (True,):
+                y, saved = made.forward(module, x, training)
+                _, rest = made.input_gradient(module, saved, y)
+                made.weight_gradients(module, saved, rest)
         torch.cuda.synchronize()
     except Exception as error:  # the other kernels are wanted all the same
         return f"{job}: {str(error)[-300:]}"
@@ -132,64 +122,10 @@ def compile_all(report: Report, size: int) -> None:
     begun = time.monotonic()
     workers = max(1, (os.cpu_count() or 2) - 1)
     share = 3 * workers
-    # the block first; the iteration then finds its kernels, and only lacks the stacked ones
-    listed = [
-        (t, n, share, stacked, size)
-        for stacked in (False, True)
-        for t in range(len(DTYPES))
-        for n in range(share)
-    ]
+    listed = [(t, n, share, size) for t in range(len(DTYPES)) for n in range(share)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         errors = [e for e in pool.imap_unordered(compile_job, listed) if e]
     report.add("compiled", jobs=len(listed), seconds=time.monotonic() - begun, errors=errors)
-
-
-def iteration_times(report: Report, device: torch.device, ues: int, batch: int) -> None:
-    """The paper's size: ms of an iteration, eager and as one graph, and of its kernels."""
-    held = torch.rand(ues, 13000, 2, 32, 32, device=device)
-    picks = torch.randint(13000, (ues, batch), device=device)
-    parts = parts_of(ues, device)
-    for dtype in DTYPES:
-        one = Iteration(*copy.deepcopy(parts), held, picks, 2, dtype)
-        step = one.step
-        values = {"eager_ms": milliseconds(step, device, 5)}
-        before = float(one.loss.mean())
-        replay = captured(step)
-        values["graph_ms"] = milliseconds(replay, device, 20)
-        values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        report.add(f"iteration {dtype}", **values, loss=[before, float(one.loss.mean())])
-        of_kind: dict[str, list[float]] = {}
-        for name, us in launches(step, 3):
-            entry = of_kind.setdefault(name[:60], [0, 0.0])
-            entry[0] += 1
-            entry[1] += us
-        longest = sorted(of_kind.items(), key=lambda kv: -kv[1][1])[:30]
-        report.add(
-            f"iteration kernels {dtype}",
-            total_us=sum(v[1] for v in of_kind.values()),
-            longest=[(n, c, round(us)) for n, (c, us) in longest],
-        )
-        del replay, one, step
-        torch.cuda.empty_cache()
-
-
-def launches(run: Callable[[], Any], repeats: int) -> list[tuple[str, float]]:
-    """Name and median time in µs of each kernel that one run launches, in order."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA]
-    events.sort(key=lambda e: e.time_range.start)
-    one = len(events) // repeats
-    assert one * repeats == len(events), f"{len(events)} kernels in {repeats} runs"
-    return [
-        (
-            events[k].name,
-            statistics.median(events[k + one * r].time_range.elapsed_us() for r in range(repeats)),
-        )
-        for k in range(one)
-    ]
 
 
 def program(report: Report, step: Step) -> None:
@@ -229,10 +165,6 @@ def split(report: Report, step: Step) -> None:
     report.add("split fp32 triton beside torch", apart=worst(found), wanted="1e-5")
 
 
-def add_numbers(report: Report, device: torch.device, dtype: torch.dtype) -> None:
-    report.add(f"iteration numbers {dtype}", **numbers(device, dtype))
-
-
 def worst(of: dict[str, Any]) -> float:
     """Largest relative difference."""
     ours, theirs = (torch.tensor(of[by], dtype=torch.float64) for by in ("triton", "torch"))
@@ -244,7 +176,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", type=int, default=800, help="per UE and iteration")
     parser.add_argument("--size", type=int, default=32)
     args = parser.parse_args()
     set_arithmetic(tf32=False)
@@ -255,15 +186,10 @@ def main() -> None:
     report.add("versions", torch=torch.__version__, triton=triton.__version__, device=name)
     if cuda:
         report.attempt("compile", lambda: compile_all(report, args.size))
-        report.attempt("iteration", lambda: iteration_times(report, device, 10, args.rows))
     folder = Path(tempfile.mkdtemp())
     step = Step(device, folder, args.seconds, Findings(folder / "found.json"))
     report.attempt("program", lambda: program(report, step))
     report.attempt("split", lambda: split(report, step))
-    if cuda:
-        for dtype in DTYPES:
-            name = f"iteration numbers {dtype}"
-            report.attempt(name, partial(add_numbers, report, device, dtype))
 
 
 if __name__ == "__main__":

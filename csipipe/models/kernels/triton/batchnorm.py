@@ -9,12 +9,16 @@ with parameters and statistics (U, C).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import triton
 from torch import Tensor, nn
 
 from csipipe.models.kernels.triton import host, norm, normalise
 
-_CHUNK = 1024
+_CHUNK = 4096
+"""Tiles whose sums one program reads at once."""
 
 
 def reason(module: nn.BatchNorm2d, x: Tensor) -> str | None:
@@ -37,25 +41,7 @@ def forward(module: nn.BatchNorm2d, x: Tensor, training: bool) -> tuple[Tensor, 
     stats = torch.empty(tiles.groups, 4, channels, device=x.device)
     grid = (tiles.programs, channels)
     normalise.moments[grid](x, part, tiles.programs, **tiles.block)
-    norm.finish_forward[(channels, tiles.groups)](
-        part,
-        tiles.programs // tiles.groups,
-        tiles.programs,
-        module.weight,
-        module.bias,
-        module.running_mean,
-        module.running_var,
-        module.num_batches_tracked,
-        stats,
-        tiles.values,
-        C=channels,
-        stats_channels=channels,
-        MOMENTUM=module.momentum,
-        EPS=module.eps,
-        TRAIN=True,
-        CHUNK=_CHUNK,
-        num_warps=8,
-    )
+    finish_forward(tiles, tiles.programs, part, module, stats, training)
     normalise.normalise[grid](x, stats, y, tiles.images // tiles.groups, **tiles.block)
     return y, (x, stats)
 
@@ -69,29 +55,12 @@ def input_gradient(
     part, grid = tiles.sums(2 * channels, x.device), (tiles.programs, channels)
     share = tiles.images // tiles.groups
     normalise.gradient_sums[grid](dy, x, stats, part, tiles.programs, share, **tiles.block)
-    coef = torch.empty(tiles.groups, 2, channels, device=x.device)
-    of_weight, of_bias = (torch.empty(tiles.groups, channels, device=x.device) for _ in range(2))
-    norm.finish_backward[(channels, tiles.groups)](
-        part,
-        tiles.programs // tiles.groups,
-        tiles.programs,
-        stats,
-        coef,
-        of_weight,
-        of_bias,
-        part,
-        tiles.values,
-        C=channels,
-        EXTRA=0,
-        TRAIN=True,
-        CHUNK=_CHUNK,
-        num_warps=8,
-    )
-    rest = [of_weight.view_as(module.weight), of_bias.view_as(module.bias)]
+    sums = finish_backward(tiles, tiles.programs, part, stats, 0, True)
+    rest = [sums.of_weight.view_as(module.weight), sums.of_bias.view_as(module.bias)]
     if not wanted:
         return None, rest
     dx = torch.empty_like(x)
-    normalise.gradient[grid](dy, x, stats, coef, dx, share, **tiles.block)
+    normalise.gradient[grid](dy, x, stats, sums.coef, dx, share, **tiles.block)
     return dx, rest
 
 
@@ -105,3 +74,76 @@ def weight_gradients(
 def _tiles(x: Tensor) -> host.Tiles:
     groups = len(x) if x.dim() == 5 else 1
     return host.Tiles(x.shape[-4] * groups, x.shape[-2], x.shape[-1], groups)
+
+
+def finish_forward(
+    tiles: host.Tiles,
+    programs: int,
+    part: Tensor,
+    module: nn.BatchNorm2d,
+    stats: Tensor,
+    training: bool,
+) -> None:
+    """Fill tables (U, 4, C), or (4, C), from tiles' moments, or from running statistics."""
+    each = programs // tiles.groups
+    norm.finish_forward[(module.weight.shape[-1], tiles.groups)](
+        part,
+        each,
+        programs,
+        module.weight,
+        module.bias,
+        module.running_mean,
+        module.running_var,
+        module.num_batches_tracked,
+        stats,
+        tiles.values,
+        C=module.weight.shape[-1],
+        stats_channels=stats.stride(-2),
+        MOMENTUM=module.momentum,
+        EPS=module.eps,
+        TRAIN=training,
+        **_reading(each),
+    )
+
+
+@dataclass
+class Sums:
+    """What `finish_backward` finds: (U, 2, C), (U, C) twice, and the sums of the further rows."""
+
+    coef: Tensor
+    of_weight: Tensor
+    of_bias: Tensor
+    further: Tensor
+
+
+def finish_backward(
+    tiles: host.Tiles, programs: int, part: Tensor, stats: Tensor, further: int, training: bool
+) -> Sums:
+    """BatchNorms' coefficients and gradients from their tiles' sums."""
+    channels, each = stats.shape[-1], programs // tiles.groups
+    found = torch.empty(4 * tiles.groups + further, channels, device=part.device)
+    u = tiles.groups
+    coef, of_weight, of_bias = found[: 2 * u], found[2 * u : 3 * u], found[3 * u : 4 * u]
+    more = found[4 * u :]
+    norm.finish_backward[(channels, tiles.groups)](
+        part,
+        each,
+        programs,
+        stats,
+        coef,
+        of_weight,
+        of_bias,
+        more if further else part,
+        tiles.values,
+        C=channels,
+        EXTRA=further,
+        TRAIN=training,
+        **_reading(each),
+    )
+    return Sums(coef.view(tiles.groups, 2, channels), of_weight, of_bias, more)
+
+
+def _reading(programs: int) -> dict[str, int]:
+    """How many tiles' sums are read at once, and by how many warps."""
+    chunk = min(_CHUNK, triton.next_power_of_2(programs))
+    return {"CHUNK": chunk, "num_warps": max(1, min(16, chunk // 128))}

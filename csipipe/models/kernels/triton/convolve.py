@@ -21,7 +21,6 @@ from csipipe.models.kernels.triton.window import (
     accumulate,
     activated,
     is_inside,
-    leaky,
     places,
     read_windows,
     store_run,
@@ -57,7 +56,6 @@ def conv_forward(
     stats_channels: tl.constexpr,
     ACTIVATE: tl.constexpr,  # x is a convolution's output: apply BatchNorm and LeakyReLU first
     BIAS: tl.constexpr,  # there is one
-    LEAKY: tl.constexpr,  # apply LeakyReLU to the output
     TRAIN: tl.constexpr,  # the statistics are wanted
     TILES: tl.constexpr,
     RUNS: tl.constexpr,
@@ -92,8 +90,6 @@ def conv_forward(
         v = acc[n]
         if BIAS:
             v = v + tl.load(bias + n // RUN)
-        if LEAKY:
-            v = leaky(v)
         rounded = v.to(q.dtype.element_ty)
         stored = (stored + (rounded,)) if n else (rounded,)
     for o in tl.static_range(OUT):
@@ -125,18 +121,18 @@ def _read_gradients(
     A: tl.constexpr,
     D: tl.constexpr,
     JOIN: tl.constexpr,
-    WITH_Q: tl.constexpr,
+    NORM: tl.constexpr,
     VERTICAL: tl.constexpr,
 ):
     """Windows of channel o of g and q, for all places across.
 
     `g` and `q` point to the runs' first pixels of their first channels.
     """
-    if WITH_Q:
+    if NORM:
         out = read_windows(q + o * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
     if not JOIN:  # the join's two channels are the same for all o
         of_g = read_windows(g + o * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
-        out = (of_g + out) if WITH_Q else of_g
+        out = (of_g + out) if NORM else of_g
     return out
 
 
@@ -157,15 +153,13 @@ def _gradients(
     stats_channels: tl.constexpr,
     JOIN: tl.constexpr,
     NORM: tl.constexpr,
-    LEAKY: tl.constexpr,
     VERTICAL: tl.constexpr,
 ):
     """Window of the gradient dq at a convolution's output, channel o; zero outside the image.
 
     `read` has g (JOIN: both channels of dj), then q.
 
-    With NORM a BatchNorm follows the convolution, with LEAKY only a LeakyReLU, whose output is q
-    and whose gradient is g. With neither dq is g.
+    With NORM a BatchNorm follows the convolution, whose output is q. Without, dq is g.
     """
     LOADS: tl.constexpr = (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + RUN - 1) // RUN) + 1)
     if NORM:
@@ -173,7 +167,7 @@ def _gradients(
         scale = tl.load(stats + 2 * stats_channels + o)
         coef0 = tl.load(coef + o)
         coef1 = scale * tl.load(coef + stats_channels + o)
-    if NORM or LEAKY:
+    if NORM:
         at_q: tl.constexpr = ((2 if JOIN else 1) * ACROSS + s) * LOADS
         v = unfold(taken(read, at_q, LOADS), LEFT, VERTICAL)
     d0 = unfold(taken(read, s * LOADS, LOADS), LEFT, VERTICAL)
@@ -191,8 +185,6 @@ def _gradients(
         if NORM:
             dq = scale * (dq - coef0) - (v[t] - mean) * coef1
             dq = tl.where(is_inside(h, d, t - LEFT, s - ACROSS // 2, A, D, VERTICAL), dq, 0.0)
-        elif LEAKY:
-            dq = tl.where(v[t] > 0, dq, SLOPE * dq)  # g is zero outside
         out = (out + (dq,)) if t else (dq,)
     return out
 
@@ -223,7 +215,6 @@ def conv_backward(
     before_channels: tl.constexpr,
     JOIN: tl.constexpr,
     NORM: tl.constexpr,
-    LEAKY: tl.constexpr,
     ACTIVATE: tl.constexpr,
     ADD: tl.constexpr,
     TILES: tl.constexpr,
@@ -249,12 +240,11 @@ def conv_backward(
     g_at = g_at + (h * D + d)
     weight += image // share * (OUT * IN * KH * KW)
     acc = zeros(IN * RUN, d.to(tl.float32))
-    WITH_Q: tl.constexpr = NORM or LEAKY
-    ahead = _read_gradients(g_at, q_at, h, d, 0, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
+    ahead = _read_gradients(g_at, q_at, h, d, 0, LEFT, ACROSS, A, D, JOIN, NORM, VERTICAL)
     for o in range(OUT):  # a channel is read while the one before is computed
         now = ahead
         c = o + 1 - (o + 1) // OUT  # the last one again
-        ahead = _read_gradients(g_at, q_at, h, d, c, LEFT, ACROSS, A, D, JOIN, WITH_Q, VERTICAL)
+        ahead = _read_gradients(g_at, q_at, h, d, c, LEFT, ACROSS, A, D, JOIN, NORM, VERTICAL)
         if JOIN:
             at_j = g_at + o * zero  # read for each channel again: registers are scarcer than reads
             j0 = read_windows(at_j, h, d, LEFT, ACROSS, A, D, VERTICAL)
@@ -276,7 +266,6 @@ def conv_backward(
                 stats_channels,
                 JOIN,
                 NORM,
-                LEAKY,
                 VERTICAL,
             )
             for k in tl.static_range(LONG):  # the kernel turned by 180°

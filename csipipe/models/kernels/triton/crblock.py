@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.models.crblock import CHANNELS, CRBlock
-from csipipe.models.kernels.triton import host, norm, pointwise
+from csipipe.models.kernels.triton import host, pointwise
+from csipipe.models.kernels.triton.batchnorm import finish_backward, finish_forward
 from csipipe.models.layers import Conv2d
 
 
@@ -110,7 +111,7 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
                 part=part if training else None,
             )
             programs, _ = tiles.runs(conv.weight)
-            _finish_forward(tiles, programs, part, batch_norm, stats, training)
+            finish_forward(tiles, programs, part, batch_norm, stats, training)
             paths[-1].append(Layer(conv, batch_norm, q, stats))
             source, source_stats = q, stats
     j, y = torch.empty_like(x), torch.empty_like(x)
@@ -128,7 +129,7 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
         **tiles.block,
     )
     batch_norm = cast(nn.BatchNorm2d, block.join[1])
-    _finish_forward(tiles, tiles.programs, part, batch_norm, join_stats, training)
+    finish_forward(tiles, tiles.programs, part, batch_norm, join_stats, training)
     pointwise.output_forward[grid](x, j, join_stats, y, **tiles.block)
     return y, Saved(x, paths, ends, ends_stats, j, join_stats, training)
 
@@ -144,13 +145,13 @@ def input_gradient(
     pointwise.output_backward[grid](
         dy, x, saved.j, saved.join_stats, dz, part, tiles.programs, **tiles.block
     )
-    join = _finish_backward(tiles, tiles.programs, part, saved.join_stats, 0, saved.training)
+    join = finish_backward(tiles, tiles.programs, part, saved.join_stats, 0, saved.training)
     pointwise.join_backward[grid](
         saved.ends,
         saved.ends_stats,
         saved.j,
         saved.join_stats,
-        join.coef,
+        join.coef[0],
         dz,
         _join(block).weight,
         dj,
@@ -159,16 +160,16 @@ def input_gradient(
         CHANNELS=saved.ends.shape[1],
         **tiles.block,
     )
-    ends = _finish_backward(tiles, tiles.programs, part, saved.ends_stats, 2, saved.training)
-    rest = Rest((ends.further, join.of_weight, join.of_bias))
+    ends = finish_backward(tiles, tiles.programs, part, saved.ends_stats, 2, saved.training)
+    rest = Rest((ends.further, join.of_weight[0], join.of_bias[0]))
     added = dz
     for p, path in enumerate(saved.paths):
         own = slice(CHANNELS * p, CHANNELS * (p + 1))
         weights = _join(block).weight.detach().flatten(1)[:, own]
         last = path[-1]
-        gradient = host.Gradient(dj, last.q, last.stats, ends.coef[:, own], weights)
+        gradient = host.Gradient(dj, last.q, last.stats, ends.coef[0, :, own], weights)
         gradients = [gradient]
-        of_norms = [(ends.of_weight[own], ends.of_bias[own])]
+        of_norms = [(ends.of_weight[0, own], ends.of_bias[0, own])]
         for k in range(len(path) - 1, 0, -1):
             before, g = path[k - 1], torch.empty_like(path[k - 1].q)
             host.backward(
@@ -181,9 +182,9 @@ def input_gradient(
                 part=part,
             )
             programs, _ = tiles.runs(path[k].conv.weight)
-            found = _finish_backward(tiles, programs, part, before.stats, 0, saved.training)
-            gradients.insert(0, host.Gradient(g, before.q, before.stats, found.coef))
-            of_norms.insert(0, (found.of_weight, found.of_bias))
+            found = finish_backward(tiles, programs, part, before.stats, 0, saved.training)
+            gradients.insert(0, host.Gradient(g, before.q, before.stats, found.coef[0]))
+            of_norms.insert(0, (found.of_weight[0], found.of_bias[0]))
         host.backward(tiles, gradients[0], path[0].conv.weight, dx, before=added)
         added = dx
         rest.gradients.append(gradients)
@@ -212,69 +213,3 @@ def _tiles(x: Tensor) -> host.Tiles:
 
 def _join(block: CRBlock) -> Conv2d:
     return cast(Conv2d, block.join[0])
-
-
-def _finish_forward(
-    tiles: host.Tiles,
-    programs: int,
-    part: Tensor,
-    batch_norm: nn.BatchNorm2d,
-    stats: Tensor,
-    training: bool,
-) -> None:
-    """Fill a BatchNorm's table from its tiles' moments, or from its running statistics."""
-    norm.finish_forward[(batch_norm.num_features,)](
-        part,
-        programs,
-        programs,
-        batch_norm.weight,
-        batch_norm.bias,
-        batch_norm.running_mean,
-        batch_norm.running_var,
-        batch_norm.num_batches_tracked,
-        stats,
-        tiles.values,
-        C=batch_norm.num_features,
-        stats_channels=stats.stride(0),
-        MOMENTUM=batch_norm.momentum,
-        EPS=batch_norm.eps,
-        TRAIN=training,
-        CHUNK=4096,
-        num_warps=16,
-    )
-
-
-@dataclass
-class _Sums:
-    """What `norm.finish_backward` finds: (2, C), (C), (C), and the sums of the further rows."""
-
-    coef: Tensor
-    of_weight: Tensor
-    of_bias: Tensor
-    further: Tensor
-
-
-def _finish_backward(
-    tiles: host.Tiles, programs: int, part: Tensor, stats: Tensor, further: int, training: bool
-) -> _Sums:
-    """A BatchNorm's coefficients and gradients from its tiles' sums."""
-    channels = stats.shape[1]
-    found = torch.empty(4 + further, channels, device=part.device)
-    sums = _Sums(found[:2], found[2], found[3], found[4:])
-    norm.finish_backward[(channels,)](
-        part,
-        programs,
-        programs,
-        stats,
-        sums.coef,
-        sums.of_weight,
-        sums.of_bias,
-        sums.further,
-        tiles.values,
-        C=channels,
-        EXTRA=further,
-        TRAIN=training,
-        CHUNK=4096,
-        num_warps=16,
-    )
-    return sums

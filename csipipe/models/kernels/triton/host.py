@@ -77,7 +77,8 @@ class Tiles:
     def count(self, weight: Tensor) -> int:
         """Runs of a convolution in an image."""
         down = weight.shape[-2] >= weight.shape[-1]
-        return triton.cdiv(self.a, 4) * self.d if down else triton.cdiv(self.d, 4) * self.a
+        count: int = triton.cdiv(self.a, 4) * self.d if down else triton.cdiv(self.d, 4) * self.a
+        return count
 
     def runs(self, weight: Tensor) -> tuple[int, dict[str, int]]:
         """Programs and constants of a convolution."""
@@ -106,14 +107,12 @@ def forward(
     *,
     stats: Tensor | None = None,
     bias: Tensor | None = None,
-    leaky: bool = False,
     part: Tensor | None = None,
 ) -> None:
     """A convolution of `x` into `out`.
 
     Args:
         stats: table of the BatchNorm that is applied to x first, with a LeakyReLU.
-        leaky: apply a LeakyReLU to the output.
         part: room for the moments of the output.
     """
     programs, constants = tiles.runs(weight)
@@ -132,7 +131,6 @@ def forward(
         stats_channels=1 if stats is None else stats.stride(-2),
         ACTIVATE=stats is not None,
         BIAS=bias is not None,
-        LEAKY=leaky,
         TRAIN=part is not None,
         num_warps=tuning.forward_warps,
         **_sizes(weight),
@@ -147,7 +145,7 @@ class Gradient:
     Args:
         g: gradient behind what follows the convolution. With `join`: (B, 2, A, D) at the join's
             output.
-        q: its output, or with `leaky` what a LeakyReLU made of it. None: g is at the output.
+        q: its output. None: g is at the output.
         stats, coef: of the BatchNorm that follows.
         join: (2, O) the join's weights of these channels.
     """
@@ -157,7 +155,6 @@ class Gradient:
     stats: Tensor | None = None
     coef: Tensor | None = None
     join: Tensor | None = None
-    leaky: bool = False
 
     def pointers(self) -> list[Tensor]:
         every = (self.g, self.q, self.stats, self.coef, self.join)
@@ -169,7 +166,6 @@ class Gradient:
             "stats_channels": 1 if self.stats is None else self.stats.stride(-2),
             "JOIN": self.join is not None,
             "NORM": self.stats is not None,
-            "LEAKY": self.leaky,
         }
 
 

@@ -89,7 +89,7 @@ def _read(
     q_channels: tl.constexpr,
     x_channels: tl.constexpr,
     JOIN: tl.constexpr,
-    WITH_Q: tl.constexpr,
+    NORM: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -111,7 +111,7 @@ def _read(
     else:
         at = g + image * (OUT * A * D) + (pixel + o * (A * D))
         out = (tl.load(at, mask=inside, other=0.0),)
-    if WITH_Q:
+    if NORM:
         at = q + image * (q_channels * A * D) + (pixel + o * (A * D))
         out = out + (tl.load(at, mask=inside, other=0.0),)
     h, d = places(column[None, :] + i * 0, D, VERTICAL)
@@ -156,7 +156,6 @@ def conv_weights(
     x_channels: tl.constexpr,
     JOIN: tl.constexpr,
     NORM: tl.constexpr,
-    LEAKY: tl.constexpr,
     ACTIVATE: tl.constexpr,
     BIAS: tl.constexpr,  # the gradient of a bias as well, behind the weights'
     ROWS: tl.constexpr,  # of the table, ≥ IN
@@ -178,7 +177,7 @@ def conv_weights(
     WHOLE: tl.constexpr = A // RUN * RUN == A if VERTICAL else D // RUN * RUN == D
     EXACT: tl.constexpr = WHOLE and CHUNKS * COLUMNS == ALL  # no run is partly outside the image
     LOADS: tl.constexpr = (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + RUN - 1) // RUN) + 1)
-    GRADIENTS: tl.constexpr = (2 if JOIN else 1) + (1 if NORM or LEAKY else 0)
+    GRADIENTS: tl.constexpr = (2 if JOIN else 1) + (1 if NORM else 0)
     TAPS: tl.constexpr = KH * KW
     row = tl.arange(0, ROWS)
     i = tl.minimum(row, IN - 1)[:, None]
@@ -222,7 +221,7 @@ def conv_weights(
             q_channels,
             x_channels,
             JOIN,
-            NORM or LEAKY,
+            NORM,
             COLUMNS,
             CHUNKS,
         )
@@ -245,7 +244,7 @@ def conv_weights(
                 q_channels,
                 x_channels,
                 JOIN,
-                NORM or LEAKY,
+                NORM,
                 COLUMNS,
                 CHUNKS,
             )
@@ -266,13 +265,13 @@ def conv_weights(
                 q_channels,
                 x_channels,
                 JOIN,
-                NORM or LEAKY,
+                NORM,
                 COLUMNS,
                 CHUNKS,
             )
         column = _columns(n, COLUMNS, CHUNKS)
         dq = now[0].to(tl.float32)
-        if NORM or LEAKY:
+        if NORM:
             v = now[GRADIENTS - 1].to(tl.float32)
         if JOIN:
             dq = dq * join0 + now[1].to(tl.float32) * join1
@@ -282,8 +281,6 @@ def conv_weights(
             if not EXACT:
                 h, d = places(column[None, :, None, None], D, VERTICAL)
                 dq = tl.where(is_in_run(h, d, A, D, VERTICAL), dq, 0.0)
-        elif LEAKY:
-            dq = tl.where(v > 0, dq, SLOPE * dq)  # g is zero outside
         # the channels' axis, which lies over threads, is spread first: one pass through memory
         wide = tl.broadcast_to(dq.reshape((1, COLUMNS, RUN * OUTS)), (ROWS, COLUMNS, RUN * OUTS))
         some = _spread(wide, RUN * OUTS, LEVELS)
