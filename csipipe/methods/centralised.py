@@ -78,7 +78,7 @@ class Centralised:
         self.parameters = models.count_parts(settings.model)
         with autocast(settings.train.precision, device):
             self.notes = models.kernels_notes(settings.model, device)
-        self.objective = Objective.of(settings)
+        self.objective = Objective.of(settings, device)
         self.clock = Clock()
         self.probe = Probe(evaluated(settings)[0])
         self.dropped = [0] * len(ues)

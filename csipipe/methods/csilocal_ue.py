@@ -57,7 +57,7 @@ class UeHalf(UeSide):
             self.ports,
             train.micro_batches,
             train.precision,
-            Objective.of(self.settings),
+            Objective.of(self.settings, self.device),
             self.probe,
             self.tolerant,
             calls={op: partial(self._hear, kind) for op, kind in AGREED.items()},
@@ -83,6 +83,10 @@ class UeHalf(UeSide):
             drawn = torch.stack([ue.draw(train.batch_size) for ue in self.stage.ues])
             self._drawn[: len(drawn)].copy_(drawn)
         self.ends.set_rate(train.lr_at(iteration))
+
+    def look_ahead(self) -> None:
+        for ue in self.stage.ues:
+            ue.draw_ahead(self.settings.train.batch_size)
 
     def load(self) -> None:
         drawn = zip(self.stage.ues, self._drawn, strict=False)

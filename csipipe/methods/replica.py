@@ -39,7 +39,7 @@ class Replica:
         self.ue = ue
         self.settings = settings
         self.device = device
-        self.objective = Objective.of(settings)
+        self.objective = Objective.of(settings, device)
         self.probe = Probe()
         self.tail = nn.Sequential(*models.build_tail(settings.model, settings.train.seed))
         self.tail.to(device)

@@ -79,6 +79,17 @@ def test_stacked_layers_compute_what_each_does() -> None:
 
 
 @needs_triton
+def test_the_loss_and_its_gradient_are_the_papers() -> None:
+    found = run("numbers", "loss", interpret=True)["loss"]
+    loss, gradient = found["torch.float32"]
+    assert loss < 1e-6
+    assert gradient < 1e-6
+    loss, gradient = found["torch.bfloat16"]
+    assert loss < 1e-6  # nothing is rounded on the way
+    assert gradient < 4e-3
+
+
+@needs_triton
 @pytest.mark.long
 def test_every_kernel_compiles_for_a_gpu() -> None:
     found = run("compile", interpret=False)

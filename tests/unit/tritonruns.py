@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ import triton
 from torch import Tensor, nn
 
 from csipipe import models
+from csipipe.measure.metrics import paper_loss
 from csipipe.models import crblock, kernels
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.triton import crblock as fused
+from csipipe.models.kernels.triton import loss
 from csipipe.models.layers import Conv2d, accumulate, put_off
 from csipipe.models.norm import BatchNorm2d
 from csipipe.models.stacked import Stack
@@ -128,6 +131,24 @@ def stacked() -> dict[str, Any]:
     return found
 
 
+def losses() -> dict[str, Any]:
+    """The paper's loss of rows and its gradient, in float32 and bfloat16, beside float64."""
+    torch.manual_seed(0)
+    h, h_hat, g = torch.rand(3, 2, 40, 19), torch.rand(3, 2, 40, 19), torch.rand(3)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        one = h_hat.to(dtype).requires_grad_()
+        exact = one.detach().double().requires_grad_()
+        mine, theirs = loss.paper_loss(one, h), paper_loss(exact, h.double())
+        pairs = zip(
+            (mine, *torch.autograd.grad(mine, one, g)),
+            (theirs, *torch.autograd.grad(theirs, exact, g.double())),
+            strict=True,
+        )
+        found[str(dtype)] = [distances([a.detach()], [b.detach()]) for a, b in pairs]
+    return found
+
+
 def passes(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """Output and gradients."""
     leaf = x.clone().requires_grad_()
@@ -180,9 +201,11 @@ def compiled() -> dict[str, Any]:
     return found
 
 
+OTHERS: dict[str, Callable[[], dict[str, Any]]] = {"stacked": stacked, "loss": losses}
+
 if __name__ == "__main__":
     what, *cases = sys.argv[1:]
     if what == "compile":
         print(json.dumps(compiled()))
     else:
-        print(json.dumps({c: stacked() if c == "stacked" else numbers(c) for c in cases}))
+        print(json.dumps({c: OTHERS[c]() if c in OTHERS else numbers(c) for c in cases}))

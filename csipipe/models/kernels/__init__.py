@@ -11,7 +11,7 @@ import copy
 import functools
 import importlib
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
@@ -38,6 +38,10 @@ _OUTPUT, _GRADIENT, _COARSE = 1e-4, 2e-2, 0.1
 float32, where twice the layers' own difference passes too. One input of a LeakyReLU that rounding
 takes to the other side of zero changes a gradient by some thousandths; a wrong kernel does by more
 than a tenth."""
+
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+"""(B, 2, A, D) reconstructions and originals → (B,)."""
 
 
 class Fusable(Protocol):
@@ -138,6 +142,36 @@ def _load(name: str, module: str) -> Backend | str:
         return f"{name} has no kernels for {module}"
     except Exception as error:  # of a package that is missing or broken
         return f"{name} can't be loaded: {type(error).__name__}: {error}"
+
+
+@functools.cache
+def paper_loss(kernels_by: KernelsBy, device: torch.device) -> RowLoss | None:
+    """A kernel that computes the paper's loss on a device; None: there is none that is right."""
+    if kernels_by not in ("auto", "triton") or device.type != "cuda":
+        return None
+    try:
+        from csipipe.models.kernels.triton import loss
+
+        with torch.random.fork_rng(devices=[]):
+            h, h_hat = torch.rand(2, _ROWS, 2, 5, 7).to(device)
+            g = torch.rand(_ROWS).to(device)
+        h_hat.requires_grad_()
+        found = loss.paper_loss(h_hat, h)
+        (gradient,) = torch.autograd.grad(found, h_hat, g)
+        energy = h.square().sum((1, 2, 3))
+        off = h_hat.detach() - h
+        wanted = off.square().sum((1, 2, 3)) / energy
+        right = max(
+            _away(found, wanted), _away(gradient, off * (2 * g / energy)[:, None, None, None])
+        )
+        fault = None if right <= _OUTPUT else f"it differs by {right:.1e} of its norm"
+    except Exception as error:  # of a compiler or a driver
+        fault = f"{type(error).__name__}: {error}"
+    if fault is not None:
+        what = "PyTorch's operations instead of triton's kernel for the loss"
+        print(f"csipipe: {what}: {fault}", file=sys.stderr, flush=True)
+        return None
+    return loss.paper_loss
 
 
 _faults: dict[Hashable, str | None] = {}
