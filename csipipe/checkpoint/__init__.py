@@ -19,6 +19,7 @@ from csipipe.checkpoint.snapshot import (
 from csipipe.checkpoint.weights import (
     fill,
     flatten,
+    halved,
     read,
     save,
     switch,
@@ -37,6 +38,7 @@ __all__ = [
     "fill",
     "find",
     "flatten",
+    "halved",
     "newest",
     "prune",
     "read",

@@ -56,15 +56,40 @@ def write(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Everything in a file that `save` wrote, by `<part>.<name>`.
+    """Everything in a file that `save` wrote, by `<part>.<name>`; what is narrower is float32.
 
     Raises:
         ValueError: no such file, or a damaged one.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} holds no readable weights: {error}") from error
+    return {
+        name: tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose matrices and kernels are float16: nearly half the bytes.
+
+    What has one dimension (biases, norms and their statistics) is few bytes, and stays.
+
+    Raises:
+        ValueError: a weight beyond the range of float16.
+    """
+    found = {}
+    for name, tensor in state.items():
+        whole = tensor.ndim < 2 or not tensor.is_floating_point()
+        found[name] = tensor if whole else tensor.half()
+        if not whole and not found[name].isfinite().all():
+            most = torch.finfo(torch.float16).max
+            raise ValueError(
+                f"{name} has weights up to {tensor.abs().max():.4g}, float16 ends at {most:,.0f}; "
+                "keep them in float32."
+            )
+    return found
 
 
 def fill(into: nn.Module, state: dict[str, Tensor], part: str, path: Path) -> None:

@@ -33,7 +33,7 @@ from csipipe.export.parts import (
 from csipipe.export.quantiser import BITS, Quantiser
 from csipipe.files import in_words
 from csipipe.models import widths
-from csipipe.run import trained
+from csipipe.run import ceiling, trained
 from csipipe.run.trained import Autoencoder, Trained
 from csipipe.settings import commandline
 
@@ -75,6 +75,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="instead write the weights with a card into DIR, of all UEs or of --ue: evaluate, "
         "export and train.init take it as a run",
     )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="with --pack: weights in float16, half the bytes; biases and norms stay float32, and "
+        "the card's figures are of the rounded weights",
+    )
     parser.add_argument("--licence", default="not stated", help="what --pack writes into the card")
     parser.add_argument(
         "--bits",
@@ -106,12 +112,15 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
         raise ValueError(f"--ue is missing; the run has UEs 0 … {ues - 1}.")
     if options.ue is not None and not 0 <= options.ue < ues:
         raise ValueError(f"--ue is {options.ue}; the run has UEs 0 … {ues - 1}.")
+    if options.half and options.pack is None:
+        raise ValueError("--half is for the weights that --pack writes: add --pack DIR.")
     if options.pack is None:
         formats.require(tuple(options.formats))
     set_threads(source.settings.train.threads, ranks_on_node=1)
     if options.pack is not None:
         some = range(ues) if options.ue is None else [options.ue]
-        print(pack(source, some, _test_rows(source), options.licence, Path(options.pack)))
+        h_BAD, out = _test_rows(source), Path(options.pack)
+        print(pack(source, some, h_BAD, options.licence, out, options.half))
         return
     [model] = source.models([options.ue])
     h_BAD = _test_rows(source)
@@ -153,13 +162,20 @@ def _test_rows(source: Trained) -> Tensor:
 def _quantise(source: Trained, ue: int, model: Autoencoder) -> Callable[[int], Quantiser]:
     """Makes a quantiser with that many bits from the codewords of the UE's training rows.
 
-    For the bits that the model was trained for, it is the one that it was trained with.
+    Of those, `ceiling.MOST` at most. Weights that were handed on don't say which of the rows were
+    the UE's: they are dealt anew. For the bits that the model was trained for, the quantiser is the
+    one that it was trained with.
     """
-    data, size = source.settings.data, source.settings.model
-    stream = channels.open_source(data, size.angles, size.delays)
-    dealt = Manifest.read(source.folder)
-    dealt.check(stream)
-    rows = channels.rows_of(stream, dealt.train[ue])
+    if source.status == trained.HANDED_ON:
+        stream, deal = channels.dealt(source.settings)
+        spans = deal.ues[ue]
+    else:
+        data, size = source.settings.data, source.settings.model
+        stream = channels.open_source(data, size.angles, size.delays)
+        dealt = Manifest.read(source.folder)
+        dealt.check(stream)
+        spans = dealt.train[ue]
+    rows = channels.rows_of(stream, tuple(ceiling.fitted(spans)))
     z_BC = run(unrounded(model), torch.from_numpy(np.ascontiguousarray(rows)))
     own = trained_for(model)
     return lambda bits: own if own is not None and own.bits == bits else learn(z_BC, bits)
@@ -175,7 +191,7 @@ def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) ->
         "run": str(source.folder),
         "method": source.settings.method,
         "state": source.state,
-        "finished": source.status == "finished",
+        "finished": source.finished,
         "ue": options.ue,
         "row": [2, model.angles, model.delays],
         "entries": entries,

@@ -25,6 +25,7 @@ from csipipe.settings import commandline
 from csipipe.settings.config import ModelSettings, Settings
 
 LAST, BEST = "last", "best"
+HANDED_ON = "handed on"
 
 
 class Autoencoder(nn.Module):
@@ -73,6 +74,13 @@ class Trained:
             return f"{self.source.name}, run {self.status}"
         of = self.settings.train.iterations
         return f"iteration {self.iteration} of {of}, run {self.status}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has come to its end."""
+        of = self.settings.train.iterations
+        whole = self.status == HANDED_ON and self.iteration is not None and self.iteration >= of
+        return whole or self.status == "finished"
 
     def models(self, ues: Sequence[int] | None = None) -> list[Autoencoder]:
         """Models of some UEs (None: all), in evaluation mode on the CPU; the tail is one object.
@@ -162,7 +170,7 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     if (folder / card.CARD).is_file() and weights == LAST:
         told = card.check(folder, own.topology.ues)
         place = folder / card.WEIGHTS
-        return Trained(folder, settings, own, place, int(told["iterations"]), "handed on")
+        return Trained(folder, settings, own, place, int(told["iterations"]), HANDED_ON)
     ended = _ended(folder)
     status = ended[0] if ended else "unfinished"
     checkpoints = folder / "checkpoints"

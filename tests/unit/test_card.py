@@ -13,7 +13,11 @@ import trainedruns
 from runs import small
 from safetensors.torch import load_file, save_file
 
+from csipipe import channels, checkpoint
+from csipipe.evaluation import command as evaluation
 from csipipe.export import command
+from csipipe.export.parts import nmse_db
+from csipipe.export.parts import run as through
 from csipipe.run import card, initial, trained
 from csipipe.settings.commandline import RunParser
 
@@ -82,3 +86,63 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
         pack(tmp_path / "run", "--pack", tmp_path / "run")
     with pytest.raises(ValueError, match=r"--ue is missing; the run has UEs 0 … 3"):
         pack(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"--half is for .*: add --pack DIR"):
+        pack(tmp_path / "run", "--ue", 0, "--half")
+
+
+def test_half_the_bytes_hold_the_weights_that_the_card_speaks_of(tmp_path: Path) -> None:
+    trainedruns.finish(tmp_path / "run")
+    pack(tmp_path / "run", "--pack", tmp_path / "half", "--half")
+    pack(tmp_path / "half", "--pack", tmp_path / "again", "--half")  # rounds nothing any more
+    source, half = trained.read(tmp_path / "run"), trained.read(tmp_path / "half")
+    for ue in range(4):
+        stored = load_file(tmp_path / "half" / "weights" / f"ue-{ue}.safetensors")
+        exact, rounded = source.ue_weights(ue), half.ue_weights(ue)
+        for name, tensor in exact.items():
+            narrow = tensor.ndim > 1
+            assert stored[name].dtype == (torch.float16 if narrow else tensor.dtype), name
+            assert rounded[name].dtype == tensor.dtype, name
+            assert torch.equal(rounded[name], tensor.half().float() if narrow else tensor), name
+        assert any(not torch.equal(rounded[name], exact[name]) for name in exact)
+    told = json.loads((tmp_path / "half" / card.CARD).read_text())
+    again = json.loads((tmp_path / "again" / card.CARD).read_text())
+    h = torch.from_numpy(channels.load_test(*channels.dealt(half.own)))
+    assert told["figures"]["nmse_db"] == [nmse_db(through(m, h), h) for m in half.models()]
+    assert evaluation.main([str(tmp_path / "half"), "--train.threads=1"]) == 0
+    [seen] = json.loads((tmp_path / "half" / "evaluation" / "figures.json").read_text())["runs"]
+    assert [ue["nmse_db"] for ue in seen["per_ue"]] == pytest.approx(
+        told["figures"]["nmse_db"], abs=1e-4
+    )
+    assert told["stored"].startswith("matrices and kernels in float16")
+    for name in ("figures", "trained", "files"):
+        assert told[name] == again[name], name
+    with pytest.raises(
+        ValueError, match=r"a has weights up to 1e\+05, float16 ends at 65,504; keep"
+    ):
+        checkpoint.halved({"a": torch.full((1, 1), -1e5)})
+
+
+def test_a_card_says_what_a_run_went_on_from(packed: Path, tmp_path: Path) -> None:
+    trainedruns.finish(tmp_path / "second", train={"init": str(packed), "lr": 0.5})
+    trainedruns.finish(tmp_path / "third", train={"init": str(tmp_path / "second")})
+    for source, out in (("third", "a"), ("a", "b")):
+        pack(tmp_path / source, "--pack", tmp_path / out)
+        told = json.loads((tmp_path / out / card.CARD).read_text())["trained"]
+        assert (told["ues"], told["from"]["run"], told["from"]["lr"]) == (4, "second", 0.5)
+        assert told["from"]["from"]["run"] == "zoo"
+        assert told["from"]["from"]["from"] is None
+        assert str(tmp_path) not in json.dumps(told)
+    (packed / card.CARD).unlink()
+    (packed / "config.yaml").unlink()
+    pack(tmp_path / "second", "--pack", tmp_path / "c")
+    told = json.loads((tmp_path / "c" / card.CARD).read_text())["trained"]
+    assert told["from"] == {"run": "zoo", "state": "unknown"}
+
+
+def test_bits_are_learnt_without_the_manifest_of_the_run(
+    packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(packed, "--ue", 1, "--bits", 4, "--formats", "pt2")
+    printed = capsys.readouterr().out
+    assert "isn't finished" not in printed
+    assert "96 bits, 4 bits for each of 24 entries" in printed
