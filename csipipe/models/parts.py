@@ -21,6 +21,7 @@ from csipipe.models.cut import Unsplittable, cut
 from csipipe.models.draws import Watch, reseed
 from csipipe.models.kernels import describe, plain_layers
 from csipipe.models.layers import Conv2d, Linear
+from csipipe.models.norm import BatchNorm2d
 from csipipe.models.stacked import Unstackable, check_stackable
 from csipipe.settings.config import PARTS, ModelSettings
 from csipipe.settings.tables import MODELS, found
@@ -70,6 +71,10 @@ def _by_pca(model: ModelSettings) -> tuple[str, str]:
 def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
     """Build a part; the user's own random layers draw from the seed too."""
     built = _cut(part, model, seed)
+    for layer in requirements.layers(part, built):
+        for module in layer.modules():
+            if isinstance(module, BatchNorm2d):
+                module.kernels_by = model.kernels_by
     if MODELS.get(model.name):  # none of them draws
         return built
     for number, layer in enumerate(requirements.layers(part, built)):

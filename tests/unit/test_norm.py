@@ -6,7 +6,9 @@ import copy
 
 import torch
 
+from csipipe import models
 from csipipe.models.norm import BatchNorm2d
+from csipipe.settings.config import ModelSettings
 
 
 def test_channels_last_changes_the_order_in_memory_only() -> None:
@@ -34,3 +36,15 @@ def test_a_cpu_takes_pytorchs_way() -> None:
     x = torch.randn(4, 2, 3, 3)
     assert torch.equal(one(x), plain(x))
     assert one.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_who_computes_it_is_the_models_choice() -> None:
+    model = ModelSettings(name="csinet", c1=4, angles=4, delays=4, kernels_by="torch")
+    parts = (
+        models.build_encoder(model, 0),
+        *models.build_tail(model, 0),
+        models.build_head(model, 0),
+    )
+    norms = [m for part in parts for m in part.modules() if isinstance(m, BatchNorm2d)]
+    assert norms
+    assert {norm.kernels_by for norm in norms} == {"torch"}
