@@ -83,7 +83,7 @@ def _trained(source: Trained) -> dict[str, Any]:
         before = {"run": Path(train.init).resolve().name}
         try:
             before |= _trained(trained.read(Path(train.init)))
-        except ValueError:  # it is gone
+        except (ValueError, OSError):  # it is gone
             before["state"] = "unknown"
     return {
         "ues": settings.topology.ues,

@@ -27,8 +27,8 @@ SMALL: dict[HeadName, int] = {"linear": 2**16, "crblock": 2**12}
 """Reals of a UE's mini-batch, up to which stacking was measured to be faster on a CPU, by
 model.head: one by one, a CRBlock has the fused kernels."""
 FEW = 8
-"""UEs of an iteration from which on they are stacked. Of the whole run, not of a rank, so that a
-placement changes no bit; with fewer, even a rank with one UE computes the same bits."""
+"""UEs of an iteration from which on they are stacked. Of the whole run, not of a rank, so that on a
+CPU a placement changes no bit; with fewer, even a rank with one UE computes the same bits."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
 
 def _on_a_gpu(model: ModelSettings) -> Way:
     """The same there, where many rows are stacked as well."""
-    if model.head != "linear":
-        return Way(False, "train.stacked auto: on a GPU, a head's CRBlock has no kernels stacked")
+    reason = models.without_kernels_stacked(model)
     if is_own(model.name):
-        return Way(False, "train.stacked auto: on a GPU, not a model of your own")
+        reason = "a model of your own"
+    if reason is not None:
+        return Way(False, f"train.stacked auto: on a GPU, not {reason}")
     return Way(True, "train.stacked auto: on a GPU")
 
 

@@ -33,8 +33,7 @@ class Objective:
         """That of a run.
 
         Args:
-            device: where to train, by fused kernels where there are some; None: somebody wants the
-                gradient's gradient.
+            device: where to train, by a fused kernel where there is one; None: by PyTorch.
         """
         minimised = found(LOSSES[settings.train.loss].function)
         reported = minimised is paper_loss

@@ -98,7 +98,11 @@ class UserEquipment:
     def unit(self) -> Unit:
         """What a checkpoint holds of this UE."""
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "head": self.head}
-        return Unit(parts, AdamMoments(self.optimizer), self.generator)
+        return Unit(parts, AdamMoments(self.optimizer), self.generator, self._forget)
+
+    def _forget(self) -> None:
+        """What was drawn ahead: `generator` has another state."""
+        self._ahead = None
 
     def save(self, folder: Path) -> None:
         """Write the weights of encoder and head (OSError)."""

@@ -21,6 +21,7 @@ from csipipe.models.parts import (
     tail_shapes,
     unstackable,
     widths,
+    without_kernels_stacked,
 )
 from csipipe.models.requirements import whole_backward
 
@@ -50,4 +51,5 @@ __all__ = [
     "unstackable",
     "whole_backward",
     "widths",
+    "without_kernels_stacked",
 ]

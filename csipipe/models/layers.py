@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from csipipe.models import kernels
@@ -38,6 +39,8 @@ class Deferring(nn.Module):
 
     pending: list[Pending] | None = None
     """Where they go; None: computed at once."""
+    wide = False
+    """See `Fused`."""
     rows = 0
     """Which axis of the input the rows are."""
 
@@ -47,6 +50,8 @@ class Fused(Protocol):
 
     training: bool
     pending: list[Pending] | None
+    wide: bool
+    """Autocast leaves its input as it is."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -261,7 +266,7 @@ class FusedGradients(Pending):
 
 def fused(module: Fused, backend: Backend, x: Tensor) -> Tensor:
     """A module's output, computed by a backend."""
-    x = kernels.computed(x)
+    x = x if module.wide else kernels.computed(x)
     if not torch.is_grad_enabled():
         return backend.forward(module, x, module.training)[0]
     # as in `apply`: out of autograd's sight where they wait
@@ -282,6 +287,7 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         module, backend, saved = ctx.module, ctx.backend, ctx.saved
         del ctx.saved  # as large as the activations

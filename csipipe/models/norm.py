@@ -20,7 +20,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     kernels_by: KernelsBy = "auto"
     pending: list[Pending] | None = None
-    """Its weights' gradients don't wait."""
+    """None: its weights' gradients don't wait."""
+    wide = True
 
     @property
     def shape(self) -> int:

@@ -19,7 +19,7 @@ from csipipe.models import requirements
 from csipipe.models.crblock import CRBlock
 from csipipe.models.cut import Unsplittable, cut
 from csipipe.models.draws import Watch, reseed
-from csipipe.models.kernels import describe, plain_layers
+from csipipe.models.kernels import describe, plain_layers, why_not
 from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.norm import BatchNorm2d
 from csipipe.models.stacked import Unstackable, check_stackable
@@ -212,6 +212,15 @@ def unstackable(model: ModelSettings) -> str | None:
     except Unstackable as error:
         return str(error)
     return None
+
+
+def without_kernels_stacked(model: ModelSettings) -> str | None:
+    """What of encoders and heads a GPU has no kernels for when they are stacked; None: nothing."""
+    missing = why_not("triton", "StackedConv2d", model.kernels_by)
+    if missing is not None:
+        return f"without kernels ({missing})"
+    every = [m for part in ("encoder", "head") for x in layers(part, model) for m in x.modules()]
+    return "a CRBlock" if any(isinstance(m, CRBlock) for m in every) else None
 
 
 def tail_shapes(model: ModelSettings) -> list[tuple[int, ...]]:

@@ -58,7 +58,8 @@ class StackedConv2d(nn.Module):
     """(U, B, I, A, D) → (U, B, O, A, D); weights (U, O, I, KH, KW), biases (U, O)."""
 
     pending: list[Pending] | None = None
-    """Its weights' gradients don't wait."""
+    """None: its weights' gradients don't wait."""
+    wide = False
 
     like: layers.Conv2d
 
@@ -95,7 +96,8 @@ class StackedBatchNorm2d(nn.Module):
 
     affine = track_running_stats = True
     pending: list[Pending] | None = None
-    """Its weights' gradients don't wait."""
+    """None: its weights' gradients don't wait."""
+    wide = True
     like: nn.BatchNorm2d
     weight: nn.Parameter
     bias: nn.Parameter

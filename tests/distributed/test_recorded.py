@@ -166,6 +166,14 @@ def test_nothing_is_judged_where_there_is_no_gradient() -> None:
     assert not verdicts
 
 
+def test_a_verdict_over_several_is_postponed_like_the_others() -> None:
+    each = torch.tensor([True, False])
+    assert trust.each_holds(each) == [True, False]
+    with trust.postponed() as verdicts:
+        assert trust.each_holds(each) == [True, True]
+    assert [bool(verdict) for verdict in verdicts] == [False]
+
+
 @pytest.fixture(scope="module", params=["never", "always"])
 def runs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     changes = {"lr": 2**-9, "augment": "angle,phase", "stacked": request.param}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from csipipe.methods.ends import Way, decide
 from csipipe.models.stacked import Stack, Unstackable
 from csipipe.settings.config import (
     HeadName,
+    KernelsBy,
     ModelSettings,
     Settings,
     TopologySettings,
@@ -189,10 +191,11 @@ def run(
     rows: int = 32,
     head: HeadName = "linear",
     device: str = "cpu",
+    kernels_by: KernelsBy = "auto",
     **train: Any,
 ) -> Way:
     settings = Settings(
-        model=ModelSettings(angles=16, delays=8, head=head),
+        model=ModelSettings(angles=16, delays=8, head=head, kernels_by=kernels_by),
         topology=TopologySettings(ues=ues, placement="together", stages=1),
         train=TrainSettings(batch_size=rows, **train),
     )
@@ -209,9 +212,11 @@ def test_auto_stacks_where_that_is_faster_whatever_the_placement() -> None:
     assert not run(64, 1, head="crblock").stacked
     assert run(64, 1, rows=512, stacked="always").stacked
     assert not run(64, 1, stacked="never").stacked
-    assert run(10, 2, rows=512, device="cuda").stacked
+    by_kernels = find_spec("triton") is not None
+    assert run(10, 2, rows=512, device="cuda").stacked == by_kernels
     assert not run(4, 1, device="cuda").stacked
     assert not run(10, 1, head="crblock", device="cuda").stacked
+    assert not run(10, 1, device="cuda", kernels_by="torch").stacked
     assert run(64, 1).note == (
         "UEs of a rank are computed stacked (train.stacked auto: only 8,192 reals of each in an "
         "iteration)"

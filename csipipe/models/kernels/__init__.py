@@ -49,6 +49,8 @@ class Fusable(Protocol):
 
     kernels_by: KernelsBy
     training: bool
+    wide: bool
+    """Autocast leaves its input as it is."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -113,7 +115,7 @@ def choose(module: Fusable, x: Tensor) -> Choice:
         return Choice(None, "model.kernels_by is torch")
     if _plain.get() or type(x) is not Tensor or torch.compiler.is_compiling():
         return Choice(None, "something looks into the layers")
-    x = computed(x[:_ROWS])
+    x = x[:_ROWS] if module.wide else computed(x[:_ROWS])
     name = module.kernels_by
     if name == "auto":
         name = "triton" if x.device.type == "cuda" else "llvm"
@@ -124,6 +126,14 @@ def choose(module: Fusable, x: Tensor) -> Choice:
     if reason is None:
         reason = _fault(name, backend, module, x)
     return Choice(backend, name) if reason is None else Choice(None, f"{name}: {reason}")
+
+
+def why_not(name: str, module: str, kernels_by: KernelsBy) -> str | None:
+    """Why a backend isn't asked for modules of a type; None: it is."""
+    if kernels_by not in ("auto", name):
+        return f"model.kernels_by is {kernels_by}"
+    backend = _load(name, module)
+    return backend if isinstance(backend, str) else None
 
 
 def describe(module: Fusable, x: Tensor) -> str:
@@ -153,18 +163,20 @@ def paper_loss(kernels_by: KernelsBy, device: torch.device) -> RowLoss | None:
         from csipipe.models.kernels.triton import loss
 
         with torch.random.fork_rng(devices=[]):
-            h, h_hat = torch.rand(2, _ROWS, 2, 5, 7).to(device)
+            h, h_hat = torch.rand(2, _ROWS, 2, 40, 19).to(device)
             g = torch.rand(_ROWS).to(device)
-        h_hat.requires_grad_()
-        found = loss.paper_loss(h_hat, h)
-        (gradient,) = torch.autograd.grad(found, h_hat, g)
-        energy = h.square().sum((1, 2, 3))
-        off = h_hat.detach() - h
-        wanted = off.square().sum((1, 2, 3)) / energy
-        right = max(
-            _away(found, wanted), _away(gradient, off * (2 * g / energy)[:, None, None, None])
-        )
-        fault = None if right <= _OUTPUT else f"it differs by {right:.1e} of its norm"
+        energy, fault = h.square().sum((1, 2, 3)), None
+        for dtype in (torch.float32, torch.bfloat16):
+            leaf = h_hat.to(dtype).requires_grad_()
+            found = loss.paper_loss(leaf, h)
+            (gradient,) = torch.autograd.grad(found, leaf, g)
+            off = leaf.detach() - h
+            wanted = off.square().sum((1, 2, 3)) / energy
+            wanted_gradient = off * (2 * g / energy)[:, None, None, None]
+            bound = _OUTPUT if dtype == torch.float32 else _COARSE
+            for a, b in ((found, wanted), (gradient, wanted_gradient)):
+                if not _away(a, b) <= bound:
+                    fault = f"it differs by {_away(a, b):.1e} of its norm"
     except Exception as error:  # of a compiler or a driver
         fault = f"{type(error).__name__}: {error}"
     if fault is not None:
@@ -197,7 +209,7 @@ def _try(backend: Backend, like: Fusable, x: Tensor) -> str | None:
         torch.manual_seed(0)
         one, two = (cast(nn.Module, like.fresh()) for _ in range(2))
         for parameter in one.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() < 3:
                 nn.init.uniform_(parameter, 0.2, 0.4)
         two.load_state_dict(one.state_dict())
         rows = torch.randn(_ROWS, *x.shape[1:]).to(x.device, x.dtype)

@@ -91,7 +91,7 @@ class Tiles:
 
     def channels(self, x: Tensor) -> int:
         """How many channels lie between an image of `x`, which may have groups, and the next."""
-        return x.stride(-4) // self.pixels
+        return x.shape[-3] if x.dim() == 5 else x.stride(0) // self.pixels
 
 
 def _sizes(weight: Tensor) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from csipipe.models.kernels.triton.window import add2
 
@@ -54,6 +55,7 @@ class _Losses(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         h_hat, h, factor = ctx.saved_tensors
         out, reals = torch.empty_like(h_hat), h[0].numel()
