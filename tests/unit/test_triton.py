@@ -94,7 +94,14 @@ def test_the_loss_and_its_gradient_are_the_papers() -> None:
 def test_every_kernel_compiles_for_a_gpu() -> None:
     found = run("compile", interpret=False)
     names = {json.loads(key)[0] for key in found}
-    assert {"conv_forward", "conv_backward", "conv_weights", "join_backward", "gradient"} <= names
+    assert {
+        "conv_forward",
+        "conv_backward",
+        "conv_weights",
+        "join_backward",
+        "gradient",
+        "row_gradients",
+    } <= names
     for key, made in found.items():
         assert made["bytes"] > 0, key
         assert made["shared"] <= 48 << 10, key  # what every GPU has without asking
