@@ -84,10 +84,6 @@ class UeHalf(UeSide):
             self._drawn[: len(drawn)].copy_(drawn)
         self.ends.set_rate(train.lr_at(iteration))
 
-    def look_ahead(self) -> None:
-        for ue in self.stage.ues:
-            ue.draw_ahead(self.settings.train.batch_size)
-
     def load(self) -> None:
         drawn = zip(self.stage.ues, self._drawn, strict=False)
         self.stage.load([ue.batch(numbers) for ue, numbers in drawn])

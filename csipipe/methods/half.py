@@ -70,9 +70,6 @@ class Half:
     def begin(self, iteration: int) -> None:
         """An iteration begins: draw, and post what may arrive before the plan says so."""
 
-    def look_ahead(self) -> None:
-        """A device computes the iteration meanwhile: what the next one's `begin` needn't do."""
-
     def load(self) -> None:
         """Put what was drawn where it is computed with."""
 

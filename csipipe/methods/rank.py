@@ -156,8 +156,7 @@ class Rank(Seat):
             self._compute()
         else:
             self.clock.begin("compute", "iteration")
-            looked_at = self.probe.gradients_wanted
-            self._recorded.iteration(self._compute, self._look_ahead, as_it_is=looked_at)
+            self._recorded.iteration(self._compute, as_it_is=self.probe.gradients_wanted)
         figures = None
         for half in reversed(self.halves):  # UEs report before the first stage gathers
             figures = half.end()
@@ -165,10 +164,6 @@ class Rank(Seat):
             self._run_some(self._order.after)
         self.clock.stop()
         return figures
-
-    def _look_ahead(self) -> None:
-        for half in self.halves:
-            half.look_ahead()
 
     def _compute(self) -> None:
         """What of an iteration happens where it is computed."""

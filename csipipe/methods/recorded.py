@@ -65,13 +65,10 @@ class Recorded:
         self._crossing: list[Tensor] = []
         self._sound: Tensor | None = None
 
-    def iteration(
-        self, compute: Callable[[], None], meanwhile: Callable[[], None], as_it_is: bool
-    ) -> None:
+    def iteration(self, compute: Callable[[], None], as_it_is: bool) -> None:
         """Compute an iteration; raises what `compute` raises.
 
         Args:
-            meanwhile: what the host does while the device replays.
             as_it_is: not from the graph: somebody looks at it.
 
         Raises:
@@ -92,7 +89,6 @@ class Recorded:
             for ledger, crossing in zip(self._ledgers, self._crossing, strict=True):
                 ledger.counts += crossing
         self._replay()
-        meanwhile()
         if not self._sound:
             for ledger, counts in zip(self._ledgers, before, strict=True):
                 ledger.counts.copy_(counts)

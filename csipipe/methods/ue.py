@@ -62,24 +62,10 @@ class UserEquipment:
         )
         draws = np.random.SeedSequence((seed, _DRAWS, number)).generate_state(1)
         self.generator = torch.Generator().manual_seed(int(draws[0]))
-        self._spare = torch.Generator()
-        self._ahead: Tensor | None = None
 
     def draw(self, batch_size: int) -> Tensor:
         """(DRAWN, B) on the host: rows, uniformly and with replacement, and their augmentation."""
-        if self._ahead is None:
-            return self._numbers(batch_size, self.generator)
-        drawn, self._ahead = self._ahead, None
-        self.generator, self._spare = self._spare, self.generator
-        return drawn
-
-    def draw_ahead(self, batch_size: int) -> None:
-        """Draw what `draw` will give next; `generator` follows only then."""
-        self._spare.set_state(self.generator.get_state())
-        self._ahead = self._numbers(batch_size, self._spare)
-
-    def _numbers(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        angles = self.rows.shape[2]
+        generator, angles = self.generator, self.rows.shape[2]
         drawn = torch.zeros(DRAWN, batch_size, dtype=torch.float64)
         drawn[0] = torch.randint(len(self.rows), (batch_size,), generator=generator)
         augment.draw(self.augmentation, angles, drawn[1:], generator)
@@ -98,11 +84,7 @@ class UserEquipment:
     def unit(self) -> Unit:
         """What a checkpoint holds of this UE."""
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "head": self.head}
-        return Unit(parts, AdamMoments(self.optimizer), self.generator, self._forget)
-
-    def _forget(self) -> None:
-        """What was drawn ahead: `generator` has another state."""
-        self._ahead = None
+        return Unit(parts, AdamMoments(self.optimizer), self.generator)
 
     def save(self, folder: Path) -> None:
         """Write the weights of encoder and head (OSError)."""

@@ -210,9 +210,9 @@ def test_what_the_recorder_refuses_has_a_remedy() -> None:
 
     recording = recorded.Recorded(list, [], refuse)
     for _ in range(3):
-        recording.iteration(lambda: None, lambda: None, as_it_is=False)
+        recording.iteration(lambda: None, as_it_is=False)
     with pytest.raises(ValueError, match=r"\(operation .* capturing\); use train.cuda_graph never"):
-        recording.iteration(lambda: None, lambda: None, as_it_is=False)
+        recording.iteration(lambda: None, as_it_is=False)
 
 
 def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() -> None:
@@ -235,9 +235,9 @@ def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() ->
 
     recording = recorded.Recorded(lambda: [value], [ledger], wrong)
     for _ in range(3):
-        recording.iteration(compute, lambda: None, as_it_is=False)
+        recording.iteration(compute, as_it_is=False)
     with pytest.raises(FloatingPointError, match=r"use train\.cuda_graph never"):
-        recording.iteration(compute, lambda: None, as_it_is=False)
+        recording.iteration(compute, as_it_is=False)
     assert value.tolist() == [4.0] * 3  # three iterations, and the one that was computed again
     assert ledger.total("training", [Kind.SMASHED]) == (20, 80)
 

@@ -65,8 +65,8 @@ class Tiles:
         tiles = triton.cdiv(self.pixels, block)
         self.programs = images * tiles
         self.block = {"A": a, "D": d, "TILES": tiles, "BLOCK": block}
-        self.down = self._runs(triton.cdiv(a, 4) * d)
-        self.right = self._runs(triton.cdiv(d, 4) * a)
+        self._counts: tuple[int, int] = triton.cdiv(a, 4) * d, triton.cdiv(d, 4) * a
+        self.down, self.right = map(self._runs, self._counts)
 
     def _runs(self, count: int) -> tuple[int, dict[str, int]]:
         """Programs and constants for `count` runs per image."""
@@ -76,9 +76,7 @@ class Tiles:
 
     def count(self, weight: Tensor) -> int:
         """Runs of a convolution in an image."""
-        down = weight.shape[-2] >= weight.shape[-1]
-        count: int = triton.cdiv(self.a, 4) * self.d if down else triton.cdiv(self.d, 4) * self.a
-        return count
+        return self._counts[weight.shape[-2] < weight.shape[-1]]
 
     def runs(self, weight: Tensor) -> tuple[int, dict[str, int]]:
         """Programs and constants of a convolution."""

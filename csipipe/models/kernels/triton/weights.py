@@ -226,49 +226,31 @@ def conv_weights(
             CHUNKS,
         )
     while n < end:  # not a range: the interpreter's needs an older numpy
+        some = _read(
+            g,
+            q,
+            x,
+            tl.minimum(n + 1, last) if AHEAD else n,
+            i,
+            o,
+            zero,
+            A,
+            D,
+            KH,
+            KW,
+            OUT,
+            q_channels,
+            x_channels,
+            JOIN,
+            NORM,
+            COLUMNS,
+            CHUNKS,
+        )
         if AHEAD:
             now = read
-            read = _read(
-                g,
-                q,
-                x,
-                tl.minimum(n + 1, last),
-                i,
-                o,
-                zero,
-                A,
-                D,
-                KH,
-                KW,
-                OUT,
-                q_channels,
-                x_channels,
-                JOIN,
-                NORM,
-                COLUMNS,
-                CHUNKS,
-            )
+            read = some
         else:
-            now = _read(
-                g,
-                q,
-                x,
-                n,
-                i,
-                o,
-                zero,
-                A,
-                D,
-                KH,
-                KW,
-                OUT,
-                q_channels,
-                x_channels,
-                JOIN,
-                NORM,
-                COLUMNS,
-                CHUNKS,
-            )
+            now = some
         column = _columns(n, COLUMNS, CHUNKS)
         dq = now[0].to(tl.float32)
         if NORM:
@@ -283,10 +265,10 @@ def conv_weights(
                 dq = tl.where(is_in_run(h, d, A, D, VERTICAL), dq, 0.0)
         # the channels' axis, which lies over threads, is spread first: one pass through memory
         wide = tl.broadcast_to(dq.reshape((1, COLUMNS, RUN * OUTS)), (ROWS, COLUMNS, RUN * OUTS))
-        some = _spread(wide, RUN * OUTS, LEVELS)
+        spread = _spread(wide, RUN * OUTS, LEVELS)
         for k in tl.static_range(OUT):
             for r in tl.static_range(RUN):
-                one = some[r * OUTS + k]
+                one = spread[r * OUTS + k]
                 dqs = (dqs + (one,)) if k + r else (one,)
         if BIAS:
             for k in tl.static_range(OUT):
