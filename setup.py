@@ -49,6 +49,6 @@ setup(
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "profile": ["torch-tb-profiler==0.4.3"],  # TensorBoard's PROFILE tab
         "sionna": ["sionna-no-rt>=2.2"],  # channels generate --model umi, uma, cdl-a … cdl-e
-        "test": ["hypothesis>=6", "pytest>=8", "ruff", "mypy", "types-PyYAML"],
+        "test": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "types-PyYAML"],
     },
 )

@@ -15,6 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that is started would ignore it
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A plain `pytest` runs files two at a time: many tests wait for ranks, or for time to pass."""
+    option = config.option
+    plain = config.args_source == config.ArgsSource.TESTPATHS and not option.collectonly
+    if plain and option.markexpr in config.getini("addopts") and option.numprocesses is None:
+        option.numprocesses, option.dist = 2, "no" if option.usepdb else "loadfile"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

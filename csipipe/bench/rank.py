@@ -90,7 +90,7 @@ class Spec:
 
     def settings(self) -> Settings:
         """The candidate's settings."""
-        parser = commandline.parser("")
+        parser = commandline.reader()
         return commandline.settings(parser, ["--config", self.config])[0]
 
 

@@ -26,7 +26,7 @@ _TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 def settings(folder: Path, arguments: dict[str, Any]) -> Settings:
     """What a run with those arguments has, on channels of known size."""
-    return channels.sized(commandline.settings(commandline.parser(""), line(folder, arguments))[0])
+    return channels.sized(commandline.settings(commandline.reader(), line(folder, arguments))[0])
 
 
 def line(folder: Path, arguments: dict[str, Any]) -> list[str]:

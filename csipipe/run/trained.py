@@ -164,9 +164,10 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no {CONFIG}.")
     mine = ["--config", str(folder / CONFIG)]
+    own = _settings(mine)
     # the GPU that trained it need not be here
     here = [] if torch.cuda.is_available() else ["--train.device", "auto"]
-    settings, own = _settings([*mine, *here, *changes]), _settings(mine)
+    settings = _settings([*mine, *here, *changes])
     if (folder / card.CARD).is_file() and weights == LAST:
         told = card.check(folder, own.topology.ues)
         place = folder / card.WEIGHTS
@@ -197,7 +198,7 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
 
 
 def _settings(arguments: list[str]) -> Settings:
-    settings, _ = commandline.settings(commandline.parser(""), arguments)
+    settings, _ = commandline.settings(commandline.reader(), arguments)
     kind = settings.data.kind or BEFORE["data.kind"]
     return replace(settings, data=replace(settings.data, kind=kind))
 

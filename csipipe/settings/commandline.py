@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
@@ -61,6 +62,12 @@ def parser(description: str, prog: str = TRAIN) -> ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
+
+
+@functools.cache
+def reader() -> ArgumentParser:
+    """The parser of settings that nobody asks for help with: a run's, a report's."""
+    return parser("")
 
 
 class _Help(Action):
