@@ -19,9 +19,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that is started
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A plain `pytest` runs files two at a time: many tests wait for ranks, or for time to pass."""
     option = config.option
-    plain = config.args_source == config.ArgsSource.TESTPATHS and not option.collectonly
-    if plain and option.markexpr in config.getini("addopts") and option.numprocesses is None:
-        option.numprocesses, option.dist = 2, "no" if option.usepdb else "loadfile"
+    chosen = config.args_source != config.ArgsSource.TESTPATHS or option.numprocesses is not None
+    usual = option.markexpr in config.getini("addopts")
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # comes by here too
+    if usual and not (chosen or worker or option.collectonly or option.usepdb):
+        option.numprocesses, option.dist = 2, "loadfile"
 
 
 @pytest.fixture(scope="session", autouse=True)
