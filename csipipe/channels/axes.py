@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +51,30 @@ class Axes:
         """Whose places in the array are users: `user`, or else `sample`."""
         return "user" if self.has("user") else "sample"
 
-    def streamed(self, shape: tuple[int, ...]) -> int:
-        """The axis along which an array is read piece by piece: the longest that is rows."""
-        rows = [n for n, group in enumerate(self.groups) if len(group) == 1 and group[0][0] in ROWS]
-        return max(rows, key=lambda axis: shape[axis], default=0)
+    def streamed(
+        self, shape: tuple[int, ...], whole: Collection[str] = (), in_order: bool = False
+    ) -> int | None:
+        """The axis along which an array is read piece by piece, the longest that is rows alone.
 
-    def users(self, shape: tuple[int, ...], axis: int, start: int, stop: int) -> NDArray[np.int64]:
+        Args:
+            whole: words whose axes every piece has to hold completely.
+            in_order: only axis 0 can be cut.
+
+        Returns:
+            None where no axis can be cut: the array is one piece.
+        """
+        groups = self.groups[:1] if in_order else self.groups
+        words = [group[0][0] if len(group) == 1 else "" for group in groups]
+        rows = [n for n, word in enumerate(words) if word in ROWS and word not in whole]
+        return max(rows, key=lambda axis: shape[axis], default=None)
+
+    def users(
+        self, shape: tuple[int, ...], axis: int | None, start: int, stop: int
+    ) -> NDArray[np.int64]:
         """Users of the rows of a piece: broadcastable to (user, sample, time, bts, rx).
 
         Args:
-            axis, start, stop: the piece of the array.
+            axis, start, stop: the piece of the array, see `streamed`.
         """
         mine = [
             (number, size)

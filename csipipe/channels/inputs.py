@@ -47,6 +47,12 @@ class Plan:
     """Shares of training, validation (if there are three) and test rows, by user."""
     seed: int = 0
 
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Axes of which a row needs all: they aren't read in pieces."""
+        together = self.receive == "strongest" or self.subbands is not None
+        return ("time",) * (self.time == "first") + ("rx",) * together
+
 
 @dataclass(frozen=True)
 class Input:
@@ -92,10 +98,11 @@ class Opened:
             ValueError: a value that isn't finite.
         """
         array, axes = self.array, self.axes
-        axis = 0 if array.in_order else axes.streamed(array.shape)
-        sizes = axes.sizes(array.shape)
-        total = array.shape[axis]
-        step = max(1, BLOCK // max(1, 8 * math.prod(size for _, size in sizes) // total))
+        cut = axes.streamed(array.shape, plan.whole, array.in_order)
+        axis = cut or 0
+        step = total = array.shape[axis]
+        if cut is not None:
+            step = max(1, BLOCK // max(1, 8 * math.prod(array.shape) // total))
         for start in range(0, total, step):
             stop = min(total, start + step)
             values = array.cut(axis, start, stop)
@@ -103,7 +110,7 @@ class Opened:
             if self.zero:
                 values = values - values.dtype.type(self.zero)
             channel = axes.arrange(values)
-            users = np.broadcast_to(axes.users(array.shape, axis, start, stop), channel.shape[:5])
+            users = np.broadcast_to(axes.users(array.shape, cut, start, stop), channel.shape[:5])
             if plan.time == "first":
                 channel, users = channel[:, :, :1], users[:, :, :1]
             if plan.receive == "strongest":

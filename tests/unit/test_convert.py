@@ -257,6 +257,36 @@ def test_receive_antennas_and_time(tmp_path: Path) -> None:
     np.testing.assert_allclose(again(tmp_path / "b", "test"), h[:, 0], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("axes", "order", "options"),
+    [
+        ("rx sample tx subcarrier", (1, 0, 2, 3), ["--receive", "strongest"]),
+        ("time sample tx subcarrier", (1, 0, 2, 3), ["--time", "first"]),
+        ("sample tx subcarrier rx", (0, 2, 3, 1), ["--eigenvectors", "true", "--subbands", 4]),
+        (f"(rx={9 * N} sample) tx subcarrier", (1, 0, 2, 3), ["--receive", "strongest"]),
+    ],
+)
+def test_a_row_is_made_of_all_blocks_that_it_needs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    axes: str,
+    order: tuple[int, ...],
+    options: list[object],
+) -> None:
+    h = channels(rx=9 * N)[:4]  # far more antennas, or times, than samples
+    h[1, 50] *= 5
+    h = h.transpose(order)
+    h = h.reshape(-1, *h.shape[2:]) if "(" in axes else h
+    file = saved(tmp_path / "h.npy", h)
+    words = ["--axes", axes, "--delays", K, "--sets", "test", *options]
+    assert run(file, tmp_path / "one", *words) == 0
+    monkeypatch.setattr(inputs, "BLOCK", h.nbytes // 10)
+    assert run(file, tmp_path / "many", *words) == 0
+    expected = everything(tmp_path / "one")
+    assert len(expected) == 4
+    np.testing.assert_array_equal(everything(tmp_path / "many"), expected)
+
+
 def test_empty_users_are_dropped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
