@@ -107,9 +107,10 @@ class Opened:
             stop = min(total, start + step)
             values = array.cut(axis, start, stop)
             _check_finite(array, values, axis, start)
-            if self.zero:
-                values = values - values.dtype.type(self.zero)
-            channel = axes.arrange(values)
+            centred = values
+            if self.zero:  # integers would wrap around, or cut off the offset's fraction
+                centred = values.astype(np.result_type(values, np.float32)) - self.zero
+            channel = axes.arrange(centred)
             users = np.broadcast_to(axes.users(array.shape, cut, start, stop), channel.shape[:5])
             if plan.time == "first":
                 channel, users = channel[:, :, :1], users[:, :, :1]

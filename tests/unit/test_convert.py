@@ -219,6 +219,29 @@ def test_delays_and_angles_are_taken_as_they_are(tmp_path: Path) -> None:
     assert Description.read(tmp_path / "c").made["sources"][0]["offset"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("dtype", "middle", "height", "offset"),
+    [
+        ("u1", 128, 100, 128),
+        ("i1", 0, 100, 0.5),
+        ("i2", 0, 30_000, 5000),
+        ("i4", 2**30, 1e4, 2**30),  # more digits than float32 has
+    ],
+)
+def test_integers_with_an_offset_are_the_same_as_reals(
+    tmp_path: Path, dtype: str, middle: int, height: float, offset: float
+) -> None:
+    h = channels(20, 1)[:, 0]
+    pairs = np.stack([h.real, h.imag], -1)
+    values = middle + np.rint(pairs / np.abs(pairs).max() * height)
+    words = ["--axes", "sample tx subcarrier part", "--sets", "test", "--offset", offset]
+    for name, kind in (("integers", dtype), ("reals", "f8")):
+        file = saved(tmp_path / f"{name}.npy", values.astype(kind))
+        assert run(file, tmp_path / name, *words) == 0
+    expected = everything(tmp_path / "reals")
+    np.testing.assert_allclose(everything(tmp_path / "integers"), expected, atol=1e-6)
+
+
 def test_no_user_is_on_both_sides(tmp_path: Path) -> None:
     h = channels()
     h *= np.arange(1, N + 1)[:, None, None, None] * 1000  # the scale says whose row it is
