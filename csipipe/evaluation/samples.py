@@ -111,7 +111,6 @@ def _block(
             )
         for column, values in enumerate(columns):
             if column >= 2:
-                # an empty reconstruction has no direction: its similarity is 0
-                values = values.nan_to_num(0.0).masked_fill(empty, torch.nan)
+                values = values.masked_fill(empty, torch.nan)
             found[number, :, column] = values.cpu()
     return found

@@ -26,6 +26,9 @@ HOLD = 0.1
 """Weight of the term that keeps columns at norm 1, in the loss of eigenvectors."""
 SUBBANDS = 13
 """Subbands that 3GPP's studies commonly report: 52 resource blocks in groups of 4."""
+SILENT = 1e-10
+"""Share of a row's mean energy per bin, or per subband, up to which one is silent: after a DFT to
+delays and back, unused subcarriers hold rounding errors of about 1e-14."""
 
 
 def _energy(x: Tensor) -> Tensor:
@@ -82,23 +85,31 @@ def rho(hf_hat: Tensor, hf: Tensor) -> Tensor:
     """Cosine similarity |ĥ^H h| / (||ĥ|| ||h||) per frequency bin, mean over bins: (B,), 0 … 1.
 
     CsiNet's ρ, with `hf_hat` = `to_frequency` of a reconstruction and `hf` = `HF_all`. It doesn't
-    see a common phase or scale of a bin. A bin without energy has no direction: NaN.
+    see a common phase or scale of a bin. A silent bin (see `SILENT`) has no direction: one of `hf`
+    is left out, one of `hf_hat` alone counts as 0. NaN where all of `hf` is 0.
 
     Args:
         hf_hat, hf: (B, A, K) complex, the same first axis (see the module).
     """
     assert hf_hat.shape == hf.shape, (hf_hat.shape, hf.shape)
     inner = (hf_hat.conj() * hf).sum(1).abs()
-    norms = hf_hat.abs().square().sum(1).sqrt() * hf.abs().square().sum(1).sqrt()
-    return (inner / norms).mean(1)
+    energy_hat, energy = hf_hat.abs().square().sum(1), hf.abs().square().sum(1)
+    cosine = inner / (energy_hat.sqrt() * energy.sqrt())
+    cosine = cosine.masked_fill(_silent(energy_hat), 0.0)
+    return cosine.masked_fill(_silent(energy), torch.nan).nanmean(1)
+
+
+def _silent(energy: Tensor) -> Tensor:
+    """(B, bins or subbands) energies: which have no direction."""
+    return energy <= SILENT * energy.mean(1, keepdim=True)
 
 
 def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int | None = None) -> Tensor:
     """Squared generalised cosine similarity per subband, mean over subbands: (B,), 0 … 1.
 
     3GPP TR 38.843 (layer 1): |v̂^H v|^2 / (||v̂||^2 ||v||^2), with v the principal eigenvector of the
-    covariance over a subband's bins, Σ_k h_k h_k^H. With one bin per subband v is h itself. A
-    subband without energy has no direction: NaN.
+    covariance over a subband's bins, Σ_k h_k h_k^H. With one bin per subband v is h itself. Silent
+    subbands as in `rho`.
 
     Args:
         hf_hat, hf: (B, A, K) complex, the same first axis (see the module).
@@ -114,24 +125,28 @@ def sgcs(hf_hat: Tensor, hf: Tensor, subbands: int | None = None) -> Tensor:
 def directions(hf: Tensor, subbands: int | None = None) -> Tensor:
     """(B, A, subbands): what `sgcs` compares, the principal eigenvectors, of norm 1; raises as it.
 
-    Computed over the bins, which are fewer than the antennas: where u is the eigenvector of H^H H
-    for the largest eigenvalue, H u has the direction.
+    A silent subband (see `SILENT`) has none: NaN. Computed over the bins, which are fewer than the
+    antennas: where u is the eigenvector of H^H H for the largest eigenvalue, H u has the direction.
     """
     bins = hf.shape[2]
     subbands = min(SUBBANDS, bins) if subbands is None else subbands
     if not 1 <= subbands <= bins:
         raise ValueError(f"subbands is {subbands}; there are {bins} bins. Set it to 1 … {bins}.")
-    found = []
+    found, energies = [], []
     for h_BAK in hf.tensor_split(subbands, 2):
         u_BK = torch.linalg.eigh(h_BAK.mH @ h_BAK)[1][..., -1]
         v_BA = (h_BAK @ u_BK[..., None])[..., 0]
         found.append(v_BA / v_BA.abs().square().sum(1, keepdim=True).sqrt())
-    return torch.stack(found, 2)
+        energies.append(h_BAK.abs().square().sum((1, 2)))
+    silent = _silent(torch.stack(energies, 1))
+    return torch.stack(found, 2).masked_fill(silent[:, None], torch.nan)
 
 
 def similarity(v_hat: Tensor, v: Tensor) -> Tensor:
     """SGCS of two sets of `directions`: (B,)."""
-    return (v_hat.conj() * v).sum(1).abs().square().mean(1)
+    cosine = (v_hat.conj() * v).sum(1).abs().square()
+    cosine = cosine.masked_fill(v_hat.isnan().any(1), 0.0)
+    return cosine.masked_fill(v.isnan().any(1), torch.nan).nanmean(1)
 
 
 def column_sgcs(h_hat: Tensor, h: Tensor) -> Tensor:

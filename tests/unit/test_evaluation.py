@@ -109,6 +109,21 @@ def test_rows_without_energy_are_left_out_and_counted() -> None:
     assert len(with_empty.pooled("loss")) == 6
 
 
+class FirstColumn(nn.Module):
+    """Reconstructs nothing but the first column."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.where(torch.arange(h.shape[3]) == 0, h, 0.5)
+
+
+def test_a_column_that_a_reconstruction_lacks_leaves_the_others() -> None:
+    h = rows(5).h_BAD
+    test = Rows(h, metrics.to_complex(h), "", "", similarity=True)
+    [found] = evaluated([FirstColumn()], test).per_ue()
+    assert found["sgcs"] == pytest.approx(1 / 4)
+    assert found["sgcs"] == pytest.approx(float(metrics.column_sgcs(FirstColumn()(h), h).mean()))
+
+
 def test_a_model_that_gives_no_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match="aren't finite"):
         evaluated([Const(math.nan)], rows(3))

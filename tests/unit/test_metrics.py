@@ -92,9 +92,22 @@ def test_rho_sees_neither_phase_nor_scale_of_a_bin() -> None:
     assert rho(over_antennas[0], hf).max() < 0.95
 
 
-def test_a_bin_without_energy_has_no_rho() -> None:
-    hf = torch.ones(1, 2, 2, dtype=torch.complex64)
-    assert rho(hf * torch.tensor([1, 0]), hf).isnan().all()
+def test_unused_bins_are_left_out_and_bins_that_a_reconstruction_lacks_count_as_0() -> None:
+    hf = torch.randn(3, 4, 64, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    hf[:, :, 27:38] = 0
+    there_and_back = torch.fft.fft(torch.fft.ifft(hf))
+    assert (there_and_back[:, :, 27:38] != 0).any(), "rounding errors"
+    half = hf * (torch.arange(64) < 32)  # 27 of 53 used bins; 32 of 64 subbands, 5 of them unused
+    for reference in (hf, there_and_back):
+        torch.testing.assert_close(rho(hf, reference), torch.ones(3))
+        torch.testing.assert_close(rho(half, reference), torch.full((3,), 27 / 53))
+        for subbands, share in ((64, 27 / 53), (8, 4 / 8), (2, 1 / 2)):
+            torch.testing.assert_close(sgcs(hf, reference, subbands), torch.ones(3))
+            found = sgcs(half, reference, subbands)
+            torch.testing.assert_close(found, torch.full((3,), share))
+    assert rho(hf, 0 * hf).isnan().all()
+    assert sgcs(hf, 0 * hf).isnan().all()
+    assert rho(0 * hf, hf).tolist() == sgcs(0 * hf, hf).tolist() == [0, 0, 0]
 
 
 def test_sgcs_compares_the_strongest_directions_of_subbands() -> None:
