@@ -16,7 +16,7 @@ _FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}
 
 
 def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
-    """One run: every UE, their mean, floor and ceiling, and percentiles.
+    """One run: every UE, their mean, floor and PCA, and percentiles.
 
     Args:
         best: ρ and SGCS of the images themselves.
@@ -44,7 +44,7 @@ def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
 def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
     """A line per run: what it is, its mean figures, and the UEs' NMSE from best to worst."""
     head = ["run", "method", "c1", "c2", "UEs", "iteration", *_HEADS.values(), "best … worst UE"]
-    head.append("ceiling (dB)")
+    head.append("PCA (dB)")
     cells = [head]
     for name, evaluated in runs:
         mean = evaluated.mean()
@@ -61,7 +61,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
                 str(evaluated.run.iteration or evaluated.run.source.name),
                 *(_cell(figure, mean[figure]).strip() for figure in SHOWN),
                 band,
-                _bound(evaluated),
+                "—" if evaluated.pca is None else f"{evaluated.pca.nmse_db:.2f}",
             ]
         )
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -72,12 +72,6 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
         ).rstrip()
         for line in cells
     )
-
-
-def _bound(evaluated: Evaluated) -> str:
-    """The NMSE that the run's model can't beat, if it is known."""
-    pca = evaluated.pca
-    return "—" if pca is None else f"{pca.nmse_db:.2f}" if pca.bound else "none"
 
 
 def _pca(evaluated: Evaluated, width: int) -> list[str]:

@@ -23,7 +23,7 @@ def confined(decoder: list[nn.Module]) -> int | None:
     """Fewest inputs of the linear layers by which a decoder ends; None: it ends otherwise.
 
     Before its output function the reconstruction lies in an affine space of as many dimensions,
-    where PCA with as many components can't be beaten.
+    where PCA with as many components, of all channels that there could be, can't be beaten.
 
     Args:
         decoder: the tail's layers and the head.

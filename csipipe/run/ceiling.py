@@ -1,4 +1,4 @@
-"""What PCA reaches on a run's own rows: the ceiling of a model whose decoder ends linearly."""
+"""What PCA of a run's own rows reaches: near the ceiling of a model whose decoder ends linearly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Ceiling:
 
     Attributes:
         components: of a model that ends linearly, as many as confine it; else c1.
-        bound: the model can't beat it.
+        bound: of ever more rows, the model couldn't beat it; it can beat that of few.
         rows: training rows that it is fitted to, of all UEs.
         nmse_db: centred NMSE on the test rows, in dB; it is fitted to the NMSE, too.
     """

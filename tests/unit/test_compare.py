@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from csipipe.run import ceiling
 from csipipe.run.training import launch
 from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
+from csipipe.tracking import ceiling_note
 
 SMALL = ModelSettings(c1=12, angles=6, delays=4)
 
@@ -141,9 +142,14 @@ def test_the_ceiling_is_fitted_to_the_nmse_of_all_training_rows() -> None:
     found = ceiling.find(settings)
     assert found is not None
     assert (found.components, found.bound, found.rows) == (8, True, 60)
+    # not of so few: that of more rows is below it
+    assert ceiling_note(asdict(found)) == "of 60 training rows; of ever more, this model's ceiling"
+    more = replace(settings, data=replace(settings.data, train_samples=600))
+    assert ceiling.pca(more, testset.load(settings).h_BAD.numpy(), [8])[8] < found.nmse_db
     beyond = ceiling.find(replace(settings, model=replace(settings.model, head="crblock")))
     assert beyond is not None
     assert (beyond.components, beyond.bound) == (12, False)
+    assert ceiling_note(asdict(beyond)) == "of 60 training rows: no bound, this model can beat it"
     assert beyond.nmse_db < found.nmse_db
     # where it was fitted, its NMSE is below that of a fit to the squared error
     source = channels.open_source(settings.data, 6, 4)
