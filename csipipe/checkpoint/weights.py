@@ -144,3 +144,9 @@ def switch(partial: Path, link: Path) -> None:
     for old in link.parent.glob(f"{link.name}-*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def switched(link: Path) -> int | None:
+    """Of which iteration the files are that `switch` made `link` point to; None: it is no link."""
+    named = re.fullmatch(rf"{link.name}-(\d+)(\.\d+)?", link.resolve().name)
+    return int(named[1]) if named else None

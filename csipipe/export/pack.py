@@ -44,7 +44,7 @@ def pack(
     settings, pca = source.own, ceiling.noted(source.folder)
     facts: dict[str, Any] = {
         "run": source.folder.resolve().name,
-        "iterations": source.iteration or 0,
+        "iterations": source.iteration,
         "method": settings.method,
         "model": asdict(settings.model),
         "seed": settings.train.seed,

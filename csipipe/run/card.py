@@ -63,13 +63,16 @@ def write(
 def check(folder: Path, ues: int) -> dict[str, Any]:
     """The card of a folder, once its files have been found to be those that it describes.
 
+    Its `iterations` are null where nobody knew them.
+
     Raises:
         ValueError: a card that can't be read, or a file that is missing or another one.
     """
     try:
         card = json.loads((folder / CARD).read_text())
         told = {name: str(entry["sha256"]) for name, entry in card["files"].items()}
-        int(card["iterations"])
+        if not isinstance(card["iterations"], int | None):
+            raise TypeError("iterations is no number")
     except (OSError, *DAMAGED) as error:
         raise ValueError(
             f"{folder / CARD} can't be read ({error!r}); get the folder again."

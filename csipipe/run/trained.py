@@ -54,8 +54,8 @@ class Trained:
         settings: the run's, with the caller's changes.
         own: the run's.
         source: where the weights are: a folder of weights, or of a checkpoint.
-        iteration: after which they were taken; None: unknown (`checkpoints/best`, or weights
-            without a summary).
+        iteration: after which they were taken; None: unknown (weights without a summary, or a copy
+            of `checkpoints/best` that is no link any more).
         status: finished, stopped, or unfinished: in progress, or interrupted; or handed on: it is
             no run, but a folder of weights with a card.
     """
@@ -171,7 +171,7 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     if (folder / card.CARD).is_file() and weights == LAST:
         told = card.check(folder, own.topology.ues)
         place = folder / card.WEIGHTS
-        return Trained(folder, settings, own, place, int(told["iterations"]), HANDED_ON)
+        return Trained(folder, settings, own, place, told["iterations"], HANDED_ON)
     ended = _ended(folder)
     status = ended[0] if ended else "unfinished"
     checkpoints = folder / "checkpoints"
@@ -181,7 +181,8 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
                 f"{folder} has no best weights: with data.holdout 0, or before the first "
                 "evaluation, none are chosen. Leave --weights out for the last ones."
             )
-        return Trained(folder, settings, own, checkpoints / BEST, None, status)
+        best = checkpoints / BEST
+        return Trained(folder, settings, own, best, checkpoint.switched(best), status)
     if weights != LAST:
         return Trained(folder, settings, own, _numbered(checkpoints, weights), int(weights), status)
     if ended:

@@ -61,6 +61,22 @@ def test_what_is_handed_on_is_the_run(packed: Path, tmp_path: Path) -> None:
         assert torch.equal(third(rows), run.models([2])[0](rows))
 
 
+def test_best_weights_are_handed_on_with_their_iteration(tmp_path: Path) -> None:
+    worker = trainedruns.finish(tmp_path / "run")
+    best = tmp_path / "run" / "checkpoints" / "best"
+    worker.save_weights(best.with_name("best-4.partial"))
+    checkpoint.switch(best.with_name("best-4.partial"), best)
+    pack(tmp_path / "run", "--weights", "best", "--pack", tmp_path / "zoo")
+    assert json.loads((tmp_path / "zoo" / card.CARD).read_text())["iterations"] == 4
+    copy = best.resolve().rename(best.with_name("copy"))
+    best.unlink()
+    copy.rename(best)  # nobody knows any more
+    pack(tmp_path / "run", "--weights", "best", "--pack", tmp_path / "zoo")
+    assert json.loads((tmp_path / "zoo" / card.CARD).read_text())["iterations"] is None
+    again = trained.read(tmp_path / "zoo")
+    assert (again.state, again.finished) == ("weights, run handed on", False)
+
+
 def test_a_file_that_is_not_what_the_card_says_is_refused(packed: Path) -> None:
     file = packed / "weights" / "ue-1.safetensors"
     tensors = load_file(file)
@@ -73,7 +89,9 @@ def test_a_file_that_is_not_what_the_card_says_is_refused(packed: Path) -> None:
         initial.read(replace(small(), train=replace(small().train, init=str(packed))))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": [], "iterations": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": [], "iterations": 1}', '{"files": {}, "iterations": "1"}']
+)
 def test_a_card_that_cannot_be_read_is_named(packed: Path, text: str) -> None:
     (packed / card.CARD).write_text(text)
     with pytest.raises(ValueError, match=r"card.json can't be read"):

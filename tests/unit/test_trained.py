@@ -91,7 +91,11 @@ def test_a_person_may_choose_the_weights(tmp_path: Path) -> None:
         trainedruns.snapshot(folder, worker, step)
         wanted[str(step)] = reconstructions(worker)[1]
         worker.train_iteration(step)
-    worker.save_weights(folder / "checkpoints" / "best")
+    for _ in range(2):  # a resumed run may find its best iteration again
+        worker.save_weights(folder / "checkpoints" / "best-5.partial")
+        checkpoint.switch(
+            folder / "checkpoints" / "best-5.partial", folder / "checkpoints" / "best"
+        )
     wanted["best"] = reconstructions(worker)[1]
     worker.train_iteration(5)
     trainedruns.end(folder, worker)
@@ -100,6 +104,12 @@ def test_a_person_may_choose_the_weights(tmp_path: Path) -> None:
         [model] = trained.read(folder, weights=name).models([1])
         with torch.no_grad():
             assert torch.equal(model(worker.test), h_hat), name
+    best = folder / "checkpoints" / "best"
+    assert trained.read(folder, weights="best").state == "iteration 5 of 10, run finished"
+    best.resolve().rename(folder / "kept")
+    best.unlink()
+    (folder / "kept").rename(best)  # as a copy that follows links leaves it
+    assert trained.read(folder, weights="best").state == "best, run finished"
     with pytest.raises(ValueError, match=r"no such checkpoint; it has \[3, 4\]"):
         trained.read(folder, weights="5")
     with pytest.raises(ValueError, match="no such checkpoint"):
