@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from csipipe import channels, plotting
-from csipipe.channels import Manifest, Source, Span
+from csipipe import plotting
+from csipipe.channels import Source, Span
 from csipipe.evaluation import baselines, codebook
 from csipipe.evaluation.codebook import Codebook
 from csipipe.evaluation.samples import COLUMNS
@@ -31,7 +31,6 @@ from csipipe.files import write_table
 from csipipe.measure.metrics import to_complex, to_db
 from csipipe.models import widths
 from csipipe.run.trained import Autoencoder, Trained
-from csipipe.settings.config import Settings
 from csipipe.settings.tables import KINDS
 
 ENTRY = (1, 2, 3, 4, 6, 8)
@@ -89,12 +88,11 @@ def _of_run(
     name: str, run: Trained, models: Sequence[Autoencoder], measure: Measure
 ) -> Iterator[Point]:
     """Every UE's codeword with quantisers of its own; means over UEs."""
-    source = _source(run.settings)
-    dealt = _dealt(run, source)
+    source, ues = run.dealt()
     pairs = [Pair.of(model) for model in models]
     codewords = [
         through(pair.encoder, _rows(source, [spans], _LEARN))
-        for pair, spans in zip(pairs, dealt.train, strict=True)
+        for pair, spans in zip(pairs, ues, strict=True)
     ]
     entries, _ = widths(run.settings.model)
     for bits in ENTRY:
@@ -113,14 +111,14 @@ def _baselines(
     run: Trained, rows: Rows, budgets: set[int]
 ) -> Iterator[tuple[str, float, nn.Module, str]]:
     """Name, bits a channel, coder and remark of each."""
-    source = _source(run.settings)
+    source, ues = run.dealt()
     books = [
         (book, float(book.bits(book.encode(to_complex(rows.h_BAD))).double().mean()))
         for book in _codebooks(source)
     ]
     for book, bits in books:
         yield "enhanced Type II", bits, book, f"paramCombination {book.number}"
-    learnt = _rows(source, _dealt(run, source).train, _LEARN)
+    learnt = _rows(source, ues, _LEARN)
     pca = baselines.Pca(learnt)
     for total in sorted(budgets | {round(bits) for _, bits in books}):
         yield "PCA", total, pca.with_bits(total), ""
@@ -128,16 +126,6 @@ def _baselines(
             used, coder = chosen
             note = f"{coder.bins} bins, {coder.quantiser.bits} bits a real"
             yield "top bins", used, coder, note
-
-
-def _source(settings: Settings) -> Source:
-    return channels.open_source(settings.data, settings.model.angles, settings.model.delays)
-
-
-def _dealt(run: Trained, source: Source) -> Manifest:
-    dealt = Manifest.read(run.folder)
-    dealt.check(source)
-    return dealt
 
 
 def _rows(source: Source, ues: Sequence[tuple[Span, ...]], most: int) -> Tensor:

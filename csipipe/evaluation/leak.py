@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from csipipe import channels
-from csipipe.channels import Manifest
 from csipipe.comm import codec
 from csipipe.comm.codec import Rounding
 from csipipe.comm.ledger import Kind
@@ -112,6 +111,11 @@ def run(options: Namespace, changes: Sequence[str]) -> None:
 
 def _check(one: Trained, ue: int) -> None:
     ues = one.settings.topology.ues
+    if one.status == trained.HANDED_ON:
+        raise ValueError(
+            f"{one.folder} holds weights that were handed on, and doesn't say which rows each UE "
+            "had, nor which the others; give the run that they are of."
+        )
     if not one.settings.spec.pipelined:
         raise ValueError(
             f"{one.folder} was trained by {one.settings.method}, which sends no smashed data; give "
@@ -128,13 +132,11 @@ def _check(one: Trained, ue: int) -> None:
 
 def _attack(one: Trained, ue: int, steps: int) -> Row:
     settings = one.settings
-    source = channels.open_source(settings.data, settings.model.angles, settings.model.delays)
-    dealt = Manifest.read(one.folder)
-    dealt.check(source)
+    source, spans = one.dealt()
 
     def rows(ues: Sequence[int], most: int) -> Tensor:
         each = -(-most // len(ues))
-        parts = [np.asarray(channels.rows_of(source, dealt.train[n]))[:each] for n in ues]
+        parts = [np.asarray(channels.rows_of(source, spans[n]))[:each] for n in ues]
         return torch.from_numpy(np.concatenate(parts))
 
     others = [n for n in range(settings.topology.ues) if n != ue]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from csipipe import __version__, channels
-from csipipe.channels import Manifest
 from csipipe.device import set_threads
 from csipipe.export import bits as curve
 from csipipe.export import check, folder, formats
@@ -162,20 +161,11 @@ def _test_rows(source: Trained) -> Tensor:
 def _quantise(source: Trained, ue: int, model: Autoencoder) -> Callable[[int], Quantiser]:
     """Makes a quantiser with that many bits from the codewords of the UE's training rows.
 
-    Of those, `ceiling.MOST` at most. Weights that were handed on don't say which of the rows were
-    the UE's: they are dealt anew. For the bits that the model was trained for, the quantiser is the
-    one that it was trained with.
+    Of those, `ceiling.MOST` at most. For the bits that the model was trained for, the quantiser is
+    the one that it was trained with.
     """
-    if source.status == trained.HANDED_ON:
-        stream, deal = channels.dealt(source.settings)
-        spans = deal.ues[ue]
-    else:
-        data, size = source.settings.data, source.settings.model
-        stream = channels.open_source(data, size.angles, size.delays)
-        dealt = Manifest.read(source.folder)
-        dealt.check(stream)
-        spans = dealt.train[ue]
-    rows = channels.rows_of(stream, tuple(ceiling.fitted(spans)))
+    stream, ues = source.dealt()
+    rows = channels.rows_of(stream, tuple(ceiling.fitted(ues[ue])))
     z_BC = run(unrounded(model), torch.from_numpy(np.ascontiguousarray(rows)))
     own = trained_for(model)
     return lambda bits: own if own is not None and own.bits == bits else learn(z_BC, bits)

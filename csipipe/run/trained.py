@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from csipipe import checkpoint, models
+from csipipe import channels, checkpoint, models
+from csipipe.channels import Manifest, Source, Span
 from csipipe.files import DAMAGED
 from csipipe.methods.state import BTS, layer_name, meant, ue_name
 from csipipe.models.ranged import ranged
@@ -81,6 +82,23 @@ class Trained:
         of = self.settings.train.iterations
         whole = self.status == HANDED_ON and self.iteration is not None and self.iteration >= of
         return whole or self.status == "finished"
+
+    def dealt(self) -> tuple[Source, tuple[tuple[Span, ...], ...]]:
+        """Where its rows come from, and which of them every UE trained on.
+
+        Weights that were handed on don't say which rows were whose: they are dealt anew.
+
+        Raises:
+            ValueError, OSError: the rows can't be read, or aren't those that the run had.
+        """
+        if self.status == HANDED_ON:
+            source, deal = channels.dealt(self.settings)
+            return source, deal.ues
+        data, model = self.settings.data, self.settings.model
+        source = channels.open_source(data, model.angles, model.delays)
+        manifest = Manifest.read(self.folder)
+        manifest.check(source)
+        return source, manifest.train
 
     def models(self, ues: Sequence[int] | None = None) -> list[Autoencoder]:
         """Models of some UEs (None: all), in evaluation mode on the CPU; the tail is one object.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from csipipe import channels, checkpoint
 from csipipe.evaluation import command as evaluation
+from csipipe.evaluation import leak
 from csipipe.export import command
 from csipipe.export.parts import nmse_db
 from csipipe.export.parts import run as through
@@ -164,3 +165,7 @@ def test_bits_are_learnt_without_the_manifest_of_the_run(
     printed = capsys.readouterr().out
     assert "isn't finished" not in printed
     assert "96 bits, 4 bits for each of 24 entries" in printed
+    assert evaluation.main([str(packed), "--bits", "--train.threads=1"]) == 0
+    assert "4 bits an entry" in capsys.readouterr().out
+    assert leak.main([str(packed)]) == 1
+    assert "handed on, and doesn't say which rows each UE had" in capsys.readouterr().err
