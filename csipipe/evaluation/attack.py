@@ -106,7 +106,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.row = h_NAD.shape[1:]
         learn = len(x_NC) * 9 // 10
-        self.mean, self.scale = x_NC.mean(0), x_NC.std(0).clamp(min=1e-12)
+        self.mean, std = x_NC.mean(0), x_NC.std(0)
+        # an entry that is constant here, but for rounding, teaches nothing: it is left out
+        self.scale = std.masked_fill(std <= 1e-6 * self.mean.abs(), torch.inf)
         x = self._ready(x_NC)
         target = h_NAD.flatten(1)
         ones = torch.cat([x, torch.ones(len(x), 1)], 1)[:learn].double()

@@ -22,6 +22,7 @@ from csipipe.evaluation import attack
 from csipipe.evaluation.attack import WHAT, Decoder
 from csipipe.files import in_words, write_file
 from csipipe.measure.metrics import centred_nmse, paper_loss, to_db
+from csipipe.methods.cost import message_bytes
 from csipipe.methods.objective import Objective
 from csipipe.models import widths
 from csipipe.run import trained
@@ -47,13 +48,14 @@ class Row:
     run: str
     noise: float
     codecs: str
-    """Those of smashed data and of gradients at the head's input."""
+    """Those of smashed data and of gradients at the head's input; —: not sent."""
     loss: float
     """The UE's own, on the rows that are reconstructed: what the noise costs."""
     own: float
     """NMSE of the UE's own reconstruction, which the BTS never sees."""
-    known: dict[str, float]
-    unknown: dict[str, float]
+    known: dict[str, float | None]
+    """By what is used of the messages; None: it isn't sent."""
+    unknown: dict[str, float | None]
 
 
 def main(arguments: list[str]) -> int:
@@ -143,9 +145,8 @@ def _attack(one: Trained, ue: int, steps: int) -> Row:
     victim, own = rows([ue], _VICTIM), rows(others, _OWN)
     [model] = one.models([ue])
     model.requires_grad_(False)
-    objective = Objective.of(settings)
     crossing = Crossing(settings, ue)
-    seen = attack.messages(model, objective, victim, crossing)
+    seen = attack.messages(model, Objective.of(settings), victim, crossing)
     with torch.no_grad():
         h_hat = torch.cat([model(part) for part in torch.split(victim, 128)])
     return Row(
@@ -154,10 +155,10 @@ def _attack(one: Trained, ue: int, steps: int) -> Row:
         codecs=_codecs(settings),
         loss=float(paper_loss(h_hat, victim).mean()),
         own=to_db(float(centred_nmse(h_hat, victim).double().nanmean())),
-        known=_reached(model, objective, own, seen, victim, crossing, steps),
+        known=_reached(model, settings, own, seen, victim, crossing, steps),
         unknown=_reached(
             attack.shadow(settings, model.tail, own, steps),
-            *(objective, own, seen, victim, crossing, steps),
+            *(settings, own, seen, victim, crossing, steps),
         ),
     )
 
@@ -200,25 +201,35 @@ class Crossing:
 
 def _reached(
     model: Autoencoder,
-    objective: Objective,
+    settings: Settings,
     own: Tensor,
     seen: attack.Seen,
     victim: Tensor,
     crossing: attack.Wire,
     steps: int,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """NMSE (dB) by what is used, with decoders learnt from this model's messages."""
-    pairs = attack.messages(model, objective, own, crossing)
-    found = {}
-    for what in WHAT:
+    pairs = attack.messages(model, Objective.of(settings), own, crossing)
+    found: dict[str, float | None] = dict.fromkeys(WHAT)
+    for what in WHAT if _sends_gradients(settings) else ("smashed",):
         decoder = Decoder(pairs.of(what), own, steps)
         found[what] = to_db(attack.nmse(decoder, seen.of(what), victim))
     return found
 
 
+def _sends_gradients(settings: Settings) -> bool:
+    """Whether UEs send the gradient at the head's input: something before the head learns."""
+    return message_bytes(settings, Kind.OUTPUT_GRADIENT) > 0
+
+
 def _codecs(settings: Settings) -> str:
     names = codec.chosen(settings.comm, settings.train.precision)
-    return f"{names['smashed']}, {names['output_gradient']}"
+    gradient = names["output_gradient"] if _sends_gradients(settings) else "—"
+    return f"{names['smashed']}, {gradient}"
+
+
+def _decibels(value: float | None) -> str:
+    return "—" if value is None else f"{value:.2f}"
 
 
 def table(rows: Sequence[Row], ue: int) -> str:
@@ -227,7 +238,7 @@ def table(rows: Sequence[Row], ue: int) -> str:
     cells = [
         [
             *(row.run, row.codecs, f"{row.noise:g}", f"{row.loss:.3e}", f"{row.own:.2f}"),
-            *(f"{found[what]:.2f}" for found in (row.known, row.unknown) for what in WHAT),
+            *(_decibels(found[what]) for found in (row.known, row.unknown) for what in WHAT),
         ]
         for row in rows
     ]

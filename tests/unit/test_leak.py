@@ -38,6 +38,16 @@ def test_the_attacker_finds_what_messages_determine_and_nothing_else() -> None:
     assert 0.9 < attack.nmse(Decoder(nothing, h, 60), test_x, test_h) < 1.3
 
 
+def test_an_entry_that_is_constant_in_the_attackers_messages_is_left_out() -> None:
+    x, h = hidden(1200, 0)
+    test_x, test_h = hidden(300, 1)
+    constant = torch.full((1200, 1), 0.7)
+    found = attack.nmse(
+        Decoder(torch.cat([x, constant], 1), h, 60), torch.cat([test_x, test_x[:, :1]], 1), test_h
+    )
+    assert found < 0.02
+
+
 def test_the_network_finds_what_least_squares_miss() -> None:
     x, _ = hidden(1500, 0)
     test_x, _ = hidden(300, 1)
@@ -71,6 +81,20 @@ def test_a_codeword_trained_for_its_bits_crosses_as_it_is_and_noise_is_rounded_t
     noisy = leak.Crossing(trained(**comm, noise=0.5), 0)(z, Kind.SMASHED)
     assert not torch.equal(noisy, z)
     assert torch.equal(middles(levels(noisy, 4), 4), noisy)
+
+
+def test_a_gradient_that_is_never_sent_has_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"train_samples": 80, "test_samples": 20}
+    trainedruns.finish(tmp_path / "run", data=data, train={"freeze": "encoder,tail"})
+    assert leak.main([str(tmp_path / "run"), "--steps", "1"]) == 0
+    [row] = json.loads((tmp_path / "run" / "leak" / "leak.json").read_text())
+    for found in (row["known"], row["unknown"]):
+        assert found["smashed"] is not None
+        assert found["gradient"] is found["both"] is None
+    assert row["codecs"] == "fp32, —"
+    assert capsys.readouterr().out.count("—") == 5
 
 
 def trained(**comm: Any) -> Settings:
