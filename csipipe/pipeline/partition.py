@@ -55,7 +55,8 @@ def _parts(layers: Sequence[nn.Module], stages: int, method: str) -> list[int]:
         if not any(weights):
             raise ValueError(
                 f"topology.partition {method!r} matches no layer of the tail; its layers are "
-                f"{', '.join(sorted(set(names)))}."
+                f"{', '.join(sorted(set(names)))}. Name one of them, or use parameters, uniform or "
+                "measured."
             )
     return list(map(int, partition_balanced(weights, stages)))
 

@@ -141,7 +141,7 @@ class TopologySettings:
     partition: str | None = None
     """How the tail's layers are cut into stages: uniform, parameters, type:REGEX (DeepSpeed's), or
     measured: by the time that each layer takes on this machine. null: as the model says, for
-    example type:CRBlock; of a model of your own, parameters."""
+    example type:CRBlock; of a model of your own, and with model.split, parameters."""
     profile: str | None = None
     """File for the times of partition measured: read if it exists, else written. null: none."""
 
@@ -681,9 +681,8 @@ class Settings:
     @property
     def partition(self) -> str:
         """How this run's tail is cut into stages."""
-        own = tables.OWN_PARTITION
-        model = MODELS.get(self.model.name)
-        return self.topology.partition or (model.partition if model else own)
+        row = MODELS.get(self.model.name) if self.model.split is None else None
+        return self.topology.partition or (row.partition if row else tables.OWN_PARTITION)
 
     @property
     def eval_every(self) -> int:

@@ -311,7 +311,8 @@ OWN = {"model.name": "package.module:function, a function of (angles, delays, c1
 """Settings that may name the user's own code instead of a row, and what it must be."""
 
 OWN_PARTITION = "parameters"
-"""How the tail of a user's own model is cut where topology.partition says nothing."""
+"""How a tail is cut where topology.partition says nothing and no row knows its layers: that of a
+user's own model, or of model.split."""
 
 
 def is_own(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from csipipe import models
 from csipipe.pipeline import settings as deepspeed
 from csipipe.pipeline.partition import cuts
+from csipipe.settings.config import Settings
 
 NEEDED = {"gradient_clipping": 0.0}
 COMPUTED = ("losses", "parameters", "evaluations")
@@ -80,7 +82,7 @@ def test_all_other_keys_of_deepspeed_are_refused(tmp_path: Path) -> None:
     [
         ("uniform", 6, "stage 4 without parameters; only 5 of its layers have any: use 5 stages"),
         ("type:CRBlock", 4, "stage 2 without parameters; use topology.partition para"),
-        ("type:Transformer", 2, "matches no layer of the tail; its layers are"),
+        ("type:Transformer", 2, "matches no layer of the tail; .* CRBlock.*use parameters, unif"),
     ],
 )
 def test_a_stage_without_parameters_gets_a_remedy_that_helps(
@@ -88,6 +90,14 @@ def test_a_stage_without_parameters_gets_a_remedy_that_helps(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cuts(models.sketch_tail(small().model), stages, method)
+
+
+@pytest.mark.parametrize(("split", "stages"), [((1, 4), 1), ((4, 9), 2), ((5, 13), 2)])
+def test_another_cut_of_the_model_needs_no_partition(split: tuple[int, int], stages: int) -> None:
+    model = replace(small().model, split=split)  # the first two tails have no CRBlock
+    tail = models.sketch_tail(model)
+    found = cuts(tail, stages, Settings(model=model).partition)
+    assert (found[0], found[-1], len(found)) == (0, len(tail), stages + 1)
 
 
 @pytest.mark.parametrize("method", ["uniform", "parameters", "type:crblock|linear"])
