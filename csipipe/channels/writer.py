@@ -41,6 +41,7 @@ class Writer:
         self._folder = folder
         self._partial = folder.with_name(f".{folder.name}.partial")
         self._open: dict[tuple[str, SetPart], dict[str, _Growing]] = {}
+        self._numbers: dict[str, int] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -91,7 +92,7 @@ class Writer:
         values = {name: rows for name, rows in given.items() if rows is not None}
         key = environment, part
         if key not in self._open:
-            number = len({known for known, _ in self._open} - {environment})
+            number = self._numbers.setdefault(environment, len(self._numbers))
             self._open[key] = {
                 name: _Growing(self._partial / file_name(environment, number, part, name), rows)
                 for name, rows in values.items()

@@ -334,6 +334,15 @@ def test_sets_environments_and_ues(tmp_path: Path) -> None:
         ("street", "val", 21),
         ("street", "test", 22),
     ]
+    both, sets = [files[0], files[1], files[0], files[1]], ["--sets", "train train test test"]
+    words = [*axes, *sets, "--environments", "3.5GHz 6.7GHz 3.5GHz 6.7GHz"]  # no names of files
+    assert run(*both, tmp_path / "c", *words) == 0
+    said = Description.read(tmp_path / "c")
+    assert [(s.environment, s.part, s.rows) for s in said.sets] == [
+        (place, part, rows)
+        for place, rows in (("3.5GHz", 20), ("6.7GHz", 21))
+        for part in ("train", "test")
+    ]
     assert run(*files, tmp_path / "b", *axes, "--ues", "true", "--split", "0.5/0.5") == 0
     assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
 
