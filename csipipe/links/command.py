@@ -65,8 +65,8 @@ def parser() -> ArgumentParser:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="a finished run of each method, with the same settings: from its learning curve "
-        "follows when --loss is reached",
+        help="a finished run of each method, with the same settings, but for iterations, seed and "
+        "learning rate: from its learning curve follows when --loss is reached",
     )
     made.add_argument("--loss", type=float, help="test loss to reach (the highest final one)")
     made.add_argument("--out", default="reports/links", metavar="DIR", help="(reports/links)")

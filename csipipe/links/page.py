@@ -15,8 +15,23 @@ from csipipe.files import write_file, write_table
 from csipipe.links.ranks import Found
 from csipipe.plotting import name_of
 from csipipe.reports import curves, pages
+from csipipe.reports.preset import argument, plain
 from csipipe.run import trained
+from csipipe.run.resuming import FREE, OF_THE_DATA
+from csipipe.settings import commandline
 from csipipe.settings.config import Settings
+
+_OWN = (
+    "train.iterations",
+    "train.personal_iterations",
+    "train.lr",
+    "train.rates",
+    "train.warmup",
+    "train.betas",
+    "train.seed",
+)
+"""Settings, or prefixes of them, that a curve has of its own: how long it is, its seed, and Adam's
+steps, whose best size isn't the same for all methods. No iteration takes longer with them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,8 @@ def times_to(
         loss: None: the highest of the curves' lowest, which all of them reach.
 
     Raises:
-        ValueError: a run of another method or with settings that make it another curve.
+        ValueError: a run of another method, or of settings that make another task of it or other
+            iterations.
     """
     found = {}
     for folder in folders:
@@ -57,11 +73,7 @@ def times_to(
         ours = runs.get(method)
         if ours is None:
             raise ValueError(f"--curves: {folder} trained {method}, not one of --methods.")
-        for name in ("ues", "participants"):
-            _same(folder, name, getattr(settings.topology, name), getattr(ours.topology, name))
-        for name in ("batch_size", "local_steps", "aggregate_every", "precision"):
-            _same(folder, name, getattr(settings.train, name), getattr(ours.train, name))
-        _same(folder, "model", settings.model, ours.model)
+        _check_curve(folder, settings, ours)
         found[method] = curves.read(Path(folder))
     target = max(curve.lowest for curve in found.values()) if loss is None else loss
     return {
@@ -72,11 +84,15 @@ def times_to(
     }
 
 
-def _same(folder: str, name: str, theirs: object, ours: object) -> None:
-    if theirs != ours:
+def _check_curve(folder: str, theirs: Settings, ours: Settings) -> None:
+    """Refuse (ValueError) a run of something else than what is trained over links."""
+    for key, there, here in commandline.differences(plain(theirs), plain(ours)):
+        free = key.startswith((*FREE, *_OWN)) and key != "data.path"
+        if free or (there is None and key in OF_THE_DATA):
+            continue
         raise ValueError(
-            f"--curves: {folder} was trained with {name} {theirs}, links trains with {ours}; give "
-            "the same settings."
+            f"--curves: {folder} was trained with {key} {argument(there)}, links trains with "
+            f"{argument(here)}; give --{key} {argument(there)} or another run."
         )
 
 

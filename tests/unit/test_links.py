@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trainedruns
 
+from csipipe import channels
 from csipipe.links import command, forecast, network, page
 from csipipe.links.network import Link, Network
 from csipipe.links.ranks import Found, Trouble
 from csipipe.methods.cost import shared_parts
+from csipipe.reports import preset
 
 FREE = Link(1e15, 1e15)
 NO_ROOT = os.geteuid() != 0 or shutil.which("tc") is None
@@ -158,6 +162,50 @@ def test_the_page_says_what_was_measured_and_what_failed(tmp_path: Path) -> None
     assert (tmp_path / "links.png").stat().st_size > 1000
     assert (tmp_path / "links.csv").read_text().count("\n") == 3
     assert (tmp_path / "links.md").read_text() == text
+
+
+PRESET = """--model.angles 16 --model.delays 8 --model.c1 64 --model.c2 64
+--data.environment outdoor --data.test_samples 800 --data.holdout 0 --train.batch_size 106
+--train.micro_batches 2 --train.local_steps 2 --train.lr_schedule constant"""
+"""The settings of docs/links.md beside --curves of the reports' runs."""
+
+
+@pytest.mark.parametrize("method", ["csilocal", "fedavg", "fedprox"])
+def test_curves_of_the_reports_go_with_the_settings_that_the_page_names(method: str) -> None:
+    words = [*PRESET.split(), "--train.iterations", "20"]
+    curve = preset.load("laptop").settings(method, "outdoor", 4, seed=1)
+    assert curve.train.iterations == 300
+    page._check_curve("run", channels.sized(curve), command._settings(method, words, 2))
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("--data.seed 1", "data.seed"),
+        ("--data.environment indoor", "data.environment"),
+        ("--comm.codec.smashed int8", "comm.codec.smashed"),
+        ("--train.loss nmse", "train.loss"),
+        ("--train.micro_batches 1", "train.micro_batches"),
+        ("--topology.ues 8", "topology.ues"),
+        ("--model.c1 32", "model.c1"),
+    ],
+)
+def test_curves_of_something_else_are_refused(words: str, key: str) -> None:
+    ours = command._settings("csilocal", PRESET.split(), 2)
+    theirs = command._settings("csilocal", [*PRESET.split(), *words.split()], 2)
+    value = words.split()[1]
+    with pytest.raises(
+        ValueError, match=rf"run was trained with {key} {value}, .* --{key} {value}"
+    ):
+        page._check_curve("run", theirs, ours)
+
+
+def test_a_curve_is_read_only_if_it_is_of_the_same_task(tmp_path: Path) -> None:
+    settings = trainedruns.finish(tmp_path / "run").settings
+    ours = channels.sized(settings)
+    ours = replace(ours, data=replace(ours.data, seed=ours.data.seed + 1))
+    with pytest.raises(ValueError, match=r"run was trained with data\.seed \d, links trains with"):
+        page.times_to([str(tmp_path / "run")], {"csilocal": ours}, None)
 
 
 def names() -> set[str]:
