@@ -131,7 +131,7 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
     pair = Pair.of(model, quantise(options.bits) if quantise else None)
     name = f"ue-{options.ue}" + (f"-{options.bits}bit" if options.bits is not None else "")
     out = Path(options.out) if options.out else source.folder / "export" / name
-    with folder.whole(out) as place:
+    with folder.whole(out, folder.MANIFEST) as place:
         content = _describe(source, options, pair, h_BAD)
         content["original"] = {"nmse_db": nmse_db(run(model, h_BAD), h_BAD)}
         content["checked"] = {

@@ -1,4 +1,4 @@
-"""The folder of an export: written under another name, then renamed; never half written."""
+"""A folder that is written under another name, then renamed; never half written."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ _ROOM = 1 << 20
 
 
 @contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
+def whole(out: Path, mark: str) -> Iterator[Path]:
     """A fresh folder to write into, which becomes `out` if nothing fails.
 
-    An earlier export in `out` is replaced.
+    Until then `out` is as it was.
+
+    Args:
+        mark: the file that such a folder has; without it, what is there isn't replaced.
 
     Raises:
-        ValueError: `out` exists and isn't an export.
+        ValueError: `out` exists and has no such file.
         OSError: it can't be written.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ValueError(f"{out} exists and isn't an export; choose another --out.")
+    if out.exists() and not (out / mark).is_file():
+        raise ValueError(f"{out} exists and holds no {mark}; choose another folder.")
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise OSError(f"{out} can't be written: {error.strerror}; choose another --out.") from error
+        raise OSError(
+            f"{out} can't be written: {error.strerror}; choose another folder."
+        ) from error
     try:
         with naming(out):
             try:

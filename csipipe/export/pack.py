@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csipipe import checkpoint
 from csipipe.channels import Manifest
+from csipipe.export import folder
 from csipipe.export.parts import nmse_db, run
 from csipipe.run import card, ceiling, trained
 from csipipe.run.trained import Trained
@@ -55,7 +56,8 @@ def pack(
         "figures": {"nmse_db": figures, "ceiling": pca and asdict(pca)},
         "licence": licence,
     }
-    told = card.write(out, settings, tail, weights, facts)
+    with folder.whole(out, card.CARD) as place:
+        told = card.write(place, settings, tail, weights, facts)
     lines = [f"{out}: {source.state}, licence: {licence}"]
     lines += [f"{name:>28}  {file['bytes']:>12,} bytes" for name, file in told["files"].items()]
     each = ", ".join(f"UE {ue} {db:.2f}" for ue, db in zip(ues, figures, strict=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ def write(
     ues: Sequence[dict[str, Any]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write weights with their card into a fresh folder, the card last.
+    """Write weights with their card into a folder, the card last.
 
     Args:
         settings: of the run that trained them.
@@ -40,23 +39,15 @@ def write(
         facts: what else the card says.
 
     Raises:
-        ValueError: `folder` is there and isn't such a folder.
         OSError: it can't be written.
     """
-    if folder.exists() and not (folder / CARD).is_file():
-        raise ValueError(f"{folder} exists and holds no {CARD}; choose another folder.")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        write_file(folder / CONFIG, commandline.to_yaml(_anonymous(settings, len(ues))))
-        checkpoint.write(tail_file(folder / WEIGHTS), tail)
-        for number, state in enumerate(ues):
-            checkpoint.write(ue_file(folder / WEIGHTS, number), state)
-        files = {str(f.relative_to(folder)): _told(f) for f in _files(folder, len(ues))}
-        card = {"csipipe": __version__, **facts, "files": files}
-        write_file(folder / CARD, json.dumps(card, indent=1) + "\n")
-    except OSError:  # what has no card would be taken for somebody else's
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    write_file(folder / CONFIG, commandline.to_yaml(_anonymous(settings, len(ues))))
+    checkpoint.write(tail_file(folder / WEIGHTS), tail)
+    for number, state in enumerate(ues):
+        checkpoint.write(ue_file(folder / WEIGHTS, number), state)
+    files = {str(f.relative_to(folder)): _told(f) for f in _files(folder, len(ues))}
+    card = {"csipipe": __version__, **facts, "files": files}
+    write_file(folder / CARD, json.dumps(card, indent=1) + "\n")
     return card
 
 

@@ -109,6 +109,24 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
         pack(tmp_path / "run", "--ue", 0, "--half")
 
 
+def test_an_interrupt_leaves_what_was_packed_before(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in packed.rglob("*.*")}
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(tmp_path / "run", "--ue", 1, "--pack", packed)
+    assert {file.name: file.read_bytes() for file in packed.rglob("*.*")} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "zoo"]
+    pack(tmp_path / "run", "--ue", 1, "--pack", packed)
+    assert not (packed / "weights" / "ue-1.safetensors").exists()
+
+
 def test_half_the_bytes_hold_the_weights_that_the_card_speaks_of(tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "run")
     pack(tmp_path / "run", "--pack", tmp_path / "half", "--half")

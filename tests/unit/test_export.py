@@ -299,7 +299,10 @@ def test_mistakes_are_named_and_leave_nothing(
         ([place, "--ue", 4, *torch_alone], "--ue is 4; the run has UEs 0 … 3"),
         ([place, "--ue", -1, *torch_alone], "--ue is -1"),
         ([place, "--ue", 0, "--bits", 0, *torch_alone], "0 bits per entry"),
-        ([place, "--ue", 0, "--out", tmp_path / "taken", *torch_alone], "isn't an export"),
+        (
+            [place, "--ue", 0, "--out", tmp_path / "taken", *torch_alone],
+            "taken exists and holds no export.json; choose",
+        ),
         ([place, "--ue", 0, "--formats", "tflite"], "invalid choice: 'tflite'"),
         ([place, "--ue", 0, "--bits", 4, "--data.seed", 1, *torch_alone], "the manifest's"),
     ):
@@ -342,7 +345,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     out = tmp_path / "a" / "out"
 
     def fill(text: str, fail: bool = False) -> None:
-        with folder.whole(out) as place:
+        with folder.whole(out, folder.MANIFEST) as place:
             (place / folder.MANIFEST).write_text(text)
             assert not fail
 
