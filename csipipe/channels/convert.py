@@ -41,7 +41,7 @@ class Tally:
 
     rows: int = 0
     empty_rows: int = 0
-    """Rows without energy, or without any inside the image: dropped."""
+    """Rows without energy, or without any inside the image, as float32 holds it: dropped."""
     users: int = 0
     empty_users: int = 0
     """Users none of whose rows was kept."""
@@ -225,7 +225,15 @@ def _add_images(
     in_angle, in_delay = one.domain
     made = to_image(rows, plan.geometry, plan.delays, plan.shift, in_angle, in_delay)
     peak = np.abs(made.image).max(axis=(1, 2))
-    good: NDArray[np.bool_] = peak > 0
+    scale = peak / np.float32(RADIUS) if common is None else np.full_like(peak, common)
+    scale[scale == 0] = 1
+    images = np.empty((len(scale), 2, *made.image.shape[1:]), np.float32)
+    ratio = made.image / scale[:, None, None]
+    images[:, 0], images[:, 1] = ratio.real, ratio.imag
+    images += np.float32(ZERO)  # beside which a common scale may leave nothing of a weak row
+    np.clip(images, 0, 1, out=images)  # rounding may put the peak one ulp outside
+    good: NDArray[np.bool_] = (images != np.float32(ZERO)).any(axis=(1, 2, 3))
+    images, scale = images[good], scale[good]
     # a DFT over ports leaves the energy of a delay as it is, but for a factor
     power = np.square(np.abs(made.delays[good])).sum(axis=1, dtype=np.float64)
     shares = power / power.sum(axis=1, keepdims=True)
@@ -233,12 +241,6 @@ def _add_images(
     tally.kept += float(shares[:, : plan.delays].sum())
     profile = np.roll(shares.sum(axis=0), -plan.shift)
     tally.profile = profile if tally.profile is None else tally.profile + profile
-    scale = (peak / np.float32(RADIUS) if common is None else np.full_like(peak, common))[good]
-    images = np.empty((len(scale), 2, *made.image.shape[1:]), np.float32)
-    ratio = made.image[good] / scale[:, None, None]
-    images[:, 0], images[:, 1] = ratio.real, ratio.imag
-    images += np.float32(ZERO)
-    np.clip(images, 0, 1, out=images)  # rounding may put the peak one ulp outside
     for part, chosen in _by_part(one, users[good], tally):
         frequency = None
         if part == "test" and subcarriers is not None:

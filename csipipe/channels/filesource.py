@@ -15,7 +15,7 @@ from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
 from csipipe.channels.layout import ROUNDING
 from csipipe.channels.source import Images, Kind, Part, Responses, Site, check_range
 from csipipe.channels.statistics import spaced
-from csipipe.channels.transform import shrink
+from csipipe.channels.transform import ZERO, shrink
 from csipipe.settings.config import DataSettings, Verdict
 
 _PARTS: dict[Part, tuple[str, ...]] = {"train": ("train", "val"), "test": ("test",)}
@@ -184,7 +184,7 @@ class FilesSource:
         return rows
 
     def _judge(self, path: Path, rows: Images) -> list[Finding]:
-        """What the doctor finds in a file; refuses NaN (ValueError)."""
+        """What the doctor finds in a file; refuses NaN and rows without energy (ValueError)."""
         low, high = np.inf, -np.inf
         for start in range(0, len(rows), _PIECE):
             piece = rows[start : start + _PIECE]
@@ -195,6 +195,12 @@ class FilesSource:
                     f"{start + len(piece) - 1}; expected finite ones. Convert the channels again."
                 )
             low, high = float(least), float(most)
+            empty = np.flatnonzero((piece == np.float32(ZERO)).all(axis=(1, 2, 3)))
+            if empty.size:
+                raise ValueError(
+                    f"{path}: row {start + empty[0]} (counted from 0) is {ZERO} throughout: a "
+                    "channel without energy, for which no NMSE exists. Convert the channels again."
+                )
         found = []
         if low < -ROUNDING or high > 1 + ROUNDING:
             what = f"values lie in [{low:.4g}, {high:.4g}]; expected [0, 1] with 0.5 for zero"

@@ -92,6 +92,19 @@ def test_every_step_but_the_truncation_can_be_undone(tmp_path: Path) -> None:
     assert np.square(peaks).sum(1).max(1).min() < 0.2
 
 
+def test_rows_of_which_a_common_scale_leaves_nothing_are_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h = channels(rx=1)[:, 0]
+    h[3] *= 1e-9
+    file = saved(tmp_path / "h.npy", h)
+    line = ["--axes", "sample tx subcarrier", "--sets", "test"]
+    for number, (extra, left) in enumerate([([], N), (["--scaling", "set"], N - 1)]):
+        assert run(file, tmp_path / f"out{number}", *line, *extra) == 0
+        assert len(source(tmp_path / f"out{number}").rows("all", "test", 0, left)) == left
+    assert "dropped: 1 rows without energy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("axes", ["sample tx delay", "sample angle subcarrier"])
 def test_half_of_a_transform_that_was_done_is_not_done_again(axes: str, tmp_path: Path) -> None:
     h = channels(rx=1)[:, 0]

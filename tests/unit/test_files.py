@@ -136,6 +136,14 @@ def test_values_out_of_range_need_a_setting_and_nan_is_refused(tmp_path: Path) -
         open_source(dataclasses.replace(wide, accept="unusable")).rows("all", "test", 0, 8).max()
         == 1.5
     )
+    silent = images(8)
+    silent[5] = 0.5
+    with Writer(tmp_path / "silent") as out:
+        out.add("all", "test", silent)
+        out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    without = dataclasses.replace(wide, path=str(tmp_path / "silent"), accept="unusable")
+    with pytest.raises(ValueError, match=r"row 5 \(counted from 0\) is 0.5 throughout: a channel"):
+        open_source(without).rows("all", "test", 0, 8)
     broken = dataclasses.replace(wide, path=str(tmp_path / "nan"), accept="unusable")
     with pytest.raises(ValueError, match=r"NaN or infinite values in rows 0 … 7"):
         open_source(broken).rows("all", "test", 0, 8)
