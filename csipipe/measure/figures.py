@@ -35,15 +35,21 @@ def row_sums(
     return of_each.sum(-1)
 
 
+WORST = math.inf, math.inf
+"""The score of nothing."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """Figures of every UE over some rows.
 
     Attributes:
         sums: (UEs, WIDTH) float64.
+        left_out: UEs whose rows aren't in them, for bad values.
     """
 
     sums: Tensor
+    left_out: frozenset[int] = frozenset()
 
     def _means(self, column: int) -> list[float]:
         return [float(v) for v in self.sums[:, column] / self.sums[:, 0].clamp(min=1)]
@@ -87,13 +93,17 @@ class Figures:
         """SGCS of the images' columns, mean over UEs."""
         return self._mean(self.sgcs_per_ue)
 
-    def score(self, similarity: bool) -> float:
-        """By what the best weights are chosen, the lower the better: NMSE in dB, or 1 - SGCS.
+    def score(self, similarity: bool) -> tuple[float, float]:
+        """By what the best weights are chosen, the lower the better; `WORST` if it isn't finite.
+
+        How many UEs are left out, since means over different UEs don't compare; then NMSE in dB, or
+        1 - SGCS.
 
         Args:
             similarity: SGCS compares the columns of the images, see `Settings.similarity`.
         """
-        return 1 - self.sgcs if similarity else self.nmse_db
+        mean = 1 - self.sgcs if similarity else self.nmse_db
+        return (len(self.left_out), mean) if math.isfinite(mean) else WORST
 
     def named(self, similarity: bool) -> dict[str, float]:
         """Means over UEs by the names that JSON has; arguments as `score`."""

@@ -82,13 +82,16 @@ class BtsHalf(Half):
         self.exchange.lend(self.seat.roster.evaluated)
         yield
         sums = torch.zeros(self.topology.ues, WIDTH, dtype=torch.float64)
+        left_out: frozenset[int] = frozenset()
         for _ in range(self.seat.batches[part]):
             self.reports.post()
-            sums += self.gather().sums
+            found = self.gather()
+            sums += found.sums
+            left_out |= found.left_out
             yield
         if part == "test" and is_one_model(self.settings):
             sums[self.seat.roster.evaluated] = sums.sum(dim=0)
-        return Figures(sums)
+        return Figures(sums, left_out)
 
     def lend(self) -> None:
         self.exchange.lend(range(self.topology.ues))

@@ -128,10 +128,13 @@ class Half:
         Where bad UEs are dropped, so are figures that aren't finite.
         """
         sums = self.reports.receive(0).clone()
-        for ue, row in enumerate(sums):
-            if ue in without or (self.tolerant and not row.isfinite().all()):
-                row.zero_()
-        return Figures(sums)
+        left_out = frozenset(
+            ue
+            for ue, row in enumerate(sums)
+            if ue in without or (self.tolerant and not row.isfinite().all())
+        )
+        sums[list(left_out)] = 0
+        return Figures(sums, left_out)
 
     def report(self, sums: Tensor) -> None:
         """At the UEs: send (UEs, WIDTH) figures there."""

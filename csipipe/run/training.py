@@ -24,6 +24,7 @@ from csipipe.device import (
     thread_notes,
 )
 from csipipe.files import write_file
+from csipipe.measure.figures import WORST
 from csipipe.methods import Worker, manifest, memory, prepare
 from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
@@ -292,14 +293,14 @@ def run(
         tracker: rank 0's, of the whole run; the other ranks have none.
         mine: of this rank.
     """
-    best = float("inf")
+    best = WORST
     if tracker is not None and start.exists and start.checkpoint is None:
         tracker.resume(BEGINNING)
     if tracker is not None and start.checkpoint is not None:
         content = checkpoint.Snapshot(start.checkpoint).content
         tracker.resume(content)
         if content["best"] is not None and (start.folder / "checkpoints" / "best").exists():
-            best = content["best"]
+            best = content.get("best_without", 0), content["best"]  # none in older runs
     saver = Saver(worker, settings, start.folder, world)
     iterations, done = settings.train.iterations, start.iteration
     with Stopping(world, start.folder) as stopping:
@@ -350,9 +351,12 @@ def run(
             stopping.answered()
 
 
-def _save(worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: float) -> None:
+def _save(
+    worker: Worker, saver: Saver, tracker: Tracker | None, done: int, best: tuple[float, float]
+) -> None:
     """Begin a checkpoint."""
-    progress: dict[str, Any] = {"best": None if best == float("inf") else best}
+    without, score = (None, None) if best == WORST else best
+    progress: dict[str, Any] = {"best": score, "best_without": without}
     if tracker is not None:
         progress |= tracker.progress()
     saver.begin(done, worker.exchanged(), progress)
@@ -373,8 +377,8 @@ def _evaluate(
     tracker: Tracker | None,
     mine: RankTracker,
     done: int,
-    best: float,
-) -> float:
+    best: tuple[float, float],
+) -> tuple[float, float]:
     """Report on the test set; keep the weights that are best on held-out training rows."""
     holdout = worker.evaluate("holdout") if worker.has_holdout else None
     mine.before_test(done)

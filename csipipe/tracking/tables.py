@@ -57,12 +57,25 @@ def test_table(test: dict[str, Any], pca: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def _not_everyone(summary: dict[str, Any]) -> list[str]:
+    """Which UEs the mean over the test set isn't over, and why."""
+    ues, chosen = summary["topology"]["ues"], summary["evaluated_ues"]
+    notes = []
+    if len(chosen) < ues:
+        notes.append(f"evaluated are {len(chosen):,} of the {ues:,} UEs (run.eval_ues)")
+    shown = {row["ue"] for row in summary["test"]["per_ue"]}
+    if missing := [ue for ue in chosen if ue not in shown]:
+        which = f"UE{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+        notes.append(f"the mean is without {which}, for bad values (train.on_bad_ue)")
+    return notes
+
+
 def closing_table(summary: dict[str, Any], folder: Path) -> str:
     """What a finished run prints."""
     crossed = summary["exchanged"]
     lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
-    if summary["test"] and len(summary["test"]["per_ue"]) < (ues := summary["topology"]["ues"]):
-        lines.append(f"{'':>10}  the mean is over these of the {ues:,} UEs (run.eval_ues)")
+    if summary["test"]:
+        lines += [f"{'':>10}  {note}" for note in _not_everyone(summary)]
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

@@ -120,6 +120,7 @@ def train(
     return {
         "losses": losses,
         "test": test.sums if test is not None else None,
+        "left out": test.left_out if test is not None else None,
         "dropped": worker.dropped,
         "state": {
             f"{part}/{name}": tensor.clone()
@@ -178,6 +179,7 @@ def test_a_ue_that_is_dropped_leaves_no_trace(what: str, value: float, settings:
         assert [ours[ue] for ue in keep] == theirs
         assert ours[1] == 0.0
     assert_same(found[0]["test"][keep], wanted[0]["test"])
+    assert found[0]["left out"] == ({1} if what == "smashed" else set())  # no gradients there
     ours, theirs = states(found), states(wanted)
     assert len(theirs) > 100
     assert any("running_mean" in name for name in theirs)

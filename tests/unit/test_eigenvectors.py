@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from csipipe.channels.eigenvectors import images_of, to_image
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.evaluation import samples, testset
 from csipipe.measure import metrics
-from csipipe.measure.figures import WIDTH, Figures, row_sums
+from csipipe.measure.figures import WIDTH, WORST, Figures, row_sums
 from csipipe.methods.objective import Objective
 from csipipe.settings.config import DataSettings, LossName, ModelSettings, Settings, TrainSettings
 from csipipe.tracking import Tracker, tables
@@ -145,10 +146,21 @@ def test_the_best_weights_are_those_of_the_highest_sgcs() -> None:
     sums = torch.stack([row_sums(loss, floor, torch.tensor([0.9, 0.7]))] * 2)
     assert sums.shape == (2, WIDTH)
     found = Figures(sums)
-    assert found.score(similarity=True) == pytest.approx(0.2)
-    assert found.score(similarity=False) == pytest.approx(0.0, abs=1e-6)
+    assert found.score(similarity=True)[1] == pytest.approx(0.2)
+    assert found.score(similarity=False)[1] == pytest.approx(0.0, abs=1e-6)
     assert found.summary(similarity=True)["per_ue"][1]["sgcs"] == pytest.approx(0.8)
     assert "sgcs" not in found.summary()
+
+
+def test_means_over_fewer_ues_have_no_better_weights() -> None:
+    rows = torch.tensor([[2.0, 0.2, 0.2, 2.0, 0], [2.0, 1.0, 1.0, 2.0, 0]], dtype=torch.float64)
+    everyone = Figures(rows)
+    rows = rows.clone()
+    rows[1] = 0
+    without = Figures(rows, frozenset({1}))
+    assert without.nmse_db < everyone.nmse_db
+    assert everyone.score(False) < without.score(False) < WORST
+    assert Figures(rows * math.nan).score(False) == WORST
 
 
 def test_sgcs_is_on_the_screen_and_in_the_closing_table(

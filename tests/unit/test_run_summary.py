@@ -11,6 +11,24 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from csipipe.comm.world import World
 from csipipe.run import summary
+from csipipe.tracking.tables import closing_table
+
+
+def test_the_closing_table_says_over_whom_its_mean_is(tmp_path: Path) -> None:
+    nothing = {unit: {"up": 0, "down": 0} for unit in ("scalars", "bytes")}
+    row = {"loss": 1e-3, "nmse_db": -1.0}
+    ended = {
+        **{"status": "finished", "iterations": 1, "seconds_per_iteration": 1, "seconds_total": 1},
+        **{"exchanged": nothing, "exchanged_buffers": nothing, "dropped": [], "joined": []},
+        **{"ceiling": None, "topology": {"ues": 4}},
+        "test": {**row, "floor_loss": 2e-3, "per_ue": [{**row, "ue": ue} for ue in (0, 3)]},
+    }
+    text = closing_table({**ended, "evaluated_ues": [0, 3]}, tmp_path)
+    assert "evaluated are 2 of the 4 UEs (run.eval_ues)" in text
+    assert "for bad values" not in text
+    text = closing_table({**ended, "evaluated_ues": [0, 1, 2, 3]}, tmp_path)
+    assert "the mean is without UEs 1, 2, for bad values (train.on_bad_ue)" in text
+    assert "run.eval_ues" not in text
 
 
 @pytest.mark.parametrize("there", [True, False])
