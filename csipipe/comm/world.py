@@ -42,6 +42,7 @@ SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or generating its data, in seconds."""
 POLL = 0.02
 """Seconds between two looks for a message from another rank."""
+_LOOKS = 50  # a short wait for a text gets longer by at most 1/_LOOKS
 _SPEAKING = 3.0
 _LOOK = 1.0  # seconds between two checks whether a rank gave up
 _GRACE = 4.0  # a rank that also waits publishes it after `_LOOK`; on a busy machine, later
@@ -263,21 +264,22 @@ class World:
 
         Args:
             what: the text, for messages.
-            poll: seconds between two looks.
+            poll: longest pause between two looks, in seconds; at first they follow faster.
         """
-        deadline = time.monotonic() + limit
+        started = time.monotonic()
         alive = _Alive(self.store, rank)
         with blame.waiting(rank, what):
             while not self.store.check([key]):
                 if self.store.check(["failure"]):
                     raise PeerFailed
-                reason = f"Timed out after {limit:g} s" if time.monotonic() > deadline else ""
+                waited = time.monotonic() - started
+                reason = f"Timed out after {limit:g} s" if waited > limit else ""
                 if alive.silent() > self.silence:
                     reason = f"Timed out: no sign of life for {self.silence:g} s"
                 if reason:
                     doing = f"waiting for {what} from {self.role(rank)}"
                     raise blame.PeerLost(doing, rank, what, reason)
-                time.sleep(poll)
+                time.sleep(min(poll, waited / _LOOKS))
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:

@@ -72,7 +72,7 @@ class Rank(Seat):
         self.parameters = count_parts(settings.model)
         self.halves: list[Half] = []
         self._recorded: recorded.Recorded | None = None
-        self._evaluations = 0
+        self._steps = 0
 
     def take(self, halves: Sequence[Half], plans: Sequence[Attempts[Instruction]]) -> None:
         """Take on its roles, and agree with the other ranks; collective.
@@ -163,6 +163,7 @@ class Rank(Seat):
         if self.roster.averages:
             self._run_some(self._order.after)
         self.clock.stop()
+        self._keep_pace()
         return figures
 
     def _compute(self) -> None:
@@ -207,18 +208,28 @@ class Rank(Seat):
         self._draw(None)
         with torch.no_grad():
             figures = in_turns(half.evaluation(part) for half in reversed(self.halves))
-        if self._some_idle:
-            self._evaluations += 1
-            self.world.ready(f"after evaluation {self._evaluations}", math.inf)
+        self._keep_pace()
         return figures
 
-    @property
-    def _some_idle(self) -> bool:
-        """Whether a host has nothing to evaluate; elsewhere it would wait for too long."""
-        found, topology = self.roster.evaluated, self.topology
-        return not all(
-            any(ue in topology.ues_of(role) for ue in found) for role in topology.ue_roles
+    def _keep_pace(self) -> None:
+        """A rank whose UEs are all absent waits for rank 0 here: in its next transfer it would wait
+        for longer than `run.timeout`.
+        """
+        present, topology, world = self.roster.present, self.topology, self.world
+        if len(present) == topology.ues:
+            return
+        self._steps += 1
+        done = f"done/{self._steps}"
+        idle = not any(
+            topology.is_bts(half.role) or any(ue in topology.ues_of(half.role) for ue in present)
+            for half in self.halves
         )
+        if world.rank == 0:
+            world.store.set(done, "")
+            # who waited for the one before has reported since
+            world.store.delete_key(f"done/{self._steps - 1}")
+        elif idle:
+            world.read(done, 0, "the others to be done", math.inf)
 
     def agree(self, decision: bool) -> bool:
         """Rank 0's decision, on every rank."""

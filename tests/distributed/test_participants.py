@@ -28,6 +28,7 @@ from csipipe.evaluation.samples import measure
 from csipipe.evaluation.summary import Evaluated
 from csipipe.methods.cost import exchanged, shared_parts
 from csipipe.methods.roster import drawn
+from csipipe.pipeline.schedule import Op
 from csipipe.run import initial, trained
 from csipipe.settings import commandline
 from csipipe.settings.config import Placement, Settings
@@ -136,26 +137,34 @@ def test_of_those_who_take_part_a_bad_one_is_dropped() -> None:
         assert losses == pytest.approx(wanted.train_iteration(k).loss_per_ue, rel=TOLERANCE)
 
 
-def slowly(world: World, settings: Settings) -> list[list[int]]:
-    """One rank of a run whose first stage is slow."""
+def slowly(world: World, settings: Settings) -> list[bool]:
+    """One rank of a run whose stage takes 1.2 s for an iteration; which are still noted as done."""
     builder = methods.prepare(settings, world.rank, world.size, CPU)
     world.ready("data")
     world.connect(1.0)
     worker: Any = builder(world)
+    if world.rank == 0:
+        [stage] = worker.halves
+        forward = stage.each[Op.FORWARD]
+
+        def slow(m: int) -> None:
+            time.sleep(0.3)
+            forward(m)
+
+        stage.each[Op.FORWARD] = slow
     for k in range(settings.train.iterations):
-        if world.rank == 0:
-            time.sleep(0.25)
         worker.train_iteration(k)
+    worker.exchanged()
     world.leave()
-    return turns(settings)
+    return [world.store.check([f"done/{k + 1}"]) for k in range(settings.train.iterations)]
 
 
 def test_a_rank_without_work_waits_for_nobody_for_long() -> None:
-    """One of them has none for longer than the time-out."""
-    settings = setting(topology={"ues": 4, "participants": 1}, iterations=8)
-    present = run_world(5, slowly, settings)[0]
-    idle = ["".join("x" if ue in there else "." for there in present).split("x") for ue in range(4)]
-    assert max(len(turns) for ue in idle for turns in ue) * 0.25 > 1.0
+    """An iteration takes longer than the time-out; most ranks have none, in one or in several."""
+    settings = setting(topology={"ues": 4, "participants": 1}, iterations=3)
+    assert settings.train.micro_batches * 0.3 > 1.0
+    assert turns(settings) == [[0], [3], [2]]
+    assert run_world(5, slowly, settings)[0] == [False, False, True]
 
 
 def federated(method: str, placement: Placement = "apart", **train: Any) -> Settings:
