@@ -111,10 +111,15 @@ def newest(checkpoints: Path) -> Path | None:
 def find(path: Path) -> Path:
     """The snapshot that the user named: its folder, or a run's directory for its newest one.
 
+    Returns:
+        Its folder, as an absolute path: two levels up is the run's directory.
+
     Raises:
         ValueError: there is none.
     """
-    if (path / MANIFEST).is_file() and path.name.isdigit():
+    path = Path(os.path.abspath(path))
+    run = (path / "config.yaml").is_file()  # whose manifest.json lists rows
+    if not run and (path / MANIFEST).is_file() and path.name.isdigit():
         return path
     found = newest(path / "checkpoints")
     if found is None:

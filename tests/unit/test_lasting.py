@@ -95,6 +95,23 @@ def test_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100", "20"]
 
 
+def test_a_checkpoint_is_found_from_inside_and_in_a_run_that_is_called_by_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "7"
+    run_in(run, Settings())
+    (run / "manifest.json").write_text("{}")  # its rows
+    with pytest.raises(ValueError, match=rf"{run} is neither a checkpoint nor .* run with one"):
+        checkpoint.find(run)
+    first, second = (snapshot(run / "checkpoints", n) for n in (10, 20))
+    assert checkpoint.find(run) == second
+    monkeypatch.chdir(first)
+    for path in (".", "../10", first):
+        assert checkpoint.find(Path(path)) == first
+    monkeypatch.chdir(first.parent)
+    assert checkpoint.find(Path("10")) == first
+
+
 def test_a_link_stands_for_one_set_of_weights(tmp_path: Path) -> None:
     for text in ("one", "two"):
         partial = tmp_path / "best-3.partial"  # the same iteration twice, after going on
