@@ -92,13 +92,18 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def rewind(checkpoints: Path, iteration: int) -> list[int]:
-    """Remove the snapshots later than `iteration`; returns which.
+    """Remove snapshots and best weights later than `iteration`; returns which snapshots.
 
     Otherwise `prune` would remove the new ones of a run that resumes from `iteration`.
     """
     later = [path for path in _whole(checkpoints) if int(path.name) > iteration]
     for folder in later:
         discard(folder)
+    best = checkpoints / "best"
+    taken = weights.switched(best)
+    if taken is not None and taken > iteration:
+        shutil.rmtree(best.resolve(), ignore_errors=True)
+        best.unlink()
     return [int(path.name) for path in later]
 
 

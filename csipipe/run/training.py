@@ -268,11 +268,15 @@ def reopen(start: Start, settings: Settings) -> None:
 
 
 def _take_best_along(start: Start) -> None:
-    """Copy the best weights so far into the directory of a run that resumes elsewhere."""
+    """Copy the best weights so far into the directory of a run that resumes elsewhere.
+
+    Where the other run went on and found better ones, those from before are lost.
+    """
     if start.checkpoint is None:
         return
     best = start.checkpoint.parent / "best"
-    if best.is_dir():
+    taken = checkpoint.switched(best)
+    if best.is_dir() and taken is not None and taken <= start.iteration:
         mine = start.folder / "checkpoints"
         partial = mine / f"{best.resolve().name}.partial"
         shutil.copytree(best, partial)

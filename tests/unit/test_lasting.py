@@ -363,6 +363,28 @@ def test_going_on_from_the_newest_removes_nothing(
     assert all((place / "manifest.json").is_file() for place in places)
 
 
+@pytest.mark.parametrize(("taken", "kept"), [(4, True), (5, True), (6, False), (20, False)])
+def test_the_best_weights_of_a_run_are_none_of_what_comes_later(
+    taken: int, kept: bool, tmp_path: Path
+) -> None:
+    """In the run's directory, and in that of a run which resumes from it; of iteration 5."""
+    folder = tmp_path / "run"
+    run_in(folder, Settings())
+    first, best = snapshot(folder / "checkpoints", 5), folder / "checkpoints" / "best"
+    partial = folder / "checkpoints" / f"best-{taken}.partial"
+    partial.mkdir()
+    (partial / "file").write_text("")
+    checkpoint.switch(partial, best)
+    other = Settings(run=RunSettings(dir=str(tmp_path / "other"), resume=str(first)))
+    _, held = claim(decide(other, tmp_path / "other", again=False), other, World.alone())
+    held.release()
+    mine = Settings(run=RunSettings(resume=str(first)))
+    reopen(decide(mine, folder, again=False), mine)
+    for found in (tmp_path / "other" / "checkpoints" / "best", best):
+        assert (found / "file").exists() == found.is_symlink() == kept
+    assert len(list(best.parent.glob("best*"))) == 2 * kept
+
+
 HOLD = "import sys; from pathlib import Path; from csipipe.run.lock import Lock; " + (
     "held = Lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
