@@ -96,7 +96,8 @@ def _drawn(part: str, model: ModelSettings, seed: int) -> Any:
     build = _builder(part, model)
     with torch.random.fork_rng(devices=[]):
         sequence = np.random.SeedSequence((seed, 1 + PARTS.index(part)))
-        torch.manual_seed(int(sequence.generate_state(1)[0]))
+        # parts are drawn on the CPU; to seed GPUs too takes as long as to build one
+        torch.default_generator.manual_seed(int(sequence.generate_state(1)[0]))
         return build()
 
 
@@ -158,7 +159,7 @@ def check(model: ModelSettings) -> None:
     for part, after in zip(PARTS, wanted, strict=True):
         before = gives
         try:
-            requirements.check(part, layers(part, model, _where(model)))
+            requirements.check(part, _layers_on(_where(model), part, model))
             gives = _shapes(part, model, before)[-1]
         except Unsplittable:
             raise
@@ -188,7 +189,7 @@ def check_stages(model: ModelSettings, stages: int) -> None:
 
 def sketch_tail(model: ModelSettings) -> list[nn.Module]:
     """The tail's layers, without memory."""
-    return layers("tail", model)
+    return list(layers("tail", model))
 
 
 def kernels_notes(model: ModelSettings, device: torch.device) -> list[str]:
@@ -241,7 +242,7 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
     shapes, device = [row], _where(model)
     with device, torch.no_grad(), plain_layers():
         x = torch.zeros(1, *row)
-        for layer in layers(part, model, device):
+        for layer in _layers_on(device, part, model):
             x = layer.eval()(x)
             shapes.append(tuple(x.shape[1:]))
     return tuple(shapes)
@@ -253,8 +254,13 @@ def _where(model: ModelSettings) -> torch.device:
     return torch.device("cpu") if ours and model.reals <= _SMALL else _NOWHERE
 
 
-def layers(part: str, model: ModelSettings, device: torch.device = _NOWHERE) -> list[nn.Module]:
-    """A part's layers; by default without memory."""
+@functools.cache
+def layers(part: str, model: ModelSettings) -> Sequence[nn.Module]:
+    """A part's layers without memory, to be looked at and left as they are."""
+    return tuple(_layers_on(_NOWHERE, part, model))
+
+
+def _layers_on(device: torch.device, part: str, model: ModelSettings) -> list[nn.Module]:
     with device:
         return requirements.layers(part, _seeded(part, model, 0))
 
