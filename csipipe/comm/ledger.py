@@ -73,3 +73,9 @@ class Ledger:
         rows = [COUNTED.index(kind) for kind in kinds]
         scalars, size = self.counts[PHASES.index(phase), rows].sum(dim=(0, 1)).tolist()
         return int(scalars), int(size)
+
+    def bytes_of_each(self, phase: str, kinds: Sequence[Kind]) -> list[int]:
+        """Bytes of some kinds, by UE."""
+        rows = [COUNTED.index(kind) for kind in kinds]
+        found: list[int] = self.counts[PHASES.index(phase), rows, :, 1].sum(dim=0).tolist()
+        return found

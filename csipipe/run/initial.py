@@ -18,6 +18,7 @@ from csipipe import models
 from csipipe.measure.metrics import to_db
 from csipipe.methods import Worker
 from csipipe.methods.cost import exchanged_parts
+from csipipe.methods.roster import drawn
 from csipipe.methods.state import BTS, whose
 from csipipe.run import trained
 from csipipe.run.trained import Trained
@@ -118,9 +119,10 @@ class Joined:
     iterations: int
     """0: not yet."""
     samples: int
-    """Rows that it had trained on by then."""
-    bytes: int
-    """That it had exchanged by then, up and down."""
+    """Rows that it had drawn by then."""
+    bytes: int | None
+    """That it had exchanged by then, up and down; None: an earlier release, which didn't note
+    them, was at work then."""
 
 
 def joined(settings: Settings, history: Sequence[Mapping[str, Any]]) -> list[Joined]:
@@ -148,13 +150,14 @@ def _joined(
         if ue not in linear or not others:  # not evaluated
             continue
         if to_db(linear[ue]) <= to_db(sum(others) / len(others)) + NEAR:
-            done, share, train = line["iteration"], settings.topology.ues, settings.train
-            each = train.local_steps * train.batch_size
+            done, train = line["iteration"], settings.train
+            taken = sum(ue in drawn(settings, iteration) for iteration in range(done))
+            of_each = line.get("bytes_of_each")
             return Joined(
                 ue=ue,
                 iterations=done,
-                samples=done * each * settings.participants // share,
-                bytes=sum(line["exchanged"]["bytes"].values()) // share,
+                samples=taken * train.local_steps * train.batch_size,
+                bytes=of_each and of_each[ue],
             )
     return Joined(ue=ue, iterations=0, samples=0, bytes=0)
 

@@ -94,8 +94,10 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
         if one["iterations"]:
             when = (
                 f"within 0.5 dB of the other UEs at iteration {one['iterations']:,}: "
-                f"{one['samples']:,} samples, {one['bytes']:,} bytes exchanged"
+                f"{one['samples']:,} samples"
             )
+            if one["bytes"] is not None:
+                when += f", {one['bytes']:,} bytes exchanged"
         lines.append(f"{'joined':>10}  UE {one['ue']}: {when}")
     stopped = []
     if summary["status"] == "stopped":

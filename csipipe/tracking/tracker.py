@@ -21,7 +21,8 @@ from csipipe.tracking.tables import closing_table, exchanged
 
 HISTORY = "history.jsonl"
 """The learning curve: a line per evaluation with `iteration`, `exchanged` so far (in training, over
-all UEs), `test` as in `summary.json`, and `holdout` (its means) or null."""
+all UEs), `bytes_of_each` (of these, by UE), `test` as in `summary.json`, and `holdout` (its means)
+or null."""
 BEGINNING: dict[str, Any] = {"history": [], "seconds": [], "seconds_total": 0.0}
 """`Tracker.progress` of a run that has not started."""
 _KEPT = 1000
@@ -114,6 +115,7 @@ class Tracker:
         line = {
             "iteration": done,
             "exchanged": exchanged(ledger, PAPER),
+            "bytes_of_each": ledger.bytes_of_each("training", PAPER),
             "test": test.summary(self._similarity),
             "holdout": None if holdout is None else holdout.named(self._similarity),
         }

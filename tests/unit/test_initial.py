@@ -11,6 +11,7 @@ import trainedruns
 from runs import CPU, small
 
 from csipipe import methods, models
+from csipipe.methods import roster
 from csipipe.methods.centralised import Centralised
 from csipipe.run import initial
 from csipipe.settings.config import ModelSettings, Settings, TrainSettings
@@ -105,7 +106,7 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
     history = [
         {
             "iteration": done,
-            "exchanged": {"bytes": {"up": 500 * done, "down": 100 * done}},
+            "bytes_of_each": [0, 0, 0, 0, 120 * done],
             "test": {
                 "per_ue": [
                     {"ue": ue, "nmse_db": db} for ue, db in ((0, -4.0), (3, -4.0), (4, mine))
@@ -114,11 +115,16 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
         }
         for done, mine in ((5, -1.0), (10, -3.6), (15, -4.0))
     ]
-    [found] = initial.joined(wanting(tmp_path / "run", 5), history)
+    settings = wanting(tmp_path / "run", 5)
+    [found] = initial.joined(settings, history)
     assert found == initial.Joined(ue=4, iterations=10, samples=80, bytes=1200)
     steps = small("fedavg", topology={"ues": 5}, train={"init": str(tmp_path / "run")})
     steps = replace(steps, train=replace(steps.train, local_steps=3))
     assert initial.joined(steps, history)[0].samples == 240
+    some = replace(settings, topology=replace(settings.topology, participants=2))
+    taken = sum(4 in roster.drawn(some, iteration) for iteration in range(10))
+    assert taken != 10 * 2 / 5  # of the UE itself, not of all on average
+    assert initial.joined(some, history)[0].samples == taken * 8
     [found] = initial.joined(wanting(tmp_path / "run", 5), history[:1])
     assert found.iterations == 0
     assert initial.joined(wanting(tmp_path / "run", 4), history) == []

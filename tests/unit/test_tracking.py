@@ -94,6 +94,16 @@ def test_the_loss_is_also_drawn_against_what_was_exchanged(tmp_path: Path) -> No
     assert [step for step, _ in scalars] == [2, 5]
 
 
+def test_the_curve_says_what_each_ue_has_exchanged(tmp_path: Path) -> None:
+    ledger = Ledger(3)
+    ledger.count(Kind.SMASHED, [0, 2], 20, 80)
+    ledger.count(Kind.OUTPUT, [2], 5, 20)
+    ledger.count(Kind.STATISTICS, [1], 5, 20)  # counted apart
+    Tracker(tmp_path, SETTINGS, 0).evaluation(5, figures((9, 1.0, 0.5)), None, ledger)
+    [line] = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
+    assert line["bytes_of_each"] == [40, 0, 60]
+
+
 def test_a_full_disk_ends_no_training_and_the_curve_is_whole_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
