@@ -41,7 +41,8 @@ def content(
     ranks: int,
     beside: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """All of it; `test` is the last evaluation, null where a run stopped before its first.
+    """All of it; `test` is the last evaluation, after `test_iteration` iterations; both are null
+    where a run stopped before its first.
 
     Args:
         beside: as `pca` gave it; None: none, or the run isn't finished.
@@ -51,6 +52,7 @@ def content(
         "status": "finished" if done == settings.train.iterations else "stopped",
         "iterations": done,
         "test": tracker.history[-1]["test"] if tracker.history else None,
+        "test_iteration": tracker.history[-1]["iteration"] if tracker.history else None,
         "ceiling": beside,
         "evaluated_ues": evaluated(settings),
         "joined": [asdict(one) for one in initial.joined(settings, tracker.history)],

@@ -57,6 +57,12 @@ def test_table(test: dict[str, Any], pca: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def _earlier(summary: dict[str, Any]) -> list[str]:
+    """That the last evaluation was before the last iteration."""
+    at = summary["test_iteration"]
+    return [] if at == summary["iterations"] else [f"after iteration {at}: the last evaluation"]
+
+
 def _not_everyone(summary: dict[str, Any]) -> list[str]:
     """Which UEs the mean over the test set isn't over, and why."""
     ues, chosen = summary["topology"]["ues"], summary["evaluated_ues"]
@@ -75,7 +81,7 @@ def closing_table(summary: dict[str, Any], folder: Path) -> str:
     crossed = summary["exchanged"]
     lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
     if summary["test"]:
-        lines += [f"{'':>10}  {note}" for note in _not_everyone(summary)]
+        lines += [f"{'':>10}  {note}" for note in (*_earlier(summary), *_not_everyone(summary))]
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

@@ -6,11 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import small
+import torch
+from runs import CPU, small
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from csipipe import methods
+from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
+from csipipe.methods.centralised import Centralised
 from csipipe.run import summary
+from csipipe.tracking import Tracker
 from csipipe.tracking.tables import closing_table
 
 
@@ -20,7 +25,7 @@ def test_the_closing_table_says_over_whom_its_mean_is(tmp_path: Path) -> None:
     ended = {
         **{"status": "finished", "iterations": 1, "seconds_per_iteration": 1, "seconds_total": 1},
         **{"exchanged": nothing, "exchanged_buffers": nothing, "dropped": [], "joined": []},
-        **{"ceiling": None, "topology": {"ues": 4}},
+        **{"ceiling": None, "topology": {"ues": 4}, "test_iteration": 1},
         "test": {**row, "floor_loss": 2e-3, "per_ue": [{**row, "ue": ue} for ue in (0, 3)]},
     }
     text = closing_table({**ended, "evaluated_ues": [0, 3]}, tmp_path)
@@ -29,6 +34,18 @@ def test_the_closing_table_says_over_whom_its_mean_is(tmp_path: Path) -> None:
     text = closing_table({**ended, "evaluated_ues": [0, 1, 2, 3]}, tmp_path)
     assert "the mean is without UEs 1, 2, for bad values (train.on_bad_ue)" in text
     assert "run.eval_ues" not in text
+    assert "the last evaluation" not in text
+
+
+def test_a_stopped_run_says_of_which_iteration_its_figures_are(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    settings = small("centralised", topology={"stages": None}, train={"iterations": 9})
+    worker = Centralised(settings, *methods.load(settings, range(4), CPU), CPU)
+    tracker, ledger = Tracker(tmp_path, settings, 0), Ledger(4)
+    tracker.evaluation(2, worker.evaluate("test"), None, ledger)
+    found = summary.content(worker, settings, tracker, ledger, 4, 1, None)
+    assert (found["iterations"], found["test_iteration"]) == (4, 2)
+    assert "after iteration 2: the last evaluation\n" in closing_table(found, tmp_path)
 
 
 @pytest.mark.parametrize("there", [True, False])
