@@ -26,6 +26,7 @@ from csipipe.settings.config import ModelSettings, Settings
 
 NEAR = 0.5
 """dB."""
+_ENDS = "encoder", "head"
 _FREE = ("kernels_by", "start")
 """Settings of a model that may differ: they say how it is computed, and where its weights began."""
 
@@ -46,9 +47,15 @@ class Initial:
     def note(self) -> str:
         """What is taken from where, in words."""
         ues, train = self.settings.topology.ues, self.settings.train
-        taken = f"UEs 0-{len(self.known) - 1}" if len(self.known) > 1 else "UE 0"
-        words = f"weights of {self.source.folder} ({self.source.state}): the tail, {taken}"
-        if ues > len(self.known):
+        private = _private(self.settings)
+        words = f"weights of {self.source.folder} ({self.source.state}): the tail"
+        if common := [part for part in _ENDS if part not in private]:
+            words += f", {' and '.join(common)} of UE 0 for all"
+        if private:
+            parts = f"{' and '.join(private)} of " if common else ""
+            taken = f"UEs 0-{len(self.known) - 1}" if len(self.known) > 1 else "UE 0"
+            words += f", {parts}{taken}"
+        if private and ues > len(self.known):
             how = {"mean": "their mean", "fresh": "drawn by train.seed"}[train.newcomers]
             last = f"-{ues - 1}" if ues - 1 > len(self.known) else ""
             words += f"; {'UEs' if last else 'UE'} {len(self.known)}{last}: {how}"
@@ -128,6 +135,8 @@ class Joined:
 def joined(settings: Settings, history: Sequence[Mapping[str, Any]]) -> list[Joined]:
     """For each newcomer, the first evaluation at which its NMSE was near the others' mean.
 
+    Where UEs have no part of their own, nobody joins.
+
     Args:
         history: a line per evaluation, as in `history.jsonl`.
     """
@@ -135,7 +144,7 @@ def joined(settings: Settings, history: Sequence[Mapping[str, Any]]) -> list[Joi
         source = read(settings)
     except (ValueError, OSError):  # gone since the run began
         return []
-    if source is None:
+    if source is None or not _private(settings):
         return []
     known, ues = len(source.known), settings.topology.ues
     return [_joined(settings, history, known, ue) for ue in range(known, ues)]
@@ -160,6 +169,14 @@ def _joined(
                 bytes=of_each and of_each[ue],
             )
     return Joined(ue=ue, iterations=0, samples=0, bytes=0)
+
+
+def _private(settings: Settings) -> list[str]:
+    """Which of encoder and head each UE has for itself; the others' start is the first UE's."""
+    if not settings.spec.crosses:  # in one process, one model
+        return []
+    common = exchanged_parts(settings)
+    return [part for part in _ENDS if part not in common]
 
 
 def as_ranged(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -65,6 +65,29 @@ def test_ues_keep_a_frozen_part_that_a_method_would_have_averaged(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "freeze", "taken"),
+    [
+        ("fedavg", None, "the tail, encoder and head of UE 0 for all"),
+        ("centralised", None, "the tail, encoder and head of UE 0 for all"),
+        ("fedavgper", None, "the tail, head of UE 0 for all, encoder of UEs 0-3; UE 4: mean"),
+        ("splitfed", "head", "the tail, encoder of UE 0 for all, head of UEs 0-3; UE 4: mean"),
+            "splitfed",
+            "head",
+            "the tail, encoder of UE 0 for all, head of UEs 0-3; UE 4: their mean",
+        ),
+    ],
+)
+def test_what_ues_share_is_said_to_be_the_first_ones(
+    method: str, freeze: str | None, taken: str, tmp_path: Path
+) -> None:
+    trainedruns.finish(tmp_path / "run")
+    source = initial.read(replace(wanting(tmp_path / "run", 5, freeze=freeze), method=method))
+    assert source is not None
+    note = source.note.split("): ")[1].split("; frozen")[0]
+    assert note.replace("their mean", "mean") == taken
+
+
 def test_a_run_goes_on_as_well_as_the_other_ended(tmp_path: Path) -> None:
     before = trainedruns.finish(tmp_path / "run")
     worker, _ = begun(wanting(tmp_path / "run", 4))
@@ -118,7 +141,7 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
     settings = wanting(tmp_path / "run", 5)
     [found] = initial.joined(settings, history)
     assert found == initial.Joined(ue=4, iterations=10, samples=80, bytes=1200)
-    steps = small("fedavg", topology={"ues": 5}, train={"init": str(tmp_path / "run")})
+    steps = small("fedavgper", topology={"ues": 5}, train={"init": str(tmp_path / "run")})
     steps = replace(steps, train=replace(steps.train, local_steps=3))
     assert initial.joined(steps, history)[0].samples == 240
     some = replace(settings, topology=replace(settings.topology, participants=2))
@@ -129,6 +152,7 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
     assert found.iterations == 0
     assert initial.joined(wanting(tmp_path / "run", 4), history) == []
     assert initial.joined(small(), history) == []
+    assert initial.joined(replace(steps, method="fedavg"), history) == []
     assert initial.joined(wanting(tmp_path / "gone", 5), history) == []
 
 
