@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
         try:
-            command = import_module(COMMANDS[name][0])
+            module = import_module(COMMANDS[name][0])
         except ModuleNotFoundError as error:
             package = (error.name or __package__).partition(".")[0]
             if package == __package__ or "--debug" in arguments:
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
                 file=sys.stderr,
             )
             return 1
-        code: int = command.main(arguments[1:])
+        code: int = module.main(arguments[1:])
         return code
     rows = "\n".join(f"  {key:<11}{about}" for key, (_, about) in COMMANDS.items())
     usage = f"usage: python -m csipipe COMMAND …, each with its --help:\n{rows}"
@@ -48,6 +48,11 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     print(f"csipipe: error: unknown command {name!r}.\n{usage}", file=sys.stderr)
     return 2
+
+
+def command(name: str) -> int:
+    """As `main`, with the words behind the name of a script in launch/."""
+    return start(lambda words: main([name, *words]))
 
 
 if __name__ == "__main__":

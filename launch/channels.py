@@ -2,8 +2,7 @@
 
 import sys
 
-from csipipe.channels.command import main
-from csipipe.entry import start
+from csipipe.__main__ import command
 
 if __name__ == "__main__":
-    sys.exit(start(main))
+    sys.exit(command("channels"))

@@ -2,8 +2,7 @@
 
 import sys
 
-from csipipe.entry import start
-from csipipe.evaluation.leak import main
+from csipipe.__main__ import command
 
 if __name__ == "__main__":
-    sys.exit(start(main))
+    sys.exit(command("leak"))

@@ -69,10 +69,13 @@ def test_a_file_that_needs_h5py_says_so(tmp_path: Path) -> None:
         assert "pip install h5py" in line
 
 
-def test_a_command_that_needs_one_says_so() -> None:
+@pytest.mark.parametrize("module", ["csipipe", "launch.evaluate"])
+def test_a_command_that_needs_one_says_so(module: str) -> None:
+    words = ["evaluate"] if module == "csipipe" else []
     said = _run(
-        f"{_WITHOUT}\nfrom csipipe.__main__ import main\nsys.stderr = sys.stdout\n"
-        "assert main(['evaluate', 'RUN']) == 1"
+        f"{_WITHOUT}\nimport runpy\nsys.stderr = sys.stdout\nsys.argv[1:] = {words} + ['RUN']\n"
+        f"try:\n    runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 1"
     )
     assert "evaluate needs matplotlib" in said
     assert "pip install matplotlib" in said
