@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from csipipe import channels, checkpoint, models
 from csipipe.channels import Manifest, Source, Span
 from csipipe.files import DAMAGED
+from csipipe.methods.common import shared_modules
+from csipipe.methods.replica import split
 from csipipe.methods.state import BTS, layer_name, meant, ue_name
 from csipipe.models.ranged import ranged
 from csipipe.run import card
@@ -151,7 +153,7 @@ class Trained:
                     if k.startswith("layer.")
                 }
         # federated methods: a tail at every UE, of which none may be up to date
-        return state or meant(snapshot.tensors(ue_name(0))) | _common(snapshot)
+        return state or meant(snapshot.tensors(ue_name(0))) | self._common
 
     def _ue_state(
         self, snapshot: checkpoint.Snapshot | None, ue: int
@@ -163,9 +165,36 @@ class Trained:
         state = meant(snapshot.tensors(ue_name(ue)))
         if ue and not any(key.startswith("encoder.") for key in state):
             return self._ue_state(snapshot, 0)  # centralised: the first UE's are everyone's
-        if self.settings.spec.pipelined:  # between two averagings, or on its own
-            return state, file
-        return state | _common(snapshot), file
+        if self.own.spec.pipelined:  # a UE has moved since the last averaging
+            return state | self._caught_up(state), file
+        return state | self._common, file
+
+    @cached_property
+    def _common(self) -> dict[str, Tensor]:
+        """What the UEs have in common, where a UE may be behind: parts of a snapshot's BTS."""
+        snapshot = self._snapshot
+        if snapshot is None or BTS not in snapshot.content["parts"]:
+            return {}
+        state = meant(snapshot.tensors(BTS))
+        return {k: v for k, v in state.items() if k.startswith(("encoder.", "tail.", "head."))}
+
+    def _caught_up(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a UE's state that are averaged, with what the UE missed while it was
+        absent, as the run itself evaluates and saves it."""
+        if not self._common:
+            return {}
+        parts = nn.ModuleDict(shared_modules(self.own, torch.device("cpu")))
+        statistics = {n: b for n, b in parts.named_buffers() if b.is_floating_point()}
+        found: dict[str, Tensor] = {}
+        for kind, tensors in (
+            ("values", dict(parts.named_parameters())),
+            ("statistics", statistics),
+        ):
+            if tensors:
+                knew = split(state[f"agreed.{kind}"], list(tensors.values()))
+                for name, known in zip(tensors, knew, strict=True):
+                    found[name] = state[name] + (self._common[name] - known)
+        return found
 
 
 def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trained:
@@ -220,14 +249,6 @@ def _settings(arguments: list[str]) -> Settings:
     settings, _ = commandline.settings(commandline.reader(), arguments)
     kind = settings.data.kind or BEFORE["data.kind"]
     return replace(settings, data=replace(settings.data, kind=kind))
-
-
-def _common(snapshot: checkpoint.Snapshot) -> dict[str, Tensor]:
-    """What the UEs of a federated run have in common, where a UE may be behind."""
-    if BTS not in snapshot.content["parts"]:
-        return {}
-    state = meant(snapshot.tensors(BTS))
-    return {k: v for k, v in state.items() if k.startswith(("encoder.", "tail.", "head."))}
 
 
 def _numbered(checkpoints: Path, number: str) -> Path:
