@@ -70,9 +70,9 @@ class Initial:
             ValueError: weights that are missing, damaged or of another model.
         """
         for name, unit in worker.units().items():
-            ue, layer = whose(name)
+            (ue, layer), own = whose(name), unit.state()
             if name == BTS:  # what the UEs of a federated method have in common
-                state = self._ue(0) | self._tail
+                state = as_ranged(self._ue(0) | self._tail, own)
             elif ue is None:
                 start = f"tail.{layer}."
                 state = {
@@ -81,7 +81,6 @@ class Initial:
                     if key.startswith(start)
                 }
             else:
-                own = unit.state()
                 state = (self._ue(ue) or own) | self._shared(ue) | self._tail
                 state = as_ranged(state, own)
             try:

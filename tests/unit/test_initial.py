@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from runs import CPU, small
 from csipipe import methods, models
 from csipipe.methods import roster
 from csipipe.methods.centralised import Centralised
+from csipipe.methods.common import shared_modules
+from csipipe.methods.state import BTS, NoMoments, Unit
 from csipipe.run import initial
-from csipipe.settings.config import ModelSettings, Settings, TrainSettings
+from csipipe.settings.config import CodecSettings, ModelSettings, Settings, TrainSettings
 
 
 def begun(settings: Settings, shared: bool = False) -> tuple[Centralised, initial.Initial]:
@@ -102,6 +106,20 @@ def test_an_encoder_gets_a_range_or_loses_it(tmp_path: Path) -> None:
     weights = {f"encoder.{name}": tensor for name, tensor in state.items()}
     plain = initial.as_ranged(weights, before.ues[1].unit().state())
     assert torch.equal(plain["encoder.0.weight"], wanted["0.weight"])
+
+
+def test_what_the_bts_keeps_has_no_range(tmp_path: Path) -> None:
+    """A federated method begins with a run that was trained for four bits."""
+    comm = {"codec": CodecSettings(smashed="int4"), "scale": "range"}
+    before = trainedruns.finish(tmp_path / "run", comm=comm)
+    settings = small("fedgrad", topology={"stages": None}, train={"init": str(tmp_path / "run")})
+    source = initial.read(settings)
+    assert source is not None
+    parts = shared_modules(settings, CPU)
+    units = {BTS: Unit(dict(parts), NoMoments())}
+    source.give(cast(methods.Worker, SimpleNamespace(units=lambda: units)))
+    wanted = before.ues[0].encoder.state_dict()["inner.0.weight"]
+    assert torch.equal(parts["encoder"].state_dict()["0.weight"], wanted)
 
 
 def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> None:
