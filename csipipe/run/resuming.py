@@ -87,6 +87,24 @@ class Start:
         return int(self.checkpoint.name) if self.checkpoint else 0
 
 
+def in_words(start: Start, settings: Settings) -> str:
+    """How a run goes on that was begun before, for the user; empty: it is a new one."""
+    if start.finished:
+        said = f"{start.folder} holds this run, which is finished: nothing to do."
+    elif start.checkpoint is not None:
+        said = f"resuming after iteration {start.iteration}, from {start.checkpoint}"
+    else:
+        return "the run in this directory had no checkpoint yet: it starts again" * start.exists
+    asked, found = settings.run.resume, start.checkpoint and start.checkpoint.resolve()
+    source = None if asked in NO_PATH else Path(asked).resolve()
+    if source is None or source == found or start.folder.resolve() not in source.parents:
+        return said
+    return (
+        f"{said.removesuffix('.')}. run.resume {asked} took it back before and doesn't again, as "
+        "a requeued job repeats its command; to train from there once more, choose a new run.dir."
+    )
+
+
 def decide(settings: Settings, folder: Path, again: bool) -> Start:
     """How the run of `settings` in `folder` begins; only reads.
 

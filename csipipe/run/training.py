@@ -30,7 +30,7 @@ from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
 from csipipe.run import handshake, initial, summary
 from csipipe.run.lock import Lock
-from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, source_of, written
+from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, in_words, source_of, written
 from csipipe.run.saving import Saver, restore
 from csipipe.run.stopping import Stopping
 from csipipe.settings import commandline
@@ -70,7 +70,7 @@ def _launch(world: World, settings: Settings) -> None:
     start = _begin(world, settings)
     if start.finished:
         if world.rank == 0:
-            print(f"{start.folder} holds this run, which is finished: nothing to do.", flush=True)
+            print(in_words(start, settings), flush=True)
         return
     begun = None if start.checkpoint else initial.read(settings)
     device = pick_device(settings.train.device, world.local_rank)
@@ -146,10 +146,8 @@ def _introduce(
             f"evaluations are over {len(chosen)} of the {settings.topology.ues} UEs, drawn by "
             f"train.seed: {', '.join(map(str, chosen))}"
         )
-    if start.checkpoint is not None:
-        tracker.say(f"resuming after iteration {start.iteration}, from {start.checkpoint}")
-    elif start.exists:
-        tracker.say("the run in this directory had no checkpoint yet: it starts again")
+    if begun := in_words(start, settings):
+        tracker.say(begun)
 
 
 def start_notes(settings: Settings) -> list[str]:

@@ -21,7 +21,7 @@ from csipipe import checkpoint
 from csipipe.comm.world import World
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
-from csipipe.run.resuming import DEEPSPEED, Start, decide
+from csipipe.run.resuming import DEEPSPEED, Start, decide, in_words
 from csipipe.run.training import anywhere, claim, new_folder, reopen
 from csipipe.settings import commandline
 from csipipe.settings.config import (
@@ -330,10 +330,19 @@ def test_a_requeued_job_does_not_go_back_again(tmp_path: Path) -> None:
     run_in(folder, Settings())
     first = snapshot(folder / "checkpoints", 5)
     back = Settings(run=RunSettings(resume=str(first)))
-    reopen(decide(back, folder, again=False), back)
+    begun = decide(back, folder, again=False)
+    assert in_words(begun, back) == f"resuming after iteration 5, from {first}"
+    reopen(begun, back)
     later = snapshot(folder / "checkpoints", 9)
     checkpoint.discard(first)  # run.keep
-    assert decide(back, folder, again=False).checkpoint == later
+    found = decide(back, folder, again=False)
+    assert found.checkpoint == later
+    said = f"run.resume {first} took it back before and doesn't again"
+    assert f"iteration 9, from {later}. {said}" in in_words(found, back)
+    (folder / "summary.json").write_text('{"status": "finished", "iterations": 500}')
+    ended = decide(back, folder, again=False)
+    assert f"is finished: nothing to do. {said}" in in_words(ended, back)
+    assert in_words(decide(Settings(), folder, again=False), Settings()).endswith("nothing to do.")
 
 
 def test_what_a_run_that_went_back_saves_is_kept(
