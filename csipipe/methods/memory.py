@@ -12,7 +12,8 @@ _BYTES = {"fp32": 4, "bf16": 2}
 
 
 def of_a_ue(settings: Settings) -> dict[str, int]:
-    """Bytes of a UE's `weights` and `moments`, and of what the `bts` keeps for it.
+    """Bytes of a UE's `weights` and `moments`, and of what the `bts` keeps for it; where they are
+    kept, of the weights' `mean`, and of what updates lost at their codec (`feedback`).
 
     Weights include BatchNorm's statistics and, in the federated methods, what all UEs agreed on.
     Gradients and activations aren't included: only UEs of the iteration have some.
@@ -24,9 +25,13 @@ def of_a_ue(settings: Settings) -> dict[str, int]:
     agreed = sum(sizes[part] + statistics[part] for part in shared)
     elsewhere = [*settings.train.frozen, *(shared if spec.bts_steps else [])]
     stepped = sum(sizes[part] for part in parts if part not in elsewhere)
+    own = sum(sizes[part] + statistics[part] for part in parts)
+    update = sum(sizes[part] for part in shared)
     return {
-        "weights": 4 * (sum(sizes[part] + statistics[part] for part in parts) + agreed),
+        "weights": 4 * (own + agreed),
         "moments": 2 * _BYTES[settings.train.moments] * stepped,
+        "mean": 4 * own if settings.train.average else 0,
+        "feedback": 4 * update if settings.comm.error_feedback else 0,
         "bts": 4 * agreed if some_are_absent(settings) else 0,
     }
 
@@ -38,8 +43,12 @@ def note(settings: Settings) -> str:
         f"{held['weights'] / _MIB:.2f} MiB of weights",
         f"{held['moments'] / _MIB:.2f} of Adam's moments ({settings.train.moments})",
     ]
-    if held["bts"]:
-        parts.append(f"{held['bts'] / _MIB:.2f} at the BTS of what it knows")
+    more = {
+        "mean": "of the weights' mean",
+        "feedback": "of what updates lost",
+        "bts": "at the BTS of what it knows",
+    }
+    parts += [f"{held[key] / _MIB:.2f} {what}" for key, what in more.items() if held[key]]
     total = ues * sum(held.values()) / _MIB
     return (
         f"memory of a UE: {', '.join(parts)}; {total:,.0f} MiB for {ues:,}, and about as much "

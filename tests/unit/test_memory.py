@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from csipipe.comm.codec import Residual
+from csipipe.comm.ledger import Kind
 from csipipe.methods import memory
+from csipipe.methods.average import Mean
+from csipipe.methods.common import sizes
 from csipipe.methods.fedavg import FedAvg
 from csipipe.methods.fedgrad import FedGrad
 from csipipe.methods.replica import Agreed, Replica
@@ -70,7 +75,20 @@ def test_it_is_what_the_tensors_of_a_ue_take(method: str, moments: Moments) -> N
     assert held["weights"] == size([*weights, *(one.value for one in agreed)])
     states = [state for state in ue.optimizer.state.values() if state]
     assert held["moments"] == size([s[k] for s in states for k in ("exp_avg", "exp_avg_sq")])
-    assert held["bts"] == 0
+    assert [held[key] for key in ("mean", "feedback", "bts")] == [0, 0, 0]
+    averaged = replace(settings, train=replace(settings.train, average=0.9))
+    mean = Mean({**ue.parts, **({"tail": parts[2]} if len(parts) > 2 else {})})
+    assert memory.of_a_ue(averaged) == held | {"mean": size([*mean.buffers()])}
+    assert f"{size([*mean.buffers()]) / 2**20:.2f} of the weights' mean" in memory.note(averaged)
+
+
+def test_what_updates_lose_is_kept_where_it_is_made_up_for() -> None:
+    plain = setting("fedavg")
+    codec = replace(plain.comm.codec, update="int4")
+    made_up = replace(plain, comm=replace(plain.comm, codec=codec, error_feedback=True))
+    residual = Residual(sizes(made_up)[Kind.UPDATE])
+    assert memory.of_a_ue(made_up) == memory.of_a_ue(plain) | {"feedback": residual.value.nbytes}
+    assert "of what updates lost; " in memory.note(made_up)
 
 
 def test_the_bts_keeps_what_an_absent_ue_knows() -> None:
