@@ -40,8 +40,8 @@ class Figures:
     seconds: float
     """Of training: iterations times the median of one, without evaluations."""
     ceiling: int | None
-    """Components of a PCA that it can't beat, of ever more rows; None: its decoder doesn't end
-    linearly."""
+    """Components of the PCA, fitted to unlimited rows, that it can't beat; None: its decoder
+    doesn't end linearly."""
 
 
 def measure(run: Run, rows: Rows) -> Figures:

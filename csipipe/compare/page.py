@@ -57,9 +57,9 @@ def text(
         _unfair(found, minutes),
         "NMSE is centred. Ceiling: the decoder ends with linear layers, so that its reconstruction "
         "(before its output function) lies in a space of so many dimensions, and PCA with as many "
-        "components, of ever more rows, can't be beaten; —: it ends otherwise and has no bound. "
-        "Feedback bits are those of the codeword as it crosses, not quantised further. PCA is "
-        "fitted to the NMSE of the training rows of all UEs, at most 20,000 of them.",
+        "components, fitted to unlimited rows, can't be beaten; —: it ends otherwise and has no "
+        "bound. Feedback bits are those of the codeword as it crosses, not quantised further. PCA "
+        "is fitted to the NMSE of the training rows of all UEs, at most 20,000 of them.",
     )
 
 

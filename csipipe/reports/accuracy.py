@@ -204,7 +204,7 @@ def text(reached: Sequence[Reached], amount: str, common: Settings, notes: str) 
         f"{common.topology.ues} UEs × {common.train.batch_size} rows per iteration, channels: "
         f"{data}; each run: {_in_words(amount)}; seeds {seeds}: medians, in "
         "brackets the lowest and the highest. Weights are the best on held-out training rows. "
-        "ceiling: PCA with c2 components of the training rows; that of ever more rows is what a "
+        "ceiling: PCA with c2 components of the training rows; that of unlimited rows is what a "
         "linear head can't beat."
     )
     return pages.page("Accuracy", about, *parts, notes)

@@ -25,7 +25,7 @@ class Ceiling:
 
     Attributes:
         components: of a model that ends linearly, as many as confine it; else c1.
-        bound: of ever more rows, the model couldn't beat it; it can beat that of few.
+        bound: fitted to unlimited rows, the model couldn't beat it; it can beat that of few.
         rows: training rows that it is fitted to, of all UEs.
         nmse_db: centred NMSE on the test rows, in dB; it is fitted to the NMSE, too.
     """

@@ -37,7 +37,7 @@ def ceiling_note(pca: dict[str, Any]) -> str:
     """What a PCA (`csipipe.run.ceiling.Ceiling`, as a dict) is to the model beside it."""
     of = f"of {pca['rows']:,} training rows"
     if pca["bound"]:
-        return f"{of}; of ever more, this model's ceiling"
+        return f"{of}: an estimate of this model's ceiling"
     return f"{of}: no bound, this model can beat it"
 
 

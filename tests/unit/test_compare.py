@@ -143,7 +143,7 @@ def test_the_ceiling_is_fitted_to_the_nmse_of_all_training_rows() -> None:
     assert found is not None
     assert (found.components, found.bound, found.rows) == (8, True, 60)
     # not of so few: that of more rows is below it
-    assert ceiling_note(asdict(found)) == "of 60 training rows; of ever more, this model's ceiling"
+    assert ceiling_note(asdict(found)) == "of 60 training rows: an estimate of this model's ceiling"
     more = replace(settings, data=replace(settings.data, train_samples=600))
     assert ceiling.pca(more, testset.load(settings).h_BAD.numpy(), [8])[8] < found.nmse_db
     beyond = ceiling.find(replace(settings, model=replace(settings.model, head="crblock")))
