@@ -42,7 +42,8 @@ SETUP_TIMEOUT = 1800.0
 """Longest wait for a rank that is still reading or generating its data, in seconds."""
 POLL = 0.02
 """Seconds between two looks for a message from another rank."""
-_LOOKS = 50  # a short wait for a text gets longer by at most 1/_LOOKS
+_LOOKS = 20  # a short wait for a text gets longer by at most 1/_LOOKS,
+_FIRST = 1e-3  # or by so many seconds: looks cost ranks that work on the same cores
 _SPEAKING = 3.0
 _LOOK = 1.0  # seconds between two checks whether a rank gave up
 _GRACE = 4.0  # a rank that also waits publishes it after `_LOOK`; on a busy machine, later
@@ -279,7 +280,7 @@ class World:
                 if reason:
                     doing = f"waiting for {what} from {self.role(rank)}"
                     raise blame.PeerLost(doing, rank, what, reason)
-                time.sleep(min(poll, waited / _LOOKS))
+                time.sleep(min(poll, max(_FIRST, waited / _LOOKS)))
         return str(self.store.get(key).decode())
 
     def leave(self) -> None:
