@@ -63,7 +63,7 @@ class UeHalf(UeSide):
             calls={op: partial(self._hear, kind) for op, kind in AGREED.items()},
         )
         self.whole, self.each = self.stage.whole, self.stage.each
-        self.always: set[Op] = {*AGREED}
+        self.always: set[Op] = set()
         self._restore: list[dict[str, Callable[[], None]]] = []
         # these two stay where they are, so that an iteration can be recorded
         shape = len(ues), DRAWN, train.batch_size
@@ -109,7 +109,7 @@ class UeHalf(UeSide):
             self.stage.post(backward=any(i.op is Op.RECEIVE_BACKWARD for i in plan))
 
     def execute(self, plan: Plan, clock: Clock | None = None) -> None:
-        """Where none of its UEs takes part, a rank only hears who does."""
+        """Where none of its UEs takes part, a role does only what is always done."""
         super().execute(plan if self.stage.ues else [i for i in plan if i.op in self.always], clock)
 
     def undo(self) -> None:

@@ -89,6 +89,7 @@ class Roster:
         self._decides: set[Kind] = set()
         self._agreed: set[Kind] = set()
         self._holds = True
+        self._idle = False
         self.present = self._everyone
         self.evaluated = evaluated(settings)
         self.behind: list[int] = []
@@ -102,6 +103,7 @@ class Roster:
             self.present = drawn(self._settings, iteration)
             self.behind = returning(self._settings, iteration)
             self.averages = averages(self._settings, iteration)
+            self._seat()
 
     def of(self, plan: Plan) -> list[Instruction]:
         """Of a plan that is cut by UE, what concerns UEs that take part."""
@@ -120,8 +122,20 @@ class Roster:
             kind: wire.announcements(kind, source, len(self._everyone))
             for kind, source in sources.items()
         }
-        rank = wire.topology.rank(wire.role)
-        self._decides = {kind for kind, source in sources.items() if rank == source}
+        self._topology, self._rank = wire.topology, wire.topology.rank(wire.role)
+        self._decides = {kind for kind, source in sources.items() if self._rank == source}
+        self._others = {kind: channel.peers for kind, channel in self._channels.items()}
+
+    def _seat(self) -> None:
+        """Ranks with work in the iteration agree; the others would wait for a verdict too long."""
+        if self._channels:
+            topology = self._topology
+            hosts = {topology.rank(topology.host(ue)) for ue in self.present}
+            works = {*topology.bts_ranks, *hosts}
+            self._idle = self._rank not in works
+            for kind in self._decides:
+                peers = [peer for peer in self._others[kind] if peer.rank in works]
+                self._channels[kind].peers = peers
 
     def train(
         self,
@@ -136,6 +150,8 @@ class Roster:
         """
         if not self._channels:
             execute(parts.attempt)
+            return
+        if self._idle:
             return
         execute(parts.once)
         while True:

@@ -159,9 +159,10 @@ def slowly(world: World, settings: Settings) -> list[bool]:
     return [world.store.check([f"done/{k + 1}"]) for k in range(settings.train.iterations)]
 
 
-def test_a_rank_without_work_waits_for_nobody_for_long() -> None:
+@pytest.mark.parametrize("on_bad_ue", ["stop", "drop"])
+def test_a_rank_without_work_waits_for_nobody_for_long(on_bad_ue: str) -> None:
     """An iteration takes longer than the time-out; most ranks have none, in one or in several."""
-    settings = setting(topology={"ues": 4, "participants": 1}, iterations=3)
+    settings = setting(topology={"ues": 4, "participants": 1}, iterations=3, on_bad_ue=on_bad_ue)
     assert settings.train.micro_batches * 0.3 > 1.0
     assert turns(settings) == [[0], [3], [2]]
     assert run_world(5, slowly, settings)[0] == [False, False, True]
