@@ -126,13 +126,15 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
 
 
 def _pca(one: Evaluated, rows: testset.Rows) -> Ceiling | None:
-    """The PCA of the rows that a run was trained on; None: they can't be read here, too."""
+    """The PCA of the rows that a run was trained on, no bound on a test set of other data; None:
+    they can't be read here, too."""
     if one.run.settings.data == one.run.own.data and (noted := ceiling.noted(one.run.folder)):
         return noted
     try:
-        return ceiling.find(one.run.own, rows.h_BAD.numpy())
+        found = ceiling.find(one.run.own, rows.h_BAD.numpy())
     except (ValueError, OSError):
         return None
+    return replace(found, bound=False) if found and one.run.elsewhere else found
 
 
 def _read(options: Namespace, changes: Sequence[str]) -> list[Trained]:

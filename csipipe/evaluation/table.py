@@ -78,9 +78,11 @@ def _pca(evaluated: Evaluated, width: int) -> list[str]:
     """The line of the PCA that the run is compared with, if there is one."""
     if evaluated.pca is None:
         return []
-    name, nmse_db = f"PCA-{evaluated.pca.components}", evaluated.pca.nmse_db
-    figures = dict.fromkeys(SHOWN) | {"nmse_db": nmse_db}
-    return [_row(name, figures, width) + f"   {ceiling_note(asdict(evaluated.pca))}"]
+    figures = dict.fromkeys(SHOWN) | {"nmse_db": evaluated.pca.nmse_db}
+    note = ceiling_note(asdict(evaluated.pca))
+    if evaluated.run.elsewhere:
+        note = f"of the run's own {evaluated.pca.rows:,} training rows"
+    return [_row(f"PCA-{evaluated.pca.components}", figures, width) + f"   {note}"]
 
 
 def _pair(best: tuple[float, float] | None) -> dict[str, float | None]:

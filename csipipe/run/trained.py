@@ -85,6 +85,14 @@ class Trained:
         whole = self.status == HANDED_ON and self.iteration is not None and self.iteration >= of
         return whole or self.status == "finished"
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the caller's changes put it on other data than it was trained on; more or fewer
+        rows, or another seed, are no other data."""
+        mine, theirs = self.own.data, self.settings.data
+        names = ("source", "path", "where", "kind")
+        return any(getattr(mine, name) != getattr(theirs, name) for name in names)
+
     def dealt(self) -> tuple[Source, tuple[tuple[Span, ...], ...]]:
         """Where its rows come from, and which of them every UE trained on.
 

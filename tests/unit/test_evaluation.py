@@ -216,6 +216,23 @@ def test_a_run_leaves_tables_json_and_a_picture(
     assert not list(out.glob("*.partial"))
 
 
+def test_pca_of_a_runs_own_rows_is_no_ceiling_on_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainedruns.finish(tmp_path / "run", data={"train_samples": 400})
+    for changes, bound in (
+        ([], True),
+        (["--data.test_samples", "9"], True),
+        (["--data.environment", "outdoor"], False),
+    ):
+        evaluate(tmp_path / "run", *changes)
+        printed = capsys.readouterr().out
+        assert ("of this model's ceiling" in printed) == bound
+        assert ("of the run's own 400 training rows\n" in printed) == (not bound)
+        content = json.loads((tmp_path / "run/evaluation/figures.json").read_text())
+        assert content["runs"][0]["ceiling"]["bound"] == bound
+
+
 def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainedruns.finish(tmp_path / "one")
     trainedruns.snapshot(tmp_path / "two", trainedruns.begin(tmp_path / "two", "fedavgper"), 7)
