@@ -19,18 +19,17 @@ def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
     """One run: every UE, their mean, floor and PCA, and percentiles.
 
     Args:
-        best: ρ and SGCS of the images themselves.
+        best: ρ and SGCS of the images themselves; None: there are none.
     """
     mean = evaluated.mean()
     floor = {"loss": mean["floor_loss"], "nmse_db": 0.0, "rho": None, "sgcs": None}
-    images = {"loss": 0.0, "nmse_db": None, **_pair(best)}
     width = max(10, *(len(f"UE {row['ue']}") for row in evaluated.per_ue()))
     lines = [_line("", _HEADS, width)]
     lines += [_row(f"UE {row['ue']}", row, width) for row in evaluated.per_ue()]
     lines += [
         _row("mean", mean, width),
         _row("0.5", floor, width) + "   a constant 0.5: the floor",
-        _row("H", images, width) + "   the images themselves: the ceiling",
+        *_images(best, width),
         *_pca(evaluated, width),
         "",
         _line("percentile", {p: f"{p} %" for p in PERCENTILES}, width) + "   of all UEs' samples",
@@ -85,8 +84,12 @@ def _pca(evaluated: Evaluated, width: int) -> list[str]:
     return [_row(f"PCA-{evaluated.pca.components}", figures, width) + f"   {note}"]
 
 
-def _pair(best: tuple[float, float] | None) -> dict[str, float | None]:
-    return {"rho": best[0], "sgcs": best[1]} if best else {"rho": None, "sgcs": None}
+def _images(best: tuple[float, float] | None, width: int) -> list[str]:
+    """The line of the images themselves, where it says anything."""
+    if best is None:
+        return []
+    figures = {"loss": 0.0, "nmse_db": None, "rho": best[0], "sgcs": best[1]}
+    return [_row("H", figures, width) + "   the images themselves: best possible ρ and SGCS"]
 
 
 def _row(name: str, figures: dict[str, Any], width: int) -> str:

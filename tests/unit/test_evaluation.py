@@ -20,7 +20,7 @@ from runs import CPU
 from torch import Tensor, nn
 
 from csipipe.channels.csinet import NO_FILE, SMALLER
-from csipipe.evaluation import command, samples, testset
+from csipipe.evaluation import command, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
 from csipipe.evaluation.testset import Rows
 from csipipe.measure import metrics
@@ -66,6 +66,20 @@ def test_a_perfect_model_and_one_that_has_learnt_nothing() -> None:
     assert nothing["loss"] == pytest.approx(nothing["floor_loss"])
     assert (nothing["rho"], nothing["sgcs"]) == (0.0, 0.0)  # it points nowhere
     assert samples.ceiling(test) == pytest.approx((1, 1), abs=1e-6)
+
+
+def test_the_images_themselves_are_shown_where_they_have_rho_and_sgcs() -> None:
+    test = rows(5)
+    [line] = [
+        line
+        for line in table.of_run(evaluated([Const(0.6)], test), samples.ceiling(test)).splitlines()
+        if line.split()[:1] == ["H"]
+    ]
+    assert line.endswith("1.0000      1.0000   the images themselves: best possible ρ and SGCS")
+    without = Rows(test.h_BAD, None, "no file", "")
+    shown = table.of_run(evaluated([Const(0.6)], without), samples.ceiling(without))
+    assert "themselves" not in shown
+    assert "a constant 0.5: the floor" in shown
 
 
 def test_means_are_over_rows_then_ues_and_linear_before_db() -> None:
