@@ -106,6 +106,12 @@ def test_both_percentages_are_medians_of_rounds() -> None:
         "4.1%",
     ]
     assert "25.0% saved" in text
+    assert "*Saved* is the median over rounds of 1 − t_with/t_without" in text
+    assert (
+        "needn't be what the median times beside them would give" in text
+    )  # these would be 50% and 100%
+    caption = table1_output.picture([one], 0.25).get_supxlabel()
+    assert "the median of\n1 − t_with/t_without of each round" in caption
 
 
 def test_the_verdict_says_what_the_figures_say() -> None:
