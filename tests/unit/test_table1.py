@@ -119,11 +119,29 @@ def test_the_verdict_says_what_the_figures_say() -> None:
     assert (
         "saves 10.0% to 20.0% of the time; in the same cells the paper saves 3.9% to 17.9%." in text
     )
-    assert "1 of 2 cells save at least as much as the paper's." in text
-    assert "At 800 samples per UE it saves no more than at 400 (10.0%, 20.0%)" in text
-    assert "The best cell reaches 80% of the bound." in text
-    assert "saves nothing" not in text
-    assert "In 1 cell(s) it saves nothing" in table1_output.verdict([row(saved=-0.1)], 0.25, 2, 2)
+    assert "More than the paper's is saved in 1 of 2 cells, less in 1; in 0" in text
+    assert "At 800 samples per UE it saves less than at 400 (10.0% [10.0%, 10.0%], 20.0%" in text
+    assert text.endswith("The best cell reaches 80% of the bound.\n")
+    assert "The quartiles include 0" not in text
+    assert "Time is lost in: indoor, c 256, B 400." in table1_output.verdict(
+        [row(saved=-0.1)], 0.25, 2, 2
+    )
+
+
+def test_the_verdict_says_what_is_within_the_noise() -> None:
+    noisy = Row("indoor", 256, 800, 10, [1.3, 0.88, 0.7], [1.0, 1.0, 1.0])  # −30 %, 12 %, 30 %
+    text = table1_output.verdict([noisy, row(saved=0.266)], 0.25, 2, 2)
+    assert "saved in 1 of 2 cells, less in 0; in 1 the paper's is between the quartiles" in text
+    assert "what is saved is within the noise: indoor, c 256, B 800." in text
+    assert "it saves less than at 400 (12.0% [-9.0%, 21.0%]," in text
+    text = table1_output.verdict([noisy, row(saved=0.2)], 0.25, 2, 2)
+    assert "it saves the same, within the noise, as at 400 (12.0% [-9.0%, 21.0%], 20.0%" in text
+    assert "noise of this machine" not in text
+
+
+def test_the_verdict_says_that_more_than_the_bound_is_noise() -> None:
+    text = table1_output.verdict([row(saved=0.265)], 0.25, 2, 2)
+    assert "reaches 106% of the bound. What is above the bound is noise of this machine" in text
 
 
 def test_csv_has_a_line_per_cell_and_columns_by_name(tmp_path: Path) -> None:
