@@ -55,7 +55,8 @@ def opened(path: Path, key: str | None = None, scratch: Path | None = None) -> I
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such variable, several, not numbers, pickled objects, a damaged file.
+        SeveralError: several arrays, and no key.
+        ValueError: no such variable, not numbers, pickled objects, a damaged file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} doesn't exist, or isn't a file.")
@@ -90,6 +91,19 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 class _RefusedError(ValueError):
     """A message of ours, complete."""
+
+
+class SeveralError(_RefusedError):
+    """A file holds several arrays, and none was named.
+
+    Attributes:
+        names: theirs.
+    """
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        found = ", ".join(map(repr, names[:20]))
+        super().__init__(f"{path} holds {len(names)} arrays; found {found}. Name one with --key.")
+        self.names = names
 
 
 def _open(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -> RawArray:
@@ -310,9 +324,11 @@ def _choose(path: Path, key: str | None, found: Mapping[str, Any]) -> str:
         return key
     if key is None and len(found) == 1:
         return next(iter(found))
+    if key is None and found:
+        raise SeveralError(path, sorted(found))
     names = ", ".join(sorted(map(repr, found))[:20]) or "none"
-    asked = f"has no array {key!r}" if key is not None else f"holds {len(found)} arrays"
-    raise _RefusedError(f"{path} {asked}; found {names}. Name one with --key.")
+    asked = f"has no array {key!r}" if key is not None else "holds no array"
+    raise _RefusedError(f"{path} {asked}; found {names}.{' Name one with --key.' * bool(found)}")
 
 
 def _check_numbers(path: Path, key: str, dtype: np.dtype[Any]) -> None:

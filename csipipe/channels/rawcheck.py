@@ -26,25 +26,43 @@ def raw_files(place: Path) -> list[Path]:
 
 
 def raw_report(files: list[Path]) -> Iterator[str]:
-    """Lines about arrays: what they are, and the command that converts them."""
+    """Lines about arrays: what they are, and the command that converts each."""
     for file in files:
         yield f"{file.name}: UNUSABLE as it is"
         try:
-            with rawarray.opened(file) as array:
-                text = example(array)
-                yield f"  {array.key or 'array'} {array.dtype} {array.shape}" + (
-                    f"; {array.note}" if array.note else ""
-                )
-                try:
-                    text = guess(array).text
-                    yield f"  the values say that the axes are: {text}"
-                except ValueError as error:
-                    yield f"  {str(error).removeprefix(f'{array}: ')}"
-        except (ValueError, OSError) as error:
-            yield f"  {error}"
-            continue
-        words = ["python", "-m", "csipipe", "channels", "convert", str(file), "DIR", "--axes", text]
-        yield f"  convert it: {shlex.join(words)}"
+            yield from _array_report(file)
+        except rawarray.SeveralError as several:
+            for name in several.names:
+                yield from _array_report(file, name)
+
+
+def _array_report(file: Path, key: str | None = None) -> Iterator[str]:
+    """Lines about one array of a file.
+
+    Raises:
+        SeveralError: the file holds several, and no key is given.
+    """
+    try:
+        with rawarray.opened(file, key) as array:
+            text = example(array)
+            yield f"  {array.key or 'array'} {array.dtype} {array.shape}" + (
+                f"; {array.note}" if array.note else ""
+            )
+            if sum(size > 1 for size in array.shape) < 2:
+                yield "  no channels: those have at least a sample axis and another one"
+                return
+            try:
+                text = guess(array).text
+                yield f"  the values say that the axes are: {text}"
+            except ValueError as error:
+                yield f"  {str(error).removeprefix(f'{array}: ')}"
+    except rawarray.SeveralError:
+        raise
+    except (ValueError, OSError) as error:
+        yield f"  {error}"
+        return
+    words = ["python", "-m", "csipipe", "channels", "convert", str(file), "DIR", "--axes", text]
+    yield f"  convert it: {shlex.join([*words, *(['--key', key] if key else [])])}"
 
 
 def is_converted(place: Path) -> bool:

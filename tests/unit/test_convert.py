@@ -409,6 +409,23 @@ def test_check_says_how_to_convert_and_what_was(
     assert main(["check", str(file)]) == 1
 
 
+def test_check_says_how_to_convert_each_array_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"train": channels(30, 1)[:, 0], "H test": channels(40, 1)[:, 0], "fc": np.array(3.5)}
+    np.savez(tmp_path / "csi.npz", **words, snr=np.arange(9.0))
+    assert main(["check", str(tmp_path / "csi.npz")]) == 1
+    said = capsys.readouterr().out
+    assert "snr float64 (9,)\n  no channels" in said
+    assert "fc float64 () holds no values" in said
+    lines = [line for line in said.splitlines() if "convert it:" in line]
+    for number, (line, rows) in enumerate(zip(lines, (40, 30), strict=True)):
+        *_, command = line.partition("convert it: ")
+        out = tmp_path / f"out{number}"
+        assert main(shlex.split(command.replace("DIR", str(out)))[4:]) == 0
+        assert Description.read(out).made["users"] == rows
+
+
 @pytest.mark.parametrize(
     ("shape", "text"),
     [
