@@ -187,7 +187,8 @@ def convert(
         axes: a word per axis, of user sample time bts rx tx angle subcarrier delay part, such as
             'sample rx tx subcarrier'; several in one axis with sizes, 'sample (part angle=32
             delay=32)'. null: guessed, or refused.
-        key: the variable of a file that holds several.
+        key: the variable of a file that holds several; for several files a word per file, or one
+            for all. A file may be given once for each of its variables.
         sets: a word per file, of train val test: files that are sets already.
         environments: a word per file, its environment; null: all.
         ues: each file holds the channels of one UE, in the order given.
@@ -216,13 +217,15 @@ def convert(
         if environments is not None:
             raise ValueError("--ues and --environments exclude each other.")
         places = [own_environment(ue) for ue in range(len(paths))]
+    keys: Sequence[str | None] = [key] * len(paths)  # one file's may hold spaces
+    if key is not None and len(paths) > 1 and len(key.split()) > 1:
+        keys = _labels("key", key, paths) or keys
     inputs = [
-        Input(path, place, cast(SetPart, parts[n]) if parts else None)
+        Input(path, place, cast(SetPart, parts[n]) if parts else None, keys[n])
         for n, (path, place) in enumerate(zip(paths, places, strict=True))
     ]
     plan = Plan(
         axes=axes,
-        key=key,
         geometry=Geometry(**_sizes(array), order=tuple(ports.split())),
         delays=delays or 0,
         shift=shift,

@@ -31,7 +31,6 @@ class Plan:
 
     axes: str | None = None
     """See `axes`; None: guessed."""
-    key: str | None = None
     geometry: Geometry = field(default_factory=Geometry)
     delays: int = 0
     """0: all, at most 32."""
@@ -56,12 +55,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Input:
-    """One file, and the set that its rows go to."""
+    """One array of a file, and the set that its rows go to."""
 
     path: Path
     environment: str
     part: SetPart | None
     """None: divided by `Plan.split`."""
+    key: str | None = None
+    """The array's name; None: the only one of the file."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Opened:
 
 def look(given: Input, plan: Plan, stack: ExitStack, scratch: Path) -> Opened:
     """Open a file and read its axes, and its users' parts."""
-    array = stack.enter_context(rawarray.opened(given.path, plan.key, scratch))
+    array = stack.enter_context(rawarray.opened(given.path, given.key, scratch))
     axes = parse(plan.axes) if plan.axes else guess(array)
     try:
         sizes = axes.sizes(array.shape)

@@ -360,6 +360,21 @@ def test_sets_environments_and_ues(tmp_path: Path) -> None:
     assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
 
 
+def test_variables_of_one_file_become_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, axes = tmp_path / "csi.npz", ["--axes", "sample rx tx subcarrier"]
+    np.savez(file, H_train=channels(20, 1), H_test=channels(30, 1, seed=1))
+    sets = [*axes, "--sets", "train test"]
+    assert run(file, file, tmp_path / "a", *sets, "--key", "H_train H_test") == 0
+    said = Description.read(tmp_path / "a")
+    assert [(s.part, s.rows) for s in said.sets] == [("train", 20), ("test", 30)]
+    assert run(file, file, tmp_path / "b", *sets, "--key", "H_test") == 0  # one word for all
+    assert [s.rows for s in Description.read(tmp_path / "b").sets] == [30, 30]
+    words = error(capsys, file, file, tmp_path / "c", *sets, "--key", "H_train H_test H_val")
+    assert "--key 'H_train H_test H_val' has 3 words; expected 2, one for each file" in words
+
+
 def test_eigenvectors_over_all_receive_antennas(tmp_path: Path) -> None:
     h = channels()
     h[4] = 0
