@@ -65,6 +65,7 @@ class Evaluated:
         return {
             "run": str(self.run.folder),
             "method": settings.method,
+            "model": settings.model.name,
             "status": self.run.status,
             "weights": str(self.run.source),
             "iteration": self.run.iteration,

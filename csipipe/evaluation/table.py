@@ -41,9 +41,13 @@ def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
 
 
 def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
-    """A line per run: what it is, its mean figures, and the UEs' NMSE from best to worst."""
-    head = ["run", "method", "c1", "c2", "UEs", "iteration", *_HEADS.values(), "best … worst UE"]
-    head.append("PCA (dB)")
+    """A line per run: what it is, its mean figures, and the UEs' NMSE from best to worst.
+
+    The table is wide: models are named only where they differ.
+    """
+    names = [evaluated.run.settings.model.name for _, evaluated in runs]
+    words = ["run", "method", *(["model"] if len(set(names)) > 1 else [])]
+    head = [*words, "c1", "c2", "UEs", "iteration", *_HEADS.values(), "best … worst UE", "PCA (dB)"]
     cells = [head]
     for name, evaluated in runs:
         mean = evaluated.mean()
@@ -54,6 +58,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
             [
                 name,
                 name_of(evaluated.run.settings.method),
+                *([evaluated.run.settings.model.name] if "model" in words else []),
                 str(up),
                 str(down),
                 str(len(ues)),
@@ -66,7 +71,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
+            cell.ljust(w) if i < len(words) else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(line, wide, strict=True))
         ).rstrip()
         for line in cells

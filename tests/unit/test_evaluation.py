@@ -265,6 +265,23 @@ def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "one/comparison/samples.png").is_file()
 
 
+def test_different_models_are_named_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainedruns.finish(tmp_path / "one")
+    trainedruns.finish(tmp_path / "two", model={"name": "linear"})
+    evaluate(tmp_path / "one", "--compare", tmp_path / "two")
+    lines = capsys.readouterr().out.splitlines()
+    [head] = [i for i, line in enumerate(lines) if line.startswith("run ")]
+    assert lines[head].split()[:4] == ["run", "method", "model", "c1"]
+    assert [line.split()[:4] for line in lines[head + 1 : head + 3]] == [
+        ["one", "CSILocal", "csilocal", "24"],
+        ["two", "CSILocal", "linear", "24"],
+    ]
+    content = json.loads((tmp_path / "one/comparison/figures.json").read_text())
+    assert [run["model"] for run in content["runs"]] == ["csilocal", "linear"]
+
+
 def test_only_figures_of_one_test_set_are_compared(tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "one")
     others: list[tuple[str, dict[str, Any], str]] = [
