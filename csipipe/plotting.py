@@ -6,6 +6,7 @@ Drawn without pyplot, so that no display is needed.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "outdoor": {"color": "#c0392b", "linestyle": _DASHED, "marker": "s"},
     "noniid": {"color": "black", "linestyle": _MIXED, "marker": "^"},
 }
+_LETTERS = 10
+"""Of a title, per inch."""
 LOSS = "test loss ‖Ĥ − H‖² / ‖H‖²"
 
 
@@ -63,6 +66,12 @@ def scale(values: Sequence[float], unit: str) -> tuple[float, str]:
     power = 3 * math.floor(math.log10(max([*values, 1.0])) / 3)
     superscript = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return 10.0**power, f"10{superscript} {unit}" if power else unit
+
+
+def entitle(figure: Figure, title: str) -> None:
+    """Set a title over all panels, in as many lines as fit; a long path is broken, too."""
+    width = int(figure.get_figwidth() * _LETTERS)
+    figure.suptitle(textwrap.fill(title, width), fontsize="medium")
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -28,7 +28,7 @@ def draw(runs: Sequence[tuple[str, Evaluated]], title: str, file: Path) -> None:
     """Write a PNG: share of samples below a value; one run with its UEs, or a line per run."""
     shown = [name for name in _LABELS if len(runs[0][1].pooled(name))]
     figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    plotting.entitle(figure, title)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, name in zip(axes, shown, strict=True):
         if len(runs) == 1:

@@ -179,7 +179,7 @@ def write(points: Sequence[Point], title: str, folder: Path) -> None:
     shown = [("nmse_db", "centred NMSE (dB)"), ("sgcs", "SGCS")]
     shown = [(name, label) for name, label in shown if getattr(points[0], name) is not None]
     figure = Figure(figsize=(4.8 * len(shown), 3.8), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    plotting.entitle(figure, title)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (name, label) in zip(axes, shown, strict=True):
         for number, what in enumerate(dict.fromkeys(point.what for point in points)):

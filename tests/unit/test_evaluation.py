@@ -16,9 +16,12 @@ import pytest
 import torch
 import trainedruns
 from csifiles import images, save
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from runs import CPU
 from torch import Tensor, nn
 
+from csipipe import plotting
 from csipipe.channels.csinet import NO_FILE, SMALLER
 from csipipe.evaluation import command, samples, table, testset
 from csipipe.evaluation.summary import Evaluated
@@ -245,6 +248,20 @@ def test_pca_of_a_runs_own_rows_is_no_ceiling_on_other_data(
         assert ("of the run's own 400 training rows\n" in printed) == (not bound)
         content = json.loads((tmp_path / "run/evaluation/figures.json").read_text())
         assert content["runs"][0]["ceiling"]["bound"] == bound
+
+
+def test_a_title_fits_whatever_the_path(tmp_path: Path) -> None:
+    path = "/home/somebody/channels/MEASURED_IN_APRIL/cost2100/indoor"
+    for panels in (1, 3):
+        figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
+        figure.subplots(1, panels)
+        plotting.entitle(figure, f"indoor ({path}), 1,500 rows of 32 × 32")
+        FigureCanvasAgg(figure).draw()
+        title = figure._suptitle  # type: ignore[attr-defined]
+        box = title.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+        assert path in title.get_text().replace("\n", "")
 
 
 def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
