@@ -146,15 +146,13 @@ def _read(options: Namespace, changes: Sequence[str]) -> list[Trained]:
 
 def _check_same(runs: Sequence[Trained]) -> None:
     """Figures can be compared on the same rows only."""
-    first, *others = ((run, testset.identity(run.settings)) for run in runs)
-    for run, rows in others:
-        for key, value in rows.items():
-            if value != first[1][key]:
-                raise ValueError(
-                    f"{first[0].folder} and {run.folder} have different test sets: {key} are "
-                    f"{first[1][key]} and {value}. Give the same --data.… for all of them (images "
-                    "of another size can't be compared)."
-                )
+    first, *others = runs
+    for run in others:
+        if difference := testset.difference(first.settings, run.settings):
+            raise ValueError(
+                f"{first.folder} and {run.folder} have different test sets: {difference}. Give the "
+                "same --data.… for all of them (images of another size can't be compared)."
+            )
 
 
 def _names(runs: Sequence[Trained]) -> list[str]:

@@ -65,6 +65,30 @@ def identity(settings: Settings) -> dict[str, Any]:
     }
 
 
+def difference(one: Settings, other: Settings) -> str:
+    """The first thing in which two test sets differ, in words; empty: they are the same rows.
+
+    Raises as `identity`.
+    """
+    mine, theirs = identity(one), identity(other)
+    for key in mine:
+        if mine[key] != theirs[key]:
+            return f"{_in_words(key, mine, one)} and {_in_words(key, theirs, other)}"
+    return ""
+
+
+def _in_words(key: str, identity: dict[str, Any], settings: Settings) -> str:
+    """What an entry of `identity` says."""
+    if key == "rows":
+        counts = [f"{count:,} {environment}" for environment, count in identity["rows"].items()]
+        return f"{' and '.join(counts)} rows"
+    if key == "streams":
+        data = settings.data
+        place = f"data.seed {data.seed}" if data.path is None else f"data.path {data.path}"
+        return f"rows of data.source {data.source}, {place}, data.kind {data.kind}"
+    return f"{identity[key]} {key}"
+
+
 def load(settings: Settings) -> Rows:
     """The test rows that the settings name.
 

@@ -301,14 +301,24 @@ def test_different_models_are_named_side_by_side(
 
 def test_only_figures_of_one_test_set_are_compared(tmp_path: Path) -> None:
     trainedruns.finish(tmp_path / "one")
+    ours = "rows of data.source synthetic, data.seed"
     others: list[tuple[str, dict[str, Any], str]] = [
-        ("seed", {"data": {"seed": 1}}, "streams"),
-        ("rows", {"data": {"test_samples": 19}}, "rows"),
-        ("size", {"model": {"delays": 4}}, "delays"),
+        (
+            "seed",
+            {"data": {"seed": 1}},
+            f"{ours} 0, data.kind channel and {ours} 1, data.kind channel",
+        ),
+        ("rows", {"data": {"test_samples": 19}}, "20 indoor rows and 19 indoor rows"),
+        (
+            "mixture",
+            {"data": {"environment": "noniid"}},
+            "20 indoor rows and 10 indoor and 10 outdoor rows",
+        ),
+        ("size", {"model": {"delays": 4}}, "8 delays and 4 delays"),
     ]
-    for name, sections, key in others:
+    for name, sections, difference in others:
         trainedruns.finish(tmp_path / name, **sections)
-        with pytest.raises(ValueError, match=f"different test sets: {key}"):
+        with pytest.raises(ValueError, match=rf"different test sets: {difference}\. Give"):
             evaluate(tmp_path / "one", "--compare", tmp_path / name)
     evaluate(tmp_path / "one", "--compare", tmp_path / "seed", "--data.seed", "2")
 
