@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
 from argparse import ArgumentError
@@ -14,7 +13,7 @@ from typing import Literal, cast
 from jsonargparse import ArgumentParser
 
 from csipipe import channels
-from csipipe.channels import checkup, export, profileplot, rawcheck, statistics
+from csipipe.channels import checkup, export, profileplot, rawcheck, statistics, words
 from csipipe.channels import convert as converting
 from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
@@ -86,7 +85,7 @@ def generate(
         subbands: of eigenvectors.
     """
     if model is not None:
-        sizes = _sizes(array)
+        sizes = words.sizes(array)
         scene = Scene(
             columns=sizes["columns"],
             rows=sizes["rows"],
@@ -211,29 +210,29 @@ def convert(
         raise ValueError(f"convert {files[0]}: expected files, and last the folder to write.")
     *names, folder = files
     paths = [Path(name) for name in names]
-    parts = _labels("sets", sets, paths, ("train", "val", "test"))
-    places = _labels("environments", environments, paths) or ["all"] * len(paths)
+    parts = words.labels("sets", sets, paths, ("train", "val", "test"))
+    places = words.labels("environments", environments, paths) or ["all"] * len(paths)
     if ues:
         if environments is not None:
             raise ValueError("--ues and --environments exclude each other.")
         places = [own_environment(ue) for ue in range(len(paths))]
     keys: Sequence[str | None] = [key] * len(paths)  # one file's may hold spaces
     if key is not None and len(paths) > 1 and len(key.split()) > 1:
-        keys = _labels("key", key, paths) or keys
+        keys = words.labels("key", key, paths) or keys
     inputs = [
         Input(path, place, cast(SetPart, parts[n]) if parts else None, keys[n])
         for n, (path, place) in enumerate(zip(paths, places, strict=True))
     ]
     plan = Plan(
         axes=axes,
-        geometry=Geometry(**_sizes(array), order=tuple(ports.split())),
+        geometry=Geometry(**words.sizes(array), order=tuple(ports.split())),
         delays=delays or 0,
         shift=shift,
         scaling=scaling,
         receive=receive,
         time=time,
         offset=offset,
-        split=_shares(split),
+        split=words.shares(split),
         seed=seed,
         subbands=subbands if eigenvectors else None,
     )
@@ -286,52 +285,6 @@ def look(
     profileplot.draw(sets, Path(output))
     print(f"{output}: {', '.join(sets)}")
     return True
-
-
-def _labels(
-    option: str, text: str | None, paths: list[Path], known: Sequence[str] = ()
-) -> list[str] | None:
-    """A word per file (ValueError)."""
-    words = text.split() if text is not None else None
-    if words is None:
-        return None
-    if len(words) != len(paths):
-        raise ValueError(
-            f"--{option} {text!r} has {len(words)} words; expected {len(paths)}, one for each file."
-        )
-    for word in words:
-        if known and word not in known:
-            raise ValueError(f"--{option} {text!r}: {word!r} is none of {', '.join(known)}.")
-    return words
-
-
-def _sizes(array: str | None) -> dict[str, int]:
-    """Of `8x4x2`: columns, rows, polarisations (ValueError)."""
-    if array is None:
-        return {}
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})(?:x([12]))?", array)
-    if found is None:
-        raise ValueError(
-            f"--array is {array!r}; expected columns x rows x polarisations, such as 8x4x2."
-        )
-    return {
-        "columns": int(found[1]),
-        "rows": int(found[2]),
-        "polarisations": int(found[3] or 1),
-    }
-
-
-def _shares(split: str) -> tuple[float, ...]:
-    """Of `0.8/0.1/0.1` (ValueError)."""
-    try:
-        shares = tuple(float(share) for share in split.split("/"))
-        if len(shares) in (2, 3) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6:
-            return shares
-    except ValueError:
-        pass
-    raise ValueError(
-        f"--split is {split!r}; expected two or three shares with the sum 1, such as 0.8/0.1/0.1."
-    )
 
 
 def _sites(source: str, environment: Place | None) -> list[Site]:

@@ -10,7 +10,7 @@ from fuzzing import CASES, repeat, said
 from hypothesis import strategies as st
 
 from csipipe.channels import axes
-from csipipe.channels.command import _shares, _sizes
+from csipipe.channels.words import shares, sizes
 from csipipe.comm import codec
 from csipipe.run import slurm
 from csipipe.settings.config import CommSettings
@@ -59,7 +59,7 @@ def test_sizes_and_shares_are_understood_or_refused(cases: int) -> None:
     @repeat(cases, st.lists(NUMBERS, max_size=4), st.sampled_from(["x", "/"]))
     def check(numbers: list[str], mark: str) -> None:
         text = mark.join(numbers)
-        for read, option in ((_sizes, "--array"), (_shares, "--split")):
+        for read, option in ((sizes, "--array"), (shares, "--split")):
             try:
                 assert read(text)
             except ValueError as refusal:
