@@ -21,8 +21,9 @@ from csipipe.channels.eigenvectors import SUBBANDS
 from csipipe.channels.format import Description, SetPart
 from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.layout import ANGLES, DELAYS
+from csipipe.channels.scenario import BIN_NS
 from csipipe.channels.scene import Scene
-from csipipe.channels.source import Site
+from csipipe.channels.source import Images, Site
 from csipipe.channels.split import own_environment
 from csipipe.channels.transform import Geometry
 from csipipe.files import in_words
@@ -269,20 +270,20 @@ def look(
         environment: indoor or outdoor; by default both, as far as there are files.
         seed: seed of synthetic channels.
     """
-    sets = {}
+    tests: dict[str, Images] = {}
+    bin_ns = None
     if source not in BUILT_IN and rawcheck.is_converted(Path(source)):
-        for name, (_, test) in rawcheck.sets_of(Path(source)).items():
-            sets[f"{name} ({_title(source)}, {len(test):,} test rows)"] = test
-        profileplot.draw(sets, Path(output))
-        print(f"{output}: {', '.join(sets)}")
-        return True
-    for site in _sites(source, environment):
-        found = _channels(source, site, seed).sets
-        if found is not None:
-            sets[f"{site} ({_title(source)}, {len(found[1]):,} test rows)"] = found[1]
-    if not sets:
+        tests = {name: test for name, (_, test) in rawcheck.sets_of(Path(source)).items()}
+    else:
+        bin_ns = BIN_NS  # of COST 2100 as CsiNet has it, and of what is generated like it
+        for site in _sites(source, environment):
+            found = _channels(source, site, seed).sets
+            if found is not None:
+                tests[site] = found[1]
+    if not tests:
         raise ValueError(f"no file in {source} has rows that can be drawn; run check on it.")
-    profileplot.draw(sets, Path(output))
+    sets = {f"{n} ({_title(source)}, {len(rows):,} test rows)": rows for n, rows in tests.items()}
+    profileplot.draw(sets, Path(output), bin_ns)
     print(f"{output}: {', '.join(sets)}")
     return True
 

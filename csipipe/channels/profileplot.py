@@ -19,18 +19,18 @@ from csipipe.channels.statistics import measure, spaced
 from csipipe.channels.transform import to_complex
 
 SAMPLES = 3
-_DELAY = "delay (bins of 50 ns)"
 _ANGLE = "angle (bins of 1/{} cycle per antenna)"
 _FLOOR_DB = -30.0
 """Weaker bins are white."""
 
 
-def draw(sets: Mapping[str, Images], output: Path) -> None:
+def draw(sets: Mapping[str, Images], output: Path, bin_ns: float | None = None) -> None:
     """Write a PNG with one row of panels per set.
 
     Args:
         sets: images (n, 2, A, D) in [0, 1], n at least 1, by title.
         output: the file, replaced if it exists.
+        bin_ns: width of a delay bin, ns; None: unknown.
 
     Raises:
         ValueError: `output` doesn't end in .png, or a set has no row with energy.
@@ -38,6 +38,7 @@ def draw(sets: Mapping[str, Images], output: Path) -> None:
     """
     if output.suffix.lower() != ".png":
         raise ValueError(f"output is {output}; expected a file name that ends in .png.")
+    delay = "delay bin" if bin_ns is None else f"delay (bins of {bin_ns:g} ns)"
     columns = SAMPLES + 2
     layout = ConstrainedLayoutEngine(wspace=0.04)
     figure = Figure(figsize=(3.1 * columns, 3.3 * len(sets)), layout=layout)
@@ -49,16 +50,16 @@ def draw(sets: Mapping[str, Images], output: Path) -> None:
         for axis in axes[len(few) : SAMPLES]:
             axis.set_axis_off()
         for number, (axis, sample) in enumerate(zip(axes[:SAMPLES], few, strict=False), 1):
-            shown = _sample(axis, sample, number)
+            shown = _sample(axis, sample, number, delay)
         line.colorbar(shown, ax=axes[:SAMPLES], label="magnitude (dB of the peak)", pad=0.01)
         found = measure(images)
-        _profile(axes[-2], found.delay_profile, "mean delay profile", _DELAY)
+        _profile(axes[-2], found.delay_profile, "mean delay profile", delay)
         angle = _ANGLE.format(images.shape[2])
         _profile(axes[-1], found.angle_profile, "mean angle profile", angle)
     figure.savefig(output, dpi=120, format="png")
 
 
-def _sample(axis: Axes, sample: NDArray[np.complex64], number: int) -> object:
+def _sample(axis: Axes, sample: NDArray[np.complex64], number: int, delay: str) -> object:
     """One image (A, D): magnitude in dB of its peak."""
     magnitude = np.abs(sample)
     peak = max(float(magnitude.max()), 1e-12)
@@ -67,7 +68,7 @@ def _sample(axis: Axes, sample: NDArray[np.complex64], number: int) -> object:
         level_db, cmap="Greys", vmin=_FLOOR_DB, vmax=0, origin="lower", interpolation="nearest"
     )
     axis.set_title(f"sample {number}", fontsize="small")
-    axis.set_xlabel(_DELAY)
+    axis.set_xlabel(delay)
     if number == 1:
         axis.set_ylabel(_ANGLE.format(len(sample)))
     else:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from csifiles import channels
+from matplotlib.figure import Figure
 from scipy import io
 
 from csipipe.channels import command, frequency_channels, open_source, statistics
@@ -200,3 +202,23 @@ def test_look_writes_a_png(
     assert run("look", "synthetic", "--output", tmp_path / "channels.pdf") == 1
     assert "ends in .png" in capsys.readouterr().err
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_look_names_the_width_of_a_delay_bin_only_where_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: set[str] = set()
+
+    def read(figure: Figure, *_: object, **__: object) -> None:
+        labels.update(axis.get_xlabel() for axis in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", read)
+    monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (10, 20))
+    assert run("look", "synthetic") == 0
+    assert labels == {"delay (bins of 50 ns)", "angle (bins of 1/32 cycle per antenna)", ""}
+    labels.clear()
+    np.save(tmp_path / "h.npy", channels())
+    converted = tmp_path / "converted"
+    assert run("convert", tmp_path / "h.npy", converted, "--axes", "sample rx tx subcarrier") == 0
+    assert run("look", converted) == 0
+    assert labels == {"delay bin", "angle (bins of 1/8 cycle per antenna)", ""}
