@@ -1,7 +1,8 @@
 """The language in which `channels convert --axes` says what an array's axes are.
 
 One word per axis: `sample rx tx subcarrier`. An axis that holds several, flattened in C order, is
-put in brackets, with the sizes of all but one: `sample (part angle=32 delay=32)`.
+put in brackets, with the sizes of all but one: `sample (part angle=32 delay=32)`. Plurals are the
+same words: `samples tx subcarriers`.
 """
 
 from __future__ import annotations
@@ -188,8 +189,11 @@ def _sized(group: tuple[tuple[str, int], ...], size: int) -> list[tuple[str, int
 
 def _word(text: str, word: str) -> tuple[str, int]:
     found = _WORD.fullmatch(word)
-    if found is None or found[1] not in WORDS:
+    name = found[1] if found else ""
+    name = name if name in WORDS else name.removesuffix("s")
+    if found is None or name not in WORDS:
+        hint = " (antennas of the BTS: tx, of a UE: rx)" if name == "antenna" else ""
         raise ValueError(
-            f"--axes is {text!r}: {word!r} is no axis; the words are {', '.join(WORDS)}."
+            f"--axes is {text!r}: {word!r} is no axis{hint}; the words are {', '.join(WORDS)}."
         )
-    return found[1], int(found[2] or 0)
+    return name, int(found[2] or 0)

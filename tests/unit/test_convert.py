@@ -486,7 +486,9 @@ def test_axes_that_could_be_either_are_refused(
         ("sample tx", "either subcarrier or delay"),
         ("sample tx angle subcarrier", "either tx or angle"),
         ("tx subcarrier", "user` or `sample"),
-        ("sample tx carrier", "'carrier' is no axis"),
+        ("sample tx carrier", "'carrier' is no axis; the words are user, sample"),
+        ("sample antennas subcarrier", r"'antennas' is no axis \(antennas of the BTS: tx, of a UE"),
+        ("sample antenna=4 subcarrier", r"'antenna=4' is no axis \(antennas of the BTS: tx"),
         ("sample tx tx subcarrier", "tx occurs 2 times"),
         ("sample (tx subcarrier)", "sizes of all but one"),
         ("sample (tx=3 subcarrier", "missing its other half"),
@@ -495,6 +497,12 @@ def test_axes_that_could_be_either_are_refused(
 def test_wrong_words(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text)
+
+
+def test_plurals_are_the_same_words() -> None:
+    axes = parse("users (parts angles=32 delays=16) bts")
+    assert axes.words == ["user", "part", "angle", "delay", "bts"]
+    assert parse("samples tx subcarriers").groups == parse("sample tx subcarrier").groups
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
