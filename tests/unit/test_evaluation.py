@@ -16,7 +16,6 @@ import pytest
 import torch
 import trainedruns
 from csifiles import images, save
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from runs import CPU
 from torch import Tensor, nn
@@ -256,7 +255,7 @@ def test_a_title_fits_whatever_the_path(tmp_path: Path) -> None:
         figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
         figure.subplots(1, panels)
         plotting.entitle(figure, f"indoor ({path}), 1,500 rows of 32 × 32")
-        FigureCanvasAgg(figure).draw()
+        figure.draw_without_rendering()
         title = figure._suptitle  # type: ignore[attr-defined]
         box = title.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= figure.bbox.width
