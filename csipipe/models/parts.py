@@ -105,7 +105,7 @@ def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
     spec = MODELS.get(model.name)
     if spec is None:
         whole = found(model.name, _NAME)
-        return lambda: whole(*model.image[1:], model.c1, model.c2)[PARTS.index(part)]
+        return lambda: whole(*_arguments(model))[PARTS.index(part)]
     build, inserted = found(getattr(spec, part)), None if spec.own_c2 else model.c2
     if inserted is None:
         return lambda: build(model)
@@ -116,6 +116,11 @@ def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
         "head": lambda: nn.Sequential(Linear(inserted, reals), *build(model)),
     }
     return around[part]
+
+
+def _arguments(model: ModelSettings) -> tuple[int, int, int, int | None]:
+    """What the user's own function is called with."""
+    return *model.image[1:], model.c1, model.c2
 
 
 @functools.cache
@@ -153,6 +158,8 @@ def check(model: ModelSettings) -> None:
             f"model.start is pca and model.c1 {model.c1}, but a row has {model.reals} reals and as "
             "many components at most; lower model.c1, or use model.start random."
         )
+    if MODELS.get(model.name) is None:
+        _check_own(model)
     output = None if model.c2 is None else (model.c2,)
     wanted = ((model.c1,), output, row) if model.split is None else (None, None, row)
     gives = row
@@ -175,6 +182,21 @@ def check(model: ModelSettings) -> None:
                 f"{before}; it must be {expected}, from model.c1, model.c2, model.angles and "
                 "model.delays."
             )
+
+
+def _check_own(model: ModelSettings) -> None:
+    """Refuse (ValueError) a function of the user's own that isn't there, or doesn't make parts."""
+    whole, given = found(model.name, _NAME), _arguments(model)
+    called = f"{_NAME} is {model.name!r}, which, called with (angles, delays, c1, c2) = {given},"
+    try:
+        with _NOWHERE, torch.random.fork_rng(devices=[]):
+            parts = whole(*given)
+    except Exception as error:  # the user's own code may raise anything
+        raise ValueError(f"{called} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(parts, tuple | list) or len(parts) != len(PARTS):
+        one = f"a {type(parts).__name__}"
+        made = f"{one} of {len(parts)}" if isinstance(parts, tuple | list) else one
+        raise ValueError(f"{called} returns {made}; it must be ({', '.join(PARTS)}).")
 
 
 def check_stages(model: ModelSettings, stages: int) -> None:

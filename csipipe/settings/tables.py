@@ -343,15 +343,15 @@ def found(name: str, setting: str = "") -> Any:
         setting: the setting in which a user wrote it, for the error.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: of a setting: there is no such module or function, or the module fails.
     """
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the user's own module may raise anything
         if not setting:
             raise
         raise ValueError(
-            f"{setting} is {name!r}, which can't be imported ({error}); write "
-            "package.module:function, of a package that is installed or in PYTHONPATH."
+            f"{setting} is {name!r}, which can't be imported ({type(error).__name__}: {error}); "
+            "write package.module:function, of a package that is installed or in PYTHONPATH."
         ) from error

@@ -59,7 +59,7 @@ def test_one_pass_through_an_odd_image() -> None:
 
 def test_a_model_that_cant_take_a_size_says_so() -> None:
     with pytest.raises(ValueError, match=r"encoder can't be built or run on a row .*\(2, 1, 1\)"):
-        models.check(ModelSettings(name="test_sizes:pooling", angles=1, delays=1))
+        models.check(ModelSettings(name="test_sizes:pooling", c2=4, angles=1, delays=1))
 
 
 def pooling(angles: int, delays: int, c1: int, c2: int) -> tuple[torch.nn.Module, ...]:

@@ -197,6 +197,18 @@ def broken(angles: int, delays: int, c1: int, c2: int) -> object:
     raise RuntimeError("no such thing")
 
 
+def short(angles: int, delays: int) -> object:
+    return whole(angles, delays, 6, 5)
+
+
+def halves(angles: int, delays: int, c1: int, c2: int) -> object:
+    return whole(angles, delays, c1, c2)[:2]
+
+
+def single(angles: int, delays: int, c1: int, c2: int) -> object:
+    return nn.Linear(c1, c2)
+
+
 def small(function: str) -> ModelSettings:
     return ModelSettings(name=f"{__name__}:{function}", c1=6, c2=5, angles=4, delays=8)
 
@@ -221,13 +233,17 @@ def _parameters(model: ModelSettings, seed: int) -> list[nn.Parameter]:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.at.all:build", r"'nowhere.at.all:build', which can't be imported \(No module"),
+        ("nowhere.at.all:build", r"^model.name is 'nowhere.at.all:build', which can't .*No module"),
         (f"{__name__}:nobody", "can't be imported .*nobody"),
         (":", "can't be imported"),
-        (f"{__name__}:broken", "encoder can't be built .*RuntimeError: no such thing"),
+        (f"{__name__}:broken", r"c2\) = \(4, 8, 6, 5\), fails: RuntimeError: no such thing$"),
+        (f"{__name__}:short", r"c2\) = \(4, 8, 6, 5\), fails: TypeError: short\(\) takes 2 "),
+        (f"{__name__}:halves", r"returns a tuple of 2; it must be \(encoder, tail, head\)\.$"),
+        (f"{__name__}:single", r"returns a Linear; it must be \(encoder, tail, head\)\.$"),
         (f"{__name__}:narrow", r"tail makes \(4,\) from a row of shape \(6,\); it must be \(5,\)"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_named(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         models.check(dataclasses.replace(small("whole"), name=name))
+    assert str(refusal.value).count("model.name is") == 1
