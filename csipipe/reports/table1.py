@@ -103,7 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="indoor only: half the cells, in 10 minutes"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/table1"), help="folder of cells and table"
+        "--out",
+        type=Path,
+        default=Path("runs/table1"),
+        help="folder of cells and table (%(default)s)",
     )
     parser.add_argument(
         "--rounds", type=int, default=10, help="largest number of timed rounds of a cell"
@@ -175,6 +178,8 @@ def reproduce(
         print(f"\ninterrupted; {kept} finished cell(s) are in {folder}; start again to continue.")
         raise SystemExit(130) from None
     print("\n" + table1_output.write(folder, read(folder), plan.stages, plan.micro_batches))
+    for ending in ("csv", "png", "md"):
+        print(folder / f"table1.{ending}")
 
 
 def measure(

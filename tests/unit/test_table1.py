@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_a_folder_of_another_plan_or_machine_is_refused(tmp_path: Path) -> None:
         file.write_text(broken)
         with pytest.raises(ValueError, match=r"plan\.json isn't a plan"):
             table1.claim(table1.Plan(), tmp_path)
+
+
+def test_the_last_lines_say_where_the_files_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"seconds": [1.0, 1.1, 1.2], "settings": {"topology": {"ues": 10}}}
+    (tmp_path / "cells").mkdir()
+    for cell in table1.QUICK:
+        content: dict[str, object] = {"cell": asdict(cell), "with": "ours", "without": "other"}
+        content["candidates"] = {"ours": found, "other": found}
+        (tmp_path / "cells" / f"{cell.name}.json").write_text(json.dumps(content))
+    table1.run(options("--quick", "--out", str(tmp_path)))
+    last = [Path(line) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert last == [tmp_path / f"table1.{ending}" for ending in ("csv", "png", "md")]
+    assert all(file.exists() for file in last)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"candidates": {}, "with": "ours"}'])
