@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from csipipe.comm.ledger import BUFFERS, PAPER, UP, Kind, Ledger
+from csipipe.settings.config import Settings
 
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "sgcs": "SGCS"}
+_HARDLY = -0.5
+"""NMSE in dB; a run that ends above it is hardly better than a constant."""
 _FORMS = {"loss": "{:>10.3e}", "nmse_db": "{:>10.2f}", "sgcs": "{:>10.4f}"}
 
 
@@ -76,12 +80,38 @@ def _not_everyone(summary: dict[str, Any]) -> list[str]:
     return notes
 
 
-def closing_table(summary: dict[str, Any], folder: Path) -> str:
-    """What a finished run prints."""
+def _hardly_learnt(summary: dict[str, Any], settings: Settings) -> list[str]:
+    """What may help a finished run that has hardly learnt anything; of eigenvectors, whose phases
+    are free, NMSE doesn't say so, and where PCA does no better, nothing helps."""
+    mean, pca = summary["test"]["nmse_db"], summary["ceiling"]
+    beyond = pca is not None and pca["nmse_db"] > _HARDLY
+    if summary["status"] != "finished" or settings.similarity or mean <= _HARDLY or beyond:
+        return []
+    if settings.model.start == "pca":
+        remedy = "a lower --train.lr"
+    else:
+        remedy = "more iterations"
+        if _may_start_by_pca(settings):
+            remedy += ", or --model.start pca --train.lr 1e-4"
+    return [f"{'hardly' if mean < 0 else 'no'} better than the floor: {remedy}"]
+
+
+def _may_start_by_pca(settings: Settings) -> bool:
+    """Whether the same run could begin where PCA ends."""
+    try:
+        replace(settings, model=replace(settings.model, start="pca"))
+    except ValueError:
+        return False
+    return settings.train.init is None
+
+
+def closing_table(summary: dict[str, Any], settings: Settings, folder: Path) -> str:
+    """What a run prints at its end."""
     crossed = summary["exchanged"]
     lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
     if summary["test"]:
-        lines += [f"{'':>10}  {note}" for note in (*_earlier(summary), *_not_everyone(summary))]
+        notes = *_earlier(summary), *_not_everyone(summary), *_hardly_learnt(summary, settings)
+        lines += [f"{'':>10}  {note}" for note in notes]
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(

@@ -156,7 +156,7 @@ class Tracker:
         self.events.close()
         self.screen.close()
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(closing_table(summary, self.folder), flush=True)
+        print(closing_table(summary, self._settings, self.folder), flush=True)
 
     def _figure(self, figures: Figures) -> str:
         """The figure that matters, in words."""

@@ -478,6 +478,6 @@ def test_paths_are_quoted_where_they_are_to_be_typed(tmp_path: Path) -> None:
     nothing = {unit: {"up": 0, "down": 0} for unit in ("scalars", "bytes")}
     ended = {"status": "stopped", "iterations": 1, "seconds_per_iteration": 1, "seconds_total": 1}
     found = {"test": None, "exchanged": nothing, "exchanged_buffers": nothing}
-    text = closing_table({**ended, **found, "dropped": [], "joined": []}, folder)
+    text = closing_table({**ended, **found, "dropped": [], "joined": []}, Settings(), folder)
     assert f"--run.dir '{folder}'" in text
     assert f"tensorboard --logdir '{folder}'" in text

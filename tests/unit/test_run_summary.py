@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,26 +16,68 @@ from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
 from csipipe.methods.centralised import Centralised
 from csipipe.run import summary
+from csipipe.settings.config import Settings
 from csipipe.tracking import Tracker
 from csipipe.tracking.tables import closing_table
 
 
-def test_the_closing_table_says_over_whom_its_mean_is(tmp_path: Path) -> None:
+def _pca(nmse_db: float) -> dict[str, Any]:
+    return {"components": 16, "bound": True, "rows": 72, "nmse_db": nmse_db}
+
+
+def finished(nmse_db: float = -1.0) -> dict[str, Any]:
+    """A summary, but for who is evaluated: of 4 UEs, 0 and 3 have figures."""
     nothing = {unit: {"up": 0, "down": 0} for unit in ("scalars", "bytes")}
-    row = {"loss": 1e-3, "nmse_db": -1.0}
-    ended = {
+    row = {"loss": 1e-3, "nmse_db": nmse_db}
+    return {
         **{"status": "finished", "iterations": 1, "seconds_per_iteration": 1, "seconds_total": 1},
         **{"exchanged": nothing, "exchanged_buffers": nothing, "dropped": [], "joined": []},
         **{"ceiling": None, "topology": {"ues": 4}, "test_iteration": 1},
         "test": {**row, "floor_loss": 2e-3, "per_ue": [{**row, "ue": ue} for ue in (0, 3)]},
     }
-    text = closing_table({**ended, "evaluated_ues": [0, 3]}, tmp_path)
+
+
+def test_the_closing_table_says_over_whom_its_mean_is(tmp_path: Path) -> None:
+    ended = finished()
+    text = closing_table({**ended, "evaluated_ues": [0, 3]}, small(), tmp_path)
     assert "evaluated are 2 of the 4 UEs (run.eval_ues)" in text
     assert "for bad values" not in text
-    text = closing_table({**ended, "evaluated_ues": [0, 1, 2, 3]}, tmp_path)
+    text = closing_table({**ended, "evaluated_ues": [0, 1, 2, 3]}, small(), tmp_path)
     assert "the mean is without UEs 1, 2, for bad values (train.on_bad_ue)" in text
     assert "run.eval_ues" not in text
     assert "the last evaluation" not in text
+
+
+_START = "more iterations, or --model.start pca --train.lr 1e-4"
+
+
+@pytest.mark.parametrize(
+    ("nmse_db", "settings", "more", "said"),
+    [
+        (-0.6, small(), {}, None),
+        (-0.01, small(), {}, f"hardly better than the floor: {_START}"),
+        (3.0, small(), {}, f"no better than the floor: {_START}"),
+        (-0.01, small(), {"status": "stopped"}, None),
+        (-0.01, small(), {"ceiling": _pca(-15.6)}, f"hardly better than the floor: {_START}"),
+        (-0.01, small(), {"ceiling": _pca(-0.4)}, None),
+        (-0.01, small("fedavg"), {}, "hardly better than the floor: more iterations"),
+        (
+            -0.01,
+            small(model={"name": "linear"}),
+            {},
+            "hardly better than the floor: more iterations",
+        ),
+        (-0.01, small(train={"init": "run"}), {}, "hardly better than the floor: more iterations"),
+        (3.0, small(model={"start": "pca"}), {}, "no better than the floor: a lower --train.lr"),
+        (3.0, small(data={"kind": "eigenvectors"}), {}, None),
+    ],
+)
+def test_a_run_that_has_hardly_learnt_is_told_what_helps(
+    nmse_db: float, settings: Settings, more: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    ended = {**finished(nmse_db), "evaluated_ues": [0, 3], **more}
+    notes = [line.strip() for line in closing_table(ended, settings, tmp_path).splitlines()]
+    assert [line for line in notes if "better than the floor" in line] == ([said] if said else [])
 
 
 def test_a_stopped_run_says_of_which_iteration_its_figures_are(tmp_path: Path) -> None:
@@ -45,7 +88,7 @@ def test_a_stopped_run_says_of_which_iteration_its_figures_are(tmp_path: Path) -
     tracker.evaluation(2, worker.evaluate("test"), None, ledger)
     found = summary.content(worker, settings, tracker, ledger, 4, 1, None)
     assert (found["iterations"], found["test_iteration"]) == (4, 2)
-    assert "after iteration 2: the last evaluation\n" in closing_table(found, tmp_path)
+    assert "after iteration 2: the last evaluation\n" in closing_table(found, settings, tmp_path)
 
 
 @pytest.mark.parametrize("there", [True, False])
