@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,8 +181,14 @@ def report(checked: Checked) -> Iterator[str]:
 GOOD = Finding("good", "angles before delays, 0.5 for zero, each row scaled by its own peak", "")
 
 
-def converted_report(folder: Path, said: Description, tally: Tally) -> Iterator[str]:
-    """Lines about a conversion: axes, rows, energy lost, what is suspicious, and what to run."""
+def converted_report(
+    folder: Path, said: Description, tally: Tally, again: Callable[[int], str]
+) -> Iterator[str]:
+    """Lines about a conversion: axes, rows, energy lost, what is suspicious, and what to run.
+
+    Args:
+        again: the command that makes the images with another shift, into another folder.
+    """
     for source in tally.sources:
         key = f": {source['key']}" if source["key"] else ""
         how = "guessed axes" if source["guessed"] else "axes"
@@ -207,7 +213,7 @@ def converted_report(folder: Path, said: Description, tally: Tally) -> Iterator[
         shift, least = tally.best_shift(said.delays)
         size += f" of {said.subcarriers}"
         if least < tally.lost - 0.001:
-            lost += f"; with --shift {shift} it would be {least:.2%}"
+            lost += f"; with another shift it would be {least:.2%}:\n  {again(shift)}"
     yield f"images: {size}, {lost}"
     for verdict, what, repair in said.made["findings"]:
         yield f"  {verdict}: {what}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentParser
 
@@ -85,6 +86,7 @@ def generate(
         eigenvectors: images of principal eigenvectors per subband, of all receive antennas.
         subbands: of eigenvectors.
     """
+    given = dict(locals())
     if model is not None:
         sizes = words.sizes(array)
         scene = Scene(
@@ -112,7 +114,11 @@ def generate(
         )
         users: dict[SetPart, int] = {"train": train, "val": val, "test": test}
         described, tally = generating.generate(Path(folder), model, scene, users, plan)
-        print("\n".join(converted_report(Path(folder), described, tally)))
+
+        def again(shift: int) -> str:
+            return _line(generate, given | {"folder": _beside(folder, shift), "shift": shift})
+
+        print("\n".join(converted_report(Path(folder), described, tally, again)))
         return True
     for file in export.write_files(
         Path(folder), environment, train=train, val=val, test=test, seed=seed
@@ -207,6 +213,7 @@ def convert(
             receive antennas together, over ports, of norm 1, stored as 0.5 + v/2.
         subbands: of eigenvectors; 3GPP's studies commonly have 13.
     """
+    given = dict(locals())
     if len(files) < 2:
         raise ValueError(f"convert {files[0]}: expected files, and last the folder to write.")
     *names, folder = files
@@ -238,7 +245,11 @@ def convert(
         subbands=subbands if eigenvectors else None,
     )
     described, tally = converting.convert(inputs, Path(folder), plan)
-    print("\n".join(converted_report(Path(folder), described, tally)))
+
+    def again(shift: int) -> str:
+        return _line(convert, given | {"files": [*names, _beside(folder, shift)], "shift": shift})
+
+    print("\n".join(converted_report(Path(folder), described, tally, again)))
     return True
 
 
@@ -308,6 +319,23 @@ def _channels(source: str, site: Site, seed: int) -> checkup.Checked:
 
 def _title(source: str) -> str:
     return "generated" if source in BUILT_IN else Path(source).resolve().name
+
+
+def _beside(folder: str, shift: int) -> str:
+    """Another folder, for the same channels with another shift."""
+    return f"{Path(folder)}-shift{shift}"
+
+
+def _line(command: Callable[..., bool], given: Mapping[str, Any]) -> str:
+    """The line that calls a command with these arguments, without those that are its defaults."""
+    line = ["python", "-m", "csipipe", "channels", command.__name__]
+    for name, parameter in signature(command).parameters.items():
+        value = given[name]
+        if parameter.default is parameter.empty:
+            line += value if isinstance(value, list) else [value]
+        elif value != parameter.default:
+            line += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(line)
 
 
 COMMANDS: dict[str, Callable[..., bool]] = {

@@ -8,6 +8,7 @@ import re
 import resource
 import shlex
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,32 @@ def test_truncation_says_what_it_loses(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(file, tmp_path / "o", "--axes", "sample rx tx subcarrier", "--delays", 6) == 0
     said = Description.read(tmp_path / "o")
     assert said.made["energy_lost"] == pytest.approx(1 - share.mean(), rel=1e-4)
-    assert f"{1 - share.mean():.2%} of a row's energy lost; with --shift" in capsys.readouterr().out
+    assert f"{1 - share.mean():.2%} of a row's energy lost; with another" in capsys.readouterr().out
     hf = source(tmp_path / "o").frequency_rows("all", "test", 0, 6)
     assert not isinstance(hf, str)
     assert hf.shape == (6, P, K)
+
+
+def test_the_line_for_a_better_shift_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = channels() * np.exp(2j * np.pi * np.arange(K) / K * 3).astype(np.complex64)
+    for number, (h, words) in enumerate([(early, []), (channels(), ["--shift", "9"])]):
+        file, out = saved(tmp_path / f"h {number}.npy", h), tmp_path / f"out {number}"
+        words += ["--axes", "sample rx tx subcarrier", "--delays", "12", "--ues=true"]
+        words += ["--split", "0.5/0.5", "--scaling=set", "--array", "4x2"]
+        assert run(file, out, *words) == 0
+        said = capsys.readouterr().out
+        found = re.search(r"with another shift it would be ([\d.]+%):\n +(.*)", said)
+        assert found is not None
+        assert "--seed" not in found[2]
+        assert main(shlex.split(found[2])[4:]) == 0
+        assert f", {found[1]} of a row's energy lost\n" in capsys.readouterr().out
+        [other] = tmp_path.glob(f"out {number}-shift*")
+        one, two = Description.read(out), Description.read(other)
+        assert one.shift != two.shift
+        assert replace(one, shift=two.shift, sets=two.sets, made=two.made) == two
+        assert [s.rows for s in one.sets] == [s.rows for s in two.sets]
 
 
 def test_planar_arrays_have_a_dft_in_two_directions(tmp_path: Path) -> None:
