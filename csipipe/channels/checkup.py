@@ -104,9 +104,16 @@ def environments(folder: Path) -> list[Site]:
 
     Raises:
         FileNotFoundError: no such folder, or none of CsiNet's files in it.
+        NotADirectoryError: it is a file.
     """
+    expected = "a folder with DATA_Htrainin.mat, or one that `channels convert` wrote"
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} doesn't exist; expected {expected}.")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; expected one with DATA_Htrainin.mat.")
+        raise NotADirectoryError(
+            f"{folder} is a file; expected {expected}. Convert it first; how, says: "
+            f"python -m csipipe channels check {shlex.quote(str(folder))}"
+        )
     found: list[Site] = [
         site
         for site, suffix in SUFFIX.items()
@@ -116,7 +123,8 @@ def environments(folder: Path) -> list[Site]:
         names = sorted(path.name for path in folder.glob("*.mat"))
         raise FileNotFoundError(
             f"{folder} has none of CsiNet's files; its .mat files are {names or 'none'}. Expected "
-            "DATA_Htrainin.mat, DATA_Hvalin.mat, DATA_Htestin.mat or the ...out.mat ones."
+            "DATA_Htrainin.mat, DATA_Hvalin.mat, DATA_Htestin.mat or the ...out.mat ones, or what "
+            "`channels convert` wrote."
         )
     return found
 

@@ -24,7 +24,7 @@ from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.scenario import BIN_NS
 from csipipe.channels.scene import Scene
-from csipipe.channels.source import Images, Site
+from csipipe.channels.source import SITES, Images, Site
 from csipipe.channels.split import own_environment
 from csipipe.channels.transform import Geometry
 from csipipe.files import in_words
@@ -131,7 +131,7 @@ def generate(
 
 def check(
     source: str,
-    environment: Place | None = None,
+    environment: str | None = None,
     beside: str | None = None,
     seed: int = 0,
 ) -> bool:
@@ -142,13 +142,13 @@ def check(
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or a converted one; an array's file,
             or a folder of them; or synthetic.
-        environment: indoor or outdoor; by default both, as far as there are files.
+        environment: indoor or outdoor, or one of a converted folder; by default all of them.
         beside: another folder, or synthetic, whose statistics go into a second column.
         seed: seed of synthetic channels.
     """
     place = Path(source)
     if source not in BUILT_IN and rawcheck.is_converted(place):
-        return _check_converted(place)
+        return _check_converted(place, _sites(source, environment))
     if place.is_file() or (source not in BUILT_IN and not checkup.is_csinets(place)):
         files = rawcheck.raw_files(place)
         if files:
@@ -253,11 +253,11 @@ def convert(
     return True
 
 
-def _check_converted(folder: Path) -> bool:
+def _check_converted(folder: Path, sites: Sequence[Site]) -> bool:
     good = True
     columns, similar = {}, {}
     vectors = Description.read(folder).kind == "eigenvectors"
-    for name, rows in rawcheck.sets_of(folder).items():
+    for name, rows in rawcheck.sets_of(folder, sites).items():
         found = rawcheck.converted_findings(folder, rows)
         print(f"{name}: {'SUSPICIOUS' if found else 'GOOD'}")
         for finding in found:
@@ -271,23 +271,24 @@ def _check_converted(folder: Path) -> bool:
 
 
 def look(
-    source: str, output: str = "channels.png", environment: Place | None = None, seed: int = 0
+    source: str, output: str = "channels.png", environment: str | None = None, seed: int = 0
 ) -> bool:
     """Draw channels: three samples, the mean delay profile and the mean angle profile.
 
     Args:
-        source: folder with DATA_Htrainin.mat and its siblings, or synthetic.
+        source: folder with DATA_Htrainin.mat and its siblings, or a converted one; or synthetic.
         output: the PNG file to write; an existing one is replaced.
-        environment: indoor or outdoor; by default both, as far as there are files.
+        environment: indoor or outdoor, or one of a converted folder; by default all of them.
         seed: seed of synthetic channels.
     """
     tests: dict[str, Images] = {}
     bin_ns = None
+    sites = _sites(source, environment)
     if source not in BUILT_IN and rawcheck.is_converted(Path(source)):
-        tests = {name: test for name, (_, test) in rawcheck.sets_of(Path(source)).items()}
+        tests = {name: test for name, (_, test) in rawcheck.sets_of(Path(source), sites).items()}
     else:
         bin_ns = BIN_NS  # of COST 2100 as CsiNet has it, and of what is generated like it
-        for site in _sites(source, environment):
+        for site in sites:
             found = _channels(source, site, seed).sets
             if found is not None:
                 tests[site] = found[1]
@@ -299,14 +300,25 @@ def look(
     return True
 
 
-def _sites(source: str, environment: Place | None) -> list[Site]:
-    found: list[Site] = ["indoor", "outdoor"]
-    if source not in BUILT_IN:
+def _sites(source: str, environment: str | None) -> Sequence[Site]:
+    """The environment, or all that there are.
+
+    Raises:
+        FileNotFoundError: the folder isn't there, or holds no channels.
+        ValueError: there is no such environment.
+    """
+    if source in BUILT_IN:
+        found: Sequence[Site] = SITES
+    elif rawcheck.is_converted(Path(source)):
+        found = Description.read(Path(source)).environments
+    else:
         found = checkup.environments(Path(source))
     if environment is None:
         return found
     if environment not in found:
-        raise ValueError(f"{source} has no {environment} files, only {found[0]} ones.")
+        raise ValueError(
+            f"{source} has no environment {environment!r}; expected one of {', '.join(found)}."
+        )
     return [environment]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from csipipe.channels import doctor, rawarray
 from csipipe.channels.filesource import FilesSource
 from csipipe.channels.format import NAME, Description
 from csipipe.channels.reading import example, guess
-from csipipe.channels.source import Images
+from csipipe.channels.source import Images, Site
 from csipipe.channels.statistics import MOST_ROWS, four_fifths
 
 ENDINGS = (".npy", ".npz", ".mat", ".h5", ".hdf5", ".csv", ".txt", ".pt", ".pth")
@@ -70,11 +70,11 @@ def is_converted(place: Path) -> bool:
     return (place / NAME).is_file()
 
 
-def sets_of(folder: Path) -> dict[str, tuple[Images, Images]]:
-    """Training and test rows of each environment, some of them; see `FilesSource.rows`."""
+def sets_of(folder: Path, environments: Iterable[Site]) -> dict[str, tuple[Images, Images]]:
+    """Training and test rows of these environments, some of them; see `FilesSource.rows`."""
     source, said = FilesSource(folder, 0), Description.read(folder)
     found = {}
-    for environment in said.environments:
+    for environment in environments:
         some = []
         for part, names in (("train", ("train", "val")), ("test", ("test",))):
             if said.of(environment, *names):

@@ -171,10 +171,10 @@ def test_check_reports_and_judges(
 
 def test_check_of_what_isnt_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", tmp_path / "nowhere") == 1
-    assert "is not a folder" in capsys.readouterr().err
+    assert "nowhere doesn't exist" in capsys.readouterr().err
     run("generate", tmp_path, "--train", 2, "--val", 0, "--test", 0)
     assert run("check", tmp_path, "--environment", "outdoor") == 1
-    assert "has no outdoor files, only indoor ones" in capsys.readouterr().err
+    assert "has no environment 'outdoor'; expected one of indoor." in capsys.readouterr().err
 
 
 def test_unreadable_files_are_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +202,34 @@ def test_look_writes_a_png(
     assert run("look", "synthetic", "--output", tmp_path / "channels.pdf") == 1
     assert "ends in .png" in capsys.readouterr().err
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_one_environment_of_a_converted_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    file = tmp_path / "h.npy"
+    np.save(file, channels(100))
+    words = ["--axes", "sample rx tx subcarrier", "--environments", "street hall"]
+    assert run("convert", file, file, tmp_path / "c", *words) == 0
+    for name in ("check", "look"):
+        capsys.readouterr()
+        assert run(name, tmp_path / "c", "--environment", "hall") == 0
+        said = capsys.readouterr().out
+        assert "hall" in said
+        assert "street" not in said
+        assert run(name, tmp_path / "c", "--environment", "attic") == 1
+        expected = "has no environment 'attic'; expected one of street, hall."
+        assert expected in capsys.readouterr().err
+
+
+def test_look_at_a_file_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "h.npy"
+    np.save(file, channels())
+    assert run("look", file) == 1
+    said = capsys.readouterr().err
+    assert "is a file; expected a folder" in said
+    assert said.endswith(f"Convert it first; how, says: python -m csipipe channels check {file}\n")
 
 
 def test_look_names_the_width_of_a_delay_bin_only_where_it_is_known(

@@ -251,7 +251,7 @@ def test_untruncated_channels_belong_to_the_test_rows(tmp_path: Path, site: Site
 
 
 def test_a_folder_without_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere doesn't exist; expected a folder"):
         checkup.environments(tmp_path / "nowhere")
     save(tmp_path / "channels.mat", np.ones(3))
     with pytest.raises(FileNotFoundError, match=r"none of CsiNet's files; .*'channels\.mat'"):

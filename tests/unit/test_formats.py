@@ -159,7 +159,8 @@ def test_files_that_people_have_are_trained_on(name: str, tmp_path: Path) -> Non
     make, axes = FORMATS[name]
     file, folder, run = make(tmp_path), tmp_path / "data", tmp_path / "run"
     assert main(["convert", str(file), str(folder), "--axes", axes]) == 0
-    said, [sets] = Description.read(folder), rawcheck.sets_of(folder).values()
+    said = Description.read(folder)
+    [sets] = rawcheck.sets_of(folder, said.environments).values()
     pca = statistics.pca_db(*sets, (64,))[64] if said.angles * said.delays > 64 else None
     train = ["--data.source", "files", "--data.path", str(folder), "--run.dir", str(run)]
     size = ["--topology.ues", "2", "--train.batch_size", "16", "--train.micro_batches", "2"]
