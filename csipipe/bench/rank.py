@@ -90,8 +90,7 @@ class Spec:
 
     def settings(self) -> Settings:
         """The candidate's settings."""
-        parser = commandline.reader()
-        return commandline.settings(parser, ["--config", self.config])[0]
+        return commandline.settings(commandline.reader(), ["--config", self.config])[0]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ host are one slice of every micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from csipipe.settings.config import Settings
@@ -129,6 +130,10 @@ class Topology:
     def host(self, ue: int) -> int:
         """The role that hosts `ue`."""
         return next(role for role in self.ue_roles if ue in self.ues_of(role))
+
+    def working(self, ues: Iterable[int]) -> set[int]:
+        """Ranks with work where these UEs take part: BTS ranks, and hosts of one of them."""
+        return {*self.bts_ranks, *(self.rank(self.host(ue)) for ue in ues)}
 
     def name(self, role: int) -> str:
         """Human-readable name of a role, such as `BTS stage 0` or `UE rank 3 (UEs 2-3)`."""

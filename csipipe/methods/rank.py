@@ -220,15 +220,11 @@ class Rank(Seat):
             return
         self._steps += 1
         done = f"done/{self._steps}"
-        idle = not any(
-            topology.is_bts(half.role) or any(ue in topology.ues_of(half.role) for ue in present)
-            for half in self.halves
-        )
         if world.rank == 0:
             world.store.set(done, "")
             # who waited for the one before has reported since
             world.store.delete_key(f"done/{self._steps - 1}")
-        elif idle:
+        elif world.rank not in topology.working(present):
             world.read(done, 0, "the others to be done", math.inf)
 
     def agree(self, decision: bool) -> bool:

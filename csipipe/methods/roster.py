@@ -103,7 +103,7 @@ class Roster:
             self.present = drawn(self._settings, iteration)
             self.behind = returning(self._settings, iteration)
             self.averages = averages(self._settings, iteration)
-            self._seat()
+            self._invite()
 
     def of(self, plan: Plan) -> list[Instruction]:
         """Of a plan that is cut by UE, what concerns UEs that take part."""
@@ -126,12 +126,10 @@ class Roster:
         self._decides = {kind for kind, source in sources.items() if self._rank == source}
         self._others = {kind: channel.peers for kind, channel in self._channels.items()}
 
-    def _seat(self) -> None:
+    def _invite(self) -> None:
         """Ranks with work in the iteration agree; the others would wait for a verdict too long."""
         if self._channels:
-            topology = self._topology
-            hosts = {topology.rank(topology.host(ue)) for ue in self.present}
-            works = {*topology.bts_ranks, *hosts}
+            works = self._topology.working(self.present)
             self._idle = self._rank not in works
             for kind in self._decides:
                 peers = [peer for peer in self._others[kind] if peer.rank in works]

@@ -256,7 +256,7 @@ def test_a_title_fits_whatever_the_path(tmp_path: Path) -> None:
         figure.subplots(1, panels)
         plotting.entitle(figure, f"indoor ({path}), 1,500 rows of 32 × 32")
         figure.draw_without_rendering()
-        title = figure._suptitle  # type: ignore[attr-defined]
+        [title] = figure.texts
         box = title.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= figure.bbox.width
         assert 0 <= box.y0 < box.y1 <= figure.bbox.height

@@ -49,6 +49,9 @@ def test_a_rank_with_two_roles_is_named_by_both() -> None:
     assert [topology.roles_of(rank) for rank in range(3)] == [[0, 2], [1, 3], [4]]
     assert [topology.rank(role) for role in range(5)] == [0, 1, 0, 1, 2]
     assert [topology.host(ue) for ue in range(4)] == [2, 2, 3, 4]
+    assert topology.working([0, 3]) == {0, 1, 2}
+    assert topology.working([2]) == {0, 1}
+    assert Topology(4, 1, 3).working([0, 2]) == {0, 1, 3}
 
 
 @pytest.mark.parametrize(
