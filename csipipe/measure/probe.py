@@ -23,6 +23,8 @@ class Probe:
     Attributes:
         apart: iterations from one look at gradients to the next, at least: they may cost much.
         gradients_wanted: record the gradients of the optimiser's next steps.
+        unseen: nobody looks at anything between the next iteration and the one after it, not even
+            at gradients of the latter: a rank may begin it before it has the figures of the former.
         rows_wanted: how many reconstructions to keep from here on; 0: none.
         seconds: what probing has taken so far.
     """
@@ -31,6 +33,7 @@ class Probe:
         self.ue = ue
         self.apart = 1
         self.gradients_wanted = False
+        self.unseen = False
         self.rows_wanted = 0
         self.seconds = 0.0
         self._norms: dict[str, list[Tensor]] = {}

@@ -84,6 +84,7 @@ class Averaged:
 
     def train_iteration(self, iteration: int) -> Figures | None:
         """As the worker's."""
+        self.probe.unseen = False  # the mean sees the weights of every iteration
         figures = self.worker.train_iteration(iteration)
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         for mean in self._means.values():

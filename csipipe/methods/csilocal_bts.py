@@ -112,8 +112,10 @@ class BtsHalf(Half):
         self.clock.begin("compute", "prepare")
         if self.role == 0:
             self.reports.post()
-        set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
         self._restore = keep_buffers(self.layers) if self.tolerant else None
+
+    def draw(self, iteration: int) -> None:
+        set_rate(self.stage.optimizer, self.settings.train.lr_at(iteration))
 
     def open(self, plan: list[Instruction]) -> None:
         self.stage.open(plan)

@@ -5,6 +5,7 @@ Shapes: as in `csipipe.methods.csilocal_bts`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from csipipe import models
 from csipipe.comm.channel import Ports
 from csipipe.comm.ledger import Kind
+from csipipe.device import download, host_buffer
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH
 from csipipe.methods.base import EvalRows, padded
@@ -69,20 +71,29 @@ class UeHalf(UeSide):
         shape = len(ues), DRAWN, train.batch_size
         self._drawn = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self._sums = torch.zeros(len(ues), WIDTH, dtype=torch.float64, device=self.device)
+        self._fetched: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
     def evaluated(self) -> dict[EvalRows, int]:
         ues = [self.ues[at] for at in self._places(self.seat.roster.evaluated)]
         return {"holdout": max((len(ue.holdout) for ue in ues), default=0), "test": len(self.test)}
 
     def begin(self, iteration: int) -> None:
+        self.stage.take(self._places(self.seat.roster.present))
+
+    def draw(self, iteration: int) -> None:
         """Lines 3 and 8–10 of Algorithm 1 follow."""
         self.clock.begin("compute", "draw mini-batches")
-        train, places = self.settings.train, self._places(self.seat.roster.present)
-        self.stage.take(places)
-        if places:
-            drawn = torch.stack([ue.draw(train.batch_size) for ue in self.stage.ues])
-            self._drawn[: len(drawn)].copy_(drawn)
+        train, ues = self.settings.train, self.stage.ues
+        if ues:
+            shape = len(ues), *self._drawn.shape[1:]
+            # pinned: from other memory, a copy waits until the device has done all before it
+            drawn = host_buffer(shape, self._drawn.dtype, self.device)
+            torch.stack([ue.draw(train.batch_size) for ue in ues], out=drawn)
+            self._drawn[: len(ues)].copy_(drawn, non_blocking=True)
         self.ends.set_rate(train.lr_at(iteration))
+
+    def drawn(self) -> list[Tensor]:
+        return [self._drawn]
 
     def load(self) -> None:
         drawn = zip(self.stage.ues, self._drawn, strict=False)
@@ -127,6 +138,9 @@ class UeHalf(UeSide):
         else:
             self._sums.copy_(self.stage.sums())
 
+    def fetch(self) -> None:
+        self._fetched.append(download(self._sums))
+
     def end(self) -> None:
         """A UE that is left out stays as it was, including BatchNorm's statistics."""
         self.seat.leave_out(self.stage.faults)
@@ -136,7 +150,9 @@ class UeHalf(UeSide):
                 restore()
         self.clock.begin("send", "finish sending")
         # of all UEs, so that a rank without any in this iteration doesn't hurry ahead
-        self._report(self._sums)
+        sums, wait = self._fetched.popleft()
+        wait()
+        self._report(sums)
 
     def unrecordable(self) -> str | None:
         if self.tolerant:

@@ -26,10 +26,11 @@ Evaluation = Generator[None, None, Figures | None]
 class Half:
     """One role of a rank in a method.
 
-    An iteration is `begin`, then `load`, for each section of the plan `open`, `execute` in one or
-    more pieces, and `close`, then `add_up`, and at last `end`. From `load` to `add_up` nothing is
-    decided by what was computed, unless UEs are dropped, so that `csipipe.methods.recorded` can
-    record it.
+    An iteration is `begin` and `draw`, then `load`, for each section of the plan `open`, `execute`
+    in one or more pieces, and `close`, then `add_up` and `fetch`, and at last `end`. From `load` to
+    `add_up` nothing is decided by what was computed, unless UEs are dropped, so that
+    `csipipe.methods.recorded` can record it. `Rank` may go on to the next one's `draw` and what
+    follows, up to `fetch`, before the `end` of an iteration and the next one's `begin`.
 
     Args:
         seat: the rank that has this role.
@@ -68,7 +69,14 @@ class Half:
         return {"holdout": 0, "test": 0}
 
     def begin(self, iteration: int) -> None:
-        """An iteration begins: draw, and post what may arrive before the plan says so."""
+        """An iteration begins: post what may arrive before the plan says so."""
+
+    def draw(self, iteration: int) -> None:
+        """Draw what it computes with, and set its rates."""
+
+    def drawn(self) -> list[Tensor]:
+        """Where on the device that lies, as far as `recorded` is to know it."""
+        return []
 
     def load(self) -> None:
         """Put what was drawn where it is computed with."""
@@ -92,6 +100,9 @@ class Half:
 
     def add_up(self) -> None:
         """All sections were executed: sum up the figures."""
+
+    def fetch(self) -> None:
+        """Begin to copy them to the host, before another iteration overwrites them."""
 
     def end(self) -> Figures | None:
         """The iteration is over; figures of the UEs' batches, at the BTS's first stage."""

@@ -72,6 +72,8 @@ class Rank(Seat):
         self.parameters = count_parts(settings.model)
         self.halves: list[Half] = []
         self._recorded: recorded.Recorded | None = None
+        self._ahead = False
+        """Whether the next iteration has been launched."""
         self._steps = 0
 
     def take(self, halves: Sequence[Half], plans: Sequence[Attempts[Instruction]]) -> None:
@@ -131,9 +133,10 @@ class Rank(Seat):
         self._recorded = recorded.Recorded(self._state, ledgers, by)
 
     def _state(self) -> list[Tensor]:
-        """Weights, statistics and moments."""
+        """Weights, statistics and moments, and what is drawn for an iteration."""
         tensors = (t for unit in self.units().values() for t in unit.state().values())
-        return [t for t in tensors if t.device.type == self.device.type]
+        of_units = [t for t in tensors if t.device.type == self.device.type]
+        return [*of_units, *(t for half in self.halves for t in half.drawn())]
 
     def _mine(self, plans: Sequence[Sequence[Instruction]]) -> list[order.Part]:
         roles = self.topology.roles_of(self.world.rank)
@@ -152,11 +155,14 @@ class Rank(Seat):
         self._draw(iteration)
         for half in self.halves:
             half.begin(iteration)
-        if self._recorded is None:
-            self._compute()
-        else:
+        if not self._ahead:
+            self._launch(iteration, self.probe.gradients_wanted)
+        self._ahead = self.probe.unseen and self._recorded is not None and self._recorded.replays
+        if self._ahead:
+            self._launch(iteration + 1, as_it_is=False)
+        if self._recorded is not None:
             self.clock.begin("compute", "iteration")
-            self._recorded.iteration(self._compute, as_it_is=self.probe.gradients_wanted)
+            self._recorded.settle(self._compute)
         figures = None
         for half in reversed(self.halves):  # UEs report before the first stage gathers
             figures = half.end()
@@ -165,6 +171,18 @@ class Rank(Seat):
         self.clock.stop()
         self._keep_pace()
         return figures
+
+    def _launch(self, iteration: int, as_it_is: bool) -> None:
+        """Begin an iteration on a device that replays it; else it is over afterwards."""
+        for half in self.halves:
+            half.draw(iteration)
+        if self._recorded is None:
+            self._compute()
+        else:
+            self.clock.begin("compute", "launch")
+            self._recorded.launch(self._compute, as_it_is)
+        for half in self.halves:
+            half.fetch()
 
     def _compute(self) -> None:
         """What of an iteration happens where it is computed."""
@@ -205,6 +223,7 @@ class Rank(Seat):
 
     def evaluate(self, part: EvalRows) -> Figures | None:
         """Figures on `part`, on rank 0."""
+        assert not self._ahead, "probe.unseen"
         self._draw(None)
         with torch.no_grad():
             figures = in_turns(half.evaluation(part) for half in reversed(self.halves))

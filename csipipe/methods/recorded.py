@@ -6,17 +6,24 @@ lie in tensors that stay where they are. Checks of what was sent, of losses and 
 read once per iteration, when all of it has been computed. If one doesn't hold, the rank's state is
 put back to what it was, and the iteration is computed again without the graph, which names what is
 wrong before any weight changes.
+
+Where nobody looks in between, an iteration is launched before the checks of the one before are
+read, so that the device never waits for the host. It finds the state that the other one left, right
+or wrong; if that was wrong, what it made of it is forgotten.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from csipipe.comm import trust
 from csipipe.comm.ledger import Ledger
+from csipipe.device import download
 
 Replay = Callable[[], None]
 Recorder = Callable[[Callable[[], None]], Replay]
@@ -40,13 +47,27 @@ def record(compute: Callable[[], None]) -> Replay:
     return graph.replay
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A replayed iteration, whose checks haven't been read.
+
+    Attributes:
+        kept: the state before it, as `Recorded` has it.
+        sound: whether all checks hold, on the host once `wait` has returned.
+    """
+
+    kept: list[list[Tensor]]
+    sound: Tensor
+    wait: Callable[[], None]
+
+
 class Recorded:
-    """What computes iterations.
+    """What computes iterations: `launch`, then `settle`, of two iterations at most.
 
     Args:
-        state: all on the device that an iteration changes and the next one reads. Called once,
-            when some iterations have been computed.
-        ledgers: of what an iteration sends.
+        state: all on the device that an iteration changes and the next one reads, and what is drawn
+            for an iteration. Called once, when some iterations have been computed.
+        ledgers: of what an iteration sends; they count it when it is settled.
         recorder: as `record`.
     """
 
@@ -56,53 +77,77 @@ class Recorded:
         ledgers: Sequence[Ledger],
         recorder: Recorder,
     ) -> None:
-        self._state = state
+        self._find_state = state
         self._ledgers = ledgers
         self._record = recorder
         self._computed = 0
         self._replay: Replay | None = None
-        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._state: list[list[Tensor]] = []  # by type: those of one type are copied together
+        self._kept: deque[list[list[Tensor]]] = deque()
         self._crossing: list[Tensor] = []
         self._sound: Tensor | None = None
+        self._launched: deque[_Launched | None] = deque()  # None: computed at once
 
-    def iteration(self, compute: Callable[[], None], as_it_is: bool) -> None:
-        """Compute an iteration; raises what `compute` raises.
+    @property
+    def replays(self) -> bool:
+        """Whether iterations are replayed by now."""
+        return self._replay is not None
+
+    def launch(self, compute: Callable[[], None], as_it_is: bool) -> None:
+        """Begin an iteration; raises what `compute` raises, where that computes it.
 
         Args:
             as_it_is: not from the graph: somebody looks at it.
 
         Raises:
             ValueError: it can't be recorded: a model of the user's may want to know a value.
-            FloatingPointError: only the replayed iteration was wrong, not the computed one.
         """
         if as_it_is or self._computed < _FIRST:
             compute()
             self._computed += 1
+            self._launched.append(None)
             return
-        before = [ledger.counts.clone() for ledger in self._ledgers]
+        if not self._state:
+            self._state = _by_type(self._find_state())
+            self._kept += [[list(map(torch.empty_like, s)) for s in self._state] for _ in range(2)]
+        self._kept.rotate()
+        kept = self._kept[0]
+        _copy(self._state, kept)
         if self._replay is None:
             self._replay = self._recording(compute)
-            self._crossing = [
-                ledger.counts - counts for ledger, counts in zip(self._ledgers, before, strict=True)
-            ]
-        else:
+        self._replay()
+        assert self._sound is not None
+        self._launched.append(_Launched(kept, *download(self._sound)))
+
+    def settle(self, compute: Callable[[], None]) -> None:
+        """Wait until the oldest iteration that was launched is over, and read its checks.
+
+        Args:
+            compute: as for `launch`. Raises what it raises if one doesn't hold.
+
+        Raises:
+            FloatingPointError: only the replayed iteration was wrong, not the computed one.
+        """
+        oldest = self._launched.popleft()
+        if oldest is None:
+            return
+        oldest.wait()
+        if oldest.sound:
             for ledger, crossing in zip(self._ledgers, self._crossing, strict=True):
                 ledger.counts += crossing
-        self._replay()
-        if not self._sound:
-            for ledger, counts in zip(self._ledgers, before, strict=True):
-                ledger.counts.copy_(counts)
-            for live, kept in self._pairs:
-                torch._foreach_copy_(live, kept)
-            compute()
-            raise FloatingPointError(
-                "an iteration was wrong when it was replayed as a CUDA graph, and right when it "
-                "was computed: use train.cuda_graph never"
-            )
+            return
+        self._launched.clear()
+        _copy(oldest.kept, self._state)
+        compute()
+        raise FloatingPointError(
+            "an iteration was wrong when it was replayed as a CUDA graph, and right when it "
+            "was computed: use train.cuda_graph never"
+        )
 
     def _recording(self, compute: Callable[[], None]) -> Replay:
+        before = [ledger.counts.clone() for ledger in self._ledgers]
         try:
-            return self._record(lambda: self._recorded(compute))
+            replay = self._record(lambda: self._recorded(compute))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -111,15 +156,24 @@ class Recorded:
                 f"an iteration can't be recorded as a CUDA graph ({reason}); use "
                 "train.cuda_graph never."
             ) from error
+        for ledger, counts in zip(self._ledgers, before, strict=True):
+            self._crossing.append(ledger.counts - counts)
+            ledger.counts.copy_(counts)
+        return replay
 
     def _recorded(self, compute: Callable[[], None]) -> None:
-        """Keep the state, then compute."""
-        of_type: dict[torch.dtype, list[Tensor]] = {}  # copied together
-        for tensor in self._state():
-            of_type.setdefault(tensor.dtype, []).append(tensor.detach())
-        self._pairs = [(live, [torch.empty_like(t) for t in live]) for live in of_type.values()]
-        for live, kept in self._pairs:
-            torch._foreach_copy_(kept, live)
         with trust.postponed() as verdicts:
             compute()
         self._sound = torch.stack(verdicts).all()
+
+
+def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    of_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        of_type.setdefault(tensor.dtype, []).append(tensor.detach())
+    return list(of_type.values())
+
+
+def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
+    for to, of in zip(target, source, strict=True):
+        torch._foreach_copy_(to, of)

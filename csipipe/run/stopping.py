@@ -102,6 +102,10 @@ class Stopping:
                 self._told = True
             if self._after is None and self._world.store.check([_AFTER]):
                 self._after = int(self._world.store.get(_AFTER))
+        return self.ends(done)
+
+    def ends(self, done: int) -> bool:
+        """Whether it is known by now that the run ends with the `done`-th iteration."""
         return self._after is not None and done >= self._after
 
     def answered(self) -> None:

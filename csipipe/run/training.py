@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
 import time
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +20,18 @@ from csipipe.device import (
     set_threads,
     thread_notes,
 )
-from csipipe.files import write_file
 from csipipe.measure.figures import WORST
 from csipipe.methods import Worker, manifest, memory, prepare
 from csipipe.methods.roster import evaluated
 from csipipe.methods.state import ue_name
 from csipipe.run import handshake, initial, summary
-from csipipe.run.lock import Lock
-from csipipe.run.resuming import CONFIG, NO_PATH, Start, decide, in_words, source_of, written
+from csipipe.run.folder import BEGUN, claim, new_folder
+from csipipe.run.resuming import Start, decide, in_words
 from csipipe.run.saving import Saver, restore
 from csipipe.run.stopping import Stopping
-from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 from csipipe.tracking import BEGINNING, RankTracker, Tracker
 
-_BEGUN = "run.dir"
 KEPT = 1e-4
 """Adam's rate at which a start by PCA was kept, see docs/models.md."""
 
@@ -123,7 +117,7 @@ def _begin(world: World, settings: Settings) -> Start:
     """How this run begins, decided by rank 0 and the same on every rank."""
     mine = ""
     if world.rank == 0:
-        begun = world.remembered(_BEGUN, "")
+        begun = world.remembered(BEGUN, "")
         folder = Path(begun) if begun else new_folder(settings)
         mine = decide(settings, folder, again=begun != "").to_text()
     return Start.from_text(world.shared("start", mine))
@@ -169,118 +163,6 @@ def _same_rows(dealt: Manifest, before: Path) -> None:
         )
 
 
-def new_folder(settings: Settings) -> Path:
-    """Name of the run's directory; a new one unless it was given."""
-    if settings.run.dir is not None:
-        return Path(settings.run.dir)
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = Path("runs") / f"{settings.method}-{settings.data.environment}-{now}"
-    others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([name], others) if not folder.exists())
-
-
-def claim(start: Start, settings: Settings, world: World) -> tuple[Start, Lock]:
-    """Make the run's directory this run's own, and write `config.yaml` into it.
-
-    If another run was faster to take a directory named by the clock, this one gets another.
-
-    Raises:
-        ValueError: a live run has it, or another run was faster.
-        OSError: it can't be written.
-    """
-    while True:
-        try:
-            lock = _claim(start, settings)
-            break
-        except ValueError:
-            if settings.run.dir is not None or start.exists:
-                raise
-            start = replace(start, folder=new_folder(settings))
-    world.remembered(_BEGUN, str(start.folder))
-    return start, lock
-
-
-def _claim(start: Start, settings: Settings) -> Lock:
-    folder, lock = start.folder, None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder)
-        if not start.exists:
-            _write_config(folder / CONFIG, settings)
-            _take_best_along(start)
-    except OSError as error:
-        if lock is not None:
-            lock.release()
-        if isinstance(error, FileExistsError):
-            raise ValueError(
-                f"run.dir: {folder} already holds a run, or is a file; nothing was overwritten. "
-                "Choose another run.dir."
-            ) from error
-        raise OSError(
-            f"run.dir: {folder} can't be written: {error.strerror or error}. Make room there if it "
-            "is full, or choose another run.dir."
-        ) from error
-    if start.exists:
-        reopen(start, settings)
-    return lock
-
-
-def _write_config(file: Path, settings: Settings) -> None:
-    """Write a new `config.yaml`; half of one would belong to no run (FileExistsError, OSError)."""
-    opened = open(file, "x")  # noqa: SIM115  # what isn't ours stays
-    try:
-        with opened:
-            opened.write(commandline.to_yaml(anywhere(settings)))
-    except OSError:
-        file.unlink()
-        raise
-
-
-def anywhere(settings: Settings) -> Settings:
-    """The same with absolute paths, so that they can be followed from any folder."""
-    data, run = settings.data, settings.run
-    if data.path is not None:
-        data = replace(data, path=os.path.abspath(data.path))
-    if run.resume not in NO_PATH:
-        run = replace(run, resume=os.path.abspath(run.resume))
-    return replace(settings, data=data, run=run)
-
-
-def reopen(start: Start, settings: Settings) -> None:
-    """Rewind the directory of a resumed run to the checkpoint."""
-    folder = start.folder
-    checkpoint.sweep(folder / "checkpoints")
-    # before config.yaml is rewritten: if interrupted here, the same command does it again
-    if later := checkpoint.rewind(folder / "checkpoints", start.iteration):
-        print(
-            f"removed checkpoint(s) {', '.join(map(str, later))} of {folder}: it resumes after "
-            f"iteration {start.iteration}.",
-            flush=True,
-        )
-    # a run that hasn't saved yet still has to start from the source that was named first
-    named = source_of(written(folder))
-    if settings.run.resume in NO_PATH and named is not None:
-        settings = replace(settings, run=replace(settings.run, resume=named))
-    write_file(folder / CONFIG, commandline.to_yaml(anywhere(settings)))
-    (folder / "summary.json").unlink(missing_ok=True)
-
-
-def _take_best_along(start: Start) -> None:
-    """Copy the best weights so far into the directory of a run that resumes elsewhere.
-
-    Where the other run went on and found better ones, those from before are lost.
-    """
-    if start.checkpoint is None:
-        return
-    best = start.checkpoint.parent / "best"
-    taken = checkpoint.switched(best)
-    if best.is_dir() and taken is not None and taken <= start.iteration:
-        mine = start.folder / "checkpoints"
-        partial = mine / f"{best.resolve().name}.partial"
-        shutil.copytree(best, partial)
-        checkpoint.switch(partial, mine / "best")
-
-
 def run(
     worker: Worker,
     settings: Settings,
@@ -318,6 +200,9 @@ def run(
         while done < iterations and not stop:
             before = time.monotonic()
             mine.before(done + 1)
+            seen = stopping.ends(done + 1) or _evaluates(settings, done + 1)
+            seen = seen or _saves(settings, done + 1) or mine.shows(done + 2)
+            worker.probe.unseen = not seen
             figures = step(done)
             done += 1
             mine.after(done)
@@ -329,11 +214,11 @@ def run(
             stop = stopping.after(done)
             last = stop or done == iterations
             with stopping.unhurried():
-                if done % settings.eval_every == 0 or done == iterations:
+                if _evaluates(settings, done):
                     best = _evaluate(worker, settings, saver, tracker, mine, done, best)
                 if saver.due(done, at_once=last):
                     _settle(saver, tracker, done)
-                if last or done % settings.save_every == 0:
+                if last or _saves(settings, done):
                     _save(worker, saver, tracker, done, best)
                 if last:
                     error = _settle(saver, tracker, done)
@@ -351,6 +236,16 @@ def run(
                 summary.content(worker, settings, tracker, ledger, done, world.size, pca)
             )
             stopping.answered()
+
+
+def _evaluates(settings: Settings, done: int) -> bool:
+    """Whether an evaluation follows the `done`-th iteration."""
+    return done % settings.eval_every == 0 or done == settings.train.iterations
+
+
+def _saves(settings: Settings, done: int) -> bool:
+    """Whether a checkpoint follows it, also where the run goes on."""
+    return done % settings.save_every == 0
 
 
 def _save(

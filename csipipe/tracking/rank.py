@@ -73,8 +73,11 @@ class RankTracker:
 
     def before(self, done: int) -> None:
         """The `done`-th iteration comes next."""
-        probe = self._worker.probe
-        probe.gradients_wanted = due(done, self._iterations, _POINTS, probe.apart)
+        self._worker.probe.gradients_wanted = self.shows(done)
+
+    def shows(self, done: int) -> bool:
+        """Whether gradients of the `done`-th iteration are shown."""
+        return due(done, self._iterations, _POINTS, self._worker.probe.apart)
 
     def after(self, done: int) -> None:
         """The `done`-th iteration is over."""

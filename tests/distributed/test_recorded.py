@@ -6,9 +6,11 @@ had, and nothing that Python decides) and refuses what a GPU's refuses: to read 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +20,17 @@ from runs import CPU, small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csipipe import methods
+from csipipe import checkpoint, methods
 from csipipe.comm import trust
 from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.trust import BadMessage
 from csipipe.comm.world import World
 from csipipe.methods import recorded
 from csipipe.methods.csilocal_ue import UeHalf
+from csipipe.run import training
+from csipipe.run.resuming import Start
 from csipipe.settings.config import Settings
+from csipipe.tracking import RankTracker, Tracker
 
 aten = torch.ops.aten
 READS = {
@@ -84,27 +89,34 @@ def taped(host: list[Tensor], compute: Callable[[], None]) -> Callable[[], None]
     return lambda: next(plays, tape.play)()
 
 
+def rates_as_on_a_gpu(worker: Any) -> None:
+    """Tensors, which a tape sees change."""
+    for half in worker.halves:
+        optimizers = [ue.optimizer for ue in getattr(half, "ues", [])] or [half.stage.optimizer]
+        for group in (group for one in optimizers for group in one.param_groups):
+            group["lr"] = torch.zeros(())
+
+
 def trained(world: World, settings: Settings, way: str) -> dict[str, Any]:
     """Ten iterations, every figure, and the state; an evaluation in between."""
     build = methods.prepare(settings, world.rank, world.size, CPU)
     world.ready("data")
     world.connect(20.0)
     worker: Any = build(world)
-    for half in worker.halves:  # rates as a GPU has them
-        optimizers = [ue.optimizer for ue in getattr(half, "ues", [])] or [half.stage.optimizer]
-        for group in (group for one in optimizers for group in one.param_groups):
-            group["lr"] = torch.zeros(())
+    rates_as_on_a_gpu(worker)
     if way != "computed":
         worker.record(partial(taped, [half.wire.ledger.counts for half in worker.halves]))
     found: dict[str, Any] = {"sums": []}
     for k in range(10):
         worker.probe.gradients_wanted = k == 6  # somebody looks at it
+        worker.probe.unseen = way.startswith("ahead") and k not in (1, 5, 9)
         found["sums"].append(worker.train_iteration(k).sums.clone())
         if k in (1, 5):
             found["sums"].append(worker.evaluate("test").sums.clone())
     found["norms"] = worker.probe.norms()
     found["ledger"] = worker.exchanged().counts.clone()
-    if way == "spoiled":
+    if way.endswith("spoiled"):
+        worker.probe.unseen = way.startswith("ahead")
         found["error"] = spoiled(worker)
     found["state"] = {
         f"{name} {key}": tensor.clone()
@@ -118,13 +130,40 @@ def trained(world: World, settings: Settings, way: str) -> dict[str, Any]:
 def spoiled(worker: Any) -> str:
     """An iteration in which UE 2 sends NaN: the error, and not a scalar changed or counted."""
     (half,) = (half for half in worker.halves if isinstance(half, UeHalf))
-    half.ues[2].rows[:] = float("nan")
     generators = [ue.generator.get_state() for ue in half.ues]
+    mine, next_ones = (half.ues[2].draw(worker.settings.train.batch_size)[0] for _ in range(2))
+    bad = next(row for row in mine.tolist() if row not in next_ones)
+    half.ues[2].rows[int(bad)] = float("nan")
+    half.ues[2].generator.set_state(generators[2])
     with pytest.raises(BadMessage) as error:
         worker.train_iteration(10)
     for ue, generator in zip(half.ues, generators, strict=True):
         ue.generator.set_state(generator)
     return str(error.value)
+
+
+def whole_run(world: World, settings: Settings, folder: str, record: bool) -> list[int]:
+    """A run with all that may happen between iterations; which of them were launched ahead."""
+    world.connect(20.0)
+    worker: Any = methods.prepare(settings, 0, 1, CPU)(world)
+    rates_as_on_a_gpu(worker)
+    ahead: list[int] = []
+    if record:
+        worker.record(partial(taped, [half.wire.ledger.counts for half in worker.halves]))
+        launch = worker._launch
+
+        def noted(iteration: int, as_it_is: bool) -> None:
+            if worker._ahead:
+                ahead.append(iteration + 1)
+            launch(iteration, as_it_is)
+
+        worker._launch = noted
+    worker.probe.apart = 3
+    start = Start(Path(folder))
+    mine = RankTracker(start.folder, world.role(0), worker, 12, 0, draws=True)
+    training.run(worker, settings, start, Tracker(start.folder, settings, 0), mine, world)
+    world.leave()
+    return ahead
 
 
 def frozen(world: World, settings: Settings) -> int:
@@ -133,13 +172,7 @@ def frozen(world: World, settings: Settings) -> int:
     world.ready("data")
     world.connect(20.0)
     worker: Any = build(world)
-    for half in worker.halves:
-        if isinstance(half, UeHalf):
-            for group in half.ues[0].optimizer.param_groups:
-                group["lr"] = torch.zeros(())
-        else:
-            for group in half.stage.optimizer.param_groups:
-                group["lr"] = torch.zeros(())
+    rates_as_on_a_gpu(worker)
     verdicts: list[int] = []
 
     def counted(compute: Callable[[], None]) -> Callable[[], None]:
@@ -178,12 +211,13 @@ def test_a_verdict_over_several_is_postponed_like_the_others() -> None:
 def runs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     changes = {"lr": 2**-9, "augment": "angle,phase", "stacked": request.param}
     settings = small(topology=ONE, train=changes)
-    ways = ("computed", "recorded", "spoiled")
+    ways = ("computed", "recorded", "ahead", "spoiled", "ahead, spoiled")
     return {way: run_world(1, trained, settings, way)[0] for way in ways}
 
 
-def test_a_replayed_iteration_has_the_same_bits(runs: dict[str, dict[str, Any]]) -> None:
-    one, two = runs["computed"], runs["recorded"]
+@pytest.mark.parametrize("way", ["recorded", "ahead"])
+def test_a_replayed_iteration_has_the_same_bits(runs: dict[str, dict[str, Any]], way: str) -> None:
+    one, two = runs["computed"], runs[way]
     assert len(one["sums"]) == 12
     for k, (mine, other) in enumerate(zip(one["sums"], two["sums"], strict=True)):
         assert torch.equal(mine, other), k
@@ -195,10 +229,30 @@ def test_a_replayed_iteration_has_the_same_bits(runs: dict[str, dict[str, Any]])
         assert torch.equal(tensor, two["state"][name]), name
 
 
-def test_a_bad_value_is_named_and_nothing_has_changed(runs: dict[str, dict[str, Any]]) -> None:
-    assert "from UE 2" in runs["spoiled"]["error"]
-    assert "holds nan" in runs["spoiled"]["error"]
-    before, after = runs["recorded"]["state"], runs["spoiled"]["state"]
+def test_a_run_goes_ahead_where_nobody_looks(tmp_path: Path) -> None:
+    """Not before an evaluation or a checkpoint, nor to an iteration whose gradients are shown."""
+    settings = small(topology=ONE, train={"iterations": 12}, run={"eval_every": 4, "save_every": 5})
+    ahead = [
+        run_world(1, whole_run, settings, str(tmp_path / name), record)[0]
+        for name, record in (("computed", False), ("recorded", True))
+    ]
+    assert ahead == [[], [7, 8, 10]]
+    runs = [tmp_path / name / "checkpoints" / "12" for name in ("computed", "recorded")]
+    one, two = (checkpoint.Snapshot(folder).content for folder in runs)
+    assert one["parts"] == two["parts"]  # their digests
+    history = [(folder.parents[1] / "history.jsonl").read_text() for folder in runs]
+    assert len(history[0].splitlines()) == 3
+    tests = [[json.loads(line)["test"] for line in text.splitlines()] for text in history]
+    assert tests[0] == tests[1]
+
+
+@pytest.mark.parametrize("way", ["spoiled", "ahead, spoiled"])
+def test_a_bad_value_is_named_and_nothing_has_changed(
+    runs: dict[str, dict[str, Any]], way: str
+) -> None:
+    assert "from UE 2" in runs[way]["error"]
+    assert "holds nan" in runs[way]["error"]
+    before, after = runs["recorded"]["state"], runs[way]["state"]
     # the encoders' statistics have seen the mini-batch, as in a run without a recording
     changed = {n for n, tensor in before.items() if not torch.equal(tensor, after[n])}
     assert all(" encoder." in n and ("running" in n or "tracked" in n) for n in changed), changed
@@ -210,9 +264,9 @@ def test_what_the_recorder_refuses_has_a_remedy() -> None:
 
     recording = recorded.Recorded(list, [], refuse)
     for _ in range(3):
-        recording.iteration(lambda: None, as_it_is=False)
+        recording.launch(lambda: None, as_it_is=False)
     with pytest.raises(ValueError, match=r"\(operation .* capturing\); use train.cuda_graph never"):
-        recording.iteration(lambda: None, as_it_is=False)
+        recording.launch(lambda: None, as_it_is=False)
 
 
 def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() -> None:
@@ -235,9 +289,12 @@ def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() ->
 
     recording = recorded.Recorded(lambda: [value], [ledger], wrong)
     for _ in range(3):
-        recording.iteration(compute, as_it_is=False)
+        recording.launch(compute, as_it_is=False)
+        recording.settle(compute)
+    for _ in range(2):  # the second one before the first one's checks are read
+        recording.launch(compute, as_it_is=False)
     with pytest.raises(FloatingPointError, match=r"use train\.cuda_graph never"):
-        recording.iteration(compute, as_it_is=False)
+        recording.settle(compute)
     assert value.tolist() == [4.0] * 3  # three iterations, and the one that was computed again
     assert ledger.total("training", [Kind.SMASHED]) == (20, 80)
 

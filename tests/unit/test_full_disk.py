@@ -24,8 +24,8 @@ import trainedruns
 from csipipe import checkpoint, files
 from csipipe.__main__ import main
 from csipipe.comm.world import World
+from csipipe.run.folder import claim
 from csipipe.run.resuming import CONFIG, Start, decide
-from csipipe.run.training import claim
 from csipipe.settings.config import RunSettings, Settings
 
 ROOM = 32 << 10

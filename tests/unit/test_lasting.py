@@ -21,8 +21,8 @@ from csipipe import checkpoint
 from csipipe.comm.world import World
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
+from csipipe.run.folder import anywhere, claim, new_folder, reopen
 from csipipe.run.resuming import DEEPSPEED, Start, decide, in_words
-from csipipe.run.training import anywhere, claim, new_folder, reopen
 from csipipe.settings import commandline
 from csipipe.settings.config import (
     DataSettings,
