@@ -10,13 +10,42 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-_postponed: list[Tensor] | None = None
-"""Where the verdicts of checks go that nobody waits for; None: all are waited for."""
+Step = Callable[[Tensor | None], None]
+"""An optimiser's step. Its argument lies on the device: 1 if nothing is to change, else 0; None:
+everything is as it should be."""
+
+
+class Postponed:
+    """Checks whose verdicts nobody waits for, and what must only be done if they hold.
+
+    Attributes:
+        verdicts: truth values on their device: whether a check holds.
+        steps: optimisers' steps.
+    """
+
+    def __init__(self) -> None:
+        self.verdicts: list[Tensor] = []
+        self.steps: list[Step] = []
+
+    def finish(self, sound: Tensor) -> None:
+        """Do the steps, unless a check doesn't hold; neither the device nor a value is waited for.
+
+        Args:
+            sound: a truth value on the device; false if one of `verdicts` is, or was before.
+        """
+        sound.logical_and_(torch.stack(self.verdicts).all())
+        bad = sound.logical_not().float()
+        for step in self.steps:
+            step(bad)
+
+
+_postponed: Postponed | None = None
+"""Where verdicts go; None: all are waited for."""
 
 
 class BadMessage(ConnectionError):
@@ -24,24 +53,29 @@ class BadMessage(ConnectionError):
 
 
 @contextlib.contextmanager
-def postponed() -> Iterator[list[Tensor]]:
-    """Within it all checks pass at once, and a device isn't waited for.
-
-    Gives a list to which each check adds a truth value on its device: whether it holds.
-    """
+def postponed() -> Iterator[Postponed]:
+    """Within it all checks pass at once, and a device isn't waited for."""
     global _postponed
-    _postponed, before = [], _postponed
+    _postponed, before = Postponed(), _postponed
     try:
         yield _postponed
     finally:
         _postponed = before
 
 
+def if_sound(step: Step) -> None:
+    """Do a step: now, as checks that didn't hold have raised errors, or once all have a verdict."""
+    if _postponed is None:
+        step(None)
+    else:
+        _postponed.steps.append(step)
+
+
 def _holds(verdict: Tensor) -> bool:
     """Whether a check holds, as far as anybody waits for it."""
     if _postponed is None:
         return bool(verdict)
-    _postponed.append(verdict)
+    _postponed.verdicts.append(verdict)
     return True
 
 
@@ -50,7 +84,7 @@ def each_holds(verdicts: Tensor) -> list[bool]:
     if _postponed is None:
         found: list[bool] = verdicts.tolist()
         return found
-    _postponed.append(verdicts.all())
+    _postponed.verdicts.append(verdicts.all())
     return [True] * len(verdicts)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from csipipe.comm import trust
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 _COPIED = 2**24
@@ -39,11 +42,12 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
+        """One step of all parameters that have a gradient; or later, see `trust.if_sound`."""
         assert closure is None
         for group in self.param_groups:
             for stepping in self._together(p for p in group["params"] if p.grad is not None):
-                self._step(group, stepping)
+                gradients = [p.grad for p in stepping]
+                trust.if_sound(partial(self._step, group, stepping, gradients))
 
     def _together(self, stepping: Iterable[nn.Parameter]) -> Iterator[list[Any]]:
         """Parameters that step at once: all, or few where their moments are copied for it."""
@@ -56,7 +60,14 @@ class Adam(torch.optim.Adam):
         if some:
             yield some
 
-    def _step(self, group: dict[str, Any], stepping: list[Any]) -> None:
+    @torch.no_grad()
+    def _step(
+        self,
+        group: dict[str, Any],
+        stepping: list[Any],
+        gradients: list[Tensor],
+        bad: Tensor | None,
+    ) -> None:
         for p in stepping:
             if not self.state[p]:
                 zeros = (torch.zeros_like(p, dtype=self.moments) for _ in range(2))
@@ -68,10 +79,13 @@ class Adam(torch.optim.Adam):
             [moment.to(p.dtype) for moment, p in zip(moments, stepping, strict=True)]
             for moments in kept
         )
-        torch._foreach_add_(steps, 1)
+        if bad is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, [1 - bad] * len(steps))
         torch._fused_adam_(
             stepping,
-            [p.grad for p in stepping],
+            gradients,
             averages,
             squares,
             [],
@@ -83,6 +97,7 @@ class Adam(torch.optim.Adam):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+            found_inf=bad,
         )
         if self.moments is not None:
             torch._foreach_copy_(kept[0], averages)

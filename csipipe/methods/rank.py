@@ -130,13 +130,13 @@ class Rank(Seat):
         """From now on record an iteration, `by` that, and replay it."""
         self.probe.apart = _APART
         ledgers = [half.wire.ledger for half in self.halves]
-        self._recorded = recorded.Recorded(self._state, ledgers, by)
+        self._recorded = recorded.Recorded(self._state, ledgers, by, self.device)
 
     def _state(self) -> list[Tensor]:
-        """Weights, statistics and moments, and what is drawn for an iteration."""
-        tensors = (t for unit in self.units().values() for t in unit.state().values())
-        of_units = [t for t in tensors if t.device.type == self.device.type]
-        return [*of_units, *(t for half in self.halves for t in half.drawn())]
+        """BatchNorm's statistics, and what is drawn for an iteration."""
+        modules = (m for unit in self.units().values() for m in unit.modules.values())
+        buffers = (buffer for module in modules for buffer in module.buffers())
+        return [*buffers, *(t for half in self.halves for t in half.drawn())]
 
     def _mine(self, plans: Sequence[Sequence[Instruction]]) -> list[order.Part]:
         roles = self.topology.roles_of(self.world.rank)

@@ -3,13 +3,13 @@
 The first iterations are computed as on a CPU: they load kernels and make the optimisers' state.
 The next one is recorded, and from then on replayed, with the same bits: draws, rates and figures
 lie in tensors that stay where they are. Checks of what was sent, of losses and of gradients are
-read once per iteration, when all of it has been computed. If one doesn't hold, the rank's state is
-put back to what it was, and the iteration is computed again without the graph, which names what is
-wrong before any weight changes.
+read once per iteration, when all of it has been computed; its optimisers' steps come after them,
+and change nothing if one doesn't hold. Then statistics are put back to what they were, and the
+iteration is computed again without the graph, which names what is wrong.
 
 Where nobody looks in between, an iteration is launched before the checks of the one before are
-read, so that the device never waits for the host. It finds the state that the other one left, right
-or wrong; if that was wrong, what it made of it is forgotten.
+read, so that the device never waits for the host. If one of those doesn't hold, its steps change
+nothing either.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Launched:
     """A replayed iteration, whose checks haven't been read.
 
     Attributes:
-        kept: the state before it, as `Recorded` has it.
+        kept: `Recorded`'s state before it.
         sound: whether all checks hold, on the host once `wait` has returned.
     """
 
@@ -65,8 +65,9 @@ class Recorded:
     """What computes iterations: `launch`, then `settle`, of two iterations at most.
 
     Args:
-        state: all on the device that an iteration changes and the next one reads, and what is drawn
-            for an iteration. Called once, when some iterations have been computed.
+        state: all on the device that an iteration changes, other than by an optimiser's step, and
+            the next one reads, and what is drawn for an iteration. Called once, when some have been
+            computed.
         ledgers: of what an iteration sends; they count it when it is settled.
         recorder: as `record`.
     """
@@ -76,6 +77,7 @@ class Recorded:
         state: Callable[[], Iterable[Tensor]],
         ledgers: Sequence[Ledger],
         recorder: Recorder,
+        device: torch.device,
     ) -> None:
         self._find_state = state
         self._ledgers = ledgers
@@ -85,7 +87,7 @@ class Recorded:
         self._state: list[list[Tensor]] = []  # by type: those of one type are copied together
         self._kept: deque[list[list[Tensor]]] = deque()
         self._crossing: list[Tensor] = []
-        self._sound: Tensor | None = None
+        self._sound = torch.ones((), dtype=torch.bool, device=device)
         self._launched: deque[_Launched | None] = deque()  # None: computed at once
 
     @property
@@ -116,7 +118,6 @@ class Recorded:
         if self._replay is None:
             self._replay = self._recording(compute)
         self._replay()
-        assert self._sound is not None
         self._launched.append(_Launched(kept, *download(self._sound)))
 
     def settle(self, compute: Callable[[], None]) -> None:
@@ -162,9 +163,9 @@ class Recorded:
         return replay
 
     def _recorded(self, compute: Callable[[], None]) -> None:
-        with trust.postponed() as verdicts:
+        with trust.postponed() as later:
             compute()
-        self._sound = torch.stack(verdicts).all()
+        later.finish(self._sound)
 
 
 def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -194,17 +194,17 @@ def test_frozen_ends_are_recorded() -> None:
 
 def test_nothing_is_judged_where_there_is_no_gradient() -> None:
     """A verdict would lie on the host, beside those of a GPU."""
-    with trust.postponed() as verdicts:
+    with trust.postponed() as later:
         trust.check_gradients("nobody's", nn.Linear(2, 2).named_parameters())
-    assert not verdicts
+    assert not later.verdicts
 
 
 def test_a_verdict_over_several_is_postponed_like_the_others() -> None:
     each = torch.tensor([True, False])
     assert trust.each_holds(each) == [True, False]
-    with trust.postponed() as verdicts:
+    with trust.postponed() as later:
         assert trust.each_holds(each) == [True, True]
-    assert [bool(verdict) for verdict in verdicts] == [False]
+    assert [bool(verdict) for verdict in later.verdicts] == [False]
 
 
 @pytest.fixture(scope="module", params=["never", "always"])
@@ -262,7 +262,7 @@ def test_what_the_recorder_refuses_has_a_remedy() -> None:
     def refuse(compute: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    recording = recorded.Recorded(list, [], refuse)
+    recording = recorded.Recorded(list, [], refuse, CPU)
     for _ in range(3):
         recording.launch(lambda: None, as_it_is=False)
     with pytest.raises(ValueError, match=r"\(operation .* capturing\); use train.cuda_graph never"):
@@ -287,7 +287,7 @@ def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() ->
 
         return replay
 
-    recording = recorded.Recorded(lambda: [value], [ledger], wrong)
+    recording = recorded.Recorded(lambda: [value], [ledger], wrong, CPU)
     for _ in range(3):
         recording.launch(compute, as_it_is=False)
         recording.settle(compute)
