@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from csipipe.models.crblock import CHANNELS, CRBlock
 from csipipe.models.kernels.triton import host, pointwise
 from csipipe.models.kernels.triton.batchnorm import finish_backward, finish_forward
+from csipipe.models.kernels.triton.branches import Branches
 from csipipe.models.layers import Conv2d
 
 
@@ -88,34 +89,16 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
     channels = CHANNELS * len(block.paths)
     ends = x.new_empty(len(x), channels, *x.shape[2:])
     ends_stats = torch.empty(4, channels, device=x.device)
-    part = tiles.sums(2 * CHANNELS + 1, x.device)
-    paths: list[list[Layer]] = []
+    branches = Branches(x.device)
+    paths = []
     for p, path in enumerate(block.paths):
-        pairs = [pair for pair in path.children() if isinstance(pair, nn.Sequential)]
-        paths.append([])
-        source, source_stats = x, None
-        for pair in pairs:
-            conv, batch_norm = cast(Conv2d, pair[0]), cast(nn.BatchNorm2d, pair[1])
-            if pair is pairs[-1]:
-                own = slice(CHANNELS * p, CHANNELS * (p + 1))
-                q, stats = ends[:, own], ends_stats[:, own]
-            else:
-                q = x.new_empty(len(x), CHANNELS, *x.shape[2:])
-                stats = torch.empty(4, CHANNELS, device=x.device)
-            host.forward(
-                tiles,
-                source,
-                conv.weight,
-                q,
-                stats=source_stats,
-                part=part if training else None,
-            )
-            programs, _ = tiles.runs(conv.weight)
-            finish_forward(tiles, programs, part, batch_norm, stats, training)
-            paths[-1].append(Layer(conv, batch_norm, q, stats))
-            source, source_stats = q, stats
+        with branches.branch(p):
+            own = slice(CHANNELS * p, CHANNELS * (p + 1))
+            paths.append(_path(tiles, path, x, ends[:, own], ends_stats[:, own], training))
+    branches.join()
     j, y = torch.empty_like(x), torch.empty_like(x)
     join_stats = torch.empty(4, 2, device=x.device)
+    part = tiles.sums(2 * 2 + 1, x.device)
     grid = (tiles.programs,)
     pointwise.join_forward[grid](
         ends,
@@ -132,6 +115,41 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
     finish_forward(tiles, tiles.programs, part, batch_norm, join_stats, training)
     pointwise.output_forward[grid](x, j, join_stats, y, **tiles.block)
     return y, Saved(x, paths, ends, ends_stats, j, join_stats, training)
+
+
+def _path(
+    tiles: host.Tiles,
+    path: nn.Module,
+    x: Tensor,
+    end: Tensor,
+    end_stats: Tensor,
+    training: bool,
+) -> list[Layer]:
+    """One path's forward pass, its last output into `end` and `end_stats`."""
+    part = tiles.sums(2 * CHANNELS + 1, x.device)
+    pairs = [pair for pair in path.children() if isinstance(pair, nn.Sequential)]
+    layers: list[Layer] = []
+    source, source_stats = x, None
+    for pair in pairs:
+        conv, batch_norm = cast(Conv2d, pair[0]), cast(nn.BatchNorm2d, pair[1])
+        if pair is pairs[-1]:
+            q, stats = end, end_stats
+        else:
+            q = x.new_empty(len(x), CHANNELS, *x.shape[2:])
+            stats = torch.empty(4, CHANNELS, device=x.device)
+        host.forward(
+            tiles,
+            source,
+            conv.weight,
+            q,
+            stats=source_stats,
+            part=part if training else None,
+        )
+        programs, _ = tiles.runs(conv.weight)
+        finish_forward(tiles, programs, part, batch_norm, stats, training)
+        layers.append(Layer(conv, batch_norm, q, stats))
+        source, source_stats = q, stats
+    return layers
 
 
 def input_gradient(
@@ -162,47 +180,67 @@ def input_gradient(
     )
     ends = finish_backward(tiles, tiles.programs, part, saved.ends_stats, 2, saved.training)
     rest = Rest((ends.further, join.of_weight[0], join.of_bias[0]))
-    added = dz
+    branches = Branches(x.device)
     for p, path in enumerate(saved.paths):
         own = slice(CHANNELS * p, CHANNELS * (p + 1))
         weights = _join(block).weight.detach().flatten(1)[:, own]
         last = path[-1]
         gradient = host.Gradient(dj, last.q, last.stats, ends.coef[0, :, own], weights)
-        gradients = [gradient]
-        of_norms = [(ends.of_weight[0, own], ends.of_bias[0, own])]
-        for k in range(len(path) - 1, 0, -1):
-            before, g = path[k - 1], torch.empty_like(path[k - 1].q)
-            host.backward(
-                tiles,
-                gradients[0],
-                path[k].conv.weight,
-                g,
-                before=before.q,
-                before_stats=before.stats,
-                part=part,
-            )
-            programs, _ = tiles.runs(path[k].conv.weight)
-            found = finish_backward(tiles, programs, part, before.stats, 0, saved.training)
-            gradients.insert(0, host.Gradient(g, before.q, before.stats, found.coef[0]))
-            of_norms.insert(0, (found.of_weight[0], found.of_bias[0]))
-        host.backward(tiles, gradients[0], path[0].conv.weight, dx, before=added)
-        added = dx
+        of_norm = ends.of_weight[0, own], ends.of_bias[0, own]
+        with branches.branch(p):
+            gradients, of_norms = _path_back(tiles, path, gradient, of_norm, saved.training)
         rest.gradients.append(gradients)
         rest.of_norms.append(of_norms)
+    branches.join()
+    added = dz
+    for path, gradients in zip(saved.paths, rest.gradients, strict=True):
+        host.backward(tiles, gradients[0], path[0].conv.weight, dx, before=added)
+        added = dx
     return dx, rest
+
+
+def _path_back(
+    tiles: host.Tiles,
+    path: list[Layer],
+    gradient: host.Gradient,
+    of_norm: tuple[Tensor, Tensor],
+    training: bool,
+) -> tuple[list[host.Gradient], list[tuple[Tensor, Tensor]]]:
+    """The way back through one path, from its end to its first convolution: of all its layers."""
+    part = tiles.sums(2 * CHANNELS, gradient.g.device)
+    gradients, of_norms = [gradient], [of_norm]
+    for k in range(len(path) - 1, 0, -1):
+        before, g = path[k - 1], torch.empty_like(path[k - 1].q)
+        host.backward(
+            tiles,
+            gradients[0],
+            path[k].conv.weight,
+            g,
+            before=before.q,
+            before_stats=before.stats,
+            part=part,
+        )
+        programs, _ = tiles.runs(path[k].conv.weight)
+        found = finish_backward(tiles, programs, part, before.stats, 0, training)
+        gradients.insert(0, host.Gradient(g, before.q, before.stats, found.coef[0]))
+        of_norms.insert(0, (found.of_weight[0], found.of_bias[0]))
+    return gradients, of_norms
 
 
 def weight_gradients(block: CRBlock, saved: Saved, rest: Rest) -> list[Tensor]:
     """The gradients of all parameters, in the order of `block.parameters()`."""
     tiles = _tiles(saved.x)
     found: list[Tensor] = []
-    for path, gradients, of_norms in zip(saved.paths, rest.gradients, rest.of_norms, strict=True):
+    branches = Branches(saved.x.device)
+    for p, (path, gradients) in enumerate(zip(saved.paths, rest.gradients, strict=True)):
         x, x_stats = saved.x, None
-        for layer, gradient, of_norm in zip(path, gradients, of_norms, strict=True):
-            weight = layer.conv.weight
-            found.append(host.weight_gradients(tiles, gradient, weight, x, x_stats=x_stats)[0])
-            found += of_norm
-            x, x_stats = layer.q, layer.stats
+        with branches.branch(p):
+            for layer, gradient, of_norm in zip(path, gradients, rest.of_norms[p], strict=True):
+                weight = layer.conv.weight
+                found.append(host.weight_gradients(tiles, gradient, weight, x, x_stats=x_stats)[0])
+                found += of_norm
+                x, x_stats = layer.q, layer.stats
+    branches.join()
     found += rest.of_join
     return [g.view_as(p) for g, p in zip(found, block.parameters(), strict=True)]
 
