@@ -93,16 +93,24 @@ class LayerGradients(Pending):
 class Linear(Deferring, nn.Linear):
     """(B, …, I) → (B, …, O)."""
 
+    kernels_by: KernelsBy = "auto"
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, …, I) → (B, …, O)."""
         return apply(self, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Forward pass."""
+        products = kernels.products(self.kernels_by, x, weight)
+        if products is not None:
+            return products.linear(x, weight, bias)
         return functional.linear(x, weight, bias)
 
     def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Gradient at the input, shape of `x`."""
+        products = kernels.products(self.kernels_by, gradient, self.weight)
+        if products is not None:
+            return products.input_gradient(gradient, self.weight)
         return gradient @ self.weight.to(gradient.dtype)
 
     def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -73,7 +73,7 @@ def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
     built = _cut(part, model, seed)
     for layer in requirements.layers(part, built):
         for module in layer.modules():
-            if isinstance(module, BatchNorm2d):
+            if isinstance(module, BatchNorm2d | Linear):
                 module.kernels_by = model.kernels_by
     if MODELS.get(model.name):  # none of them draws
         return built

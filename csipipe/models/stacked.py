@@ -35,19 +35,24 @@ class _Linear(Deferring):
 
     rows = 1
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels_by: KernelsBy) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.kernels_by = weight, bias, kernels_by
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = layers.apply(self, x.flatten(1, -2))
-        return flat.view(*x.shape[:-1], -1)
+        return layers.apply(self, x.flatten(1, -2)).view(*x.shape[:-1], -1)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        products = kernels.products(self.kernels_by, x, weight)
+        if products is not None:
+            return products.linear(x, weight, bias)
         weight = weight.mT
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
 
     def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        products = kernels.products(self.kernels_by, gradient, self.weight)
+        if products is not None:
+            return products.input_gradient(gradient, self.weight)
         return torch.bmm(gradient, self.weight.to(gradient.dtype))
 
     def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +65,6 @@ class StackedConv2d(nn.Module):
     pending: list[Pending] | None = None
     """None: its weights' gradients don't wait."""
     wide = False
-
     like: layers.Conv2d
 
     def __init__(self, like: layers.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
@@ -185,7 +189,7 @@ def _same_for_all(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
 
 
 def _linear(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return _Linear(of["weight"], of.get("bias"))
+    return _Linear(of["weight"], of.get("bias"), getattr(like, "kernels_by", "torch"))
 
 
 def _convolution(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:

@@ -75,9 +75,10 @@ class ModelSettings:
     principal components of the UE's own rows, and a tail that passes codewords on; csilocal and
     centralised only, since encoders that start apart can't be averaged."""
     kernels_by: KernelsBy = "auto"
-    """Who computes CRBlocks, the other small convolutions and, on GPUs, BatchNorm and the paper's
-    loss: llvm (kernels for CPUs), triton (for GPUs), torch (PyTorch's layers). auto: kernels where
-    they run; what can't gives way to torch and says why."""
+    """Who computes CRBlocks, the other small convolutions and, on GPUs, BatchNorm, the paper's loss
+    and linear layers in fp32: llvm (kernels for CPUs), triton (for GPUs), torch (PyTorch's layers).
+    auto: kernels where they run (for linear layers: where they are faster); what can't gives way to
+    torch and says why."""
 
     def __post_init__(self) -> None:
         tables.check("model.name", self.name)

@@ -90,6 +90,15 @@ def test_the_loss_and_its_gradient_are_the_papers() -> None:
 
 
 @needs_triton
+def test_linear_layers_and_their_input_gradients() -> None:
+    found = run("numbers", "products", interpret=True)["products"]
+    assert found["trial"]
+    assert len(found["far"]) == 16
+    assert max(map(max, found["far"].values())) < 1e-6, found
+    assert found["several axes"] < 1e-6
+
+
+@needs_triton
 @pytest.mark.long
 def test_every_kernel_compiles_for_a_gpu() -> None:
     found = run("compile", interpret=False)
@@ -101,10 +110,15 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
         "join_backward",
         "gradient",
         "row_gradients",
+        "product",
     } <= names
     for key, made in found.items():
         assert made["bytes"] > 0, key
-        assert made["shared"] <= 48 << 10, key  # what every GPU has without asking
+        if json.loads(key)[0] == "product":
+            assert made["wgmma"] > 0, key  # the only way to a Hopper's full speed
+            assert made["shared"] <= 96 << 10, key  # two programs on a multiprocessor
+        else:
+            assert made["shared"] <= 48 << 10, key  # what every GPU has without asking
 
 
 def test_without_a_gpu_the_layers_compute() -> None:

@@ -9,6 +9,7 @@ Triton reads TRITON_INTERPRET when it is imported, which another test may have d
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from csipipe.measure.metrics import paper_loss
 from csipipe.models import crblock, kernels
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.triton import crblock as fused
-from csipipe.models.kernels.triton import loss
-from csipipe.models.layers import Conv2d, accumulate, put_off
+from csipipe.models.kernels.triton import loss, product
+from csipipe.models.layers import Conv2d, Linear, accumulate, put_off
 from csipipe.models.norm import BatchNorm2d
 from csipipe.models.stacked import Stack
 from csipipe.settings.config import CRNET_KERNELS
@@ -155,6 +156,35 @@ def losses() -> dict[str, Any]:
     return found
 
 
+def products() -> dict[str, Any]:
+    """Linear layers, one by one and stacked, of sizes that end within a tile, beside float64."""
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    trial = kernels._right("linear layers", lambda: kernels._try_products(cpu))
+    vars(kernels)["_products"] = lambda kernels_by, device: product
+    found: dict[str, Any] = {"trial": trial, "far": {}}
+    for biased, count, tile in itertools.product((True, False), (1, 3), product.TILES):
+        vars(product)["_tile"] = lambda *_, tile=tile: tile
+        layers = [Linear(70, 133, biased) for _ in range(count)]
+        stack = Stack([nn.Sequential(copy.deepcopy(layer)) for layer in layers])
+        x = torch.randn(count, 70, 83).mT  # rows lie side by side,
+        dy = torch.randn(count, 83, 1).expand(count, 83, 133)  # and these have no length
+        leaf = x.clone().requires_grad_()
+        y = stack(leaf)
+        (dx,) = torch.autograd.grad(y, leaf, dy)
+        for u, layer in enumerate(layers):
+            wanted = passes(copy.deepcopy(layer).double(), x[u].double(), dy[u].double())
+            far = [
+                distances(passes(layer, x[u], dy[u]), wanted),
+                distances([y[u].detach(), dx[u]], wanted[:2]),
+            ]
+            found["far"][f"{biased}, {count}, {tile}, {u}"] = far
+    layer, x = Linear(5, 70), torch.randn(2, 3, 100, 5)  # more rows than a group of tiles has
+    with torch.no_grad():
+        found["several axes"] = distances([layer(x)], [copy.deepcopy(layer).double()(x.double())])
+    return found
+
+
 def passes(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """Output and gradients."""
     leaf = x.clone().requires_grad_()
@@ -177,17 +207,17 @@ def compiled() -> dict[str, Any]:
     """Kernels of a CRBlock and a convolution, compiled for compute capability 9.0."""
     launched: dict[str, Any] = {}
 
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    backend = triton.compiler.make_backend(target)
+
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False)) | options
-        signature, constants = {}, {}
-        for parameter in self.params:
-            value = named.pop(parameter.name)
-            if parameter.is_constexpr:
-                constants[parameter.name], signature[parameter.name] = value, "constexpr"
-            else:
-                signature[parameter.name] = triton.runtime.jit.mangle_type(value)
-        key = json.dumps([self.fn.__name__, signature, constants, named], sort_keys=True)
-        launched[key] = (self, signature, constants, named)
+        bind = triton.runtime.jit.create_function_from_signature(
+            self.signature, self.params, backend
+        )
+        bound, special, options = bind(*args, debug=False, **options)
+        kept, *of_source = self._pack_args(backend, options, bound, special, options)
+        key = json.dumps([self.fn.__name__, *map(str, of_source), str(kept)])
+        launched[key] = (triton.compiler.ASTSource(self, *of_source), kept)
 
     triton.runtime.JITFunction.run = note
     for dtype in (torch.float32, torch.bfloat16):
@@ -195,21 +225,29 @@ def compiled() -> dict[str, Any]:
         leaf = x.clone().requires_grad_()
         torch.autograd.backward(loss.paper_loss(leaf, torch.zeros(2, 2, 32, 32)).sum())
         for module in (CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True), BatchNorm2d(2)):
-            backend: Any = kernels._load("triton", type(module).__name__)
-            y, saved = backend.forward(module, x, True)
-            _, rest = backend.input_gradient(module, saved, y)
-            backend.weight_gradients(module, saved, rest)
+            of: Any = kernels._load("triton", type(module).__name__)
+            y, saved = of.forward(module, x, True)
+            _, rest = of.input_gradient(module, saved, y)
+            of.weight_gradients(module, saved, rest)
+    x, weight = torch.zeros(2, 80, 256), torch.zeros(2, 96, 256)
+    for tile in product.TILES:
+        product.input_gradient(product.linear(x, weight, torch.zeros(2, 96), tile), weight, tile)
     found = {}
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    for key, (kernel, signature, constants, options) in launched.items():
-        options = {name: value for name, value in options.items() if value is not None}
-        source = triton.compiler.ASTSource(kernel, signature, constants)
-        made = triton.compile(source, target=target, options=options)
-        found[key] = {"bytes": len(made.asm["cubin"]), "shared": made.metadata.shared}
+    for key, (source, options) in launched.items():
+        made = triton.compile(source, target=target, options=options.__dict__)
+        found[key] = {
+            "bytes": len(made.asm["cubin"]),
+            "shared": made.metadata.shared,
+            "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
+        }
     return found
 
 
-OTHERS: dict[str, Callable[[], dict[str, Any]]] = {"stacked": stacked, "loss": losses}
+OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "stacked": stacked,
+    "loss": losses,
+    "products": products,
+}
 
 if __name__ == "__main__":
     what, *cases = sys.argv[1:]

@@ -1,7 +1,8 @@
-"""Who computes a CRBlock, a small convolution or a BatchNorm: fused kernels, or PyTorch's layers.
+"""Who computes a CRBlock, a small convolution, a BatchNorm, a product: kernels of ours, or PyTorch.
 
 The one place that decides. A backend is a module with four functions, see `Backend`; it computes
-what it can once it has shown, on a few rows, that the numbers are the layers'.
+what it can once it has shown, on a few rows, that the numbers are the layers'. So must the kernels
+for the loss and for linear layers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
@@ -38,6 +39,10 @@ _OUTPUT, _GRADIENT, _COARSE = 1e-4, 2e-2, 0.1
 float32, where twice the layers' own difference passes too. One input of a LeakyReLU that rounding
 takes to the other side of zero changes a gradient by some thousandths; a wrong kernel does by more
 than a tenth."""
+_PRODUCT = 1e-5
+"""Of products in fp32; with TF32 the difference is thirty times as large."""
+_MEASURED = (9, 0)
+"""Compute capability of the GPUs whose fp32 units are slower than the kernels for products."""
 
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -80,6 +85,16 @@ class Backend(Protocol):
         """Gradients of all parameters, in the order of `module.parameters()`."""
 
 
+class Products(Protocol):
+    """A linear layer's products: B rows, I inputs, O outputs; of U stacked layers."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(…, I), (O, I), (O) → (…, O), or (U, B, I), (U, O, I), (U, O) → (U, B, O)."""
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """(…, O), (O, I) → (…, I), or (U, B, O), (U, O, I) → (U, B, I)."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A backend, or None for PyTorch's layers; which, or why none, in words."""
@@ -113,7 +128,7 @@ def choose(module: Fusable, x: Tensor) -> Choice:
     """Who computes `module` on `x`."""
     if module.kernels_by == "torch":
         return Choice(None, "model.kernels_by is torch")
-    if _plain.get() or type(x) is not Tensor or torch.compiler.is_compiling():
+    if _looked_into(x):
         return Choice(None, "something looks into the layers")
     x = x[:_ROWS] if module.wide else computed(x[:_ROWS])
     name = module.kernels_by
@@ -126,6 +141,10 @@ def choose(module: Fusable, x: Tensor) -> Choice:
     if reason is None:
         reason = _fault(name, backend, module, x)
     return Choice(backend, name) if reason is None else Choice(None, f"{name}: {reason}")
+
+
+def _looked_into(x: Tensor) -> bool:
+    return _plain.get() or type(x) is not Tensor or torch.compiler.is_compiling()
 
 
 def why_not(name: str, module: str, kernels_by: KernelsBy) -> str | None:
@@ -159,31 +178,86 @@ def paper_loss(kernels_by: KernelsBy, device: torch.device) -> RowLoss | None:
     """A kernel that computes the paper's loss on a device; None: there is none that is right."""
     if kernels_by not in ("auto", "triton") or device.type != "cuda":
         return None
-    try:
-        from csipipe.models.kernels.triton import loss
+    if not _right("the loss", lambda: _try_loss(device)):
+        return None
+    from csipipe.models.kernels.triton import loss
 
-        with torch.random.fork_rng(devices=[]):
-            h, h_hat = torch.rand(2, _ROWS, 2, 40, 19).to(device)
-            g = torch.rand(_ROWS).to(device)
-        energy, fault = h.square().sum((1, 2, 3)), None
-        for dtype in (torch.float32, torch.bfloat16):
-            leaf = h_hat.to(dtype).requires_grad_()
-            found = loss.paper_loss(leaf, h)
-            (gradient,) = torch.autograd.grad(found, leaf, g)
-            off = leaf.detach() - h
-            wanted = off.square().sum((1, 2, 3)) / energy
-            wanted_gradient = off * (2 * g / energy)[:, None, None, None]
-            bound = _OUTPUT if dtype == torch.float32 else _COARSE
-            for a, b in ((found, wanted), (gradient, wanted_gradient)):
-                if not _away(a, b) <= bound:
-                    fault = f"it differs by {_away(a, b):.1e} of its norm"
+    return loss.paper_loss
+
+
+def products(kernels_by: KernelsBy, x: Tensor, weight: Tensor) -> Products | None:
+    """Kernels for a linear layer's products with `x`, rows of it; None: PyTorch multiplies."""
+    if torch.is_grad_enabled() or _looked_into(x):  # the kernels have no gradient
+        return None
+    if not x.numel() or {computed(x[:0]).dtype, weight.dtype} != {torch.float32}:
+        return None
+    if torch.backends.cuda.matmul.allow_tf32:
+        return None
+    return _products(kernels_by, x.device)
+
+
+@functools.cache
+def _products(kernels_by: KernelsBy, device: torch.device) -> Products | None:
+    """Kernels that are right on a device and, unless they are asked for, faster than PyTorch."""
+    if kernels_by not in ("auto", "triton") or device.type != "cuda":
+        return None
+    if kernels_by == "auto" and torch.cuda.get_device_capability(device) != _MEASURED:
+        return None
+    if not _right("linear layers", lambda: _try_products(device)):
+        return None
+    from csipipe.models.kernels.triton import product
+
+    return product
+
+
+_Pairs = Iterable[tuple[Tensor, Tensor, float]]
+"""What was found, what is wanted, and the largest difference that passes."""
+
+
+def _right(what: str, trial: Callable[[], _Pairs]) -> bool:
+    """Whether Triton's kernels pass a trial; says so where they don't."""
+    fault = None
+    try:
+        for found, wanted, bound in trial():
+            if not _away(found, wanted) <= bound:
+                fault = f"it differs by {_away(found, wanted):.1e} of its norm"
     except Exception as error:  # of a compiler or a driver
         fault = f"{type(error).__name__}: {error}"
     if fault is not None:
-        what = "PyTorch's operations instead of triton's kernel for the loss"
-        print(f"csipipe: {what}: {fault}", file=sys.stderr, flush=True)
-        return None
-    return loss.paper_loss
+        instead = f"PyTorch's operations instead of triton's kernel for {what}"
+        print(f"csipipe: {instead}: {fault}", file=sys.stderr, flush=True)
+    return fault is None
+
+
+def _try_loss(device: torch.device) -> _Pairs:
+    from csipipe.models.kernels.triton import loss
+
+    with torch.random.fork_rng(devices=[]):
+        h, h_hat = torch.rand(2, _ROWS, 2, 40, 19).to(device)
+        g = torch.rand(_ROWS).to(device)
+    energy = h.square().sum((1, 2, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = h_hat.to(dtype).requires_grad_()
+        found = loss.paper_loss(leaf, h)
+        (gradient,) = torch.autograd.grad(found, leaf, g)
+        off = leaf.detach() - h
+        bound = _OUTPUT if dtype == torch.float32 else _COARSE
+        yield found, off.square().sum((1, 2, 3)) / energy, bound
+        yield gradient, off * (2 * g / energy)[:, None, None, None], bound
+
+
+def _try_products(device: torch.device) -> _Pairs:
+    """Two layers beside float64, of sizes that end within a tile."""
+    from csipipe.models.kernels.triton import product
+
+    with torch.random.fork_rng(devices=[]):
+        shapes = (2, 80, 144), (2, 208, 144), (2, 208), (2, 80, 208)
+        x, weight, bias, g = (torch.randn(shape).to(device) for shape in shapes)
+    y = torch.baddbmm(bias[:, None].double(), x.double(), weight.mT.double())
+    dx = torch.bmm(g.double(), weight.double())
+    for tile in product.TILES:
+        yield product.linear(x, weight, bias, tile), y, _PRODUCT
+        yield product.input_gradient(g, weight, tile), dx, _PRODUCT
 
 
 _faults: dict[Hashable, str | None] = {}
