@@ -60,7 +60,7 @@ def messages(model: Autoencoder, objective: Objective, h_NAD: Tensor, wire: Wire
             z = wire(z, Kind.SMASHED)
             y = model.tail(z)
         y = y.detach().requires_grad_()
-        loss, _, _ = objective(model.head(y), h)
+        loss = objective(model.head(y), h).minimised
         # a row's share of the mean over a mini-batch, which is a factor common to all rows
         (g,) = torch.autograd.grad(loss.sum(), y)
         z_parts.append(z)
@@ -85,7 +85,7 @@ def shadow(
         parts,
         steps,
         len(h_NAD),
-        lambda picks: objective(model(h_NAD[picks]), h_NAD[picks])[0].mean(),
+        lambda picks: objective(model(h_NAD[picks]), h_NAD[picks]).minimised.mean(),
         settings.train.lr,
         seed,
     )

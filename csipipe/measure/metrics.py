@@ -59,6 +59,11 @@ def floor_loss(h: Tensor) -> Tensor:
     return _energy(h - ZERO) / _energy(h)
 
 
+def loss_and_floor(h_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """`paper_loss` and `floor_loss`: (B,) each."""
+    return paper_loss(h_hat, h), floor_loss(h)
+
+
 def to_frequency(h: Tensor, bins: int = BINS, padded: int = PADDED) -> Tensor:
     """Angle-frequency response of images: (B, A, bins) complex, linear.
 

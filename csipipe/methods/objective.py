@@ -8,10 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csipipe.measure.metrics import column_sgcs, paper_loss
+from csipipe.measure.metrics import column_sgcs, loss_and_floor, paper_loss
 from csipipe.models import kernels
 from csipipe.settings.config import Settings
 from csipipe.settings.tables import LOSSES, found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of each row, (B,).
+
+    Attributes:
+        minimised: what is minimised, with its graph.
+        loss, floor: the paper's loss, and that of a constant 0.5.
+        sgcs: of the images' columns, if it is reported.
+    """
+
+    minimised: Tensor
+    loss: Tensor
+    floor: Tensor
+    sgcs: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -19,13 +35,13 @@ class Objective:
     """The loss of `train.loss`, beside the figures that don't depend on it.
 
     Attributes:
-        minimised: (B, 2, A, D) reconstructions and originals → (B,).
-        reported: it is the paper's loss, which is reported.
+        reported: (B, 2, A, D) reconstructions and originals → (B,) paper's losses and floors.
+        minimised: what is minimised instead of the paper's loss: → (B,); None: nothing is.
         similarity: SGCS of the images' columns is reported too.
     """
 
-    minimised: Callable[[Tensor, Tensor], Tensor]
-    reported: bool
+    reported: kernels.LossAndFloor
+    minimised: Callable[[Tensor, Tensor], Tensor] | None
     similarity: bool
 
     @classmethod
@@ -35,15 +51,21 @@ class Objective:
         Args:
             device: where to train, by a fused kernel where there is one; None: by PyTorch.
         """
+        fused = None
+        if device is not None:
+            fused = kernels.loss_and_floor(settings.model.kernels_by, device)
         minimised = found(LOSSES[settings.train.loss].function)
-        reported = minimised is paper_loss
-        if reported and device is not None:
-            minimised = kernels.paper_loss(settings.model.kernels_by, device) or paper_loss
-        return cls(minimised, reported, settings.similarity)
+        instead = None if minimised is paper_loss else minimised
+        return cls(fused or loss_and_floor, instead, settings.similarity)
 
-    def __call__(self, h_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of each row, (B,): what is minimised, with its graph; the paper's loss; SGCS, if any."""
-        minimised = self.minimised(h_hat if self.reported else h_hat.float(), h)
+    def __call__(self, h_hat: Tensor, h: Tensor) -> Rows:
+        """Of (B, 2, A, D) reconstructions, with their graph, and originals."""
+        if self.minimised is None:
+            minimised, floor = self.reported(h_hat, h)
+            loss = minimised.detach()
+        else:
+            minimised = self.minimised(h_hat.float(), h)
+            loss, floor = self.reported(h_hat.detach(), h)
         with torch.no_grad():
-            loss = minimised.detach() if self.reported else paper_loss(h_hat.float(), h)
-            return minimised, loss, column_sgcs(h_hat.float(), h) if self.similarity else None
+            sgcs = column_sgcs(h_hat.float(), h) if self.similarity else None
+        return Rows(minimised, loss, floor, sgcs)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from csipipe import checkpoint
 from csipipe.comm import trust
 from csipipe.measure.figures import row_sums
-from csipipe.measure.metrics import floor_loss
 from csipipe.methods import augment
 from csipipe.methods.base import adam_of_ues, freeze
 from csipipe.methods.objective import Objective
@@ -122,6 +121,6 @@ class UserEquipment:
 
 def losses(objective: Objective, h_hat: Tensor, h: Tensor, valid: int) -> tuple[Tensor, Tensor]:
     """What is minimised per sample (B,), with its graph, and (WIDTH,) sums of the `valid` first."""
-    minimised, loss, sgcs = objective(h_hat, h)
-    sgcs = None if sgcs is None else sgcs[:valid]
-    return minimised, row_sums(loss[:valid], floor_loss(h[:valid]), sgcs)
+    of = objective(h_hat, h)
+    sgcs = None if of.sgcs is None else of.sgcs[:valid]
+    return of.minimised, row_sums(of.loss[:valid], of.floor[:valid], sgcs)

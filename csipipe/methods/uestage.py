@@ -18,7 +18,6 @@ from torch import Tensor
 from csipipe.comm.channel import Ports
 from csipipe.device import autocast, computable
 from csipipe.measure.figures import row_sums
-from csipipe.measure.metrics import floor_loss
 from csipipe.measure.probe import Probe
 from csipipe.methods.ends import Ends
 from csipipe.methods.objective import Objective
@@ -34,6 +33,7 @@ class _Batch:
     h_UBAD: Tensor
     valid: Sequence[int] | None
     loss_UB: Tensor
+    floor_UB: Tensor
     sgcs_UB: Tensor
 
 
@@ -105,7 +105,7 @@ class UeStage:
         """
         if h_UBAD:
             h = torch.stack(list(h_UBAD))
-            zeros = (h.new_zeros(h.shape[:2]) for _ in range(2))
+            zeros = h.new_zeros(3, *h.shape[:2])
             self._batches.append(_Batch(h, valid, *zeros))
 
     def post(self, backward: bool) -> None:
@@ -117,12 +117,11 @@ class UeStage:
     def sums(self) -> Tensor:
         """(UEs, WIDTH) figures of the oldest mini-batch; NaN for a UE that took no step."""
         batch = self._batches.popleft()
-        floor_UB = floor_loss(batch.h_UBAD.flatten(0, 1)).view_as(batch.loss_UB)
-        counted_UB = None
+        loss_UB, counted_UB = batch.loss_UB, None
         if batch.valid is not None:
-            valid = torch.tensor(batch.valid, device=floor_UB.device)
-            counted_UB = torch.arange(floor_UB.shape[1], device=valid.device) < valid[:, None]
-        sums = row_sums(batch.loss_UB, floor_UB, batch.sgcs_UB, counted_UB)
+            valid = torch.tensor(batch.valid, device=loss_UB.device)
+            counted_UB = torch.arange(loss_UB.shape[1], device=valid.device) < valid[:, None]
+        sums = row_sums(loss_UB, batch.floor_UB, batch.sgcs_UB, counted_UB)
         if self.idle:
             sums[list(self.idle)] = math.nan
         return sums
@@ -157,15 +156,16 @@ class UeStage:
         everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
         originals = batch.h_UBAD[some, part].flatten(0, 1)
-        minimised, loss, sgcs = self.objective(h_hat, originals)
-        batch.loss_UB[some, part] = loss.view(len(self.taking), -1)
-        if sgcs is not None:
-            batch.sgcs_UB[some, part] = sgcs.view(len(self.taking), -1)
+        of = self.objective(h_hat, originals)
+        batch.loss_UB[some, part] = of.loss.view(len(self.taking), -1)
+        batch.floor_UB[some, part] = of.floor.view(len(self.taking), -1)
+        if of.sgcs is not None:
+            batch.sgcs_UB[some, part] = of.sgcs.view(len(self.taking), -1)
         if not training:
             self._show(batch, m, h_hat)
         if training:
             # a UE's loss is the mean over its whole mini-batch
-            torch.autograd.backward(minimised.sum() / batch.h_UBAD.shape[1])
+            torch.autograd.backward(of.minimised.sum() / batch.h_UBAD.shape[1])
             assert y.grad is not None
             self._dy[m] = self._of_taking(y.grad, rows)
 

@@ -105,18 +105,19 @@ def test_what_is_minimised_changes_nothing_that_is_reported(loss: LossName) -> N
     generator = torch.Generator().manual_seed(1)
     h_hat, h = torch.rand(2, 4, 2, 5, 3, generator=generator)
     length = 4 * (h_hat - 0.5).square().sum((1, 2))
-    minimised, reported, sgcs = Objective.of(settings)(h_hat.requires_grad_(), h)
+    rows = Objective.of(settings)(h_hat.requires_grad_(), h)
     wanted = {
         "paper": metrics.paper_loss(h_hat, h),
         "nmse": metrics.centred_nmse(h_hat, h),
         "sgcs": 1 - metrics.column_sgcs(h_hat, h) + 0.1 * (length - 1).square().mean(1),
     }
-    torch.testing.assert_close(minimised, wanted[loss])
-    assert minimised.requires_grad
-    assert not reported.requires_grad
-    torch.testing.assert_close(reported, wanted["paper"])
-    assert sgcs is not None
-    torch.testing.assert_close(sgcs, metrics.column_sgcs(h_hat, h))
+    torch.testing.assert_close(rows.minimised, wanted[loss])
+    assert rows.minimised.requires_grad
+    assert not rows.loss.requires_grad
+    torch.testing.assert_close(rows.loss, wanted["paper"])
+    torch.testing.assert_close(rows.floor, metrics.floor_loss(h))
+    assert rows.sgcs is not None
+    torch.testing.assert_close(rows.sgcs, metrics.column_sgcs(h_hat, h))
 
 
 def test_the_loss_of_eigenvectors_keeps_their_length() -> None:

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.measure.metrics import paper_loss
+from csipipe.measure.metrics import loss_and_floor
 from csipipe.models import crblock, kernels
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.triton import crblock as fused
@@ -139,17 +139,17 @@ def stacked() -> dict[str, Any]:
 
 
 def losses() -> dict[str, Any]:
-    """The paper's loss of rows and its gradient, in float32 and bfloat16, beside float64."""
+    """The paper's loss of rows, its floor and gradient, in float32 and bfloat16, beside float64."""
     torch.manual_seed(0)
     h, h_hat, g = torch.rand(3, 2, 40, 19), torch.rand(3, 2, 40, 19), torch.rand(3)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         one = h_hat.to(dtype).requires_grad_()
         exact = one.detach().double().requires_grad_()
-        mine, theirs = loss.paper_loss(one, h), paper_loss(exact, h.double())
+        mine, theirs = loss.loss_and_floor(one, h), loss_and_floor(exact, h.double())
         pairs = zip(
-            (mine, *torch.autograd.grad(mine, one, g)),
-            (theirs, *torch.autograd.grad(theirs, exact, g.double())),
+            (*mine, *torch.autograd.grad(mine[0], one, g)),
+            (*theirs, *torch.autograd.grad(theirs[0], exact, g.double())),
             strict=True,
         )
         found[str(dtype)] = [distances([a.detach()], [b.detach()]) for a, b in pairs]
@@ -223,7 +223,7 @@ def compiled() -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.zeros(2, 2, 32, 32, dtype=dtype)
         leaf = x.clone().requires_grad_()
-        torch.autograd.backward(loss.paper_loss(leaf, torch.zeros(2, 2, 32, 32)).sum())
+        torch.autograd.backward(loss.loss_and_floor(leaf, torch.zeros(2, 2, 32, 32))[0].sum())
         for module in (CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True), BatchNorm2d(2)):
             of: Any = kernels._load("triton", type(module).__name__)
             y, saved = of.forward(module, x, True)

@@ -45,8 +45,8 @@ _MEASURED = (9, 0)
 """Compute capability of the GPUs whose fp32 units are slower than the kernels for products."""
 
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
-"""(B, 2, A, D) reconstructions and originals → (B,)."""
+LossAndFloor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(B, 2, A, D) reconstructions and originals → (B,) losses and floors."""
 
 
 class Fusable(Protocol):
@@ -174,15 +174,15 @@ def _load(name: str, module: str) -> Backend | str:
 
 
 @functools.cache
-def paper_loss(kernels_by: KernelsBy, device: torch.device) -> RowLoss | None:
-    """A kernel that computes the paper's loss on a device; None: there is none that is right."""
+def loss_and_floor(kernels_by: KernelsBy, device: torch.device) -> LossAndFloor | None:
+    """A kernel that computes the paper's loss and its floor on a device; None: none is right."""
     if kernels_by not in ("auto", "triton") or device.type != "cuda":
         return None
     if not _right("the loss", lambda: _try_loss(device)):
         return None
     from csipipe.models.kernels.triton import loss
 
-    return loss.paper_loss
+    return loss.loss_and_floor
 
 
 def products(kernels_by: KernelsBy, x: Tensor, weight: Tensor) -> Products | None:
@@ -238,11 +238,12 @@ def _try_loss(device: torch.device) -> _Pairs:
     energy = h.square().sum((1, 2, 3))
     for dtype in (torch.float32, torch.bfloat16):
         leaf = h_hat.to(dtype).requires_grad_()
-        found = loss.paper_loss(leaf, h)
+        found, floor = loss.loss_and_floor(leaf, h)
         (gradient,) = torch.autograd.grad(found, leaf, g)
         off = leaf.detach() - h
         bound = _OUTPUT if dtype == torch.float32 else _COARSE
         yield found, off.square().sum((1, 2, 3)) / energy, bound
+        yield floor, (h - 0.5).square().sum((1, 2, 3)) / energy, bound
         yield gradient, off * (2 * g / energy)[:, None, None, None], bound
 
 

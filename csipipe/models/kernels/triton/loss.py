@@ -1,4 +1,4 @@
-"""The paper's loss of each row on a GPU, and its gradient: one pass over the images each."""
+"""The paper's loss of each row on a GPU with its floor, and its gradient: one pass each."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from csipipe.models.kernels.triton.window import add2
+from csipipe.models.kernels.triton.window import add3
 
 _BLOCK = 1024
 
 
 @triton.jit
-def row_losses(h_hat, h, loss, factor, REALS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of row program_id: the loss, and what turns a difference into a gradient."""
+def row_losses(h_hat, h, loss, floor, factor, REALS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of row program_id: loss, floor, and what turns a difference into a gradient."""
     row = tl.program_id(0).to(tl.int64)
     off = tl.zeros((BLOCK,), tl.float32)
+    centred = tl.zeros((BLOCK,), tl.float32)
     energy = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, REALS, BLOCK):
         real = start + tl.arange(0, BLOCK)
         at = row * REALS + real
         x = tl.load(h_hat + at, mask=real < REALS, other=0.0).to(tl.float32)
         y = tl.load(h + at, mask=real < REALS, other=0.0).to(tl.float32)
+        c = tl.where(real < REALS, y - 0.5, 0.0)
         off += (x - y) * (x - y)
+        centred += c * c
         energy += y * y
-    total = tl.reduce((off, energy), 0, add2)
-    tl.store(loss + row, total[0] / total[1])
-    tl.store(factor + row, 2.0 / total[1])
+    total = tl.reduce((off, centred, energy), 0, add3)
+    tl.store(loss + row, total[0] / total[2])
+    tl.store(floor + row, total[1] / total[2])
+    tl.store(factor + row, 2.0 / total[2])
 
 
 @triton.jit
@@ -47,12 +51,13 @@ def row_gradients(h_hat, h, factor, g, out, REALS: tl.constexpr, BLOCK: tl.const
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_hat: Tensor, h: Tensor) -> Tensor:
+    def forward(ctx: Any, h_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         h_hat, h = h_hat.contiguous(), h.contiguous()
-        loss, factor = (torch.empty(len(h), device=h.device) for _ in range(2))
-        row_losses[(len(h),)](h_hat, h, loss, factor, REALS=h[0].numel(), BLOCK=_BLOCK)
+        loss, floor, factor = (torch.empty(len(h), device=h.device) for _ in range(3))
+        row_losses[(len(h),)](h_hat, h, loss, floor, factor, REALS=h[0].numel(), BLOCK=_BLOCK)
         ctx.save_for_backward(h_hat, h, factor)
-        return loss
+        ctx.mark_non_differentiable(floor)
+        return loss, floor
 
     @staticmethod
     @once_differentiable
@@ -65,10 +70,10 @@ class _Losses(torch.autograd.Function):
         return out, None
 
 
-def paper_loss(h_hat: Tensor, h: Tensor) -> Tensor:
-    """As `csipipe.measure.metrics.paper_loss`, of float32 or bfloat16: (B,) in float32.
+def loss_and_floor(h_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """As `csipipe.measure.metrics.loss_and_floor`, of float32 or bfloat16: (B,) in float32.
 
-    Its gradient has no gradient.
+    The loss's gradient has no gradient, the floor has none.
     """
-    found: Tensor = _Losses.apply(h_hat, h)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _Losses.apply(h_hat, h)  # type: ignore[no-untyped-call]
     return found
