@@ -40,6 +40,7 @@ class Awaited:
             message = self._messages.get(timeout=_LIMIT)
         except Empty as error:
             raise AssertionError("a message to this rank itself was never sent") from error
+        assert message.shape == self._rows.shape, (message.shape, self._rows.shape)
         self._rows.copy_(message)
 
 

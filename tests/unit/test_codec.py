@@ -214,6 +214,16 @@ def test_a_ue_whose_scale_is_none_is_named(bad: float, text: str, tolerant: bool
             channel.receive(0)
 
 
+def test_a_message_to_the_rank_itself_has_the_agreed_length() -> None:
+    """Its buffer needs no mark: one row would otherwise be copied into all."""
+    loop = Loopback()
+    rows = torch.zeros(6, 8)
+    received = loop.irecv(rows, 1)
+    loop.isend(message(1, 8), 1)
+    with pytest.raises(AssertionError, match="1, 8"):
+        received.wait()
+
+
 def test_what_is_lost_comes_with_the_next_message() -> None:
     one, residual = codec.of_vector("topk", CommSettings(topk=0.25), 4), Residual(4)
     arrived = torch.zeros(1, 4)
