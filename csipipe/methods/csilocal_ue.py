@@ -25,7 +25,7 @@ from csipipe.methods.objective import Objective
 from csipipe.methods.roster import AGREED, keep_buffers
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit, ue_name
-from csipipe.methods.ue import DRAWN, UserEquipment
+from csipipe.methods.ue import DRAWN, UserEquipment, mini_batches
 from csipipe.methods.uestage import UeStage
 from csipipe.pipeline import schedule
 from csipipe.pipeline.schedule import Instruction, Op, Plan
@@ -96,8 +96,8 @@ class UeHalf(UeSide):
         return [self._drawn]
 
     def load(self) -> None:
-        drawn = zip(self.stage.ues, self._drawn, strict=False)
-        self.stage.load([ue.batch(numbers) for ue, numbers in drawn])
+        if ues := self.stage.ues:
+            self.stage.load(mini_batches(ues, self._drawn[: len(ues)]))
         self.ends.train(True)
         self._keep()
 
@@ -190,10 +190,11 @@ class UeHalf(UeSide):
             self.ports.forward_out.finish()
             if k < batches:
                 start = k * size
-                self.stage.load(
-                    [padded(h, start, size) for h in rows],
-                    [min(size, max(0, len(h) - start)) for h in rows],
-                )
+                if places:
+                    self.stage.load(
+                        torch.stack([padded(h, start, size) for h in rows]),
+                        [min(size, max(0, len(h) - start)) for h in rows],
+                    )
                 self.execute(schedule.ue_encoding(micro_batches), Clock())
             if k:
                 self.execute(schedule.ue_decoding(micro_batches), Clock())

@@ -6,6 +6,7 @@ B rows, A angles, D delays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,7 @@ class UserEquipment:
 
     def batch(self, drawn: Tensor) -> Tensor:
         """(B, 2, A, D): the mini-batch of what was drawn, (DRAWN, B)."""
-        picks, *more = drawn.to(self.rows.device)
-        return augment.augmented(self.rows[picks.long()], self.augmentation, *more)
+        return mini_batches([self], drawn[None])[0]
 
     def train(self, mode: bool) -> None:
         """Put encoder and head into training or evaluation mode."""
@@ -117,6 +117,19 @@ class UserEquipment:
         self.check_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def mini_batches(ues: Sequence[UserEquipment], drawn: Tensor) -> Tensor:
+    """(U, B, 2, A, D): the mini-batch of each UE, of what was drawn, (U, DRAWN, B)."""
+    rows = ues[0].rows
+    drawn = drawn.to(rows.device)
+    picks_UB = drawn[:, 0].long()
+    h_UBAD = rows.new_empty(*picks_UB.shape, *rows.shape[1:])
+    for ue, picks, more, h in zip(ues, picks_UB, drawn[:, 1:], h_UBAD, strict=True):
+        torch.index_select(ue.rows, 0, picks, out=h)  # in place: to stack them would copy all
+        if ue.augmentation:
+            h.copy_(augment.augmented(h, ue.augmentation, *more))
+    return h_UBAD
 
 
 def losses(objective: Objective, h_hat: Tensor, h: Tensor, valid: int) -> tuple[Tensor, Tensor]:

@@ -97,16 +97,14 @@ class UeStage:
         if places:
             self.ends.take(places)
 
-    def load(self, h_UBAD: Sequence[Tensor], valid: Sequence[int] | None = None) -> None:
-        """Add a (B, 2, A, D) mini-batch of each UE, if there are any; `sums` removes it.
+    def load(self, h_UBAD: Tensor, valid: Sequence[int] | None = None) -> None:
+        """Add a (U, B, 2, A, D) mini-batch of every UE; `sums` removes it.
 
         Args:
             valid: rows of each UE that are counted in `sums`, the rest is padding; None: all.
         """
-        if h_UBAD:
-            h = torch.stack(list(h_UBAD))
-            zeros = h.new_zeros(3, *h.shape[:2])
-            self._batches.append(_Batch(h, valid, *zeros))
+        zeros = h_UBAD.new_zeros(3, *h_UBAD.shape[:2])
+        self._batches.append(_Batch(h_UBAD, valid, *zeros))
 
     def post(self, backward: bool) -> None:
         """Post the receives of an iteration; `backward`: gradients come back to the encoders."""
