@@ -125,7 +125,7 @@ class BtsHalf(Half):
 
     def undo(self) -> None:
         assert self._restore is not None
-        self.stage.zero_grad()
+        self.stage.clear()
         self._restore()
 
     def unrecordable(self) -> str | None:

@@ -5,7 +5,7 @@ from csipipe.models.ceiling import ceiling
 from csipipe.models.crblock import CRBlock
 from csipipe.models.draws import belong, draws
 from csipipe.models.kernels import plain_layers
-from csipipe.models.layers import Pending, accumulate, joined, put_off
+from csipipe.models.layers import Pending, accumulate, add_up, hand_over, joined, put_off
 from csipipe.models.parts import (
     build_encoder,
     build_head,
@@ -29,6 +29,7 @@ __all__ = [
     "CRBlock",
     "Pending",
     "accumulate",
+    "add_up",
     "backward",
     "belong",
     "build_encoder",
@@ -41,6 +42,7 @@ __all__ = [
     "count_parts",
     "count_statistics",
     "draws",
+    "hand_over",
     "joined",
     "kernels_notes",
     "plain_layers",

@@ -321,24 +321,41 @@ def put_off(modules: Iterable[nn.Module]) -> list[Pending]:
 
 
 def accumulate(pending: Iterable[Pending]) -> None:
-    """Add postponed gradients to those of the weights, calling the parameters' hooks.
+    """Add postponed gradients to those of the weights, calling the parameters' hooks."""
+    sums: dict[Tensor, Tensor] = {}
+    add_up(pending, sums)
+    hand_over(sums)
 
-    In one pass per layer and micro-batch at most: a parameter's are added one after the other.
+
+@torch.no_grad()
+def add_up(pending: Iterable[Pending], sums: dict[Tensor, Tensor]) -> None:
+    """Add postponed gradients to sums by parameter, those of a micro-batch in one operation.
+
+    A parameter's are added one after the other, in the order of the entries.
     """
     found: dict[Tensor, Tensor] = {}
     for entry in pending:
         for parameter, gradient in entry.gradients():
             if parameter in found:
-                _add(found)
+                _add(found, sums)
             found[parameter] = gradient.to(parameter.dtype)
-    _add(found)
+    _add(found, sums)
 
 
-def _add(found: dict[Tensor, Tensor]) -> None:
-    """Add gradients to those of their weights, and forget them."""
-    if found:
-        parameters, gradients = list(found), list(found.values())
-        found.clear()
+def _add(found: dict[Tensor, Tensor], sums: dict[Tensor, Tensor]) -> None:
+    """Add one gradient per parameter, and forget them."""
+    again = [parameter for parameter in found if parameter in sums]
+    if again:
+        torch._foreach_add_([sums[p] for p in again], [found.pop(p) for p in again])
+    sums |= found
+    found.clear()
+
+
+def hand_over(sums: dict[Tensor, Tensor]) -> None:
+    """Add sums to the gradients of their weights, calling the parameters' hooks; empties them."""
+    if sums:
+        parameters, gradients = list(sums), list(sums.values())
+        sums.clear()
         backward(parameters, gradients)
 
 

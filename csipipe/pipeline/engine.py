@@ -26,7 +26,7 @@ from csipipe.comm import trust
 from csipipe.comm.channel import Ports
 from csipipe.device import computable
 from csipipe.measure.clock import Clock
-from csipipe.models import Pending, accumulate, backward, put_off
+from csipipe.models import Pending, add_up, backward, hand_over, put_off
 from csipipe.pipeline import subworld
 from csipipe.pipeline.schedule import Instruction, Op, Plan, execute, held
 from csipipe.pipeline.settings import with_batches
@@ -109,6 +109,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
             module.requires_grad_(False)
         self._pending = [] if frozen else put_off([module])
         self._weights: dict[int, list[Pending]] = {}
+        self._sums: dict[Tensor, Tensor] = {}
 
     def open(self, plan: Plan) -> None:
         """These instructions of a training iteration follow."""
@@ -120,6 +121,11 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self.clock.begin("send", "finish sending")
         self.ports.forward_out.finish()
         self.ports.backward_out.finish()
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self._sums.clear()
+        self.zero_grad()
 
     def evaluate_iteration(self, plan: Plan) -> None:
         """Execute forward passes only, BatchNorm by its running statistics."""
@@ -181,8 +187,7 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
 
     def _weight_gradients(self, m: int) -> None:
         if m in self._weights:
-            with self._allowed():
-                accumulate(self._weights.pop(m))
+            add_up(self._weights.pop(m), self._sums)
             self.ports.backward_in.release(m)
         # only now: the first and the last layer kept what was received
         self.ports.forward_in.release(m)
@@ -193,6 +198,8 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
     def _step(self) -> None:
         if self.frozen:
             return
+        with self._allowed():
+            hand_over(self._sums)
         trust.check_gradients("the tail's", self.module.named_parameters())
         self.before_step()
         # a stage is one rank: only ZeRO does more here than to send itself its own gradients
