@@ -31,6 +31,7 @@ from csipipe.models.stacked import Stack
 from csipipe.settings.config import CRNET_KERNELS
 
 FEW = (((3, 3), (1, 3)), ((3, 1),))
+LONG = (((3, 3), (1, 9), (9, 1)),)
 CASES: dict[str, tuple[int, Any, tuple[int, ...]]] = {
     # channels in paths, kernels (None: a convolution of two channels), shape of the input
     "convolution": (7, None, (3, 2, 6, 5)),
@@ -41,6 +42,10 @@ CASES: dict[str, tuple[int, Any, tuple[int, ...]]] = {
     "two channels": (2, FEW, (3, 2, 6, 5)),
     "CRNet": (7, CRNET_KERNELS, (2, 2, 4, 9)),
     "several tiles": (2, FEW, (2, 2, 40, 33)),
+    "5 x 9": (2, LONG, (2, 2, 5, 9)),  # sizes around a run's 8 pixels
+    "8 x 16": (2, LONG, (2, 2, 8, 16)),
+    "12 x 20": (2, LONG, (2, 2, 12, 20)),
+    "1 x 17": (2, LONG, (2, 2, 1, 17)),
     "one row": (2, (((1, 9), (9, 1)),), (1, 2, 3, 3)),
 }
 

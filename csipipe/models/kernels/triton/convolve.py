@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from csipipe.models.kernels.triton.window import (
-    RUN,
+    QUAD,
     SLOPE,
     accumulate,
     activated,
@@ -33,8 +33,12 @@ from csipipe.models.kernels.triton.window import (
     zeros,
 )
 
+RUN = tl.constexpr(8)
+"""Pixels of a run. So many serve their window better than fewer would: values of 9 taps' windows
+are read and normalised twice for each pixel; of runs of four three times."""
 
-@triton.jit(do_not_specialize=["programs", "share", "zero"])
+
+@triton.jit(do_not_specialize=["programs", "share"])
 def conv_forward(
     x,
     stats,
@@ -44,7 +48,6 @@ def conv_forward(
     part,
     programs,
     share,  # so many images after each other share weights
-    zero,  # 0, which the compiler can't know: else it gives a thread neighbouring runs
     A: tl.constexpr,
     D: tl.constexpr,
     KH: tl.constexpr,
@@ -67,24 +70,21 @@ def conv_forward(
     LEFT: tl.constexpr = LONG // 2
     pid = tl.program_id(0)
     image = (pid // TILES).to(tl.int64)
-    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), D, VERTICAL)
-    source = x + image * (x_channels * A * D)
-    if VERTICAL and ACROSS > 1:
-        source = source + zero
-    at = source + (h * D + d)
+    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), RUN, D, VERTICAL)
+    at = x + image * (x_channels * A * D) + (h * D + d)
     weight += image // share * (OUT * IN * KH * KW)
     bias += image // share * OUT
     acc = zeros(OUT * RUN, d.to(tl.float32))
     for i in range(IN):
         for s in tl.static_range(ACROSS):
-            v = window(at + i * (A * D), h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+            v = window(at + i * (A * D), h, d, s - ACROSS // 2, LEFT, RUN, A, D, VERTICAL)
             if ACTIVATE:
                 scale = tl.load(stats + 2 * stats_channels + i)
                 shift = tl.load(stats + 3 * stats_channels + i)
-                v = activated(v, scale, shift, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+                v = activated(v, scale, shift, h, d, s - ACROSS // 2, LEFT, RUN, A, D, VERTICAL)
             for k in tl.static_range(LONG):
                 at_weight = weight + i * (KH * KW) + (k * KW + s if VERTICAL else s * KW + k)
-                acc = accumulate(acc, v, k, at_weight, OUT, IN * KH * KW)
+                acc = accumulate(acc, v, k, at_weight, OUT, IN * KH * KW, RUN)
     target = q + image * (q_channels * A * D) + (h * D + d)
     for n in tl.static_range(OUT * RUN):
         v = acc[n]
@@ -93,20 +93,9 @@ def conv_forward(
         rounded = v.to(q.dtype.element_ty)
         stored = (stored + (rounded,)) if n else (rounded,)
     for o in tl.static_range(OUT):
-        store_run(
-            target + o * (A * D),
-            stored[o * RUN],
-            stored[o * RUN + 1],
-            stored[o * RUN + 2],
-            stored[o * RUN + 3],
-            h,
-            d,
-            A,
-            D,
-            VERTICAL,
-        )
+        store_run(target + o * (A * D), stored, o * RUN, h, d, RUN, A, D, VERTICAL)
     if TRAIN:  # of what the next layer sees, rounding included
-        store_run_moments(stored, h, d, part, pid, programs, OUT, A, D, VERTICAL)
+        store_run_moments(stored, h, d, part, pid, programs, OUT, RUN, A, D, VERTICAL)
 
 
 @triton.jit
@@ -129,9 +118,9 @@ def _read_gradients(
     `g` and `q` point to the runs' first pixels of their first channels.
     """
     if NORM:
-        out = read_windows(q + o * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
+        out = read_windows(q + o * (A * D), h, d, LEFT, RUN, ACROSS, A, D, VERTICAL)
     if not JOIN:  # the join's two channels are the same for all o
-        of_g = read_windows(g + o * (A * D), h, d, LEFT, ACROSS, A, D, VERTICAL)
+        of_g = read_windows(g + o * (A * D), h, d, LEFT, RUN, ACROSS, A, D, VERTICAL)
         out = (of_g + out) if NORM else of_g
     return out
 
@@ -161,7 +150,9 @@ def _gradients(
 
     With NORM a BatchNorm follows the convolution, whose output is q. Without, dq is g.
     """
-    LOADS: tl.constexpr = (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + RUN - 1) // RUN) + 1)
+    LOADS: tl.constexpr = (
+        (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + QUAD - 1) // QUAD) + RUN // QUAD)
+    )
     if NORM:
         mean = tl.load(stats + o)
         scale = tl.load(stats + 2 * stats_channels + o)
@@ -169,13 +160,13 @@ def _gradients(
         coef1 = scale * tl.load(coef + stats_channels + o)
     if NORM:
         at_q: tl.constexpr = ((2 if JOIN else 1) * ACROSS + s) * LOADS
-        v = unfold(taken(read, at_q, LOADS), LEFT, VERTICAL)
-    d0 = unfold(taken(read, s * LOADS, LOADS), LEFT, VERTICAL)
+        v = unfold(taken(read, at_q, LOADS), LEFT, RUN, VERTICAL)
+    d0 = unfold(taken(read, s * LOADS, LOADS), LEFT, RUN, VERTICAL)
     if JOIN:
         shift = tl.load(stats + 3 * stats_channels + o)
         join0 = tl.load(join + o)
         join1 = tl.load(join + stats_channels + o)
-        d1 = unfold(taken(read, (ACROSS + s) * LOADS, LOADS), LEFT, VERTICAL)
+        d1 = unfold(taken(read, (ACROSS + s) * LOADS, LOADS), LEFT, RUN, VERTICAL)
     for t in tl.static_range(RUN + 2 * LEFT):
         if JOIN:
             dq = d0[t] * join0 + d1[t] * join1
@@ -203,7 +194,7 @@ def conv_backward(
     part,
     programs,
     share,  # so many images after each other share weights
-    zero,
+    zero,  # 0, which the compiler can't know
     A: tl.constexpr,
     D: tl.constexpr,
     KH: tl.constexpr,
@@ -230,14 +221,9 @@ def conv_backward(
     LEFT: tl.constexpr = LONG // 2
     pid = tl.program_id(0)
     image = (pid // TILES).to(tl.int64)
-    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), D, VERTICAL)
-    q_at = q + image * (q_channels * A * D)
-    g_at = g + image * ((2 if JOIN else OUT) * A * D)
-    if VERTICAL and ACROSS > 1:
-        q_at = q_at + zero
-        g_at = g_at + zero
-    q_at = q_at + (h * D + d)
-    g_at = g_at + (h * D + d)
+    h, d = places((pid % TILES) * RUNS + tl.arange(0, RUNS), RUN, D, VERTICAL)
+    q_at = q + image * (q_channels * A * D) + (h * D + d)
+    g_at = g + image * ((2 if JOIN else OUT) * A * D) + (h * D + d)
     weight += image // share * (OUT * IN * KH * KW)
     acc = zeros(IN * RUN, d.to(tl.float32))
     ahead = _read_gradients(g_at, q_at, h, d, 0, LEFT, ACROSS, A, D, JOIN, NORM, VERTICAL)
@@ -247,8 +233,8 @@ def conv_backward(
         ahead = _read_gradients(g_at, q_at, h, d, c, LEFT, ACROSS, A, D, JOIN, NORM, VERTICAL)
         if JOIN:
             at_j = g_at + o * zero  # read for each channel again: registers are scarcer than reads
-            j0 = read_windows(at_j, h, d, LEFT, ACROSS, A, D, VERTICAL)
-            now = j0 + read_windows(at_j + A * D, h, d, LEFT, ACROSS, A, D, VERTICAL) + now
+            j0 = read_windows(at_j, h, d, LEFT, RUN, ACROSS, A, D, VERTICAL)
+            now = j0 + read_windows(at_j + A * D, h, d, LEFT, RUN, ACROSS, A, D, VERTICAL) + now
         for s in tl.static_range(ACROSS):
             dq = _gradients(
                 now,
@@ -274,11 +260,11 @@ def conv_backward(
                     + o * (IN * KH * KW)
                     + (KH * KW - 1 - (k * KW + s if VERTICAL else s * KW + k))
                 )
-                acc = accumulate(acc, dq, k, at_weight, IN, KH * KW)
+                acc = accumulate(acc, dq, k, at_weight, IN, KH * KW, RUN)
     at = image * (before_channels * A * D) + (h * D + d)
     for i in tl.static_range(IN):
         if ACTIVATE or ADD:
-            v = window(before + at + i * (A * D), h, d, 0, 0, A, D, VERTICAL)
+            v = window(before + at + i * (A * D), h, d, 0, 0, RUN, A, D, VERTICAL)
         some = tl.zeros_like(d).to(tl.float32)
         some_v = tl.zeros_like(d).to(tl.float32)
         if ACTIVATE:
@@ -299,18 +285,7 @@ def conv_backward(
             else:
                 dx = acc[i * RUN + r].to(out.dtype.element_ty)
             stored = (stored + (dx,)) if r else (dx,)
-        store_run(
-            out + at + i * (A * D),
-            stored[0],
-            stored[1],
-            stored[2],
-            stored[3],
-            h,
-            d,
-            A,
-            D,
-            VERTICAL,
-        )
+        store_run(out + at + i * (A * D), stored, 0, h, d, RUN, A, D, VERTICAL)
         first = (first + (some,)) if i else (some,)
         second = (second + (some_v,)) if i else (some_v,)
     if ACTIVATE:

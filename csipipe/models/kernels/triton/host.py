@@ -54,7 +54,7 @@ def reason_against(module: nn.Module, x: Tensor) -> str | None:
 class Tiles:
     """How a kernel's programs share `images` images of A angles and D delays, in `groups` groups.
 
-    A tile is `block` pixels, or, of convolutions, runs of four pixels, down or to the right.
+    A tile is `block` pixels, or, of convolutions, runs of pixels, down or to the right.
     """
 
     def __init__(self, images: int, a: int, d: int, groups: int = 1) -> None:
@@ -65,18 +65,22 @@ class Tiles:
         tiles = triton.cdiv(self.pixels, block)
         self.programs = images * tiles
         self.block = {"A": a, "D": d, "TILES": tiles, "BLOCK": block}
-        self._counts: tuple[int, int] = triton.cdiv(a, 4) * d, triton.cdiv(d, 4) * a
-        self.down, self.right = map(self._runs, self._counts)
+        run = convolve.RUN.value
+        self.down = self._runs(triton.cdiv(a, run) * d)
+        self.right = self._runs(triton.cdiv(d, run) * a)
 
     def _runs(self, count: int) -> tuple[int, dict[str, int]]:
         """Programs and constants for `count` runs per image."""
-        runs = min(LARGEST_TILE // 4, triton.next_power_of_2(count))
+        runs = min(LARGEST_TILE // convolve.RUN.value, triton.next_power_of_2(count))
         tiles = triton.cdiv(count, runs)
         return self.images * tiles, {"A": self.a, "D": self.d, "TILES": tiles, "RUNS": runs}
 
-    def count(self, weight: Tensor) -> int:
-        """Runs of a convolution in an image."""
-        return self._counts[weight.shape[-2] < weight.shape[-1]]
+    def chunks(self, weight: Tensor, columns: int) -> int:
+        """How often `columns` runs of a weight gradient are needed for an image."""
+        along, across = self.a, self.d
+        if weight.shape[-2] < weight.shape[-1]:
+            along, across = across, along
+        return triton.cdiv(triton.cdiv(along, weights.RUN.value) * across, columns)
 
     def runs(self, weight: Tensor) -> tuple[int, dict[str, int]]:
         """Programs and constants of a convolution."""
@@ -123,7 +127,6 @@ def forward(
         out if part is None else part,
         programs,
         tiles.images // tiles.groups,
-        0,
         x_channels=tiles.channels(x),
         q_channels=tiles.channels(out),
         stats_channels=1 if stats is None else stats.stride(-2),
@@ -225,7 +228,7 @@ def weight_gradients(
     images = tiles.images // groups
     rows, outs = triton.next_power_of_2(inputs), triton.next_power_of_2(outputs)
     columns = max(1, 32 * tuning.weight_warps // rows)
-    chunks = images * triton.cdiv(tiles.count(weight), columns)
+    chunks = images * tiles.chunks(weight, columns)
     programs = min(chunks, triton.cdiv(tuning.weight_programs, groups))
     part = torch.empty(groups * programs * size, device=x.device)
     weights.conv_weights[(groups * programs,)](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from csipipe.models.kernels.triton.window import (
-    RUN,
+    QUAD,
     SLOPE,
     activated,
     places,
@@ -24,6 +24,9 @@ from csipipe.models.kernels.triton.window import (
     unfold,
     zeros,
 )
+
+RUN = QUAD
+"""Pixels of a run. Not more: sums for all taps and channels leave few registers for them."""
 
 
 @triton.jit
@@ -100,7 +103,7 @@ def _read(
     ACROSS: tl.constexpr = KW if VERTICAL else KH
     image = (n.to(tl.uint32) // CHUNKS).to(tl.int64)
     column = _columns(n, COLUMNS, CHUNKS)
-    h, d = places(column[None, :, None, None], D, VERTICAL)
+    h, d = places(column[None, :, None, None], RUN, D, VERTICAL)
     inside = is_in_run(h, d, A, D, VERTICAL) & (o >= 0)  # so that it has all of the table's axes
     r = tl.arange(0, RUN)[None, None, :, None]
     pixel = h * D + d + (r * D if VERTICAL else r)
@@ -114,12 +117,12 @@ def _read(
     if NORM:
         at = q + image * (q_channels * A * D) + (pixel + o * (A * D))
         out = out + (tl.load(at, mask=inside, other=0.0),)
-    h, d = places(column[None, :] + i * 0, D, VERTICAL)
+    h, d = places(column[None, :] + i * 0, RUN, D, VERTICAL)
     x_at = x + image * (x_channels * A * D)
     if VERTICAL and ACROSS > 1:
         x_at = x_at + zero
     x_at = x_at + (h * D + d + i * (A * D))
-    return out + read_windows(x_at, h, d, LEFT, ACROSS, A, D, VERTICAL)
+    return out + read_windows(x_at, h, d, LEFT, RUN, ACROSS, A, D, VERTICAL)
 
 
 @triton.jit
@@ -144,7 +147,7 @@ def conv_weights(
     part,
     programs,
     share,
-    zero,
+    zero,  # 0, which the compiler can't know: else it gives a thread neighbouring runs
     A: tl.constexpr,
     D: tl.constexpr,
     KH: tl.constexpr,
@@ -261,7 +264,7 @@ def conv_weights(
         if NORM:
             dq = scale * (dq - coef0) - (v - mean) * coef1
             if not EXACT:
-                h, d = places(column[None, :, None, None], D, VERTICAL)
+                h, d = places(column[None, :, None, None], RUN, D, VERTICAL)
                 dq = tl.where(is_in_run(h, d, A, D, VERTICAL), dq, 0.0)
         # the channels' axis, which lies over threads, is spread first: one pass through memory
         wide = tl.broadcast_to(dq.reshape((1, COLUMNS, RUN * OUTS)), (ROWS, COLUMNS, RUN * OUTS))
@@ -277,11 +280,11 @@ def conv_weights(
                 )
                 totals = (totals + (total,)) if k else (total,)
             of_bias = totals
-        h, d = places(column[None, :] + i * 0, D, VERTICAL)
+        h, d = places(column[None, :] + i * 0, RUN, D, VERTICAL)
         for s in tl.static_range(ACROSS):
-            w = unfold(taken(now, GRADIENTS + s * LOADS, LOADS), LEFT, VERTICAL)
+            w = unfold(taken(now, GRADIENTS + s * LOADS, LOADS), LEFT, RUN, VERTICAL)
             if ACTIVATE:
-                w = activated(w, x_scale, x_shift, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+                w = activated(w, x_scale, x_shift, h, d, s - ACROSS // 2, LEFT, RUN, A, D, VERTICAL)
             for k in tl.static_range(LONG):
                 acc = _correlate(
                     acc,

@@ -1,8 +1,8 @@
 """What the Triton kernels of convolutions share: runs of pixels, windows around them, sums.
 
-A thread computes a run of four pixels along the kernel's longer axis: what it reads serves several
+A thread computes runs of RUN pixels along the kernel's longer axis: what it reads serves several
 of the kernel's taps, and a weight it loads several pixels. Along columns (VERTICAL) neighbouring
-threads have neighbouring pixels of a row; along rows a thread reads four pixels at once.
+threads have neighbouring pixels of a row; along rows a thread reads a quad of pixels at once.
 
 Values of runs are tuples of tensors, one tensor for each place in the run or window.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 SLOPE = tl.constexpr(0.3)
-RUN = tl.constexpr(4)
+QUAD = tl.constexpr(4)
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def leaky(z):
 
 
 @triton.jit
-def places(n, D: tl.constexpr, VERTICAL: tl.constexpr):
+def places(n, RUN: tl.constexpr, D: tl.constexpr, VERTICAL: tl.constexpr):
     """Row and column of the first pixel of run n; past the last run the row is outside."""
     if VERTICAL:
         return n // D * RUN, n % D
@@ -47,6 +47,7 @@ def window(
     d,
     across: tl.constexpr,
     LEFT: tl.constexpr,
+    RUN: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
     VERTICAL: tl.constexpr,
@@ -55,7 +56,7 @@ def window(
 
     `at` points to the runs' first pixels, `across` moves the window on the other axis.
     """
-    return unfold(read_window(at, h, d, across, LEFT, A, D, VERTICAL), LEFT, VERTICAL)
+    return unfold(read_window(at, h, d, across, LEFT, RUN, A, D, VERTICAL), LEFT, RUN, VERTICAL)
 
 
 @triton.jit
@@ -65,6 +66,7 @@ def read_window(
     d,
     across: tl.constexpr,
     LEFT: tl.constexpr,
+    RUN: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
     VERTICAL: tl.constexpr,
@@ -77,15 +79,15 @@ def read_window(
             out = (out + (v,)) if t else (v,)
         return out
     else:
-        quads: tl.constexpr = (LEFT + RUN - 1) // RUN
-        lane = tl.arange(0, RUN)
+        quads: tl.constexpr = (LEFT + QUAD - 1) // QUAD
+        lane = tl.arange(0, QUAD)
         at4 = tl.expand_dims(at, -1) + across * D
         h4 = tl.expand_dims(h, -1) + across
         d4 = tl.expand_dims(d, -1)
-        for k in tl.static_range(2 * quads + 1):
-            column = d4 + (lane + (k - quads) * RUN)
+        for k in tl.static_range(2 * quads + RUN // QUAD):
+            column = d4 + (lane + (k - quads) * QUAD)
             inside = (h4 >= 0) & (h4 < A) & (column >= 0) & (column < D)
-            v4 = tl.load(at4 + (lane + (k - quads) * RUN), mask=inside, other=0.0)
+            v4 = tl.load(at4 + (lane + (k - quads) * QUAD), mask=inside, other=0.0)
             out = (out + (v4,)) if k else (v4,)
         return out
 
@@ -96,6 +98,7 @@ def read_windows(
     h,
     d,
     LEFT: tl.constexpr,
+    RUN: tl.constexpr,
     ACROSS: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
@@ -103,7 +106,7 @@ def read_windows(
 ):
     """What `read_window` reads for each of ACROSS places of the window on the other axis."""
     for s in tl.static_range(ACROSS):
-        some = read_window(at, h, d, s - ACROSS // 2, LEFT, A, D, VERTICAL)
+        some = read_window(at, h, d, s - ACROSS // 2, LEFT, RUN, A, D, VERTICAL)
         out = (out + some) if s else some
     return out
 
@@ -118,7 +121,7 @@ def taken(values, first: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def unfold(loaded, LEFT: tl.constexpr, VERTICAL: tl.constexpr):
+def unfold(loaded, LEFT: tl.constexpr, RUN: tl.constexpr, VERTICAL: tl.constexpr):
     """The RUN + 2 LEFT values of what `read_window` read, in float32."""
     if VERTICAL:
         for t in tl.static_range(RUN + 2 * LEFT):
@@ -126,12 +129,12 @@ def unfold(loaded, LEFT: tl.constexpr, VERTICAL: tl.constexpr):
             out = (out + (v,)) if t else (v,)
         return out
     else:
-        quads: tl.constexpr = (LEFT + RUN - 1) // RUN
-        for k in tl.static_range(2 * quads + 1):
+        quads: tl.constexpr = (LEFT + QUAD - 1) // QUAD
+        for k in tl.static_range(2 * quads + RUN // QUAD):
             some = unpack(loaded[k].to(tl.float32))
             every = (every + some) if k else some
         for t in tl.static_range(RUN + 2 * LEFT):
-            v = every[quads * RUN - LEFT + t]
+            v = every[quads * QUAD - LEFT + t]
             out = (out + (v,)) if t else (v,)
         return out
 
@@ -149,27 +152,27 @@ def unpack(v4):
 @triton.jit
 def store_run(
     at,
-    v0,
-    v1,
-    v2,
-    v3,
+    values,
+    first: tl.constexpr,
     h,
     d,
+    RUN: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
     VERTICAL: tl.constexpr,
 ):
-    """Write runs to where `at` points."""
+    """Write runs, RUN of a tuple's values from `first` on, to where `at` points."""
     if VERTICAL:
         for r in tl.static_range(RUN):
-            v = v0 if r == 0 else (v1 if r == 1 else (v2 if r == 2 else v3))
-            tl.store(at + r * D, v, mask=is_inside(h, d, r, 0, A, D, VERTICAL))
+            tl.store(at + r * D, values[first + r], mask=is_inside(h, d, r, 0, A, D, VERTICAL))
     else:
-        pairs = tl.join(tl.join(v0, v2), tl.join(v1, v3))
-        v4 = pairs.reshape(v0.shape + [RUN])
-        lane = tl.arange(0, RUN)
-        inside = (tl.expand_dims(h, -1) < A) & (tl.expand_dims(d, -1) + lane < D)
-        tl.store(tl.expand_dims(at, -1) + lane, v4, mask=inside)
+        lane = tl.arange(0, QUAD)
+        for r in tl.static_range(0, RUN, QUAD):
+            even = tl.join(values[first + r], values[first + r + 2])
+            odd = tl.join(values[first + r + 1], values[first + r + 3])
+            v4 = tl.join(even, odd).reshape(h.shape + [QUAD])
+            inside = (tl.expand_dims(h, -1) < A) & (tl.expand_dims(d, -1) + (lane + r) < D)
+            tl.store(tl.expand_dims(at, -1) + (lane + r), v4, mask=inside)
 
 
 @triton.jit
@@ -181,6 +184,7 @@ def activated(
     d,
     across: tl.constexpr,
     LEFT: tl.constexpr,
+    RUN: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
     VERTICAL: tl.constexpr,
@@ -203,7 +207,9 @@ def zeros(N: tl.constexpr, like):
 
 
 @triton.jit
-def accumulate(acc, v, k: tl.constexpr, weight, N: tl.constexpr, STRIDE: tl.constexpr):
+def accumulate(
+    acc, v, k: tl.constexpr, weight, N: tl.constexpr, STRIDE: tl.constexpr, RUN: tl.constexpr
+):
     """To accumulators (N channels, RUN) add the window's values from k on, times N weights."""
     for n in tl.static_range(N):
         w = tl.load(weight + n * STRIDE)
@@ -262,6 +268,7 @@ def store_run_moments(
     pid,
     programs,
     N: tl.constexpr,
+    RUN: tl.constexpr,
     A: tl.constexpr,
     D: tl.constexpr,
     VERTICAL: tl.constexpr,
