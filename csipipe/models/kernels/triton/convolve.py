@@ -154,11 +154,9 @@ def _gradients(
         (RUN + 2 * LEFT) if VERTICAL else (2 * ((LEFT + QUAD - 1) // QUAD) + RUN // QUAD)
     )
     if NORM:
-        mean = tl.load(stats + o)
         scale = tl.load(stats + 2 * stats_channels + o)
-        coef0 = tl.load(coef + o)
         coef1 = scale * tl.load(coef + stats_channels + o)
-    if NORM:
+        back = tl.load(stats + o) * coef1 - scale * tl.load(coef + o)
         at_q: tl.constexpr = ((2 if JOIN else 1) * ACROSS + s) * LOADS
         v = unfold(taken(read, at_q, LOADS), LEFT, RUN, VERTICAL)
     d0 = unfold(taken(read, s * LOADS, LOADS), LEFT, RUN, VERTICAL)
@@ -169,12 +167,14 @@ def _gradients(
         d1 = unfold(taken(read, (ACROSS + s) * LOADS, LOADS), LEFT, RUN, VERTICAL)
     for t in tl.static_range(RUN + 2 * LEFT):
         if JOIN:
-            dq = d0[t] * join0 + d1[t] * join1
-            dq = tl.where(v[t] * scale + shift > 0, dq, SLOPE * dq)
+            slope = tl.where(v[t] * scale + shift > 0, scale, SLOPE * scale)
+            dq = slope * (d0[t] * join0 + d1[t] * join1)
+        elif NORM:
+            dq = scale * d0[t]
         else:
             dq = d0[t]
-        if NORM:
-            dq = scale * (dq - coef0) - (v[t] - mean) * coef1
+        if NORM:  # scale ((dq - coef0) - (q - mean) coef1): means are taken off in one sum
+            dq = dq + (back - v[t] * coef1)
             dq = tl.where(is_inside(h, d, t - LEFT, s - ACROSS // 2, A, D, VERTICAL), dq, 0.0)
         out = (out + (dq,)) if t else (dq,)
     return out
