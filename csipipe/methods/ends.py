@@ -121,13 +121,13 @@ class Ends(Protocol):
     def encode(self, h_UBAD: Tensor) -> Tensor:
         """(U, B, 2, A, D) → (U, B, C), without a graph: that is kept for `encode_backward`."""
 
-    def heads(self, y_URC: Sequence[Tensor], taking: Sequence[int]) -> Tensor:
-        """(R, C) of each chosen UE → (T·R, 2, A, D) of the T among them in `taking`."""
+    def heads(self, y_URC: Tensor, taking: Sequence[int]) -> Tensor:
+        """(U, R, C) of the chosen UEs → (T·R, 2, A, D) of the T among them in `taking`."""
 
     def weight_gradients(self) -> None:
         """The heads', which were put off."""
 
-    def encode_backward(self, dz_UBC: Sequence[Tensor], taking: Sequence[int]) -> None:
+    def encode_backward(self, dz_UBC: Tensor, taking: Sequence[int]) -> None:
         """The encoders' gradients, from those at their output."""
 
     def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
@@ -190,10 +190,11 @@ class Singly(_Both):
         self._z_UBC = [ue.encoder(h) for ue, h in zip(self.ues, h_UBAD, strict=True)]
         return torch.stack(self._z_UBC).detach()
 
-    def heads(self, y_URC: Sequence[Tensor], taking: Sequence[int]) -> Tensor:
-        return torch.cat([self.ues[u].head(y_URC[u]) for u in taking])
+    def heads(self, y_URC: Tensor, taking: Sequence[int]) -> Tensor:
+        y_RC = y_URC.unbind()
+        return torch.cat([self.ues[u].head(y_RC[u]) for u in taking])
 
-    def encode_backward(self, dz_UBC: Sequence[Tensor], taking: Sequence[int]) -> None:
+    def encode_backward(self, dz_UBC: Tensor, taking: Sequence[int]) -> None:
         z_UBC = self._z_UBC
         if not taking:
             return
@@ -250,15 +251,15 @@ class Stacked(_Both):
         self._z_UBC = self._encoders(h_UBAD)
         return self._z_UBC.detach()
 
-    def heads(self, y_URC: Sequence[Tensor], taking: Sequence[int]) -> Tensor:
-        h_hat = self._heads(torch.stack(list(y_URC)))
+    def heads(self, y_URC: Tensor, taking: Sequence[int]) -> Tensor:
+        h_hat = self._heads(y_URC)
         some = h_hat if len(taking) == len(h_hat) else h_hat[list(taking)]
         return some.flatten(0, 1)
 
-    def encode_backward(self, dz_UBC: Sequence[Tensor], taking: Sequence[int]) -> None:
+    def encode_backward(self, dz_UBC: Tensor, taking: Sequence[int]) -> None:
         z_UBC, self._z_UBC = self._z_UBC, None
         assert z_UBC is not None
-        models.backward([z_UBC], [torch.stack(list(dz_UBC)).to(z_UBC.dtype)])
+        models.backward([z_UBC], [dz_UBC.to(z_UBC.dtype)])
 
     def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
         if not taking:

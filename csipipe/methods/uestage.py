@@ -149,7 +149,7 @@ class UeStage:
             self._dy[m] = torch.zeros_like(y)
             return
         with self._autocast():
-            h_hat = self.ends.heads(torch.split(y, rows), self.taking)
+            h_hat = self.ends.heads(y.view(len(self.ues), rows, -1), self.taking)
         # what has no weights is done for all UEs at once
         everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
@@ -177,10 +177,9 @@ class UeStage:
         self._dz[m] = self.ports.backward_in.receive(m)
 
     def _encode_backward(self) -> None:
-        dz_MRC = torch.stack([self._dz[m] for m in range(self.micro_batches)])
-        rows = self._rows(self._batches[-1])
-        dz_UBC = [part.flatten(0, 1) for part in torch.split(dz_MRC, rows, dim=1)]
-        self.ends.encode_backward(dz_UBC, self.taking)
+        shape = len(self.ues), self._rows(self._batches[-1]), -1
+        of_each = [self._dz[m].view(shape) for m in range(self.micro_batches)]
+        self.ends.encode_backward(torch.cat(of_each, dim=1), self.taking)
 
     def _step(self) -> None:
         self.idle = set(range(len(self.ues))) - set(self.taking)
