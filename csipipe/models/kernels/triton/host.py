@@ -80,7 +80,8 @@ class Tiles:
         along, across = self.a, self.d
         if weight.shape[-2] < weight.shape[-1]:
             along, across = across, along
-        return triton.cdiv(triton.cdiv(along, weights.RUN.value) * across, columns)
+        chunks: int = triton.cdiv(triton.cdiv(along, weights.RUN.value) * across, columns)
+        return chunks
 
     def runs(self, weight: Tensor) -> tuple[int, dict[str, int]]:
         """Programs and constants of a convolution."""
