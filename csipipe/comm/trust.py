@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from csipipe.device import Branches
 
 Step = Callable[[Tensor | None], None]
 """An optimiser's step. Its argument lies on the device: 1 if nothing is to change, else 0; None:
@@ -24,28 +26,32 @@ class Postponed:
     """Checks whose verdicts nobody waits for, and what must only be done if they hold.
 
     Attributes:
-        verdicts: truth values on their device: whether a check holds.
+        numbers: on their device; by the most that they may be, and their type.
         steps: optimisers' steps.
     """
 
     def __init__(self) -> None:
-        self.verdicts: list[Tensor] = []
+        self.numbers: dict[tuple[float, torch.dtype], list[Tensor]] = {}
         self.steps: list[Step] = []
 
     def finish(self, sound: Tensor) -> None:
         """Do the steps, unless a check doesn't hold; neither the device nor a value is waited for.
 
         Args:
-            sound: a truth value on the device; false if one of `verdicts` is, or was before.
+            sound: a truth value on the device; false afterwards if a check doesn't hold.
         """
-        sound.logical_and_(torch.stack(self.verdicts).all())
+        for (most, _), numbers in self.numbers.items():
+            sound.logical_and_((torch.stack(numbers) <= most).all())
         bad = sound.logical_not().float()
-        for step in self.steps:
-            step(bad)
+        branches = Branches(sound.device)
+        for number, step in enumerate(self.steps):
+            with branches.branch(number):
+                step(bad)
+        branches.join()
 
 
 _postponed: Postponed | None = None
-"""Where verdicts go; None: all are waited for."""
+"""Where checks go; None: they are waited for."""
 
 
 class BadMessage(ConnectionError):
@@ -71,21 +77,23 @@ def if_sound(step: Step) -> None:
         _postponed.steps.append(step)
 
 
-def _holds(verdict: Tensor) -> bool:
-    """Whether a check holds, as far as anybody waits for it."""
+def _at_most(number: Tensor, most: float = math.inf) -> bool:
+    """Whether a number on a device is finite and so small, as far as anybody waits for it."""
+    most = min(most, torch.finfo(number.dtype).max)
     if _postponed is None:
-        return bool(verdict)
-    _postponed.verdicts.append(verdict)
+        return bool(number <= most)
+    _postponed.numbers.setdefault((most, number.dtype), []).append(number)
     return True
 
 
-def each_holds(verdicts: Tensor) -> list[bool]:
-    """Which of some checks hold, (N,), as far as anybody waits for them."""
-    if _postponed is None:
-        found: list[bool] = verdicts.tolist()
-        return found
-    _postponed.verdicts.append(verdicts.all())
-    return [True] * len(verdicts)
+def each_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which of U are finite, of tensors (U, …), as far as anybody waits for it."""
+    if _postponed is not None:
+        _at_most(torch.nn.utils.get_total_norm(tensors))
+        return [True] * len(tensors[0])
+    norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in tensors]
+    found: list[bool] = torch.stack(norms).isfinite().all(0).tolist()
+    return found
 
 
 def mark(rows: Tensor) -> None:
@@ -108,20 +116,25 @@ def _last(payload: Tensor) -> Tensor:
     return flat[-1:] if payload.is_floating_point() else flat[-4:].view(torch.float32)
 
 
-def _rms(rows: Tensor) -> Tensor:
+def _norm(rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype).double()
-    return norm / math.sqrt(max(1, rows.numel()))
+    norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
+    return norm
+
+
+def _root(rows: Tensor) -> float:
+    """What a norm is of the root mean square."""
+    return math.sqrt(max(1, rows.numel()))
 
 
 def rms(rows: Tensor) -> float:
     """Root mean square of any tensor; NaN or infinite if one of its values is."""
-    return float(_rms(rows))
+    return float(_norm(rows)) / _root(rows)
 
 
 def sound(rows: Tensor, limit: float) -> bool:
     """Whether a tensor is finite and its root mean square at most `limit`."""
-    return _holds(_rms(rows) <= limit)
+    return _at_most(_norm(rows), limit * _root(rows))
 
 
 def fault(rows: Tensor, limit: float) -> str:
@@ -144,7 +157,7 @@ def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
         FloatingPointError: naming the first layer with such a gradient.
     """
     named = [(name, p.grad) for name, p in parameters if p.grad is not None]
-    if not named or _holds(torch.nn.utils.get_total_norm([grad for _, grad in named]).isfinite()):
+    if not named or _at_most(torch.nn.utils.get_total_norm([grad for _, grad in named])):
         return
     for name, grad in named:
         if not math.isfinite(rms(grad)):  # or its square would be infinite in Adam's moments
@@ -167,7 +180,7 @@ def check_loss(whose: str, loss: Tensor, parts: nn.Module) -> None:
     Raises:
         FloatingPointError: naming the first layer whose weights aren't finite either.
     """
-    if _holds(loss.isfinite().all()):
+    if _at_most(torch.linalg.vector_norm(loss.detach(), math.inf)):
         return
     named = (*parts.named_parameters(), *parts.named_buffers())
     layer = next((f"{name} isn't finite" for name, t in named if not t.isfinite().all()), None)

@@ -265,10 +265,8 @@ class Stacked(_Both):
         if not taking:
             self.clear()
             return {}
-        both = (self._encoders, self._heads)
-        norms = [part.gradient_norms(loss_UB.device) for part in both]
-        norms_U = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        sound = trust.each_holds(norms_U.isfinite() & loss_UB.isfinite().all(1))
+        gradients = [*self._encoders.gradients(), *self._heads.gradients()]
+        sound = trust.each_finite([*gradients, loss_UB])
         self._encoders.hand_out(taking)
         self._heads.hand_out(taking)
         faults: dict[int, str] = {}

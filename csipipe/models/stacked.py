@@ -295,18 +295,10 @@ class Stack:
                 for u in self._chosen:
                     place.own[name][u].grad = None
 
-    def gradient_norms(self, device: torch.device) -> Tensor:
-        """(U,) L2 norm of each chosen module's gradient, on the `device` that computes them."""
-        leaves = [leaf for place in self._places for _, leaf in place.leaves()]
-        norms = [
-            torch.linalg.vector_norm(leaf.grad.flatten(1), dim=1)
-            for leaf in leaves
-            if leaf.grad is not None
-        ]
-        if not norms:  # they are frozen
-            return torch.zeros(len(self._chosen), device=device)
-        found: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        return found
+    def gradients(self) -> list[Tensor]:
+        """(U, …) gradients of the chosen modules' parameters, of those that have one."""
+        leaves = (leaf for place in self._places for _, leaf in place.leaves())
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 class _Place:

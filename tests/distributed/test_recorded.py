@@ -193,18 +193,33 @@ def test_frozen_ends_are_recorded() -> None:
 
 
 def test_nothing_is_judged_where_there_is_no_gradient() -> None:
-    """A verdict would lie on the host, beside those of a GPU."""
+    """A number would lie on the host, beside those of a GPU."""
     with trust.postponed() as later:
         trust.check_gradients("nobody's", nn.Linear(2, 2).named_parameters())
-    assert not later.verdicts
+    assert not later.numbers
 
 
-def test_a_verdict_over_several_is_postponed_like_the_others() -> None:
-    each = torch.tensor([True, False])
-    assert trust.each_holds(each) == [True, False]
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_postponed_is_judged_at_the_end(bad: float) -> None:
+    """Nothing steps if a check doesn't hold, nor in the iteration after it."""
+    rows, stepped = torch.ones(2, 3), []
+    each = [rows.clone(), torch.zeros(2, 1)]
+    each[0][1, 2] = bad
+    assert trust.each_finite(each) == [True, False]
+    sound = torch.ones((), dtype=torch.bool)
+    for tensors in ([rows, each[1]], each, [rows]):
+        with trust.postponed() as later:
+            assert trust.sound(rows, 1.0)
+            assert trust.each_finite(tensors) == [True, True]
+            trust.if_sound(lambda bad: stepped.append(None if bad is None else float(bad)))
+        assert len(stepped) < 3
+        later.finish(sound)
+    assert stepped == [0.0, 1.0, 1.0]
     with trust.postponed() as later:
-        assert trust.each_holds(each) == [True, True]
-    assert [bool(verdict) for verdict in later.verdicts] == [False]
+        assert trust.sound(rows, 0.99)
+    sound.fill_(True)
+    later.finish(sound)
+    assert not sound
 
 
 @pytest.fixture(scope="module", params=["never", "always"])

@@ -19,10 +19,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from csipipe.device import Branches
 from csipipe.models.crblock import CHANNELS, CRBlock
 from csipipe.models.kernels.triton import host, pointwise
 from csipipe.models.kernels.triton.batchnorm import finish_backward, finish_forward
-from csipipe.models.kernels.triton.branches import Branches
 from csipipe.models.layers import Conv2d
 
 
