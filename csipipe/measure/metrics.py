@@ -60,7 +60,8 @@ def floor_loss(h: Tensor) -> Tensor:
 
 
 def loss_and_floor(h_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """`paper_loss` and `floor_loss`: (B,) each."""
+    """`paper_loss` and `floor_loss`: (B,) each, of originals (B, 2, A, D) or (T, B/T, 2, A, D)."""
+    h = h.reshape(h_hat.shape)
     return paper_loss(h_hat, h), floor_loss(h)
 
 

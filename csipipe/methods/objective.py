@@ -35,8 +35,8 @@ class Objective:
     """The loss of `train.loss`, beside the figures that don't depend on it.
 
     Attributes:
-        reported: (B, 2, A, D) reconstructions and originals → (B,) paper's losses and floors.
-        minimised: what is minimised instead of the paper's loss: → (B,); None: nothing is.
+        reported: the paper's losses and floors.
+        minimised: (B, 2, A, D) reconstructions and originals → (B,), instead of the paper's loss.
         similarity: SGCS of the images' columns is reported too.
     """
 
@@ -59,13 +59,15 @@ class Objective:
         return cls(fused or loss_and_floor, instead, settings.similarity)
 
     def __call__(self, h_hat: Tensor, h: Tensor) -> Rows:
-        """Of (B, 2, A, D) reconstructions, with their graph, and originals."""
+        """Of (B, 2, A, D) reconstructions, with their graph, and originals as in `LossAndFloor`."""
         if self.minimised is None:
             minimised, floor = self.reported(h_hat, h)
             loss = minimised.detach()
         else:
-            minimised = self.minimised(h_hat.float(), h)
+            minimised = self.minimised(h_hat.float(), h.reshape(h_hat.shape))
             loss, floor = self.reported(h_hat.detach(), h)
         with torch.no_grad():
-            sgcs = column_sgcs(h_hat.float(), h) if self.similarity else None
+            sgcs = None
+            if self.similarity:
+                sgcs = column_sgcs(h_hat.float(), h.reshape(h_hat.shape))
         return Rows(minimised, loss, floor, sgcs)

@@ -153,8 +153,7 @@ class UeStage:
         # what has no weights is done for all UEs at once
         everyone = len(self.taking) == len(self.ues)
         some: slice | list[int] = slice(None) if everyone else self.taking
-        originals = batch.h_UBAD[some, part].flatten(0, 1)
-        of = self.objective(h_hat, originals)
+        of = self.objective(h_hat, batch.h_UBAD[some, part])
         batch.loss_UB[some, part] = of.loss.view(len(self.taking), -1)
         batch.floor_UB[some, part] = of.floor.view(len(self.taking), -1)
         if of.sgcs is not None:

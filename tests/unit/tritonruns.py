@@ -146,7 +146,7 @@ def stacked() -> dict[str, Any]:
 def losses() -> dict[str, Any]:
     """The paper's loss of rows, its floor and gradient, in float32 and bfloat16, beside float64."""
     torch.manual_seed(0)
-    h, h_hat, g = torch.rand(3, 2, 40, 19), torch.rand(3, 2, 40, 19), torch.rand(3)
+    h, h_hat, g = torch.rand(2, 5, 2, 40, 19)[:, 1:4], torch.rand(6, 2, 40, 19), torch.rand(6)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         one = h_hat.to(dtype).requires_grad_()

@@ -46,7 +46,8 @@ _MEASURED = (9, 0)
 
 
 LossAndFloor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(B, 2, A, D) reconstructions and originals → (B,) losses and floors."""
+"""(B, 2, A, D) reconstructions and originals → (B,) losses and floors; the originals may also come
+as (T, B/T, 2, A, D), which needn't lie one after the other."""
 
 
 class Fusable(Protocol):
