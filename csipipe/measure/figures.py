@@ -27,9 +27,10 @@ def row_sums(
     Args:
         counted_B: which samples count, (…, B); None: all.
     """
-    loss, floor = loss_B.detach().double(), floor_B.double()
-    sgcs = torch.zeros_like(loss) if sgcs_B is None else sgcs_B.detach().double()
-    of_each = torch.stack([torch.ones_like(loss), loss, loss / floor, floor, sgcs], -2)
+    loss_B = loss_B.detach()
+    sgcs_B = torch.zeros_like(loss_B) if sgcs_B is None else sgcs_B.detach()
+    of_each = torch.stack([torch.ones_like(loss_B), loss_B, loss_B, floor_B, sgcs_B], -2).double()
+    of_each[..., 2, :] /= of_each[..., 3, :]
     if counted_B is not None:
         of_each = of_each.where(counted_B[..., None, :], 0.0)
     return of_each.sum(-1)
