@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csipipe import models
 from csipipe.comm.channel import Ports
 from csipipe.device import autocast, computable
 from csipipe.measure.figures import row_sums
@@ -162,7 +163,8 @@ class UeStage:
             self._show(batch, m, h_hat)
         if training:
             # a UE's loss is the mean over its whole mini-batch
-            torch.autograd.backward(of.minimised.sum() / batch.h_UBAD.shape[1])
+            share = torch.full_like(of.minimised, 1 / batch.h_UBAD.shape[1])
+            models.backward([of.minimised], [share])
             assert y.grad is not None
             self._dy[m] = self._of_taking(y.grad, rows)
 

@@ -23,12 +23,12 @@ def backward(outputs: Sequence[Tensor], gradients: list[Tensor]) -> None:
 
 
 class _End(torch.autograd.Function):
-    """A number that stands for all outputs, and passes on their gradients."""
+    """A number, no matter which, that stands for all outputs, and passes on their gradients."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return outputs[0].new_zeros(())
+        return outputs[0].new_empty(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

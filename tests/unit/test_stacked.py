@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from csipipe import models
 from csipipe.comm.topology import Topology
 from csipipe.measure.metrics import paper_loss
+from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam
-from csipipe.methods.ends import Way, decide
+from csipipe.methods.ends import Stacked, Way, decide
+from csipipe.methods.ue import UserEquipment
 from csipipe.models.stacked import Stack, Unstackable
 from csipipe.settings.config import (
     HeadName,
@@ -241,3 +244,32 @@ def test_a_model_that_cant_be_stacked_is_refused_or_done_without() -> None:
     assert decide(settings, topology, cpu).why.startswith("GELU can't be computed for several UEs")
     with pytest.raises(ValueError, match=r"train.stacked is always, but model.name .*own can't be"):
         decide(replace(settings, train=TrainSettings(stacked="always")), topology, cpu)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("of", ["encoder", "head", "loss"])
+def test_a_ue_with_no_number_takes_no_step(of: str, value: float) -> None:
+    settings, everyone = Settings(model=MODEL), [0, 1, 2]
+    h, noise = rows(3, 0)
+    images = h.numpy()
+    ues = [UserEquipment(u, settings, images[u], images[u], h.device) for u in everyone]
+    ends = Stacked(ues, Probe(), settings.train)
+    z = ends.encode(h)
+    torch.autograd.backward(ends.heads(noise.requires_grad_(), everyone).sum())
+    ends.weight_gradients()
+    ends.encode_backward(torch.ones_like(z), everyone)
+    loss = torch.rand(3, ROWS)
+    spoilt = {"encoder": ends._encoders, "head": ends._heads}.get(of)
+    if spoilt is None:
+        loss[1, 3] = value
+    else:
+        leaf = next(leaf for place in spoilt._places for _, leaf in place.leaves())
+        assert leaf.grad is not None
+        leaf.grad[1].view(-1)[0] = value
+    before = [parameter.clone() for ue in ues for parameter in ue.parts.parameters()]
+    assert ends.step(everyone, loss, tolerant=True).keys() == {1}
+    after = [parameter for ue in ues for parameter in ue.parts.parameters()]
+    same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    third = len(same) // 3
+    assert all(same[third : 2 * third])
+    assert not any(same[:third] + same[2 * third :])
