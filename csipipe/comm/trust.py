@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from csipipe.device import Branches
+from csipipe.branches import Branches
 
 Step = Callable[[Tensor | None], None]
 """An optimiser's step. Its argument lies on the device: 1 if nothing is to change, else 0; None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"entry", "files", "__version__"},
+    {"branches", "entry", "files", "__version__"},
     {"settings", "measure", "checkpoint", "plotting"},
     {"models", "channels", "device"},
     {"comm"},

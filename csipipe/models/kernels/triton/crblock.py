@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from csipipe.device import Branches
+from csipipe.branches import Branches
 from csipipe.models.crblock import CHANNELS, CRBlock
 from csipipe.models.kernels.triton import host, pointwise
 from csipipe.models.kernels.triton.batchnorm import finish_backward, finish_forward
