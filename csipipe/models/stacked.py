@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.models.layers import Deferring, Pending
-from csipipe.models.stackedlayers import MAKERS, Place, in_order
+from csipipe.models.stackedlayers import MAKERS, Place, in_order, paired
 
 
 class Unstackable(ValueError):
@@ -48,7 +48,7 @@ class Stack:
         if self._layers and len(chosen) == len(self._chosen) == len(self.modules):
             return
         self._chosen = chosen
-        self._layers = [place.take(chosen) for place in self._places]
+        self._layers = paired(place.take(chosen) for place in self._places)
         if self._pending is not None:
             self.put_off(self._pending)
 

@@ -87,6 +87,9 @@ class StackedBatchNorm2d(nn.Module):
     """(U, B, C, A, D) → the same shape; weights, biases and running statistics (U, C).
 
     Training or evaluation mode is that of the module that it is like.
+
+    Attributes:
+        leaky: a LeakyReLU that it applies, too; see `paired`.
     """
 
     affine = track_running_stats = True
@@ -105,6 +108,7 @@ class StackedBatchNorm2d(nn.Module):
         self.__dict__["like"] = like  # no submodule: its weights aren't this one's
         self.kernels_by: KernelsBy = getattr(like, "kernels_by", "torch")
         self.momentum, self.eps = cast(float, like.momentum), like.eps
+        self.leaky: nn.LeakyReLU | None = None
         for name, tensor in of.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
@@ -112,13 +116,20 @@ class StackedBatchNorm2d(nn.Module):
                 self.register_buffer(name, tensor)
 
     @property
-    def shape(self) -> int:
-        return self.like.num_features
+    def slope(self) -> float:
+        """What negative outputs are multiplied by; 1 without a LeakyReLU."""
+        return 1.0 if self.leaky is None else self.leaky.negative_slope
+
+    @property
+    def shape(self) -> Hashable:
+        return self.like.num_features, self.slope
 
     def fresh(self) -> StackedBatchNorm2d:
         """Two new layers of this shape, as one."""
         like = BatchNorm2d(self.like.num_features, self.eps, self.momentum)
-        return cast(StackedBatchNorm2d, _stacked([like, copy.deepcopy(like)]))
+        fresh = cast(StackedBatchNorm2d, _stacked([like, copy.deepcopy(like)]))
+        fresh.leaky = self.leaky
+        return fresh
 
     def forward(self, x: Tensor) -> Tensor:
         self.training = self.like.training
@@ -137,7 +148,8 @@ class StackedBatchNorm2d(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
         )
-        return _apart(beside, len(x))
+        y = _apart(beside, len(x))
+        return y if self.leaky is None else self.leaky(y)
 
 
 class _CRBlock(nn.Module):
@@ -162,7 +174,26 @@ def _chain(like: nn.Module, of: dict[str, Tensor], prefix: str) -> nn.Sequential
         start = f"{prefix}{names[id(layer)]}."
         mine = {n.removeprefix(start): t for n, t in of.items() if n.startswith(start)}
         chain.append(MAKERS[type(layer)](layer, mine))
-    return nn.Sequential(*chain)
+    return nn.Sequential(*paired(chain))
+
+
+def paired(chain: Iterable[nn.Module]) -> list[nn.Module]:
+    """Layers that follow each other, each BatchNorm with the LeakyReLU directly behind it.
+
+    A GPU's kernels apply both at once; by itself the LeakyReLU reads and writes all there is again.
+    """
+    found: list[nn.Module] = []
+    for layer in chain:
+        before = found[-1] if found else None
+        if (
+            isinstance(layer, nn.LeakyReLU)
+            and isinstance(before, StackedBatchNorm2d)
+            and before.leaky is None
+        ):
+            before.leaky = layer
+        else:
+            found.append(layer)
+    return found
 
 
 def _beside(x: Tensor) -> Tensor:

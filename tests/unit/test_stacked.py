@@ -19,7 +19,10 @@ from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam
 from csipipe.methods.ends import Stacked, Way, decide
 from csipipe.methods.ue import UserEquipment
+from csipipe.models import stacked
+from csipipe.models.crblock import SLOPE
 from csipipe.models.stacked import Stack, Unstackable
+from csipipe.models.stackedlayers import StackedBatchNorm2d
 from csipipe.settings.config import (
     HeadName,
     KernelsBy,
@@ -175,6 +178,55 @@ def test_the_same_bits_whoever_else_is_in_the_stack() -> None:
     with torch.no_grad():
         apart = torch.cat([Stack(encoders[:3])(h[:3]), Stack(encoders[3:])(h[3:])])
         assert torch.equal(Stack(encoders)(h), apart)
+
+
+def passes(paired: bool, training: bool) -> tuple[list[nn.Module], list[Tensor]]:
+    """Layers of stacked encoders; output, gradients and running statistics."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not paired:
+            patch.setattr(stacked, "paired", list)
+        encoders = [models.build_encoder(MODEL, ue).train(training) for ue in range(3)]
+        stack = Stack(encoders)
+    h, _ = rows(3, 0)
+    leaf = h.requires_grad_()
+    z = stack(leaf)
+    dz = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    torch.autograd.backward(z, dz)
+    stack.hand_out(range(3))
+    assert leaf.grad is not None
+    state = [tensor for encoder in encoders for _, tensor in sorted(named(encoder).items())]
+    return stack._layers, [z.detach(), leaf.grad, *state]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batchnorm_takes_over_the_leakyrelu_and_no_bit_changes(training: bool) -> None:
+    layers, found = passes(True, training)
+    apart, wanted = passes(False, training)
+    assert len(apart) == len(layers) + 1
+    assert not any(isinstance(layer, nn.LeakyReLU) for layer in layers)
+    (norm,) = (layer for layer in layers if isinstance(layer, StackedBatchNorm2d))
+    assert norm.slope == SLOPE
+    assert norm.shape == norm.fresh().shape == (2, SLOPE)  # the kernels are tried with it
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_only_the_leakyrelu_directly_behind_is_taken_over() -> None:
+    def module() -> nn.Module:
+        return nn.Sequential(
+            nn.LeakyReLU(0.1),
+            nn.BatchNorm2d(2),
+            nn.Sigmoid(),
+            nn.LeakyReLU(0.2),
+            nn.Sequential(nn.BatchNorm2d(2), nn.LeakyReLU(0.3)),
+            nn.LeakyReLU(0.4),
+        )
+
+    modules = [module() for _ in range(2)]
+    layers = Stack(modules)._layers
+    slopes = [layer.slope for layer in layers if isinstance(layer, StackedBatchNorm2d)]
+    assert slopes == [1, 0.3]
+    kept = [layer.negative_slope for layer in layers if isinstance(layer, nn.LeakyReLU)]
+    assert kept == [0.1, 0.2, 0.4]
 
 
 def test_what_cant_be_stacked_is_named_and_left_alone() -> None:

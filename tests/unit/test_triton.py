@@ -83,6 +83,17 @@ def test_stacked_layers_compute_what_each_does() -> None:
 
 
 @needs_triton
+def test_a_batchnorm_applies_the_leakyrelu_behind_it() -> None:
+    found = run("numbers", "leaky", interpret=True)["leaky"]
+    assert found["by"] == ["triton"] * 4
+    assert found["slopes"] == [0.3] * 4
+    assert min(found["zeros"]) > 0  # where the gradient is the slope's
+    assert max(found["far"][::2]) < 1e-6, found
+    assert max(found["far"][1::2]) < 1e-2, found  # bfloat16
+    assert found["other bits"] == []
+
+
+@needs_triton
 def test_the_loss_its_floor_and_its_gradient_are_the_papers() -> None:
     found = run("numbers", "loss", interpret=True)["loss"]
     assert max(found["torch.float32"]) < 1e-6

@@ -13,11 +13,12 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 from torch import Tensor, nn
+from torch.nn import functional
 
 from csipipe import models
 from csipipe.measure.metrics import loss_and_floor
@@ -128,7 +129,7 @@ def stacked() -> dict[str, Any]:
     stack.hand_out(range(3))
     layers: list[Any] = stack._layers
     inner = torch.randn(3, 4, 3, 6, 5)
-    asked = (layers[0], x), (layers[1], inner), (layers[3], inner)
+    asked = (layers[0], x), (layers[1], inner), (layers[2], inner)
     found: dict[str, Any] = {"by": [kernels.choose(*pair).why for pair in asked]}
     assert leaf.grad is not None
     for name, module, other, mine, h, d, dh in zip(
@@ -141,6 +142,67 @@ def stacked() -> dict[str, Any]:
         found[name] = distances([a for a, _ in pairs], [b for _, b in pairs])
         found[f"{name} buffers"] = distances(list(module.buffers()), list(other.buffers()))
     return found
+
+
+def leaky() -> dict[str, Any]:
+    """BatchNorms stacked with the LeakyReLU behind them: distances from both in float64.
+
+    And which numbers aren't, to the bit, those of the BatchNorm's kernels and PyTorch's LeakyReLU.
+    Of the inputs, which are short and sum up to zero, BatchNorm makes zero exactly in many places,
+    of the last channel everywhere.
+    """
+    vars(triton.runtime.interpreter)["_convert_float"] = _converted
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"by": [], "slopes": [], "zeros": [], "far": [], "other bits": []}
+    shapes, types = ((3, 2, 3, 5, 6), (2, 2, 2, 40, 33)), (torch.float32, torch.bfloat16)
+    for (ues, rows, channels, a, d), dtype in itertools.product(shapes, types):
+        norms = [BatchNorm2d(channels) for _ in range(ues)]
+        for norm in norms:
+            norm.kernels_by = "triton"
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.zeros_(norm.bias)
+            nn.init.zeros_(norm.weight[-1:])
+        pairs = [nn.Sequential(copy.deepcopy(norm), nn.LeakyReLU(0.3)) for norm in norms]
+        exact = copy.deepcopy(pairs)
+        half = torch.randint(-8, 9, (ues, rows // 2, channels, a, d)) / 4
+        x = torch.cat([half, -half], 1).to(dtype)
+        dy = torch.randn(x.shape).to(dtype)
+        both, alone = Stack(pairs), Stack([nn.Sequential(norm) for norm in norms])
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        (layer,) = cast(list[Any], both._layers)
+        found["by"].append(kernels.choose(layer, x).why)
+        found["slopes"].append(layer.slope)
+        y, before = both(one), alone(other)
+        found["zeros"].append(int((before[:, :, :-1] == 0).sum()))
+        y_other = functional.leaky_relu(before, 0.3)
+        torch.autograd.backward([y, y_other], [dy, dy])
+        assert one.grad is not None
+        assert other.grad is not None
+        far = []
+        for u, (module, norm, true) in enumerate(zip(pairs, norms, exact, strict=True)):
+            both.hand_out([u])
+            alone.hand_out([u])
+            mine = [y[u].detach(), one.grad[u], *(p.grad for p in module.parameters())]
+            theirs = [y_other[u].detach(), other.grad[u], *(p.grad for p in norm.parameters())]
+            wanted = passes(true.double(), x[u].double(), dy[u].double())
+            mine, theirs = [*mine, *module.buffers()], [*theirs, *norm.buffers()]
+            far.append(distances(cast(list[Tensor], mine), [*wanted, *true.buffers()]))
+            names = "y", "dx", "dw", "db", "mean", "var", "count"
+            found["other bits"] += [
+                f"{dtype}: {name} of {u}"
+                for name, p, q in zip(names, mine, theirs, strict=True)
+                if p is None or q is None or p.dtype != q.dtype or not torch.equal(p, q)
+            ]
+        found["far"].append(max(far))
+    return found
+
+
+def _converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """Between float32 and bfloat16, as PyTorch does: the interpreter loses carries of its own."""
+    tensor = torch.from_numpy(values)
+    if source.name == "fp32":
+        return tensor.bfloat16().view(torch.uint16).numpy()
+    return tensor.view(torch.bfloat16).float().view(torch.uint32).numpy()
 
 
 def losses() -> dict[str, Any]:
@@ -229,7 +291,9 @@ def compiled() -> dict[str, Any]:
         x = torch.zeros(2, 2, 32, 32, dtype=dtype)
         leaf = x.clone().requires_grad_()
         torch.autograd.backward(loss.loss_and_floor(leaf, torch.zeros(2, 2, 32, 32))[0].sum())
-        for module in (CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True), BatchNorm2d(2)):
+        pair = Stack([nn.Sequential(BatchNorm2d(2), nn.LeakyReLU(0.3))])
+        modules: list[nn.Module] = [CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True)]
+        for module in (*modules, BatchNorm2d(2), *pair._layers):
             of: Any = kernels._load("triton", type(module).__name__)
             y, saved = of.forward(module, x, True)
             _, rest = of.input_gradient(module, saved, y)
@@ -250,6 +314,7 @@ def compiled() -> dict[str, Any]:
 
 OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "stacked": stacked,
+    "leaky": leaky,
     "loss": losses,
     "products": products,
 }

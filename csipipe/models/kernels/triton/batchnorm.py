@@ -1,5 +1,7 @@
 """BatchNorm of one module, or of several stacked, on a GPU, in training mode.
 
+A stacked one may have the LeakyReLU behind it with it: its `slope` isn't 1 then.
+
 PyTorch gives each channel one of a GPU's multiprocessors; here all of them add up tiles. Sums are
 float64 in a fixed order, as in `triton.crblock`.
 
@@ -42,7 +44,8 @@ def forward(module: nn.BatchNorm2d, x: Tensor, training: bool) -> tuple[Tensor, 
     grid = (tiles.programs, channels)
     normalise.moments[grid](x, part, tiles.programs, **tiles.block)
     finish_forward(tiles, tiles.programs, part, module, stats, training)
-    normalise.normalise[grid](x, stats, y, tiles.images // tiles.groups, **tiles.block)
+    share, constants = tiles.images // tiles.groups, tiles.block | {"SLOPE": _slope(module)}
+    normalise.normalise[grid](x, stats, y, share, **constants)
     return y, (x, stats)
 
 
@@ -53,14 +56,14 @@ def input_gradient(
     (x, stats), dy = saved, dy.contiguous()
     tiles, channels = _tiles(x), x.shape[-3]
     part, grid = tiles.sums(2 * channels, x.device), (tiles.programs, channels)
-    share = tiles.images // tiles.groups
-    normalise.gradient_sums[grid](dy, x, stats, part, tiles.programs, share, **tiles.block)
+    share, constants = tiles.images // tiles.groups, tiles.block | {"SLOPE": _slope(module)}
+    normalise.gradient_sums[grid](dy, x, stats, part, tiles.programs, share, **constants)
     sums = finish_backward(tiles, tiles.programs, part, stats, 0, True)
     rest = [sums.of_weight.view_as(module.weight), sums.of_bias.view_as(module.bias)]
     if not wanted:
         return None, rest
     dx = torch.empty_like(x)
-    normalise.gradient[grid](dy, x, stats, sums.coef, dx, share, **tiles.block)
+    normalise.gradient[grid](dy, x, stats, sums.coef, dx, share, **constants)
     return dx, rest
 
 
@@ -69,6 +72,12 @@ def weight_gradients(
 ) -> list[Tensor]:
     """Of weight and bias."""
     return rest
+
+
+def _slope(module: nn.BatchNorm2d) -> float:
+    """Of the LeakyReLU that the module applies, too; 1: none."""
+    slope: float = getattr(module, "slope", 1.0)
+    return slope
 
 
 def _tiles(x: Tensor) -> host.Tiles:

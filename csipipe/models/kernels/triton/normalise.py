@@ -2,6 +2,9 @@
 
 One program does one tile (BLOCK pixels) of one channel of one image. Tiles' sums are ended by
 `norm`, whose tables are read here; images of a group share one, so many (`share`) after each other.
+
+A LeakyReLU may follow: SLOPE is 1 where none does. Numbers are rounded where a LeakyReLU by itself
+would store them, so that they are the same to the bit.
 """
 
 from __future__ import annotations
@@ -18,6 +21,12 @@ def _place(share, A: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, BLOCK: 
     pixel = (pid % TILES) * BLOCK + tl.arange(0, BLOCK)
     at = (image * tl.num_programs(1) + tl.program_id(1)) * (A * D) + pixel
     return at, pixel < A * D, image // share
+
+
+@triton.jit
+def _leaky(z, v, of, SLOPE: tl.constexpr):
+    """`v`, and where z isn't positive SLOPE v, rounded to the type of what `of` points to."""
+    return tl.where(z > 0, v, (SLOPE * v).to(of.dtype.element_ty).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -54,6 +63,7 @@ def normalise(
     D: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
     """The output."""
     channels = tl.num_programs(1)
@@ -61,6 +71,9 @@ def normalise(
     table = stats + group * (4 * channels) + tl.program_id(1)
     v = tl.load(x + at, mask=valid).to(tl.float32)
     v = v * tl.load(table + 2 * channels) + tl.load(table + 3 * channels)
+    if SLOPE != 1:
+        v = v.to(y.dtype.element_ty).to(tl.float32)
+        v = _leaky(v, v, y, SLOPE)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
 
 
@@ -76,15 +89,20 @@ def gradient_sums(
     D: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
-    """Each tile's sums of the gradient at the output, and of its products with x - mean."""
+    """Each tile's sums of the gradient behind BatchNorm, and of its products with x - mean."""
     pid = tl.program_id(0)
     c = tl.program_id(1)
     channels = tl.num_programs(1)
     at, valid, group = _place(share, A, D, TILES, BLOCK)
-    mean = tl.load(stats + group * (4 * channels) + c)
+    table = stats + group * (4 * channels) + c
+    mean = tl.load(table)
     v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     d = tl.load(g + at, mask=valid, other=0.0).to(tl.float32)
+    if SLOPE != 1:
+        z = v * tl.load(table + 2 * channels) + tl.load(table + 3 * channels)
+        d = _leaky(z, d, g, SLOPE)
     tl.store(part + c * programs + pid, tl.sum(d))
     tl.store(part + (channels + c) * programs + pid, tl.sum(d * (v - mean)))
 
@@ -101,6 +119,7 @@ def gradient(
     D: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
     """The gradient at the input."""
     c = tl.program_id(1)
@@ -108,7 +127,10 @@ def gradient(
     at, valid, group = _place(share, A, D, TILES, BLOCK)
     table = stats + group * (4 * channels) + c
     coef += group * (2 * channels) + c
-    v = tl.load(x + at, mask=valid).to(tl.float32) - tl.load(table)
-    d = tl.load(g + at, mask=valid).to(tl.float32) - tl.load(coef)
-    d = (d - v * tl.load(coef + channels)) * tl.load(table + 2 * channels)
+    scale = tl.load(table + 2 * channels)
+    v = tl.load(x + at, mask=valid).to(tl.float32)
+    d = tl.load(g + at, mask=valid).to(tl.float32)
+    if SLOPE != 1:
+        d = _leaky(v * scale + tl.load(table + 3 * channels), d, g, SLOPE)
+    d = (d - tl.load(coef) - (v - tl.load(table)) * tl.load(coef + channels)) * scale
     tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)
