@@ -22,7 +22,6 @@ from csipipe.channels.eigenvectors import SUBBANDS
 from csipipe.channels.format import Description, SetPart
 from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.layout import ANGLES, DELAYS
-from csipipe.channels.scenario import BIN_NS
 from csipipe.channels.scene import Scene
 from csipipe.channels.source import SITES, Images, Site
 from csipipe.channels.split import own_environment
@@ -273,7 +272,9 @@ def _check_converted(folder: Path, sites: Sequence[Site]) -> bool:
 def look(
     source: str, output: str = "channels.png", environment: str | None = None, seed: int = 0
 ) -> bool:
-    """Draw channels: three samples, the mean delay profile and the mean angle profile.
+    """Draw channels: three samples, and the mean profiles over delay and angle.
+
+    Of eigenvectors, they are over subband and port.
 
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or a converted one; or synthetic.
@@ -282,12 +283,12 @@ def look(
         seed: seed of synthetic channels.
     """
     tests: dict[str, Images] = {}
-    bin_ns = None
+    axes = profileplot.CSINETS
     sites = _sites(source, environment)
     if source not in BUILT_IN and rawcheck.is_converted(Path(source)):
         tests = {name: test for name, (_, test) in rawcheck.sets_of(Path(source), sites).items()}
+        axes = profileplot.labels(Description.read(Path(source)))
     else:
-        bin_ns = BIN_NS  # of COST 2100 as CsiNet has it, and of what is generated like it
         for site in sites:
             found = _channels(source, site, seed).sets
             if found is not None:
@@ -295,7 +296,7 @@ def look(
     if not tests:
         raise ValueError(f"no file in {source} has rows that can be drawn; run check on it.")
     sets = {f"{n} ({_title(source)}, {len(rows):,} test rows)": rows for n, rows in tests.items()}
-    profileplot.draw(sets, Path(output), bin_ns)
+    profileplot.draw(sets, Path(output), axes)
     print(f"{output}: {', '.join(sets)}")
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -232,7 +233,42 @@ def test_look_at_a_file_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFi
     assert said.endswith(f"Convert it first; how, says: python -m csipipe channels check {file}\n")
 
 
-def test_look_names_the_width_of_a_delay_bin_only_where_it_is_known(
+def test_look_names_the_axes_as_far_as_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: set[str] = set()
+
+    def looked_at(source: object) -> set[str]:
+        labels.clear()
+        assert run("look", source) == 0
+        return labels - {""}
+
+    def read(figure: Figure, *_: object, **__: object) -> None:
+        for axis in figure.axes:
+            labels.update((axis.get_xlabel(), axis.get_title()))
+
+    monkeypatch.setattr(Figure, "savefig", read)
+    monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (10, 20))
+    samples = {"sample 1", "sample 2", "sample 3"}
+    profiles = samples | {"mean delay profile", "mean angle profile"}
+    by_antenna = "angle (bins of 1/{} cycle per antenna)"
+    known = {"delay (bins of 50 ns)", by_antenna.format(32)}
+    assert looked_at("synthetic") == profiles | known
+
+    np.save(tmp_path / "h.npy", channels())
+    words = tmp_path / "h.npy", "--axes", "sample rx tx subcarrier"
+    assert run("convert", words[0], tmp_path / "line", *words[1:]) == 0
+    assert looked_at(tmp_path / "line") == profiles | {"delay bin", by_antenna.format(8)}
+    planar = "--array", "2x2x2"
+    assert run("convert", words[0], tmp_path / "planar", *words[1:], *planar) == 0
+    assert looked_at(tmp_path / "planar") == profiles | {"delay bin", "angle bin, 8 in all"}
+    vectors = "--eigenvectors", "true", "--subbands", 4
+    assert run("convert", words[0], tmp_path / "vectors", *words[1:], *vectors) == 0
+    profiles = samples | {"mean port profile", "mean subband profile"}
+    assert looked_at(tmp_path / "vectors") == profiles | {"port (of 8)", "subband (of 4)"}
+
+
+def test_look_knows_the_width_of_a_delay_bin_of_a_generated_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels: set[str] = set()
@@ -241,12 +277,14 @@ def test_look_names_the_width_of_a_delay_bin_only_where_it_is_known(
         labels.update(axis.get_xlabel() for axis in figure.axes)
 
     monkeypatch.setattr(Figure, "savefig", read)
-    monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (10, 20))
-    assert run("look", "synthetic") == 0
-    assert labels == {"delay (bins of 50 ns)", "angle (bins of 1/32 cycle per antenna)", ""}
-    labels.clear()
-    np.save(tmp_path / "h.npy", channels())
-    converted = tmp_path / "converted"
-    assert run("convert", tmp_path / "h.npy", converted, "--axes", "sample rx tx subcarrier") == 0
-    assert run("look", converted) == 0
-    assert labels == {"delay bin", "angle (bins of 1/8 cycle per antenna)", ""}
+    made = tmp_path / "made"
+    numbers = "--train", 8, "--val", 0, "--test", 4, "--array", "8x1x1", "--bandwidth", 30
+    assert run("generate", made, "--model", "indoor", *numbers) == 0
+    assert run("look", made) == 0
+    assert "delay (bins of 33.33 ns)" in labels
+    said = json.loads((made / "channels.json").read_text())
+    for scene in (3, {"bandwidth_mhz": "wide"}, {"bandwidth_mhz": -1}):  # written by others
+        (made / "channels.json").write_text(json.dumps(said | {"made": {"scene": scene}}))
+        labels.clear()
+        assert run("look", made) == 0
+        assert "delay bin" in labels
