@@ -18,11 +18,9 @@ from csipipe.channels.format import Description
 from csipipe.channels.source import Images, Site, Source
 from csipipe.channels.statistics import (
     MOST_ROWS,
-    Statistics,
     bars,
     four_fifths,
     measure,
-    pca_db,
     spaced,
 )
 from csipipe.measure.metrics import rho, to_frequency
@@ -51,11 +49,6 @@ class Checked:
     def good(self) -> bool:
         """Whether no file has a finding."""
         return all(file.verdict == "good" for file in self.files.values())
-
-    def figures(self) -> tuple[Statistics, dict[int, float]] | None:
-        """Statistics of the training rows, and the NMSE in dB that their principal components
-        leave of the test rows."""
-        return None if self.sets is None else (measure(self.sets[0]), pca_db(*self.sets))
 
 
 def check_folder(folder: Path, environment: Site) -> Checked:

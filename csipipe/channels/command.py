@@ -13,27 +13,21 @@ from typing import Any, Literal, cast
 
 from jsonargparse import ArgumentParser
 
-from csipipe import channels
-from csipipe.channels import checkup, export, profileplot, rawcheck, statistics, words
+from csipipe.channels import checkup, export, places, profileplot, rawcheck, statistics, words
 from csipipe.channels import convert as converting
 from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
 from csipipe.channels.eigenvectors import SUBBANDS
 from csipipe.channels.format import Description, SetPart
 from csipipe.channels.inputs import Input, Plan
-from csipipe.channels.layout import ANGLES, DELAYS
 from csipipe.channels.scene import Scene
-from csipipe.channels.source import SITES, Images, Site
+from csipipe.channels.source import Site
 from csipipe.channels.split import own_environment
 from csipipe.channels.transform import Geometry
 from csipipe.files import in_words
-from csipipe.settings.config import DataSettings
-from csipipe.settings.tables import SOURCES
 
 Place = Literal["indoor", "outdoor"]
 ABOUT = "Generates, converts, examines and draws CSI data, in one process."
-BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
-"""Sources that may be given instead of a folder."""
 
 
 def generate(
@@ -142,26 +136,27 @@ def check(
         source: folder with DATA_Htrainin.mat and its siblings, or a converted one; an array's file,
             or a folder of them; or synthetic.
         environment: indoor or outdoor, or one of a converted folder; by default all of them.
-        beside: another folder, or synthetic, whose statistics go into a second column.
+        beside: another folder of either kind, or synthetic, whose statistics go beside: of the same
+            environment, or of all that it has.
         seed: seed of synthetic channels.
     """
     place = Path(source)
-    if source not in BUILT_IN and rawcheck.is_converted(place):
-        return _check_converted(place, _sites(source, environment))
-    if place.is_file() or (source not in BUILT_IN and not checkup.is_csinets(place)):
+    if places.is_converted(source):
+        return _check_converted(source, places.sites(source, environment), beside, seed)
+    if place.is_file() or (source not in places.BUILT_IN and not checkup.is_csinets(place)):
         files = rawcheck.raw_files(place)
         if files:
             print("\n".join(rawcheck.raw_report(files)))
             return False
     good = True
-    for site in _sites(source, environment):
-        checked = _channels(source, site, seed)
+    for site in places.sites(source, environment):
+        checked = places.checked(source, site, seed)
         good = good and checked.good
         print("\n".join(checkup.report(checked)))
-        columns = {_title(source): checked.figures()}
+        sets = {places.title(source): checked.sets} if checked.sets else {}
         if beside is not None:
-            columns[_title(beside)] = _channels(beside, site, seed).figures()
-        print(f"\n{site}\n{statistics.table(columns)}\n", flush=True)
+            sets |= places.beside(beside, source, [site], seed)
+        print(f"\n{site}\n{statistics.table(sets)}\n", flush=True)
     return good
 
 
@@ -252,20 +247,19 @@ def convert(
     return True
 
 
-def _check_converted(folder: Path, sites: Sequence[Site]) -> bool:
+def _check_converted(source: str, sites: Sequence[Site], beside: str | None, seed: int) -> bool:
     good = True
-    columns, similar = {}, {}
-    vectors = Description.read(folder).kind == "eigenvectors"
-    for name, rows in rawcheck.sets_of(folder, sites).items():
+    folder = Path(source)
+    sets = rawcheck.sets_of(folder, sites)
+    for name, rows in sets.items():
         found = rawcheck.converted_findings(folder, rows)
         print(f"{name}: {'SUSPICIOUS' if found else 'GOOD'}")
         for finding in found:
             print(f"  {finding.verdict}: {finding.what}\n    repair: {finding.repair}")
-        columns[name] = statistics.measure(rows[0]), statistics.pca_db(*rows)
-        if vectors:
-            similar[name] = statistics.pca_sgcs(*rows)
         good = good and not found
-    print(f"\n{statistics.table(columns, similar)}\n", flush=True)
+    if beside is not None:
+        sets |= places.beside(beside, source, sites, seed)
+    print(f"\n{statistics.table(sets, places.kind(source) == 'eigenvectors')}\n", flush=True)
     return good
 
 
@@ -282,56 +276,19 @@ def look(
         environment: indoor or outdoor, or one of a converted folder; by default all of them.
         seed: seed of synthetic channels.
     """
-    tests: dict[str, Images] = {}
-    axes = profileplot.CSINETS
-    sites = _sites(source, environment)
-    if source not in BUILT_IN and rawcheck.is_converted(Path(source)):
-        tests = {name: test for name, (_, test) in rawcheck.sets_of(Path(source), sites).items()}
-        axes = profileplot.labels(Description.read(Path(source)))
-    else:
-        for site in sites:
-            found = _channels(source, site, seed).sets
-            if found is not None:
-                tests[site] = found[1]
+    tests = {}
+    for site in places.sites(source, environment):
+        if (rows := places.sets(source, site, seed)) is not None:
+            tests[site] = rows[1]
     if not tests:
         raise ValueError(f"no file in {source} has rows that can be drawn; run check on it.")
-    sets = {f"{n} ({_title(source)}, {len(rows):,} test rows)": rows for n, rows in tests.items()}
+    title = places.title(source)
+    sets = {f"{site} ({title}, {len(rows):,} test rows)": rows for site, rows in tests.items()}
+    converted = places.is_converted(source)
+    axes = profileplot.labels(Description.read(Path(source))) if converted else profileplot.CSINETS
     profileplot.draw(sets, Path(output), axes)
     print(f"{output}: {', '.join(sets)}")
     return True
-
-
-def _sites(source: str, environment: str | None) -> Sequence[Site]:
-    """The environment, or all that there are.
-
-    Raises:
-        FileNotFoundError: the folder isn't there, or holds no channels.
-        ValueError: there is no such environment.
-    """
-    if source in BUILT_IN:
-        found: Sequence[Site] = SITES
-    elif rawcheck.is_converted(Path(source)):
-        found = Description.read(Path(source)).environments
-    else:
-        found = checkup.environments(Path(source))
-    if environment is None:
-        return found
-    if environment not in found:
-        raise ValueError(
-            f"{source} has no environment {environment!r}; expected one of {', '.join(found)}."
-        )
-    return [environment]
-
-
-def _channels(source: str, site: Site, seed: int) -> checkup.Checked:
-    if source in BUILT_IN:
-        data = DataSettings(source=source, seed=seed)
-        return checkup.generated(channels.open_source(data, ANGLES, DELAYS), site)
-    return checkup.check_folder(Path(source), site)
-
-
-def _title(source: str) -> str:
-    return "generated" if source in BUILT_IN else Path(source).resolve().name
 
 
 def _beside(folder: str, shift: int) -> str:

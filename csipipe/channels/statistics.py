@@ -190,18 +190,15 @@ def bars(profile: Reals) -> str:
     return "".join(blocks[level] for level in levels)
 
 
-def table(
-    columns: Mapping[str, tuple[Statistics, Mapping[int, float]] | None],
-    similar: Mapping[str, Mapping[int, float]] | None = None,
-) -> str:
-    """Statistics and PCA figures, one column per set, by heading; None: nothing to show.
+def table(rows: Mapping[str, tuple[Images, Images]], similarity: bool = False) -> str:
+    """Statistics of training rows and what their principal components leave of the test rows.
 
     Args:
-        similar: PCA's SGCS by heading and components, where it is known (see `pca_sgcs`).
+        rows: both, a column each, by heading.
+        similarity: they are eigenvectors, of which SGCS is shown too.
     """
-    known = {title: column for title, column in columns.items() if column is not None}
-    sets = list(known.values())
-    lines = [("", *known)]
+    sets = [(measure(train), pca_db(train, test)) for train, test in rows.values()]
+    lines = [("", *rows)]
     lines.append(("rows looked at", *(f"{s.rows:,}" for s, _ in sets)))
     lines.append(("power per real", *(f"{s.power:.2e}" for s, _ in sets)))
     lines.append(("reals within 0.01 of 0.5", *(f"{s.near_zero:.3f}" for s, _ in sets)))
@@ -215,9 +212,9 @@ def table(
     for n in COMPONENTS:
         found = [f"{pca[n]:.1f} dB" if n in pca else "too few rows" for _, pca in sets]
         lines.append((f"NMSE of PCA-{n}", *found))
-    for n in COMPONENTS if similar else ():
-        of = [(similar or {}).get(title, {}) for title in known]
-        found = [f"{sgcs[n]:.3f}" if n in sgcs else "too few rows" for sgcs in of]
+    similar = [pca_sgcs(*some) for some in rows.values()] if similarity else []
+    for n in COMPONENTS if similarity else ():
+        found = [f"{sgcs[n]:.3f}" if n in sgcs else "too few rows" for sgcs in similar]
         lines.append((f"SGCS of PCA-{n}", *found))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

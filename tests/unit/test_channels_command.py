@@ -170,6 +170,44 @@ def test_check_reports_and_judges(
     assert "DATA_Htestin.mat: GOOD" in said
 
 
+def test_check_shows_a_converted_folder_beside_another_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csipipe.channels.checkup.GENERATED", (300, 100))
+    np.save(tmp_path / "h.npy", channels(100))
+    words = "--axes", "sample rx tx subcarrier"
+    for folder, places in (("one", "indoor"), ("other", "hall"), ("vectors", "hall")):
+        more = ("--eigenvectors", "true") if folder == "vectors" else ()
+        files = tmp_path / "h.npy", tmp_path / folder
+        assert run("convert", *files, *words, "--environments", places, *more) == 0
+    run("generate", tmp_path / "csinet", "--train", 200, "--val", 0, "--test", 100)
+
+    def columns(source: str, beside: str) -> list[tuple[str, str]]:
+        """Headings, and the rows of each."""
+        other = beside if beside == "synthetic" else tmp_path / beside
+        capsys.readouterr()
+        run("check", tmp_path / source, "--beside", other)
+        lines = capsys.readouterr().out.splitlines()
+        rows = next(n for n, line in enumerate(lines) if line.startswith("rows looked at"))
+        return list(zip(*(re.split(" {2,}", lines[n])[1:] for n in (rows - 1, rows)), strict=True))
+
+    generated = "beside: generated"
+    one = [("indoor", "180")]
+    assert columns("one", "synthetic") == [*one, (f"{generated} indoor", "300")]
+    assert columns("one", "other") == [*one, ("beside: other hall", "180")]
+    both = [(f"{generated} {site}", "300") for site in ("indoor", "outdoor")]
+    assert columns("other", "synthetic") == [("hall", "180"), *both]
+    assert columns("csinet", "other") == [("csinet", "200"), ("beside: other hall", "180")]
+    assert columns("vectors", "vectors")[1] == ("beside: vectors hall", "90")
+    for source, beside in (("one", "vectors"), ("vectors", "synthetic"), ("csinet", "nowhere")):
+        other = beside if beside == "synthetic" else tmp_path / beside
+        assert run("check", tmp_path / source, "--beside", other) == 1
+    said = capsys.readouterr().err
+    assert "its images are of kind eigenvectors, those of" in said
+    assert "give a folder of the same kind" in said
+    assert "nowhere doesn't exist" in said
+
+
 def test_check_of_what_isnt_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", tmp_path / "nowhere") == 1
     assert "nowhere doesn't exist" in capsys.readouterr().err
