@@ -82,6 +82,17 @@ def test_it_is_what_the_tensors_of_a_ue_take(method: str, moments: Moments) -> N
     assert f"{size([*mean.buffers()]) / 2**20:.2f} of the weights' mean" in memory.note(averaged)
 
 
+def test_ranges_of_the_codeword_are_weights_that_dont_move() -> None:
+    plain = setting("csilocal")
+    codec = replace(plain.comm.codec, smashed="int4")
+    settings = replace(plain, comm=replace(plain.comm, codec=codec, scale="range"))
+    rows = np.zeros((1, 2, 8, 8), np.float32)
+    ue = UserEquipment(0, settings, rows, rows[:0], CPU)
+    held = memory.of_a_ue(settings)
+    assert held["weights"] == size([*ue.parts.parameters(), *ue.parts.buffers()])
+    assert held["moments"] == memory.of_a_ue(plain)["moments"]
+
+
 def test_what_updates_lose_is_kept_where_it_is_made_up_for() -> None:
     plain = setting("fedavg")
     codec = replace(plain.comm.codec, update="int4")
