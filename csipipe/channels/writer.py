@@ -18,6 +18,8 @@ from csipipe import files
 from csipipe.channels.format import Description, Set, SetPart, Stored
 from csipipe.channels.source import Images
 
+_NUMBERED = "environment-"
+
 
 class Writer:
     """Collects rows beside `folder`, and renames the whole when it is described.
@@ -130,9 +132,11 @@ class Writer:
 
 
 def file_name(environment: str, number: int, part: str, kind: str) -> str:
-    """Name of a set's file; environments with other characters than A-Z, 0-9, _ and - by number."""
+    """Name of a set's file: the environment's, or its number where that isn't short or isn't of
+    A-Z, 0-9, _ and - alone, or looks like a number."""
     plain = environment.isascii() and environment.replace("-", "").replace("_", "").isalnum()
-    name = environment if plain and len(environment) < 100 else f"environment-{number}"
+    plain = plain and len(environment) < 100 and not environment.startswith(_NUMBERED)
+    name = environment if plain else f"{_NUMBERED}{number}"
     return f"{name}-{part}{'' if kind == 'images' else f'-{kind}'}.npy"
 
 

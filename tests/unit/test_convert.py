@@ -359,6 +359,17 @@ def test_empty_users_are_dropped_and_counted(
     assert f"{2 * N - 3} rows of {N} users; dropped: 3 rows without energy, 1 of {N}" in out
 
 
+def test_an_environment_called_like_a_generated_file_name_gets_a_file_of_its_own(
+    tmp_path: Path,
+) -> None:
+    files = [saved(tmp_path / f"{n}.npy", channels(20 + n, 1, seed=n)) for n in range(2)]
+    words = ["--axes", "sample rx tx subcarrier", "--sets", "test test"]
+    assert run(*files, tmp_path / "a", *words, "--environments", "3.5GHz environment-0") == 0
+    said = Description.read(tmp_path / "a")
+    assert [(s.environment, s.rows) for s in said.sets] == [("3.5GHz", 20), ("environment-0", 21)]
+    assert len({s.images.name for s in said.sets}) == 2
+
+
 def test_sets_environments_and_ues(tmp_path: Path) -> None:
     files = [saved(tmp_path / f"{n}.npy", channels(20 + n, 1, seed=n)) for n in range(3)]
     axes = ["--axes", "sample rx tx subcarrier"]
