@@ -37,6 +37,8 @@ from csipipe.settings.config import Verdict
 
 _VERSION = 2
 """Part of every name: raise it when conversion or its checks change, to make new copies."""
+_CHECKS = 2
+"""In every note of findings: raise it when the checks of a file change, to examine it again."""
 _JUDGED = 2000
 """Rows of a file that are judged when it is converted."""
 _TICK_NS = 20_000_000
@@ -129,7 +131,7 @@ def findings(source: Path, sha256: str, judge: Callable[[], list[Finding]]) -> l
         with _locked():
             if (found := _noted_findings(note, source, sha256)) is None:
                 found = judge()
-                text = json.dumps([str(source), sha256, [asdict(one) for one in found]])
+                text = json.dumps([_CHECKS, str(source), sha256, [asdict(one) for one in found]])
                 with _published(note, len(text)) as partial:
                     partial.write_text(text)
                 accepted.say(source, found)
@@ -139,7 +141,8 @@ def findings(source: Path, sha256: str, judge: Callable[[], list[Finding]]) -> l
 def _noted_findings(note: Path, source: Path, sha256: str) -> list[Finding] | None:
     try:
         *noted, found = json.loads(note.read_text())
-        return [Finding(**one) for one in found] if noted == [str(source), sha256] else None
+        known = noted == [_CHECKS, str(source), sha256]
+        return [Finding(**one) for one in found] if known else None
     except (FileNotFoundError, *files.DAMAGED):
         return None
 

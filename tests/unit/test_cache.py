@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 from collections import namedtuple
@@ -16,7 +17,7 @@ from csifiles import images, save, save_v73
 
 from csipipe.channels import cache, matfile
 from csipipe.channels.cache import converted
-from csipipe.channels.doctor import examine
+from csipipe.channels.doctor import Finding, examine
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.files import cache_folder
 
@@ -307,3 +308,25 @@ def test_values_out_of_range_are_let_in_by_a_setting_and_by_no_copy_of_it(
     centred[3, 5] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         converted(save(source, centred), "unusable")
+
+
+def test_what_an_earlier_release_found_is_looked_for_again(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calls = source.resolve(), []
+
+    def judge() -> list[Finding]:
+        calls.append(1)
+        return []
+
+    sha256 = cache.digest(source)
+    for _ in range(2):
+        cache.findings(source, sha256, judge)
+    assert len(calls) == 1
+    [note] = folder.glob("*.findings")
+    note.write_text(json.dumps([str(source), sha256, []]))  # had no number
+    cache.findings(source, sha256, judge)
+    assert len(calls) == 2
+    monkeypatch.setattr(cache, "_CHECKS", cache._CHECKS + 1)
+    cache.findings(source, sha256, judge)
+    assert len(calls) == 3
