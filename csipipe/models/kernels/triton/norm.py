@@ -13,6 +13,13 @@ import triton.language as tl
 from csipipe.models.kernels.triton.window import add2, sums
 
 
+@triton.jit
+def at_input(g, q, stats, coef, C):
+    """dq; the tables, of C channels, begin at this one."""
+    dq = g - tl.load(coef) - (q - tl.load(stats)) * tl.load(coef + C)
+    return dq * tl.load(stats + 2 * C)
+
+
 @triton.jit(do_not_specialize=["programs", "all_programs", "values"])
 def finish_forward(
     part,

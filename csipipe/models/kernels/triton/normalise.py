@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csipipe.models.kernels.triton.norm import at_input
+
 
 @triton.jit
 def _place(share, A: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
@@ -127,10 +129,10 @@ def gradient(
     at, valid, group = _place(share, A, D, TILES, BLOCK)
     table = stats + group * (4 * channels) + c
     coef += group * (2 * channels) + c
-    scale = tl.load(table + 2 * channels)
     v = tl.load(x + at, mask=valid).to(tl.float32)
     d = tl.load(g + at, mask=valid).to(tl.float32)
     if SLOPE != 1:
-        d = _leaky(v * scale + tl.load(table + 3 * channels), d, g, SLOPE)
-    d = (d - tl.load(coef) - (v - tl.load(table)) * tl.load(coef + channels)) * scale
+        z = v * tl.load(table + 2 * channels) + tl.load(table + 3 * channels)
+        d = _leaky(z, d, g, SLOPE)
+    d = at_input(d, v, table, coef, channels)
     tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from csipipe.models.kernels.triton.norm import at_input
 from csipipe.models.kernels.triton.window import SLOPE, add2, add4, leaky, store_sums, sums
 
 
@@ -154,8 +155,8 @@ def join_backward(
     pixel = (pid % TILES) * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < A * D
     at = image * (2 * A * D) + pixel
-    d0 = _dq(dz, j, at, valid, join_stats, join_coef, 0, 2, 2)
-    d1 = _dq(dz, j, at + A * D, valid, join_stats, join_coef, 1, 2, 2)
+    d0 = _dj(dz, j, at, valid, join_stats, join_coef)
+    d1 = _dj(dz, j, at + A * D, valid, join_stats + 1, join_coef + 1)
     s0 = d0.to(dj.dtype.element_ty)
     s1 = d1.to(dj.dtype.element_ty)
     tl.store(dj + at, s0, mask=valid)
@@ -175,19 +176,8 @@ def join_backward(
 
 
 @triton.jit
-def _dq(
-    g,
-    q,
-    at,
-    inside,
-    stats,
-    coef,
-    c,
-    stats_channels: tl.constexpr,
-    coef_channels: tl.constexpr,
-):
-    """Gradient at a convolution's output, zero outside the image."""
-    v = tl.load(q + at, mask=inside, other=0.0).to(tl.float32) - tl.load(stats + c)
-    d = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) - tl.load(coef + c)
-    d = (d - v * tl.load(coef + coef_channels + c)) * tl.load(stats + 2 * stats_channels + c)
-    return tl.where(inside, d, 0.0)
+def _dj(dz, j, at, valid, stats, coef):
+    """Gradient at the join's output, zero outside the image; the tables begin at its channel."""
+    g = tl.load(dz + at, mask=valid, other=0.0).to(tl.float32)
+    q = tl.load(j + at, mask=valid, other=0.0).to(tl.float32)
+    return tl.where(valid, at_input(g, q, stats, coef, 2), 0.0)
