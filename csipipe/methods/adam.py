@@ -45,9 +45,9 @@ class Adam(torch.optim.Adam):
         """One step of all parameters that have a gradient; or later, see `trust.if_sound`."""
         assert closure is None
         for group in self.param_groups:
-            for stepping in self._together(p for p in group["params"] if p.grad is not None):
-                gradients = [p.grad for p in stepping]
-                trust.if_sound(partial(self._step, group, stepping, gradients))
+            gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+            if gradients:
+                trust.if_sound(partial(self._step, group, gradients))
 
     def _together(self, stepping: Iterable[nn.Parameter]) -> Iterator[list[Any]]:
         """Parameters that step at once: all, or few where their moments are copied for it."""
@@ -62,6 +62,13 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def _step(
+        self, group: dict[str, Any], gradients: dict[Any, Tensor], bad: Tensor | None
+    ) -> None:
+        # in one step: steps that are put off may run at the same time, each with copies of its own
+        for stepping in self._together(gradients):
+            self._step_together(group, stepping, [gradients[p] for p in stepping], bad)
+
+    def _step_together(
         self,
         group: dict[str, Any],
         stepping: list[Any],

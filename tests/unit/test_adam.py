@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from csipipe import models
+from csipipe.comm import trust
 from csipipe.methods import adam
 from csipipe.methods.adam import Adam
 
@@ -56,6 +57,9 @@ def test_moments_that_are_copied_for_a_step_are_copied_few_at_a_time(
     assert [[len(p) for p in some] for some in two._together(byhand)] == [[30, 20], [10, 40]]
     two.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, byhand, strict=True))
+    with trust.postponed() as later:
+        two.step()
+    assert len(later.steps) == 1  # several may run at the same time, and copy all at once
     two.moments = None
     assert len(list(two._together(byhand))) == 1
 
