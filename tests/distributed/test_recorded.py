@@ -27,7 +27,7 @@ from csipipe.comm.trust import BadMessage
 from csipipe.comm.world import World
 from csipipe.methods import recorded
 from csipipe.methods.csilocal_ue import UeHalf
-from csipipe.run import training
+from csipipe.run import stopping, training
 from csipipe.run.resuming import Start
 from csipipe.settings.config import Settings
 from csipipe.tracking import RankTracker, Tracker
@@ -142,22 +142,33 @@ def spoiled(worker: Any) -> str:
     return str(error.value)
 
 
-def whole_run(world: World, settings: Settings, folder: str, record: bool) -> list[int]:
-    """A run with all that may happen between iterations; which of them were launched ahead."""
+def whole_run(world: World, settings: Settings, folder: str, record: bool, asked: int) -> list[int]:
+    """A run with all that may happen between iterations; which of them were launched ahead.
+
+    Args:
+        asked: during this iteration the run is asked to stop.
+    """
     world.connect(20.0)
     worker: Any = methods.prepare(settings, 0, 1, CPU)(world)
-    rates_as_on_a_gpu(worker)
+    rank = getattr(worker, "worker", worker)
+    rates_as_on_a_gpu(rank)
     ahead: list[int] = []
     if record:
-        worker.record(partial(taped, [half.wire.ledger.counts for half in worker.halves]))
-        launch = worker._launch
+        rank.record(partial(taped, [half.wire.ledger.counts for half in rank.halves]))
+    launch, begin = rank._launch, rank.halves[0].begin
 
-        def noted(iteration: int, as_it_is: bool) -> None:
-            if worker._ahead:
-                ahead.append(iteration + 1)
-            launch(iteration, as_it_is)
+    def noted(iteration: int, as_it_is: bool) -> None:
+        if rank._ahead:
+            ahead.append(iteration + 1)
+        launch(iteration, as_it_is)
 
-        worker._launch = noted
+    def begun(iteration: int) -> None:
+        if iteration + 1 == asked:
+            (Path(folder) / stopping.STOP_FILE).touch()
+        begin(iteration)
+
+    rank._launch, rank.halves[0].begin = noted, begun
+    stopping._LOOK = 0.0
     worker.probe.apart = 3
     start = Start(Path(folder))
     mine = RankTracker(start.folder, world.role(0), worker, 12, 0, draws=True)
@@ -244,21 +255,41 @@ def test_a_replayed_iteration_has_the_same_bits(runs: dict[str, dict[str, Any]],
         assert torch.equal(tensor, two["state"][name]), name
 
 
-def test_a_run_goes_ahead_where_nobody_looks(tmp_path: Path) -> None:
+LOOKED_AT = {"eval_every": 4, "save_every": 5}
+
+
+@pytest.mark.parametrize(
+    ("train", "run", "asked", "wanted", "last"),
+    [
+        ({}, LOOKED_AT, 0, [7, 8, 10], 12),
+        ({"average": 0.9}, LOOKED_AT, 0, [], 12),
+        ({}, {"eval_every": 12, "save_every": 12}, 6, [5, 7], 7),
+    ],
+    ids=["looked at", "averaged", "stopped"],
+)
+def test_a_run_goes_ahead_where_nobody_looks(
+    tmp_path: Path,
+    train: dict[str, Any],
+    run: dict[str, int],
+    asked: int,
+    wanted: list[int],
+    last: int,
+) -> None:
     """Not before an evaluation or a checkpoint, nor to an iteration whose gradients are shown."""
-    settings = small(topology=ONE, train={"iterations": 12}, run={"eval_every": 4, "save_every": 5})
+    settings = small(topology=ONE, train=train | {"iterations": 12}, run=run)
     ahead = [
-        run_world(1, whole_run, settings, str(tmp_path / name), record)[0]
+        run_world(1, whole_run, settings, str(tmp_path / name), record, asked)[0]
         for name, record in (("computed", False), ("recorded", True))
     ]
-    assert ahead == [[], [7, 8, 10]]
-    runs = [tmp_path / name / "checkpoints" / "12" for name in ("computed", "recorded")]
+    assert ahead == [[], wanted]
+    runs = [tmp_path / name / "checkpoints" / f"{last}" for name in ("computed", "recorded")]
     one, two = (checkpoint.Snapshot(folder).content for folder in runs)
     assert one["parts"] == two["parts"]  # their digests
-    history = [(folder.parents[1] / "history.jsonl").read_text() for folder in runs]
-    assert len(history[0].splitlines()) == 3
-    tests = [[json.loads(line)["test"] for line in text.splitlines()] for text in history]
-    assert tests[0] == tests[1]
+    files = [folder.parents[1] / "history.jsonl" for folder in runs if not asked]
+    history = [file.read_text().splitlines() for file in files]
+    assert all(len(lines) == 3 for lines in history)
+    tests = [[json.loads(line)["test"] for line in lines] for lines in history]
+    assert tests[:1] == tests[1:]
 
 
 @pytest.mark.parametrize("way", ["spoiled", "ahead, spoiled"])
