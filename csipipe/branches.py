@@ -14,8 +14,10 @@ class Branches:
 
     A kernel's last programs leave most of a GPU idle, and so does one that only adds up sums; what
     another branch has to do fills it. The first branch stays on the current stream. Tensors need no
-    care (`Tensor.record_stream`) as long as all branches begin and are joined in one function: what
-    is freed after that is used again after that. On a CPU branches run one after the other.
+    care (`Tensor.record_stream`) as long as all branches begin and are joined in one function, and
+    what they read and hand on lives until then: each begins after all that was launched before, so
+    memory that is freed in between is used again in its own branch, and other memory after the
+    join. On a CPU branches run one after the other.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -82,9 +82,8 @@ class UeStage:
         self.taking = list(range(len(ues)))
         self.idle: set[int] = set()
         self.faults: dict[int, str] = {}
-        self._batches: deque[_Batch] = (
-            deque()
-        )  # the last one is encoded, the first one reconstructed
+        # the last one is encoded, the first one reconstructed
+        self._batches: deque[_Batch] = deque()
         self._z_MRC: list[Tensor] = []
         self._y: dict[int, Tensor] = {}
         self._dy: dict[int, Tensor] = {}

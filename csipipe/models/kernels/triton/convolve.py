@@ -5,7 +5,7 @@ convolutions' own outputs q are stored, and it hands each tile's sums to the nex
 sums are added in a second kernel (`norm`), in float64 and always in the same order: no atomics,
 the same bits every time.
 
-One program does one tile (BLOCK pixels) of one image, with all output channels in registers;
+One program does one tile (RUNS runs of pixels) of one image, with all output channels in registers;
 neighbours' values come out of the L1 cache. Tensors are (B, channels, A, D), contiguous within an
 image; names ending in `_channels` say how many channels the tensor has in memory.
 """
