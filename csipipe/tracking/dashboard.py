@@ -13,8 +13,9 @@ from csipipe.measure.metrics import to_db
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
-KILOBYTES, KILOSCALARS = "against_exchanged_kilobytes", "against_exchanged_kiloscalars"
-"""Groups of curves whose step isn't the iteration but the amount exchanged by then."""
+KILOBYTES, KILOSCALARS = "against_kilobytes", "against_kiloscalars"
+"""Groups of curves whose step isn't the iteration but the amount exchanged by then. TensorBoard's
+narrow cards cut longer names."""
 CURVES = ("loss", "nmse_db", "sgcs")
 """Figures of an evaluation, as JSON calls them; SGCS where images' columns are compared."""
 _OTHERS = ("exchanged/scalars", "exchanged/bytes", "speed/samples_per_second")
@@ -32,10 +33,8 @@ _LAYOUT = {
             ["train/loss$", "holdout/loss$", "test/loss$"],
         ],
         "test loss against exchanged kilobytes": ["Multiline", [f"{KILOBYTES}/test_loss"]],
-        "seconds per iteration: compute, wait": [
-            "Multiline",
-            ["time/compute", "time/wait"],
-        ],
+        "seconds per iteration: compute": ["Multiline", ["time/compute"]],  # a curve per rank
+        "seconds per iteration: wait": ["Multiline", ["time/wait"]],
     }
 }
 

@@ -47,20 +47,21 @@ def page(logdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pag
 
 
 def test_scalars_of_the_run_and_of_each_rank(page: Page) -> None:
-    page.open("scalars", *RUNS, "ranks/bts-stage-0", "test", "against_exchanged_kilobytes")
+    page.open("scalars", *RUNS, "ranks/bts-stage-0", "test", "against_kilobytes")
     page.shoot("scalars")
 
 
-def test_the_four_figures_that_matter_come_first(page: Page) -> None:
+def test_the_five_figures_that_matter_come_first(page: Page) -> None:
     page.open(
         "custom_scalars",
         "What matters",
         "test NMSE in dB",
         "loss: training",
         "exchanged kilobytes",
-        "compute, wait",
+        "iteration: compute",
+        "iteration: wait",
     )
-    page.wait_until("svg path, canvas", 4)
+    page.wait_until("svg path, canvas", 5)
     page.shoot("custom-scalars")
 
 

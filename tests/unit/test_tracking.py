@@ -89,8 +89,8 @@ def test_a_long_runs_curves_have_as_many_points_as_tensorboard_keeps(tmp_path: P
 def test_the_loss_is_also_drawn_against_what_was_exchanged(tmp_path: Path) -> None:
     train(Tracker(tmp_path, SETTINGS, 0), 0, 10, lambda done: 1 / done)
     expected = [(10, pytest.approx(1 / 5)), (20, pytest.approx(1 / 10))]
-    assert points(tmp_path, "against_exchanged_kilobytes/test_loss") == expected
-    scalars = points(tmp_path, "against_exchanged_kiloscalars/test_nmse_db")
+    assert points(tmp_path, "against_kilobytes/test_loss") == expected
+    scalars = points(tmp_path, "against_kiloscalars/test_nmse_db")
     assert [step for step, _ in scalars] == [2, 5]
 
 
@@ -132,7 +132,7 @@ def test_a_resumed_runs_curves_have_each_step_once(tmp_path: Path) -> None:
     steps = [*range(1, 16)]
     assert points(tmp_path, "train/loss") == [(k, 1.0 if k <= 5 else 3.0) for k in steps]
     expected = [(10, 1.0), (20, 3.0), (30, 3.0)]
-    assert points(tmp_path, "against_exchanged_kilobytes/test_loss") == expected
+    assert points(tmp_path, "against_kilobytes/test_loss") == expected
     lines = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [5, 10, 15]
 
@@ -143,7 +143,7 @@ def test_a_run_that_begins_again_forgets_the_points_of_before(tmp_path: Path) ->
     again.resume(BEGINNING)
     train(again, 0, 3, lambda done: 2.0)
     assert points(tmp_path, "train/loss") == [(1, 2.0), (2, 2.0), (3, 2.0)]
-    assert points(tmp_path, "against_exchanged_kilobytes/test_loss") == []
+    assert points(tmp_path, "against_kilobytes/test_loss") == []
     assert (tmp_path / HISTORY).read_text() == ""
 
 
@@ -214,7 +214,7 @@ def test_settings_are_text_and_hparams_with_final_metrics(tmp_path: Path) -> Non
     assert "test/nmse_db" in metrics
 
 
-def test_the_layout_puts_four_figures_first_and_all_exist(tmp_path: Path) -> None:
+def test_the_layout_puts_five_figures_first_and_all_exist(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, SETTINGS, 0)
     train(tracker, 0, 5, lambda done: 1.0)
     mine = RankTracker(tmp_path, "BTS stage 0", Worker(), 20, 0, draws=False)
@@ -225,7 +225,9 @@ def test_the_layout_puts_four_figures_first_and_all_exist(tmp_path: Path) -> Non
     config = found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     layout.ParseFromString(config)
     (category,) = layout.category
-    assert len(category.chart) == 4
+    assert len(category.chart) == 5
+    of_ranks = [c.multiline.tag for c in category.chart if c.title.startswith("seconds per it")]
+    assert [list(tags) for tags in of_ranks] == [["time/compute"], ["time/wait"]]
     tags = [*found.Tags()["scalars"], *read(tmp_path / "ranks/bts-stage-0").Tags()["scalars"]]
     for chart in category.chart:
         wanted = list(chart.multiline.tag)
