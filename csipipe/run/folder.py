@@ -13,6 +13,7 @@ from csipipe import checkpoint
 from csipipe.comm.world import World
 from csipipe.files import write_file
 from csipipe.run.lock import Lock
+from csipipe.run.naming import title
 from csipipe.run.resuming import CONFIG, NO_PATH, Start, source_of, written
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
@@ -26,7 +27,7 @@ def new_folder(settings: Settings) -> Path:
     if settings.run.dir is not None:
         return Path(settings.run.dir)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = Path("runs") / f"{settings.method}-{settings.data.environment}-{now}"
+    name = Path("runs") / f"{title(settings)}-{now}"
     others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
     return next(folder for folder in itertools.chain([name], others) if not folder.exists())
 

@@ -26,6 +26,7 @@ import psutil
 
 from csipipe.comm.topology import Topology
 from csipipe.files import DAMAGED, write_file
+from csipipe.run.naming import title
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -181,7 +182,7 @@ def folder_of(settings: Settings, environment: Environment) -> Path:
     """
     if settings.run.dir is not None:
         return Path(settings.run.dir)
-    name = f"{settings.method}-{settings.data.environment}-job{environment['SLURM_JOB_ID']}"
+    name = f"{title(settings)}-job{environment['SLURM_JOB_ID']}"
     folder = Path("runs") / name
     first = environment.get("SLURM_RESTART_COUNT", "0") == "0"
     if first and folder.exists() and any(folder.iterdir()):

@@ -465,7 +465,8 @@ class RunSettings:
     """Where a run is stored, how often it evaluates, how long it waits for a peer."""
 
     dir: str | None = None
-    """Directory of the run, seen by all nodes. null: runs/<method>-<environment>-<time>."""
+    """Directory of the run, seen by all nodes. null: runs/<method>-<environment>-<time>, with
+    the model behind the method where it isn't csilocal."""
     resume: str = "auto"
     """auto: an unfinished run in run.dir resumes from its newest checkpoint if the settings are the
     same; a finished one is left alone. never: run.dir must not hold a run. Otherwise a path: a

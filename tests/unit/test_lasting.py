@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,12 +21,13 @@ from safetensors.torch import load_file
 from csipipe import checkpoint
 from csipipe.comm.world import World
 from csipipe.pipeline import settings as deepspeed
-from csipipe.run import lock
+from csipipe.run import lock, slurm
 from csipipe.run.folder import anywhere, claim, new_folder, reopen
 from csipipe.run.resuming import DEEPSPEED, Start, decide, in_words
 from csipipe.settings import commandline
 from csipipe.settings.config import (
     DataSettings,
+    ModelSettings,
     RunSettings,
     Settings,
     TopologySettings,
@@ -433,6 +435,24 @@ def test_a_lock_of_another_node_is_watched(tmp_path: Path, monkeypatch: pytest.M
     ended.set()
     thread.join()
     lock.Lock(tmp_path).release()  # it shows no life any more
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("csilocal", "fedavg-indoor"),
+        ("crnet", "fedavg-crnet-indoor"),
+        ("mine.models:build", "fedavg-mine.models-build-indoor"),
+    ],
+)
+def test_a_runs_name_says_which_model_it_trains(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(method="fedavg", model=ModelSettings(name=model))
+    assert re.fullmatch(rf"{name}-\d{{8}}-\d{{6}}", new_folder(settings).name)
+    job = {"SLURM_JOB_ID": "12"}
+    assert slurm.folder_of(settings, job) == Path(f"runs/{name}-job12")
 
 
 def test_two_runs_of_one_second_get_a_directory_each(
