@@ -159,11 +159,13 @@ def _next_order(world: World, turn: int) -> Order | None:
 
 def _take_turn(trainer: Trainer, first: int, order: Order, device: torch.device) -> dict[str, Any]:
     """Seconds per iteration, the UEs' losses (rank 0), and what this rank spent its time on."""
-    clock = getattr(trainer, "clock", None)
+    clock, probe = (getattr(trainer, name, None) for name in ("clock", "probe"))
     losses = []
 
     def iterate(iterations: range) -> None:
         for iteration in iterations:
+            if probe is not None:
+                probe.unseen = iteration + 1 in iterations
             figures = trainer.train_iteration(iteration)
             if figures is not None:
                 losses.append(figures.loss_per_ue)

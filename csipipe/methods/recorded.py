@@ -152,6 +152,8 @@ class Recorded:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None  # it can't end what it recorded, besides
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"an iteration can't be recorded as a CUDA graph ({reason}); use "

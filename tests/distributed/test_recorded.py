@@ -315,6 +315,22 @@ def test_what_the_recorder_refuses_has_a_remedy() -> None:
         recording.launch(lambda: None, as_it_is=False)
 
 
+def test_a_full_memory_is_named_as_one() -> None:
+    """Though PyTorch can't end the recording then, and says so on top."""
+
+    def refuse(compute: Callable[[], None]) -> Callable[[], None]:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    recording = recorded.Recorded(list, [], refuse, CPU)
+    for _ in range(3):
+        recording.launch(lambda: None, as_it_is=False)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        recording.launch(lambda: None, as_it_is=False)
+
+
 def test_a_replay_that_is_wrong_alone_ends_the_run_with_the_state_of_before() -> None:
     value, sent, ledger = torch.zeros(3), torch.ones(3), Ledger(1)
 
