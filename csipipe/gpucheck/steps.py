@@ -33,6 +33,7 @@ class Planned:
 
 STEPS = (
     Planned("versions", "Versions and settings", "versions:run", 40),
+    Planned("compile", "Triton's kernels, by all processors", "compiling:run", 70),
     Planned("program", "The program at the paper's size", "size:program", 110),
     Planned("devices", "Centralised, beside the CPU and twice", "parity:centralised", 90, False),
     Planned("split", "Split training beside the unsplit model", "parity:split", 130, False),

@@ -1,17 +1,15 @@
-"""The Triton kernels on a GPU: compiled, and the program with and without them.
+"""The program on a GPU with and without the Triton kernels.
 
     python csipipe/gpucheck/triton_step.py --seconds 90 --out triton.json
 
 Each finding is written at once, so that nothing is lost when the time is up. On a CPU it is only
-rehearsed: TRITON_INTERPRET=1 … --device cpu --size 4.
+rehearsed: TRITON_INTERPRET=1 … --device cpu.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import tempfile
 import time
 import traceback
@@ -30,13 +28,6 @@ from csipipe.gpucheck.runs import Run, settings
 from csipipe.gpucheck.size import paper
 from csipipe.gpucheck.timing import milliseconds
 from csipipe.methods.centralised import Centralised
-from csipipe.models.crblock import CRBlock
-from csipipe.models.kernels.triton import batchnorm, convolution, crblock
-from csipipe.models.layers import Conv2d
-from csipipe.models.norm import BatchNorm2d
-from csipipe.settings.config import CRNET_KERNELS
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Report:
@@ -70,62 +61,6 @@ class Report:
         except Exception as error:  # the next check may still tell something
             traceback.print_exc()
             self.add(name + " failed", error=str(error)[-600:])
-
-
-def some_block(device: torch.device) -> CRBlock:
-    block = CRBlock(CRNET_KERNELS)
-    with torch.no_grad():
-        for p in block.parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn_like(p))
-    return block.to(device)
-
-
-def compile_job(job: tuple[int, int, int, int]) -> str:
-    """Compile one launch's kernel into Triton's cache and run it on few rows; what went wrong.
-
-    job: number of a type, of a launch, how many processes share the launches, the images' size.
-    """
-    t, number, share, size = job
-    count = iter(range(9999))
-    run = triton.runtime.JITFunction.run
-
-    def only(self: Any, *args: Any, **options: Any) -> Any:
-        if next(count) % share == number:  # what the others would compute is left out
-            return run(self, *args, **options)
-        return None
-
-    triton.runtime.JITFunction.run = only
-    try:
-        device = torch.device("cuda")
-        x = torch.zeros(16, 2, size, size, device=device, dtype=DTYPES[t])
-        for backend, module in (
-            (crblock, some_block(device)),
-            (convolution, Conv2d(2, 2, (3, 3), True).to(device)),
-            (batchnorm, BatchNorm2d(2).to(device)),
-        ):
-            made: Any = backend
-            for training in (True, False) if backend is crblock else (True,):
-                y, saved = made.forward(module, x, training)
-                _, rest = made.input_gradient(module, saved, y)
-                made.weight_gradients(module, saved, rest)
-        torch.cuda.synchronize()
-    except Exception as error:  # the other kernels are wanted all the same
-        return f"{job}: {str(error)[-300:]}"
-    finally:
-        triton.runtime.JITFunction.run = run
-    return ""
-
-
-def compile_all(report: Report, size: int) -> None:
-    """With all processors: the kernels' compilation takes longer than their runs."""
-    begun = time.monotonic()
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    share = 3 * workers
-    listed = [(t, n, share, size) for t in range(len(DTYPES)) for n in range(share)]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        errors = [e for e in pool.imap_unordered(compile_job, listed) if e]
-    report.add("compiled", jobs=len(listed), seconds=time.monotonic() - begun, errors=errors)
 
 
 def program(report: Report, step: Step) -> None:
@@ -176,16 +111,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, default=32)
     args = parser.parse_args()
     set_arithmetic(tf32=False)
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
     report = Report(args.out, args.seconds)
-    name = torch.cuda.get_device_name() if cuda else "cpu"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     report.add("versions", torch=torch.__version__, triton=triton.__version__, device=name)
-    if cuda:
-        report.attempt("compile", lambda: compile_all(report, args.size))
     folder = Path(tempfile.mkdtemp())
     step = Step(device, folder, args.seconds, Findings(folder / "found.json"))
     report.attempt("program", lambda: program(report, step))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from csipipe import models
+from csipipe.gpucheck import compiling
 from csipipe.measure.metrics import loss_and_floor
 from csipipe.models import crblock, kernels
 from csipipe.models.crblock import CRBlock
@@ -271,43 +272,32 @@ def distances(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def compiled() -> dict[str, Any]:
-    """Kernels of a CRBlock and a convolution, compiled for compute capability 9.0."""
+    """What `gpucheck` compiles, compiled for compute capability 9.0."""
     launched: dict[str, Any] = {}
 
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     backend = triton.compiler.make_backend(target)
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        share = compiling.belongs(self.fn.__name__, options, 7)
         bind = triton.runtime.jit.create_function_from_signature(
             self.signature, self.params, backend
         )
         bound, special, options = bind(*args, debug=False, **options)
         kept, *of_source = self._pack_args(backend, options, bound, special, options)
         key = json.dumps([self.fn.__name__, *map(str, of_source), str(kept)])
-        launched[key] = (triton.compiler.ASTSource(self, *of_source), kept)
+        launched[key] = (triton.compiler.ASTSource(self, *of_source), kept, share)
 
     triton.runtime.JITFunction.run = note
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.zeros(2, 2, 32, 32, dtype=dtype)
-        leaf = x.clone().requires_grad_()
-        torch.autograd.backward(loss.loss_and_floor(leaf, torch.zeros(2, 2, 32, 32))[0].sum())
-        pair = Stack([nn.Sequential(BatchNorm2d(2), nn.LeakyReLU(0.3))])
-        modules: list[nn.Module] = [CRBlock(CRNET_KERNELS), Conv2d(2, 2, (3, 3), True)]
-        for module in (*modules, BatchNorm2d(2), *pair._layers):
-            of: Any = kernels._load("triton", type(module).__name__)
-            y, saved = of.forward(module, x, True)
-            _, rest = of.input_gradient(module, saved, y)
-            of.weight_gradients(module, saved, rest)
-    x, weight = torch.zeros(2, 80, 256), torch.zeros(2, 96, 256)
-    for tile in product.TILES:
-        product.input_gradient(product.linear(x, weight, torch.zeros(2, 96), tile), weight, tile)
+    compiling.launch_all(torch.device("cpu"), 32)
     found = {}
-    for key, (source, options) in launched.items():
+    for key, (source, options, share) in launched.items():
         made = triton.compile(source, target=target, options=options.__dict__)
         found[key] = {
             "bytes": len(made.asm["cubin"]),
             "shared": made.metadata.shared,
             "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
+            "share": share,
         }
     return found
 
