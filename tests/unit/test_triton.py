@@ -49,7 +49,7 @@ def run(*words: str, interpret: bool) -> dict[str, Any]:
         pytest.param("CRNet", marks=pytest.mark.long),
         pytest.param("several tiles", marks=pytest.mark.long),
         pytest.param("5 x 9", marks=pytest.mark.long),
-        pytest.param("8 x 16", marks=pytest.mark.long),
+        pytest.param("16 x 8", marks=pytest.mark.long),
         pytest.param("12 x 20", marks=pytest.mark.long),
         pytest.param("1 x 17", marks=pytest.mark.long),
         pytest.param("one row", marks=pytest.mark.long),

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[int, Any, tuple[int, ...]]] = {
     "CRNet": (7, CRNET_KERNELS, (2, 2, 4, 9)),
     "several tiles": (2, FEW, (2, 2, 40, 33)),
     "5 x 9": (2, LONG, (2, 2, 5, 9)),  # sizes around a run's 8 pixels
-    "8 x 16": (2, LONG, (2, 2, 8, 16)),
+    "16 x 8": (2, LONG, (2, 2, 16, 8)),
     "12 x 20": (2, LONG, (2, 2, 12, 20)),
     "1 x 17": (2, LONG, (2, 2, 1, 17)),
     "one row": (2, (((1, 9), (9, 1)),), (1, 2, 3, 3)),
