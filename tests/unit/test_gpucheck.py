@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from csipipe.gpucheck import command
+from csipipe.gpucheck import command, compiling
 from csipipe.gpucheck.findings import Findings, Step
 from csipipe.gpucheck.runs import settings
 from csipipe.gpucheck.steps import STEPS, Planned
@@ -26,6 +29,22 @@ def test_an_unknown_step_is_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert command.main(arguments) == 2
     assert "names spilt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_kernels_that_take_too_long_to_compile_end_no_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The steps that need them compile them."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        monkeypatch.setattr(pool, "map_async", lambda *_: pool.apply_async(time.sleep, (60,)))
+        context = SimpleNamespace(Pool=lambda _: pool)
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+        monkeypatch.setattr(compiling, "find_spec", lambda _: True)
+        findings = Findings(tmp_path / "found.json")
+        compiling.run(Step(torch.device("cuda"), tmp_path, 2.2, findings))
+    (row,) = findings.rows
+    assert row.found == "not all within 0 s"
+    assert row.ok is None
 
 
 def test_a_machine_without_a_gpu_is_told_so(
