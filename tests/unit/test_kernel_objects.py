@@ -48,8 +48,7 @@ def residual(image: Image | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     arrays = {name: torch.randn(2, 2, 3, 5) for name in ("z", "x", "out")}
     arrays["norm"] = torch.randn(6, 2)
-    kernel = llvm.Kernel(HERE, stages.residual, image)
-    kernel(0, 2, kernel.table(arrays))
+    llvm.Kernel(HERE, stages.residual, image)(2, arrays)
     return arrays["out"]
 
 

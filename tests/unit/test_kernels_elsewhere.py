@@ -47,18 +47,19 @@ MAIN = """
 #include <stdio.h>
 #include <stdlib.h>
 #include <stdint.h>
-void kernel(void **arrays, int64_t first, int64_t end);
+void kernel(void **table);
 int main(int argc, char **argv) {
-  void *arrays[32]; int64_t size[32], number, images;
+  void *table[32]; int64_t size[32], number;
   FILE *in = fopen(argv[1], "rb"), *out = fopen(argv[2], "wb");
-  if (!fread(&number, 8, 1, in) || !fread(&images, 8, 1, in)) return 1;
-  for (int n = 0; n < number; n++) {
+  if (!fread(&number, 8, 1, in) || !fread(table, 8, 1, in)) return 1;
+  for (int n = 1; n <= number; n++) {
     if (!fread(&size[n], 8, 1, in)) return 1;
-    arrays[n] = malloc(size[n]);
-    if (!fread(arrays[n], size[n], 1, in)) return 1;
+    table[n] = malloc(size[n]);
+    if (!fread(table[n], size[n], 1, in)) return 1;
   }
-  kernel(arrays, 0, images);
-  for (int n = 0; n < number; n++) fwrite(arrays[n], size[n], 1, out);
+  #pragma omp parallel num_threads(2)
+  kernel(table);
+  for (int n = 1; n <= number; n++) fwrite(table[n], size[n], 1, out);
   return fclose(out);
 }
 """
@@ -68,12 +69,12 @@ TOOLS = ("aarch64-linux-gnu-gcc", "qemu-aarch64-static")
 @pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs {' and '.join(TOOLS)}")
 @pytest.mark.parametrize("kernel", ["convolution", "weight_gradient"])
 def test_an_arm_computes_the_same(kernel: str, tmp_path: Path) -> None:
-    images, outputs = 3, 7
+    images, outputs, threads = 3, 7, 2
     frame = Frame(IMAGE, 7, (3, 5), AARCH64.lanes)
     plain = Frame(IMAGE, 7, (1, 1), AARCH64.lanes)
     z, q = (torch.randn(images, 7, IMAGE.angles, IMAGE.delays) for _ in range(2))
     norm, weights = torch.rand(6, 7), torch.randn(outputs, 7, 3, 5)
-    arrays = {"frame": torch.zeros(frame.size), "taps": forward_taps(frame)}
+    arrays = {"frame": torch.zeros(threads, frame.size), "taps": forward_taps(frame)}
     active = torch.nn.functional.leaky_relu(z * at(norm, 0) + at(norm, 1), SLOPE)
     if kernel == "convolution":
         arrays |= {"z": z, "norm": norm, "weights": weights, "out z": torch.zeros_like(z)}
@@ -82,9 +83,11 @@ def test_an_arm_computes_the_same(kernel: str, tmp_path: Path) -> None:
         wanted = torch.nn.functional.conv2d(active, weights, padding=(1, 2))
     else:
         arrays |= {"in z": z, "in norm": norm, "z": z, "q": q, "norm": norm}
-        arrays |= {"plain": torch.zeros(plain.size), "sums": torch.empty(105, 7, AARCH64.lanes)}
-        sums = on_arm(stages.weight_gradient, WEIGHTS, arrays, images, tmp_path)["sums"]
-        found = sums.sum(2).t().reshape(weights.shape)
+        bounds = torch.tensor([0, 2, images])
+        arrays |= {"plain": torch.zeros(threads, plain.size), "bounds": bounds}
+        arrays["sums"] = torch.empty(2, 105, outputs, AARCH64.lanes)
+        sums = on_arm(stages.weight_gradient, WEIGHTS, arrays, 2, tmp_path)["sums"]
+        found = sums.sum((0, 3)).t().reshape(weights.shape)
         dz = q * at(norm, 3) + z * at(norm, 4) + at(norm, 5)
         leaf = torch.zeros_like(weights).requires_grad_()
         y = torch.nn.functional.conv2d(active, leaf, padding=(1, 2))
@@ -100,19 +103,19 @@ def on_arm(
     describe: machines.Describe,
     constants: Any,
     arrays: dict[str, Tensor],
-    images: int,
+    number: int,
     folder: Path,
 ) -> dict[str, Tensor]:
-    """What a kernel leaves in its arrays on an emulated ARM."""
+    """What two threads of a kernel leave in its arrays on an emulated ARM."""
     _, names = machines.described(AARCH64, describe, *constants)
     module, compiler = compiled(AARCH64, describe, constants)
     (folder / "kernel.o").write_bytes(compiler.emit_object(module))
     (folder / "main.c").write_text(MAIN)
-    compile_ = [TOOLS[0], "-static", "-o", "program", "main.c", "kernel.o"]
+    compile_ = [TOOLS[0], "-static", "-fopenmp", "-o", "program", "main.c", "kernel.o"]
     subprocess.run(compile_, cwd=folder, check=True, timeout=60)
     values = [arrays[name].contiguous().numpy() for name in names]
     with (folder / "in").open("wb") as file:
-        file.write(np.array([len(values), images]).tobytes())
+        file.write(np.array([len(values), number]).tobytes())
         for value in values:
             file.write(np.array([value.nbytes]).tobytes() + value.tobytes())
     subprocess.run([TOOLS[1], "./program", "in", "out"], cwd=folder, check=True, timeout=60)

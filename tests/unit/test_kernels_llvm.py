@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from csipipe import models
 from csipipe.models import kernels
 from csipipe.models.crblock import CRBlock
-from csipipe.models.kernels.llvm import convolution
+from csipipe.models.kernels.llvm import convolution, stages
 from csipipe.models.kernels.llvm import crblock as llvm
+from csipipe.models.kernels.llvm.image import Frame, Image
+from csipipe.models.kernels.llvm.machine import Kernel as Compiled
+from csipipe.models.kernels.llvm.machine import this_machine
+from csipipe.models.kernels.llvm.runner import forward_taps
 from csipipe.models.layers import Conv2d
 from csipipe.settings.config import Kernel, ModelSettings
 
@@ -175,6 +179,27 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     for found in passes[1:]:
         for name in ("y", "dx", "weights", "statistics"):
             assert torch.equal(getattr(found, name), getattr(passes[0], name)), name
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_each_thread_of_a_team_has_its_share(together: bool) -> None:
+    """Of five images, by threads that keep their last one in a frame each."""
+    here, image = this_machine(), Image(3, 5)
+    if here is None or not here.openmp:
+        pytest.skip("PyTorch's threads aren't OpenMP's, or no kernels are known here")
+    frame = Frame(image, 2, (3, 3), here.lanes)
+    x, frames = torch.rand(5, 2, 3, 5) + 1, torch.zeros(2, frame.size)
+    arrays = {"x": x, "frame": frames, "out z": torch.empty(5, 2, 3, 5)}
+    arrays |= {"weights": torch.rand(2, 2, 3, 3), "bias": torch.zeros(2)}
+    arrays["taps"] = forward_taps(frame)
+    constants = image, "stored", 2, (3, 3), 2, False
+    Compiled(replace(here, openmp=together), stages.convolution, *constants)(5, arrays, threads=2)
+    wanted = torch.nn.functional.conv2d(x, arrays["weights"], padding=1)
+    torch.testing.assert_close(arrays["out z"], wanted, rtol=1e-5, atol=0)
+    of_first, of_second = x[1].sum() if together else x[4].sum(), x[4].sum() if together else 0.0
+    assert [float(part.sum()) for part in frames] == pytest.approx(
+        [float(of_first), float(of_second)]
+    )
 
 
 def test_a_run_of_adam_is_the_layers_run() -> None:

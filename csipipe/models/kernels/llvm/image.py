@@ -89,7 +89,7 @@ class Frame:
     def size(self) -> int:
         """Floats of the whole frame; vectors may be read that begin in the last row."""
         after = self._above + _up(self.kernel[1], self.lanes) + self.lanes
-        return self.origin + self.channels * self.channel + after
+        return _up(self.origin + self.channels * self.channel + after, _LINE)
 
     @property
     def taps(self) -> list[int]:
@@ -105,6 +105,10 @@ class Frame:
     @property
     def _above(self) -> int:
         return (self.kernel[0] // 2) * self.row
+
+    def memory(self, f: Function, name: str) -> Array:
+        """A thread's frame."""
+        return f.own(name, self.size)
 
     def place(self, channel: Place, angle: Place, delay: Place) -> Place:
         return channel * self.channel + (angle * self.row + (delay + self.origin))
@@ -183,7 +187,7 @@ def convolve(
                     ]
                     for o in range(width)
                 ]
-                here = f.array("frame").at(frame.place(0, a, d))
+                here = frame.memory(f, "frame").at(frame.place(0, a, d))
                 with f.loop(0, len(frame.taps)) as t:
                     window = here.at(f.integers("taps")[t * 2])
                     factors = f.array("weights").at(f.integers("taps")[t * 2 + 1])
@@ -204,7 +208,9 @@ def padded(taps: int) -> int:
     return _up(taps, TOGETHER)
 
 
-def correlate(f: Function, frame: Frame, plain: Frame, next_image: Sequence[Ahead]) -> None:
+def correlate(
+    f: Function, frame: Frame, plain: Frame, sums: Array, next_image: Sequence[Ahead]
+) -> None:
     """Add an image's share of a convolution's weight gradient to `sums` (taps, outputs, L).
 
     The convolution's input lies in the array `frame`, the gradient at its output in the array
@@ -212,12 +218,12 @@ def correlate(f: Function, frame: Frame, plain: Frame, next_image: Sequence[Ahea
     meanwhile.
     """
     image, outputs = frame.image, plain.channels
-    sums = f.array("sums")
     with f.loop(0, padded(len(frame.taps)), TOGETHER) as t:
         for ahead in next_image:
             share = -(-image.size // padded(len(frame.taps)))
             ahead.fetch(t * (share * ahead.channels), TOGETHER * share)
-        windows = [f.array("frame").at(f.integers("taps")[(t + j) * 2]) for j in range(TOGETHER)]
+        places = [f.integers("taps")[(t + j) * 2] for j in range(TOGETHER)]
+        windows = [frame.memory(f, "frame").at(place) for place in places]
         first = 0
         for width in groups(outputs, f.registers):
             at = [
@@ -227,7 +233,7 @@ def correlate(f: Function, frame: Frame, plain: Frame, next_image: Sequence[Ahea
             cells = [[Sum(f, sums.load(place)) for place in row] for row in at]
             with f.loop(0, image.angles) as a:
                 rows = [window.at(frame.place(0, a, 0)) for window in windows]
-                given = f.array("plain").at(plain.place(first, a, 0))
+                given = plain.memory(f, "plain").at(plain.place(first, a, 0))
                 for d in range(0, image.delays, f.lanes):
                     x = [row.load(d) for row in rows]
                     for o in range(width):

@@ -22,6 +22,8 @@ from llvmlite import ir
 _FLOAT, _INT = ir.FloatType(), ir.IntType(64)
 _POINTER = ir.PointerType()
 _ALLOWED = ("contract",)
+THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
+"""Functions of OpenMP: a thread's number in its team, and how many there are."""
 
 
 class Index:
@@ -150,27 +152,40 @@ class Sum:
 
 
 class Function:
-    """One function of machine code: void f(void **arrays, int64 first, int64 end).
+    """One function of machine code: void f(void **table), called by each thread of a team.
+
+    The table holds a number of images, or of other things to go through, then the addresses of
+    the arrays.
 
     Attributes:
         lanes, registers: the machine's, see `Machine`.
-        first, end: the images to go through.
+        first, end: what this thread goes through.
         arrays: names of the arrays, in the order in which their addresses are passed; an array
             gets its place when the description first asks for it.
     """
 
-    def __init__(self, module: ir.Module, name: str, lanes: int, registers: int) -> None:
+    def __init__(
+        self, module: ir.Module, name: str, lanes: int, registers: int, openmp: bool
+    ) -> None:
         self.lanes, self.registers = lanes, registers
         self.type = ir.VectorType(_FLOAT, lanes)
-        signature = ir.FunctionType(ir.VoidType(), [_POINTER, _INT, _INT])
-        self._function = ir.Function(module, signature, name)
-        self._table, first, end = self._function.args
+        self._function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
+        (self._table,) = self._function.args
         self.ir = ir.IRBuilder(self._function.append_basic_block("entry"))
+        self._thread, threads = (
+            (self._asked(name) for name in (THREAD, THREADS)) if openmp else (_INT(0), _INT(1))
+        )
+        number = self.ir.load(self._table, typ=_INT)
+        first, end = (
+            self.ir.sdiv(self.ir.mul(number, n), threads)
+            for n in (self._thread, self.ir.add(self._thread, _INT(1)))
+        )
         body = self._function.append_basic_block()
         self.ir.branch(body)  # the entry block holds variables and addresses
         self.ir.position_at_end(body)
         self.first, self.end = Index(self, first), Index(self, end)
         self._pointers: dict[str, Any] = {}
+        self._own: dict[str, Array] = {}
 
     @property
     def arrays(self) -> list[str]:
@@ -179,12 +194,20 @@ class Function:
     def array(self, name: str) -> Array:
         return Array(self, self._pointer(name))
 
+    def own(self, name: str, size: int) -> Array:
+        """This thread's part of an array (threads, size)."""
+        if name not in self._own:
+            array = self.array(name)
+            with self.ir.goto_entry_block():
+                self._own[name] = array.at(Index(self, self._thread) * size)
+        return self._own[name]
+
     def integers(self, name: str) -> Integers:
         return Integers(self, self._pointer(name))
 
     def _pointer(self, name: str) -> Any:
         if name not in self._pointers:
-            place = _INT(len(self._pointers))
+            place = _INT(1 + len(self._pointers))
             with self.ir.goto_entry_block():
                 entry = self.ir.gep(self._table, [place], source_etype=_POINTER)
                 self._pointers[name] = self.ir.load(entry, typ=_POINTER)
@@ -231,6 +254,10 @@ class Function:
     def mask(self, lanes: int) -> Any:
         bits = [int(lane < lanes) for lane in range(self.lanes)]
         return ir.Constant(ir.VectorType(ir.IntType(1), self.lanes), bits)
+
+    def _asked(self, name: str) -> Any:
+        """What a function of OpenMP's says."""
+        return self.ir.sext(self.ir.call(self.intrinsic(name, ir.IntType(32), []), []), _INT)
 
     def intrinsic(self, name: str, result: Any, types: Sequence[Any]) -> Any:
         module = self._function.module

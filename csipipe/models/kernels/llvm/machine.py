@@ -13,6 +13,7 @@ from torch import Tensor
 from csipipe.models.kernels.llvm import objects
 from csipipe.models.kernels.llvm.language import Function
 from csipipe.models.kernels.llvm.objects import Compiled
+from csipipe.models.kernels.llvm.team import parallel
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Machine:
         triple, cpu, features: LLVM's names of the machine.
         lanes: floats in a vector.
         registers: how many vectors it holds.
+        openmp: whether several threads can share a kernel's work.
     """
 
     triple: str
@@ -30,6 +32,7 @@ class Machine:
     features: str
     lanes: int
     registers: int
+    openmp: bool = True
 
 
 AARCH64 = Machine("aarch64-unknown-linux-gnu", "generic", "+neon", lanes=4, registers=32)
@@ -39,15 +42,16 @@ def this_machine() -> Machine | None:
     """The machine that this runs on; None if it has none of the vectors that are known."""
     triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
     features = binding.get_host_cpu_features()
+    openmp = parallel() is not None
     if triple.startswith(("aarch64", "arm64")):
-        return Machine(triple, cpu, features.flatten(), lanes=4, registers=32)
+        return Machine(triple, cpu, features.flatten(), 4, 32, openmp)
     if not triple.startswith("x86_64"):
         return None
     if features.get("avx512f"):  # LLVM prefers half the register unless told
         flags = features.flatten() + ",-prefer-256-bit"
-        return Machine(triple, cpu, flags, lanes=16, registers=32)
+        return Machine(triple, cpu, flags, 16, 32, openmp)
     if features.get("avx2") and features.get("fma"):
-        return Machine(triple, cpu, features.flatten(), lanes=8, registers=16)
+        return Machine(triple, cpu, features.flatten(), 8, 16, openmp)
     return None
 
 
@@ -59,7 +63,7 @@ _NAME = "kernel"
 def described(machine: Machine, describe: Describe, *constants: object) -> tuple[str, list[str]]:
     """A kernel in LLVM's language, and the names of its arrays in order."""
     module = ir.Module()
-    f = Function(module, _NAME, machine.lanes, machine.registers)
+    f = Function(module, _NAME, machine.lanes, machine.registers, machine.openmp)
     describe(f, *constants)
     f.close()
     return str(module), f.arrays
@@ -113,16 +117,18 @@ class Kernel:
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target(machine))
         self._engine.add_object_file(binding.ObjectFileRef.from_data(kernel.code))
         self._engine.finalize_object()
-        self._table = ctypes.c_void_p * len(self.arrays)
-        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        self._call = signature(self._engine.get_function_address(_NAME))
+        self._table = ctypes.c_int64 * (1 + len(self.arrays))
+        self._address = self._engine.get_function_address(_NAME)
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._together = parallel() if machine.openmp else None
 
-    def table(self, arrays: dict[str, Tensor]) -> Any:
-        """Addresses of the arrays, in order."""
-        return self._table(*[arrays[name].data_ptr() for name in self.arrays])
-
-    def __call__(self, first: int, end: int, table: Any) -> None:
-        self._call(ctypes.addressof(table), first, end)
+    def __call__(self, number: int, arrays: dict[str, Tensor], threads: int = 1) -> None:
+        """Go through 0 … `number`, by several threads where the machine has a team."""
+        table = self._table(number, *[arrays[name].data_ptr() for name in self.arrays])
+        if threads == 1 or self._together is None:
+            self._alone(ctypes.addressof(table))
+        else:
+            self._together(self._address, ctypes.addressof(table), threads)
 
 
 class Library:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,12 +15,19 @@ from torch import Tensor
 
 from csipipe.models.kernels.llvm import stages
 from csipipe.models.kernels.llvm.image import Frame, Image, Size, lane_counts, padded
-from csipipe.models.kernels.llvm.machine import Describe, Library, Machine
+from csipipe.models.kernels.llvm.machine import Describe, Kernel, Library, Machine
 from csipipe.models.kernels.llvm.norm import Doubles, totals
 from csipipe.models.kernels.llvm.sources import Source
 
-PIECE = 32
+PIECE = 8
 """Images whose weight gradients are summed in float32; pieces are in float64."""
+
+
+class _Memory(threading.local):
+    """Frames of those who run kernels: each has its own, for its team."""
+
+    def __init__(self) -> None:
+        self.frames: dict[tuple[str, Frame], Tensor] = {}
 
 
 class Runner:
@@ -31,9 +36,7 @@ class Runner:
     def __init__(self, machine: Machine) -> None:
         self.lanes = machine.lanes
         self.library = Library(machine)
-        self._own = threading.local()
-        self._pool: ThreadPoolExecutor | None = None
-        self._threads = 1
+        self._memory = _Memory()
 
     def run(
         self,
@@ -45,13 +48,11 @@ class Runner:
         taps: Tensor | None = None,
     ) -> None:
         """Run a kernel over all images."""
-        kernel = self.library.kernel(describe, *constants)
-
-        def some(first: int, end: int) -> None:
-            memory = {} if frame is None else self._memory(frame, taps)
-            kernel(first, end, kernel.table(arrays | memory))
-
-        self._share(some, images)
+        frames = {}
+        if frame is not None:
+            assert taps is not None
+            arrays, frames = arrays | {"taps": taps}, {"frame": frame}
+        self._share(self.library.kernel(describe, *constants), images, arrays, frames)
 
     def weight_gradient(
         self,
@@ -70,18 +71,11 @@ class Runner:
         frame = self.frame(image, inputs, (high, wide))
         plain = self.frame(image, outputs, (1, 1))
         taps = inputs * high * wide
-        sums = torch.empty(-(-images // PIECE), padded(taps), outputs, self.lanes)
-
-        def some(first: int, end: int) -> None:
-            memory = self._memory(frame, forward_taps(frame))
-            memory |= {"plain": self._zeros(plain, "plain"), "sums": sums}
-            table = kernel.table(arrays | memory)
-            place = kernel.arrays.index("sums")
-            for piece in range(first, end):
-                table[place] = sums[piece].data_ptr()
-                kernel(piece * PIECE, min(images, (piece + 1) * PIECE), table)
-
-        self._share(some, len(sums))
+        bounds = torch.tensor([*range(0, images, PIECE), images])
+        pieces = len(bounds) - 1
+        sums = torch.empty(pieces, padded(taps), outputs, self.lanes)
+        arrays = arrays | {"taps": forward_taps(frame), "sums": sums, "bounds": bounds}
+        self._share(kernel, pieces, arrays, {"frame": frame, "plain": plain})
         return torch.from_numpy(totals(sums)[:taps].T.astype(np.float32)).view_as(weight)
 
     def frame(self, image: Image, channels: int, size: Size) -> Frame:
@@ -95,28 +89,18 @@ class Runner:
         """(L,) values of a channel in each lane."""
         return _counts(image, self.lanes)
 
-    def _share(self, some: Callable[[int, int], None], number: int) -> None:
-        threads = min(torch.get_num_threads(), number)
-        if threads <= 1:
-            some(0, number)
-            return
-        if self._pool is None or self._threads < threads:
-            self._pool = ThreadPoolExecutor(threads, "kernels")
-            self._threads = threads
-        bounds = [number * n // threads for n in range(threads + 1)]
-        for _ in self._pool.map(some, bounds[:-1], bounds[1:]):
-            pass
+    def _share(
+        self, kernel: Kernel, number: int, arrays: dict[str, Tensor], frames: dict[str, Frame]
+    ) -> None:
+        threads = max(1, min(torch.get_num_threads(), number))
+        memory = {name: self._zeros(name, frame, threads) for name, frame in frames.items()}
+        kernel(number, arrays | memory, threads)
 
-    def _memory(self, frame: Frame, taps: Tensor | None) -> dict[str, Tensor]:
-        assert taps is not None
-        return {"frame": self._zeros(frame, "frame"), "taps": taps}
-
-    def _zeros(self, frame: Frame, name: str) -> Tensor:
-        """This thread's memory for a frame: kernels leave its zeros as they are."""
-        frames = self._own.__dict__.setdefault(name, {})
-        if frame not in frames:
-            frames[frame] = torch.zeros(frame.size)
-        found: Tensor = frames[frame]
+    def _zeros(self, name: str, frame: Frame, threads: int) -> Tensor:
+        """Memory for a frame of each thread: kernels leave its zeros as they are."""
+        found = self._memory.frames.get((name, frame))
+        if found is None or len(found) < threads:
+            found = self._memory.frames[name, frame] = torch.zeros(threads, frame.size)
         return found
 
 

@@ -34,7 +34,7 @@ def convolution(
         here = Images(f, image, channels, "", b)
         there = Images(f, image, outputs, "out ", b)
         z = there.array("z", 0)
-        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+        images.fill(f, frame, frame.memory(f, "frame"), lambda c: here.values(source, c))
         images.convolve(
             f,
             frame,
@@ -146,7 +146,7 @@ def convolution_backward(
     frame = Frame(image, channels, size, f.lanes)
     with f.loop(f.first, f.end) as b:
         here, there = Images(f, image, channels, "", b), Images(f, image, outputs, "in ", b)
-        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+        images.fill(f, frame, frame.memory(f, "frame"), lambda c: here.values(source, c))
         q = there.array("q", 0)
         images.convolve(
             f,
@@ -184,7 +184,7 @@ def input_backward(
         here = Images(f, image, channels, "", b)
         there = Images(f, image, outputs, "", b)
         dx = there.array("dx", 0)
-        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
+        images.fill(f, frame, frame.memory(f, "frame"), lambda c: here.values(source, c))
 
         def add(o: int, i: Place, value: Vector, lanes: int) -> None:
             place = i + o * image.size
@@ -203,7 +203,9 @@ def weight_gradient(
     gradient: Source,
     outputs: int,
 ) -> None:
-    """A convolution's weight gradient over some images: `sums` (taps, outputs, L).
+    """A convolution's weight gradient over pieces of a mini-batch: `sums` (P, taps, outputs, L).
+
+    Piece p is images `bounds`[p] to `bounds`[p + 1].
 
     Args:
         source, channels: of the convolution's input.
@@ -211,15 +213,17 @@ def weight_gradient(
     """
     frame = Frame(image, channels, size, f.lanes)
     plain = Frame(image, outputs, (1, 1), f.lanes)
-    sums = f.array("sums")
-    with f.loop(0, images.padded(len(frame.taps)) * outputs) as cell:
-        sums.store(cell * f.lanes, f.constants([0.0] * f.lanes))
-    with f.loop(f.first, f.end) as b:
-        here, there = Images(f, image, channels, "in ", b), Images(f, image, outputs, "", b)
-        images.fill(f, frame, f.array("frame"), lambda c: here.values(source, c))
-        images.fill(f, plain, f.array("plain"), lambda c: there.values(gradient, c))
-        next_image = [*here.source_ahead(source), *there.source_ahead(gradient)]
-        images.correlate(f, frame, plain, next_image)
+    cells, bounds = images.padded(len(frame.taps)) * outputs, f.integers("bounds")
+    with f.loop(f.first, f.end) as piece:
+        sums = f.array("sums").at(piece * (cells * f.lanes))
+        with f.loop(0, cells) as cell:
+            sums.store(cell * f.lanes, f.constants([0.0] * f.lanes))
+        with f.loop(bounds[piece], bounds[piece + 1]) as b:
+            here, there = Images(f, image, channels, "in ", b), Images(f, image, outputs, "", b)
+            images.fill(f, frame, frame.memory(f, "frame"), lambda c: here.values(source, c))
+            images.fill(f, plain, plain.memory(f, "plain"), lambda c: there.values(gradient, c))
+            next_image = [*here.source_ahead(source), *there.source_ahead(gradient)]
+            images.correlate(f, frame, plain, sums, next_image)
 
 
 def _keep(

@@ -1,0 +1,35 @@
+"""The threads that share a kernel's work: those of PyTorch's own operations.
+
+Others would have to wait for the cores: PyTorch's threads don't sleep between two operations, they
+spin. So kernels are run by the library that PyTorch has its threads from, OpenMP, by the function
+that GCC's code calls for a parallel region. It hands work over in microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+from llvmlite import binding
+
+from csipipe.models.kernels.llvm.language import THREAD, THREADS
+
+_PARALLEL = "GOMP_parallel"
+
+
+@functools.cache
+def parallel() -> Callable[[int, int, int], None] | None:
+    """Has threads call a function with an address: function, address, number of threads.
+
+    None: PyTorch has its threads from elsewhere, and kernels are computed by one.
+    """
+    here = ctypes.CDLL(None)
+    if not all(hasattr(here, name) for name in (_PARALLEL, THREAD, THREADS)):
+        return None
+    for name in (THREAD, THREADS):
+        binding.add_symbol(name, ctypes.cast(here[name], ctypes.c_void_p).value)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
+        (_PARALLEL, here)
+    )
+    return lambda function, address, threads: call(function, address, threads, 0)
