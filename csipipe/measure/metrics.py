@@ -62,7 +62,8 @@ def floor_loss(h: Tensor) -> Tensor:
 def loss_and_floor(h_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """`paper_loss` and `floor_loss`: (B,) each, of originals (B, 2, A, D) or (T, B/T, 2, A, D)."""
     h = h.reshape(h_hat.shape)
-    return paper_loss(h_hat, h), floor_loss(h)
+    energy = _energy(h)
+    return _energy(h_hat - h) / energy, _energy(h - ZERO) / energy
 
 
 def to_frequency(h: Tensor, bins: int = BINS, padded: int = PADDED) -> Tensor:
