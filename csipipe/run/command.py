@@ -12,10 +12,9 @@ pipeline stages, the others host the UEs; without torchrun, one process is all o
 
 def main(arguments: list[str]) -> int:
     """Train, as one rank of a torchrun or alone; returns the exit code."""
-    parser = commandline.parser(ABOUT)
     launch = launcher.launched(arguments)
     arguments = launch.arguments
-    commandline.print_if_asked(parser, arguments, launch.speaks)
+    commandline.print_if_asked(ABOUT, arguments, launch.speaks)
     if launch.leftover:
         print(f"csipipe: error: {launcher.refusal(launch.leftover)}", file=sys.stderr)
         return 1
@@ -30,7 +29,7 @@ def main(arguments: list[str]) -> int:
             print(f"csipipe: error: {error}", file=sys.stderr)
         return 1
     try:
-        settings, _ = commandline.settings(parser, arguments)
+        settings, _ = commandline.settings(commandline.reader(), arguments)
         training.launch(world, settings)
         world.part()
     except Exception as error:

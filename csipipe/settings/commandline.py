@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 
 from csipipe.files import given_or_shipped
 from csipipe.settings import manual
@@ -37,8 +37,6 @@ def parser(description: str, prog: str = TRAIN) -> ArgumentParser:
         description: what the command does.
         prog: how it is started.
     """
-    # the sentence under each field of the settings is its help
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         description=description,
@@ -187,10 +185,11 @@ class RunParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help.")
 
 
-def print_if_asked(parser: ArgumentParser, arguments: Sequence[str], speaks: bool) -> None:
+def print_if_asked(about: str, arguments: Sequence[str], speaks: bool) -> None:
     """Print help or the configuration and exit, if asked.
 
     Args:
+        about: what the command does.
         speaks: this is the rank that prints.
     """
     asked = _asks_for_help(arguments) or any(a.startswith("--print_config") for a in arguments)
@@ -198,7 +197,7 @@ def print_if_asked(parser: ArgumentParser, arguments: Sequence[str], speaks: boo
         sys.exit(0)
     if asked:
         try:
-            settings(parser, arguments)  # prints and exits
+            settings(parser(about), arguments)  # prints and exits
         except ValueError as error:
             sys.exit(f"csipipe: error: {error}")
 

@@ -14,10 +14,13 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import faults
+import pytest
 import torch
 from faults import Fault
 from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
@@ -31,20 +34,15 @@ os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 # a server process imports torch and DeepSpeed once; ranks are forked from it in a moment
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch._inductor.config",
-        "csipipe.run.training",
-        "csipipe.methods.csilocal_bts",
-        "csipipe.methods.csilocal_ue",
-        "csipipe.methods.fedavg",
-        "csipipe.methods.fedgrad",
-        "csipipe.models.kernels",
-        "csipipe.pipeline.engine",
-        "csipipe.bench.rank",
-    ]
-)
+_CONTEXT.set_forkserver_preload(["warm"])
+
+
+def _forked(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A process that will be forked from the server, which finds its module among the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return _CONTEXT.Process(target=target, args=arguments)
 
 
 def run_world(
@@ -62,10 +60,7 @@ def run_world(
     with tempfile.TemporaryDirectory() as folder:
         results: Any = _CONTEXT.Queue()
         ranks = [
-            _CONTEXT.Process(
-                target=_rank,
-                args=(rank, size, str(Path(folder) / "store"), results, function, arguments),
-            )
+            _forked(_rank, rank, size, str(Path(folder) / "store"), results, function, arguments)
             for rank in range(size)
         ]
         for process in ranks:
@@ -126,21 +121,19 @@ class Program:
         self._folder = tempfile.TemporaryDirectory()
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.ranks = [
-            _CONTEXT.Process(
-                target=_program,
+            _forked(
+                _program,
+                rank,
+                size,
+                self._store.port,
+                self._folder.name,
+                arguments,
                 # the fork server's environment is that of the test that started it
-                args=(
-                    rank,
-                    size,
-                    self._store.port,
-                    self._folder.name,
-                    arguments,
-                    {
-                        **os.environ,
-                        "TORCHELASTIC_RESTART_COUNT": str(restarts[rank] if restarts else 0),
-                    },
-                    fault if fault and fault.rank == rank else None,
-                ),
+                {
+                    **os.environ,
+                    "TORCHELASTIC_RESTART_COUNT": str(restarts[rank] if restarts else 0),
+                },
+                fault if fault and fault.rank == rank else None,
             )
             for rank in range(size)
         ]
@@ -219,9 +212,7 @@ class ForkedRank:
     """A rank of a benchmark's candidate, forked; `csipipe.bench.conductor.Process`."""
 
     def __init__(self, spec: Path, environment: dict[str, str], log: Path) -> None:
-        self._process = _CONTEXT.Process(
-            target=_bench_rank, args=(str(spec), {**os.environ, **environment}, str(log))
-        )
+        self._process = _forked(_bench_rank, str(spec), {**os.environ, **environment}, str(log))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
