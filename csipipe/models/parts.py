@@ -158,8 +158,7 @@ def check(model: ModelSettings) -> None:
             f"model.start is pca and model.c1 {model.c1}, but a row has {model.reals} reals and as "
             "many components at most; lower model.c1, or use model.start random."
         )
-    if MODELS.get(model.name) is None:
-        _check_own(model)
+    own = _own_parts(model) if MODELS.get(model.name) is None else None
     output = None if model.c2 is None else (model.c2,)
     wanted = ((model.c1,), output, row) if model.split is None else (None, None, row)
     gives = row
@@ -182,10 +181,19 @@ def check(model: ModelSettings) -> None:
                 f"{before}; it must be {expected}, from model.c1, model.c2, model.angles and "
                 "model.delays."
             )
+    if own is not None:
+        try:
+            requirements.check_apart(*own)
+        except ValueError as error:
+            raise ValueError(f"{_NAME} is {model.name!r}, whose {error}.") from error
 
 
-def _check_own(model: ModelSettings) -> None:
-    """Refuse (ValueError) a function of the user's own that isn't there, or doesn't make parts."""
+def _own_parts(model: ModelSettings) -> Sequence[Any]:
+    """What a function of the user's own returns, without memory.
+
+    Raises:
+        ValueError: it isn't there, fails, or doesn't return three parts.
+    """
     whole, given = found(model.name, _NAME), _arguments(model)
     called = f"{_NAME} is {model.name!r}, which, called with (angles, delays, c1, c2) = {given},"
     try:
@@ -197,6 +205,7 @@ def _check_own(model: ModelSettings) -> None:
         one = f"a {type(parts).__name__}"
         made = f"{one} of {len(parts)}" if isinstance(parts, tuple | list) else one
         raise ValueError(f"{called} returns {made}; it must be ({', '.join(PARTS)}).")
+    return parts
 
 
 def check_stages(model: ModelSettings, stages: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csipipe.models.layers import Deferring
 
@@ -51,6 +51,27 @@ def check(part: str, found: Sequence[nn.Module]) -> None:
                 f"buffer {name} is {buffer.dtype}; buffers must be float32, or int64 for counts "
                 "(a constant can be made in forward, or be registered with persistent=False and "
                 "one of these types)"
+            )
+
+
+def check_apart(encoder: nn.Module, tail: Iterable[nn.Module], head: nn.Module) -> None:
+    """Refuse a tensor that is in a model twice.
+
+    Parts are built one by one, each with copies of its own, and so are a stage's layers: the two
+    would be trained apart. Within a layer they couldn't be saved.
+
+    Raises:
+        ValueError: names both places, as weights are named in files.
+    """
+    parts = {"encoder": encoder, "tail": nn.ModuleList(tail), "head": head}
+    first: dict[Tensor, str] = {}
+    for name, tensor in nn.ModuleDict(parts).state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and first.setdefault(tensor, name) != name:
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise ValueError(
+                f"{first[tensor]} and {name} are the same {kind}; parts and stages are trained "
+                f"apart, so each place needs a {kind} of its own (copy.deepcopy makes one). A "
+                "layer may call one module several times, if it holds it once"
             )
 
 

@@ -61,3 +61,44 @@ def own_generator(*sizes: Any) -> Any:
 
 def wide(*sizes: Any) -> Any:
     return _with(tail=[nn.Linear(12, 12), nn.Unflatten(1, (3, 4))])(*sizes)
+
+
+class Twice(nn.Module):
+    """Calls a module twice that it holds once; its buffer is in no file."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.layer(x) * self.scale
+        return x
+
+
+def called_twice(*sizes: Any) -> Any:
+    scale = torch.ones(12)
+    return _with(tail=[Twice(scale), Twice(scale)])(*sizes)
+
+
+def held_twice(*sizes: Any) -> Any:
+    layer = nn.Linear(12, 12)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 12), layer, nn.ReLU(), layer)
+    return _with(encoder=encoder)(*sizes)
+
+
+def shared_in_tail(*sizes: Any) -> Any:
+    layer = nn.Linear(12, 12)
+    return _with(tail=[layer, nn.Sequential(layer, nn.ReLU())])(*sizes)
+
+
+def tied(*sizes: Any) -> Any:
+    found = random(*sizes)
+    found[1][-1].bias = found[0][2].bias
+    return found
+
+
+def shared_buffer(*sizes: Any) -> Any:
+    norm = nn.BatchNorm1d(12, affine=False)
+    return _with(tail=[nn.Linear(12, 12), norm, nn.Linear(12, 12), norm])(*sizes)

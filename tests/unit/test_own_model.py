@@ -25,6 +25,10 @@ RANDOM = ModelSettings(name="owned:random", c1=12, angles=6, delays=4, kernels_b
         ("half", "parameter 0.weight is torch.float16; parameters must be float32"),
         ("strange_buffer", "buffer 0.mask is torch.bool; buffers must be float32, or int64"),
         ("own_generator", "tail can't be .* draws from a generator of its own"),
+        ("held_twice", "encoder.2.weight and encoder.4.weight are the same parameter; parts and"),
+        ("shared_in_tail", "tail.0.weight and tail.1.0.weight are the same parameter"),
+        ("tied", "encoder.2.bias and tail.5.bias are the same parameter"),
+        ("shared_buffer", "tail.1.running_mean and tail.3.running_mean are the same buffer"),
         ("wide", r"tail makes \(3, 4\) from a row of shape \(12,\); it must be \(reals,\)"),
     ],
 )
@@ -34,6 +38,10 @@ def test_what_cannot_be_trained_is_named(function: str, message: str) -> None:
         ValueError, match=f"model.name is 'owned:{function}', whose {message}|{message}"
     ):
         models.check(model)
+
+
+def test_what_is_held_once_may_be_called_twice() -> None:
+    models.check(dataclasses.replace(RANDOM, name="owned:called_twice"))
 
 
 def test_more_stages_than_layers_with_parameters_are_refused() -> None:
