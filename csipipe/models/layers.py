@@ -250,7 +250,7 @@ class _Layer(torch.autograd.Function):
         (x,), (gradient,) = ctx.saved_tensors, gradients
         layer: Splittable = ctx.layer
         weight = bias = None
-        if ctx.needs_input_grad[1]:
+        if any(ctx.needs_input_grad[1:3]):
             weight, bias = layer.weight_gradients(x, gradient)
         if layer.pending is not None:
             layer.pending.append(LayerGradients(layer, x, gradient))
@@ -331,11 +331,13 @@ def accumulate(pending: Iterable[Pending]) -> None:
 def add_up(pending: Iterable[Pending], sums: dict[Tensor, Tensor]) -> None:
     """Add postponed gradients to sums by parameter, those of a micro-batch in one operation.
 
-    A parameter's are added one after the other, in the order of the entries.
+    A parameter's are added one after the other, in the order of the entries. Frozen ones get none.
     """
     found: dict[Tensor, Tensor] = {}
     for entry in pending:
         for parameter, gradient in entry.gradients():
+            if not parameter.requires_grad:
+                continue
             if parameter in found:
                 _add(found, sums)
             found[parameter] = gradient.to(parameter.dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bits import assert_same
 from torch import Tensor, nn
 
 from csipipe import models
@@ -60,6 +61,27 @@ def test_gradients_are_torchs(name: str) -> None:
     expected = gradients(theirs, x, dy)
     for key, gradient in gradients(ours, x, dy).items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("name", ["linear", "3x3"])
+def test_only_what_learns_gets_a_gradient_at_once_or_later(
+    name: str, frozen: tuple[str, ...]
+) -> None:
+    build, _, shape = LAYERS[name]
+    layer, x = build(), torch.randn(shape)
+    dy = torch.randn_like(layer(x))
+    expected = {key: g for key, g in gradients(layer, x, dy).items() if key not in frozen}
+    layer.zero_grad()
+    for key in frozen:
+        layer.get_parameter(key).requires_grad_(False)
+    assert_same(gradients(layer, x, dy), expected)
+    layer.zero_grad()
+    pending = models.put_off([layer])
+    at_input = gradients(layer, x, dy)
+    models.accumulate(pending)
+    found = {key: p.grad for key, p in layer.named_parameters() if p.grad is not None}
+    assert_same(found | at_input, expected)
 
 
 @pytest.mark.parametrize("name", LAYERS)
