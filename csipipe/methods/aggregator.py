@@ -68,6 +68,7 @@ class BtsHalf(Half):
             (f"{part}.{name}", parameter)
             for part, module in self.exchange.parts.items()
             for name, parameter in module.named_parameters()
+            if parameter.requires_grad
         ]
         parameters = [parameter for _, parameter in named]
         for parameter, gradient in zip(parameters, split(mean, list(parameters)), strict=True):

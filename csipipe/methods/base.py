@@ -130,6 +130,11 @@ def freeze(parts: nn.ModuleDict | Mapping[str, nn.Module], frozen: Container[str
             part.requires_grad_(False)
 
 
+def learning(parts: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of some parts that aren't frozen, be it by their own model."""
+    return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+
 def batches_of(rows: int, batch_size: int) -> int:
     """Batches that cover `rows`, the last one padded."""
     return -(-rows // batch_size)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from csipipe.comm.channel import Channel
 from csipipe.comm.codec import Residual
 from csipipe.comm.ledger import Kind
+from csipipe.methods.base import learning
 from csipipe.methods.common import (
     FEEDBACK,
     MEANS,
@@ -140,7 +141,7 @@ class BtsExchange:
 
     Attributes:
         parts: the shared parts that it keeps, by name.
-        commons: their parameters and statistics.
+        commons: their parameters that learn, and statistics.
         faults: UEs of this exchange whose updates were bad, and why.
         whole, each: what is done at instructions without and with a UE.
     """
@@ -179,7 +180,7 @@ class BtsExchange:
         settings = self.half.settings
         self.parts = shared_modules(settings, self.half.device)
         parts = self.parts.values()
-        parameters: list[Tensor] = [p for part in parts for p in part.parameters()]
+        parameters: list[Tensor] = [*learning(parts)]
         statistics = [b for part in parts for b in part.buffers() if b.is_floating_point()]
         kept = [tensors for tensors in (parameters, statistics) if tensors]
         self.commons = [Common(tensors, settings) for tensors in kept]

@@ -29,9 +29,9 @@ class FedAvg(Replica):
     def train(self) -> tuple[Tensor, Tensor]:
         """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
         sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
-        for learning in self.phases:
+        for stepping in self.phases:
             for _ in range(self.settings.train.local_steps):
-                sums += self.gradient(learning)
+                sums += self.gradient(stepping)
                 self._pull()
                 self.step()
         return self.agreed.change(), sums

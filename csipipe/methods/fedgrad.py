@@ -26,11 +26,11 @@ class FedGrad(Replica):
         """(P,) what goes up, and (WIDTH,) sums over the mini-batches."""
         sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.device)
         *before, last = self.phases
-        for learning in before:
-            sums += self.gradient(learning)
+        for stepping in before:
+            sums += self.gradient(stepping)
             self.step()
         sums += self.gradient(last)
-        gradient = flat(p.grad for p in self.shared if p.grad is not None)
+        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in self.shared)
         self.probe.gradients(self.parts)
         for parameter in self.shared:
             parameter.grad = None

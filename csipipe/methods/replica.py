@@ -17,7 +17,7 @@ from csipipe import models
 from csipipe.comm import trust
 from csipipe.device import autocast
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import freeze, group, set_rate
+from csipipe.methods.base import freeze, group, learning, set_rate
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
@@ -47,15 +47,13 @@ class Replica:
         ue.optimizer.add_param_group(group("tail", self.tail.parameters(), settings.train))
         self.parts = {"encoder": ue.encoder, "tail": self.tail, "head": ue.head}
         freeze(self.parts, settings.train.frozen)
-        learning = {n: p for n, p in self.parts.items() if n not in settings.train.frozen}
+        free = {n: p for n, p in self.parts.items() if n not in settings.train.frozen}
         names = settings.spec.shared
-        common = [part for name, part in learning.items() if name in names]
-        self.shared = [p for part in common for p in part.parameters()]
+        common = [part for name, part in free.items() if name in names]
+        self.shared = learning(common)
         self.statistics = [b for part in common for b in part.buffers() if b.is_floating_point()]
         self.agreed = Agreed(list(self.shared))
-        self.personal = [
-            p for name, part in learning.items() if name not in names for p in part.parameters()
-        ]
+        self.personal = learning(part for name, part in free.items() if name not in names)
 
     def train(self) -> tuple[Tensor, Tensor]:
         """(P,) what goes up, and (WIDTH,) sums over the mini-batches; raises as `step`."""
@@ -74,15 +72,15 @@ class Replica:
             part.train(name not in self.settings.train.frozen)
         set_rate(self.ue.optimizer, self.settings.train.lr_at(iteration))
 
-    def gradient(self, learning: Iterable[nn.Parameter]) -> Tensor:
-        """Put the gradient of a fresh mini-batch's mean loss into `.grad` of `learning` alone.
+    def gradient(self, stepping: Iterable[nn.Parameter]) -> Tensor:
+        """Put the gradient of a fresh mini-batch's mean loss into `.grad` of `stepping` alone.
 
         Returns:
             (WIDTH,) sums of the mini-batch's figures.
         """
         for parameter in self.personal + self.shared:
             parameter.requires_grad_(False)
-        for parameter in learning:
+        for parameter in stepping:
             parameter.requires_grad_()
         h_BAD = self.ue.batch(self.ue.draw(self.settings.train.batch_size))
         loss_B, sums = self._losses(h_BAD)

@@ -21,7 +21,7 @@ from torch import nn
 
 from csipipe.comm.topology import Topology
 from csipipe.methods import csilocal, csilocal_bts, csilocal_ue
-from csipipe.methods.base import EvalRows
+from csipipe.methods.base import EvalRows, learning
 from csipipe.methods.common import MEANS, MISSED, some_are_absent
 from csipipe.methods.cost import averagings, exchanged_parts
 from csipipe.methods.exchange import BtsExchange, UeExchange
@@ -173,10 +173,10 @@ class BtsHalf(csilocal_bts.BtsHalf):
 
 
 def _agreed(ue: UserEquipment, names: Sequence[str]) -> list[Agreed]:
-    """Parameters and, if there are any, BatchNorm's statistics of the parts that are averaged."""
+    """Parameters that learn, and BatchNorm's statistics if any, of the parts that are averaged."""
     parts = [ue.parts[name] for name in names]
     statistics = [b for part in parts for b in part.buffers() if b.is_floating_point()]
-    values = Agreed([p for part in parts for p in part.parameters()])
+    values = Agreed([*learning(parts)])
     return [values, *([Agreed(statistics)] if statistics else [])]
 
 

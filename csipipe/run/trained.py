@@ -195,7 +195,7 @@ class Trained:
         statistics = {n: b for n, b in parts.named_buffers() if b.is_floating_point()}
         found: dict[str, Tensor] = {}
         for kind, tensors in (
-            ("values", dict(parts.named_parameters())),
+            ("values", {n: p for n, p in parts.named_parameters() if p.requires_grad}),
             ("statistics", statistics),
         ):
             if tensors:

@@ -115,3 +115,45 @@ def test_a_frozen_tail_is_in_no_federated_update(method: str) -> None:
     assert not any("tail" in key for key in found["gradients"])
     # fedgrad's shared parts are stepped by the BTS
     assert any("head" in key or "encoder" in key for key in found["gradients"])
+
+
+OWN = "frozenmodel:build"
+AVERAGING: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedgrad": {"personalisation": "fedalt"},
+    "fedgradper": {"personalisation": "fedalt"},
+    "splitfed": {"aggregate_every": 1},
+}
+
+
+def averaging(method: str) -> Settings:
+    """A model that freezes layers itself, and has parameters without gradients."""
+    return small(
+        method,
+        model={"name": OWN, "c2": None},
+        topology={"ues": 2, "participants": 1, "stages": 1, "placement": "together"},
+        data={"train_samples": 24, "test_samples": 6},
+        train={"iterations": 4, "batch_size": 4, "micro_batches": 2, **AVERAGING[method]},
+    )
+
+
+def test_what_a_model_freezes_itself_is_in_no_vector_and_stays() -> None:
+    runs = {method: averaging(method) for method in AVERAGING}
+    [found] = run_world(1, splits, runs)
+    for method, settings in runs.items():
+        model, seed = settings.model, settings.train.seed
+        before = {
+            "encoder": models.build_encoder(model, seed),
+            "tail": nn.Sequential(*models.build_tail(model, seed)),
+            "head": models.build_head(model, seed),
+        }
+        whole = nn.ModuleDict(before)
+        stays = {n for n, p in whole.named_parameters() if not p.requires_grad or "spare" in n}
+        start = dict(whole.named_parameters())
+        changed = {
+            name
+            for tensors in found[method]["files"].values()
+            for name, tensor in tensors.items()
+            if name in start and not torch.equal(tensor, start[name])
+        }
+        assert changed == start.keys() - stays, method

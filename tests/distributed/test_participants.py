@@ -283,7 +283,12 @@ def test_bf16_loses_nothing_of_what_was_missed() -> None:
 PERIODS = {"train__aggregate_every": "2", "train__personal_iterations": "0"}
 
 
-@pytest.mark.parametrize(("method", "more"), [("fedgradper", {}), ("splitfed", PERIODS)])
+FREEZING = {**PERIODS, "model__name": "frozenmodel:build", "model__c2": "null"}
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [("fedgradper", {}), ("splitfed", PERIODS), ("splitfed", FREEZING)]
+)
 def test_weights_and_checkpoints_have_what_all_have_in_common(
     method: str, more: dict[str, str], tmp_path: Path
 ) -> None:
