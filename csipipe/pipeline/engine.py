@@ -111,6 +111,9 @@ class TailStage(PipelineEngine):  # type: ignore[misc]
         self._weights: dict[int, list[Pending]] = {}
         self._sums: dict[Tensor, Tensor] = {}
 
+    def _broadcast_model(self) -> None:
+        """Nothing: a stage is on one rank. DeepSpeed's fails for a parameter without dimensions."""
+
     def open(self, plan: Plan) -> None:
         """These instructions of a training iteration follow."""
         self.module.train(not self.frozen)

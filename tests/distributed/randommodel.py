@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 
 class Noisy(nn.Module):
-    """Draws without being one of PyTorch's random layers."""
+    """Draws without being one of PyTorch's random layers, and learns how much: a plain scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (1 + 0.1 * torch.randn_like(x)) if self.training else x
+        return x * (1 + self.level * torch.randn_like(x)) if self.training else x
 
 
 def build(angles: int, delays: int, c1: int, c2: int | None) -> tuple[Any, Any, Any]:
