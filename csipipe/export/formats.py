@@ -9,10 +9,12 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 PT2, ONNX = "pt2", "onnx"
 FORMATS = (PT2, ONNX)
@@ -46,11 +48,14 @@ def save(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path)
     Args:
         example: its input, two rows or more.
         names: of input and output.
-        file: ends in .pt2 or .onnx.
+        file: ends in .pt2 or .onnx; its name is the module's.
+
+    Raises:
+        ValueError: the module can be written for as many rows as the example has only.
     """
     rows = torch.export.Dim("rows", min=1)
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: rows},))
+        program = _program(module, example, rows, file.stem)
         if file.suffix == f".{PT2}":
             packed = io.BytesIO()  # its own writer ends the process where the disk is full
             torch.export.save(program, packed)
@@ -67,6 +72,21 @@ def save(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path)
             verbose=False,
         )
     return _onnx_function(file)
+
+
+def _program(module: nn.Module, example: Tensor, rows: Any, end: str) -> ExportedProgram:
+    """What is computed, for any number of rows; raises as `save`."""
+    from torch._dynamo.exc import UserError, UserErrorType  # with torch.export's compiler
+
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=({0: rows},))
+    except UserError as error:
+        if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        raise ValueError(
+            f"the {end} can't be exported for any number of rows: a forward of the model makes it "
+            f"a constant ({len(example)}, those of the example). len(x) does that: use x.shape[0]."
+        ) from error
 
 
 def _torch_function(file: Path) -> Function:

@@ -19,7 +19,7 @@ from torch import nn
 
 from csipipe import models
 from csipipe.export import bits as curve
-from csipipe.export import check, command, folder
+from csipipe.export import check, command, folder, formats
 from csipipe.export.learning import learn
 from csipipe.export.parts import Pair, nmse_db, operations, run
 from csipipe.export.quantiser import Quantiser
@@ -313,6 +313,18 @@ def test_mistakes_are_named_and_leave_nothing(
         export(place, "--ue", 0)
     assert not (place / "export").exists()
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis"]
+
+
+class _Counting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), 2, 3)
+
+
+def test_a_model_for_one_number_of_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^the decoder can't be .*\(2, those.* use x\.shape\[0\]\."
+    ):
+        formats.save(_Counting(), torch.zeros(2, 6), ("a", "b"), tmp_path / "decoder.pt2")
 
 
 def test_a_pair_that_does_something_else_is_refused() -> None:
