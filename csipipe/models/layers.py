@@ -120,7 +120,11 @@ class Linear(Deferring, nn.Linear):
 
 
 class Conv2d(Deferring, nn.Conv2d):
-    """Convolution with stride 1 that keeps the image's size: (B, I, A, D) → (B, O, A, D)."""
+    """Convolution with stride 1 that keeps the image's size: (B, I, A, D) → (B, O, A, D).
+
+    Raises:
+        ValueError: a kernel of even size, which can't.
+    """
 
     def __init__(
         self,
@@ -130,6 +134,11 @@ class Conv2d(Deferring, nn.Conv2d):
         bias: bool,
         kernels_by: KernelsBy = "torch",
     ) -> None:
+        if not all(size % 2 for size in kernel):
+            raise ValueError(
+                f"Conv2d's kernel is {tuple(kernel)}; both sizes must be odd, so that the image "
+                "keeps its size. Use torch.nn.Conv2d for others."
+            )
         padding = (kernel[0] // 2, kernel[1] // 2)
         super().__init__(inputs, outputs, kernel, padding=padding, bias=bias)
         self.size, self.kernels_by = kernel, kernels_by

@@ -84,6 +84,12 @@ def test_only_what_learns_gets_a_gradient_at_once_or_later(
     assert_same(found | at_input, expected)
 
 
+@pytest.mark.parametrize("kernel", [(2, 3), (3, 4), (2, 2)])
+def test_even_kernels_are_refused(kernel: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"kernel is \({kernel[0]}, {kernel[1]}\); both .* odd"):
+        Conv2d(2, 2, kernel, bias=True)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_later_is_the_same_to_the_bit(name: str) -> None:
     build, _, shape = LAYERS[name]
