@@ -80,16 +80,6 @@ def residual(f: Function, image: Image) -> None:
                 out.store(i, leaky(z(i, lanes) * scale + shift + x(i, lanes)), lanes)
 
 
-def activation(f: Function, image: Image, channels: int) -> None:
-    """`out`: the LeakyReLU of BatchNorm of z."""
-    with f.loop(f.first, f.end) as b, f.loop(0, channels) as c:
-        here = Images(f, image, channels, "", b)
-        load, out = here.active(c), here.array("out", c)
-        for part in image.parts(f):
-            for i, lanes in part:
-                out.store(i, load(i, lanes), lanes)
-
-
 def output_backward(f: Function, image: Image, channels: int) -> None:
     """q from the gradient dy at `out`, a LeakyReLU's output; q's sums with 1 and z − mean."""
     with f.loop(f.first, f.end) as b, f.loop(0, channels) as c:
