@@ -1,4 +1,5 @@
-"""What all commands have in common: the shell's words, and a screen that may not take everything.
+"""What all commands have in common: the shell's words, threads that leave cores to others, and a
+screen that may not take everything.
 
 A screen that can't take what is printed costs characters or lines, never a result.
 """
@@ -12,6 +13,11 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+_SPINS = "10000"
+"""Looks of an OpenMP thread at what it waits for, a fraction of a millisecond, before it sleeps:
+the gaps between two operations. By default it spins for much longer, and keeps the thread that it
+waits for from the core, if others compute there too."""
 
 
 class _Raw(io.FileIO):
@@ -54,6 +60,8 @@ def start(main: Callable[[list[str]], int]) -> int:
         )
         stream.flush()
         setattr(sys, name, replaced)
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when PyTorch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
         return main([_expanded(word) for word in sys.argv[1:]])
     except KeyboardInterrupt:

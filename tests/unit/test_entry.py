@@ -52,6 +52,20 @@ def test_a_reader_who_left_fails_no_command() -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [({}, True), ({"OMP_WAIT_POLICY": "ACTIVE"}, False), ({"GOMP_SPINCOUNT": "99"}, False)],
+)
+def test_threads_that_wait_sleep_soon(given: dict[str, str], taken: bool) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_W", "GOMP_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "verbose", **given}
+    line = "from csipipe.entry import start; start(lambda words: bool(__import__('torch')))"
+    ended = subprocess.run(
+        [sys.executable, "-c", line], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (f"GOMP_SPINCOUNT = '{entry._SPINS}'" in ended.stderr) == taken, ended.stderr
+
+
 def test_a_tilde_after_an_equals_sign_is_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr(sys, "argv", ["csipipe", "--out=~/x", "--a", "b=~", "~", "--c=x~"])

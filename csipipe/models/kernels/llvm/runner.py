@@ -92,7 +92,8 @@ class Runner:
     def _share(
         self, kernel: Kernel, number: int, arrays: dict[str, Tensor], frames: dict[str, Frame]
     ) -> None:
-        threads = max(1, min(torch.get_num_threads(), number))
+        # all or one: OpenMP ends threads that a smaller team leaves out, and starts them again
+        threads = torch.get_num_threads() if number > 1 else 1
         memory = {name: self._zeros(name, frame, threads) for name, frame in frames.items()}
         kernel(number, arrays | memory, threads)
 

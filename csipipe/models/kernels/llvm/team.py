@@ -1,8 +1,8 @@
 """The threads that share a kernel's work: those of PyTorch's own operations.
 
-Others would have to wait for the cores: PyTorch's threads don't sleep between two operations, they
-spin. So kernels are run by the library that PyTorch has its threads from, OpenMP, by the function
-that GCC's code calls for a parallel region. It hands work over in microseconds.
+Others would compete with them for the cores, on which PyTorch's may spin between two operations.
+So kernels are run by the library that PyTorch has its threads from, OpenMP, by the function that
+GCC's code calls for a parallel region. It hands work over in microseconds.
 """
 
 from __future__ import annotations
