@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -116,22 +116,37 @@ class Trained:
         UEs whose weights equal the first one's share its model.
 
         Raises:
-            ValueError: weights that are missing, damaged or of another model; the file is named.
+            ValueError: weights that are missing, damaged or of another model; the file is named, or
+                the caller's change that makes it another model.
         """
         model, snapshot = self.settings.model, self._snapshot
         tail = nn.Sequential(*models.build_tail(model, 0))
         ues = range(self.settings.topology.ues) if ues is None else ues
         state = self._tail_state(snapshot)
-        checkpoint.fill(tail, state, "tail", self.source)
+        self._fill(tail, state, "tail", self.source)
         found: list[Autoencoder] = []
         for ue in ues:
             mine = Autoencoder(model, tail, self.settings.feedback_bits)
             state, file = self._ue_state(snapshot, ue)
             for part in ("encoder", "head"):
-                checkpoint.fill(getattr(mine, part), state, part, file)
+                self._fill(getattr(mine, part), state, part, file)
             same = bool(found) and _equal(mine.state_dict(), found[0].state_dict())
             found.append(found[0] if same else mine.eval())
         return found
+
+    def _fill(self, module: nn.Module, state: dict[str, Tensor], part: str, file: Path) -> None:
+        """As `checkpoint.fill`, which can't know that the caller's changes are why it fails."""
+        try:
+            checkpoint.fill(module, state, part, file)
+        except ValueError as error:
+            mine, own = asdict(self.settings.model), asdict(self.own.model)
+            changed = [n for n in mine if mine[n] != own[n] and n != "kernels_by"]
+            if not changed:
+                raise
+            words = "; ".join(f"model.{n} is {mine[n]}, but the run has {own[n]}" for n in changed)
+            raise ValueError(
+                f"{self.folder} was trained as another model: {words}. Leave out what differs."
+            ) from error
 
     def ue_weights(self, ue: int) -> dict[str, Tensor]:
         """Encoder and head of a UE, by `<part>.<name>`; raises as `models`."""

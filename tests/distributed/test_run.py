@@ -185,7 +185,10 @@ def test_evaluate_takes_other_data_and_refuses_what_is_no_run(
     )
     assert other.returncode == 0, other.stderr
     assert "outdoor (built in), 30 rows" in other.stdout
-    for folder, message in ((tmp_path, "has no config.yaml"), (finished[0], "another model's")):
+    for folder, message in (
+        (tmp_path, "has no config.yaml"),
+        (finished[0], "another model: model.c1 is 8"),
+    ):
         ended = evaluate(str(folder), "--model.c1", "8")
         assert ended.returncode == 1
         assert message in ended.stderr

@@ -134,8 +134,12 @@ def test_what_can_be_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no best weights"):
         trained.read(folder, weights="best")
     trainedruns.end(folder, worker)
-    with pytest.raises(ValueError, match=r"holds another model's tail"):
-        trained.read(folder, ["--model.c1", "8"]).models()
+    changes = ["--model.c1", "8", "--model.kernels_by", "torch"]
+    differs = (
+        r"run was trained as another model: model.c1 is 8, but the run has 24\. Leave out what"
+    )
+    with pytest.raises(ValueError, match=differs):
+        trained.read(folder, changes).models()
     with pytest.raises(ValueError, match=r"data\.bogus"):
         trained.read(folder, ["--data.bogus", "8"])
     file = folder / "weights" / "ue-2.safetensors"
