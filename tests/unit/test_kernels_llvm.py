@@ -181,6 +181,28 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             assert torch.equal(getattr(found, name), getattr(passes[0], name)), name
 
 
+def test_a_team_is_all_threads_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller one would end threads that PyTorch's next operation starts again."""
+    teams: set[int] = set()
+    call = Compiled.__call__
+
+    def watched(self: Compiled, number: int, arrays: dict[str, Tensor], threads: int = 1) -> None:
+        teams.add(threads)
+        call(self, number, arrays, threads)
+
+    monkeypatch.setattr(Compiled, "__call__", watched)
+    block, x, dy = random_block(CRNET, 1), torch.randn(2, 2, 8, 8), torch.randn(2, 2, 8, 8)
+    by_kernels(block, x, dy)  # tried and compiled with the usual threads
+    teams.clear()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        by_kernels(block, x, dy)
+    finally:
+        torch.set_num_threads(before)
+    assert teams == {1, 3}
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_each_thread_of_a_team_has_its_share(together: bool) -> None:
     """Of five images, by threads that keep their last one in a frame each."""
