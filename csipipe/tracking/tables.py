@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from csipipe.settings.config import Settings
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "sgcs": "SGCS"}
 _HARDLY = -0.5
 """NMSE in dB; a run that ends above it is hardly better than a constant."""
+_BY_HEART = 3.0
+"""A run whose NMSE on training rows is so many dB below that on the test set has learnt its rows by
+heart."""
 _FORMS = {"loss": "{:>10.3e}", "nmse_db": "{:>10.2f}", "sgcs": "{:>10.4f}"}
 
 
@@ -80,20 +84,35 @@ def _not_everyone(summary: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _hardly_learnt(summary: dict[str, Any], settings: Settings) -> list[str]:
+def _hardly_learnt(summary: dict[str, Any], settings: Settings, known_db: float) -> list[str]:
     """What may help a finished run that has hardly learnt anything; of eigenvectors, whose phases
-    are free, NMSE doesn't say so, and where PCA does no better, nothing helps."""
+    are free, NMSE doesn't say so, and where PCA does no better, only more rows help."""
     mean, pca = summary["test"]["nmse_db"], summary["ceiling"]
     beyond = pca is not None and pca["nmse_db"] > _HARDLY
-    if summary["status"] != "finished" or settings.similarity or mean <= _HARDLY or beyond:
+    if summary["status"] != "finished" or settings.similarity or mean <= _HARDLY:
         return []
-    if settings.model.start == "pca":
+    if known_db < mean - _BY_HEART:
+        remedy = _more_rows(settings, known_db)
+    elif beyond:
+        return []
+    elif settings.model.start == "pca":
         remedy = "a lower --train.lr"
     else:
         remedy = "more iterations"
         if _may_start_by_pca(settings):
             remedy += ", or --model.start pca --train.lr 1e-4"
     return [f"{'hardly' if mean < 0 else 'no'} better than the floor: {remedy}"]
+
+
+def _more_rows(settings: Settings, known_db: float) -> str:
+    """What may help a run that has learnt its training rows by heart."""
+    spec = settings.spec
+    own = spec.stages > 0 and "encoder" not in spec.shared and settings.topology.ues > 1
+    remedies = ["more rows"] + ["fewer UEs"] * own
+    if settings.train.augment is None:
+        remedies.append("--train.augment phase")
+    which = " per UE" if own else ""
+    return f"training rows at {known_db:.1f} dB, too few{which}; {', or '.join(remedies)}"
 
 
 def _may_start_by_pca(settings: Settings) -> bool:
@@ -105,12 +124,22 @@ def _may_start_by_pca(settings: Settings) -> bool:
     return settings.train.init is None
 
 
-def closing_table(summary: dict[str, Any], settings: Settings, folder: Path) -> str:
-    """What a run prints at its end."""
+def closing_table(
+    summary: dict[str, Any], settings: Settings, folder: Path, known_db: float = math.nan
+) -> str:
+    """What a run prints at its end.
+
+    Args:
+        known_db: NMSE in dB on the training rows of the last iteration; NaN: it isn't known.
+    """
     crossed = summary["exchanged"]
     lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
     if summary["test"]:
-        notes = *_earlier(summary), *_not_everyone(summary), *_hardly_learnt(summary, settings)
+        notes = (
+            *_earlier(summary),
+            *_not_everyone(summary),
+            *_hardly_learnt(summary, settings, known_db),
+        )
         lines += [f"{'':>10}  {note}" for note in notes]
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):

@@ -80,6 +80,31 @@ def test_a_run_that_has_hardly_learnt_is_told_what_helps(
     assert [line for line in notes if "better than the floor" in line] == ([said] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("known_db", "settings", "said"),
+    [
+        (-3.4, small(), _START),
+        (-3.6, small(), "training rows at -3.6 dB, too few per UE; more rows, or fewer UEs, or "),
+        (-35.7, small(model={"start": "pca"}), "training rows at -35.7 dB, too few per UE; more "),
+        (-35.7, small("fedavg"), "training rows at -35.7 dB, too few; more rows, or --train.aug"),
+        (-35.7, small(train={"augment": "phase"}), "training rows at -35.7 dB, too few per UE; "),
+    ],
+)
+def test_a_run_that_has_learnt_its_rows_by_heart_is_told_so(
+    known_db: float, settings: Settings, said: str, tmp_path: Path
+) -> None:
+    """Also where PCA of so few rows does no better on the test set."""
+    of_few = None if said == _START else _pca(-0.1)
+    ended = {**finished(-0.45), "evaluated_ues": [0, 3], "ceiling": of_few}
+    [note] = [
+        line.strip()
+        for line in closing_table(ended, settings, tmp_path, known_db).splitlines()
+        if "better than the floor" in line
+    ]
+    assert note.startswith(f"hardly better than the floor: {said}")
+    assert settings.train.augment is None or "--train.augment" not in note
+
+
 def test_a_stopped_run_says_of_which_iteration_its_figures_are(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     settings = small("centralised", topology={"stages": None}, train={"iterations": 9})
