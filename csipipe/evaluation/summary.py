@@ -26,8 +26,8 @@ class Evaluated:
 
     Attributes:
         samples: (UEs, B, COLUMNS) float64.
-        pca: fitted to the run's own training rows, on this test set; None: it has too few of them,
-            or they can't be read any more.
+        pca: fitted to the run's own training rows, on this test set; None: there is none, or they
+            can't be read any more.
     """
 
     run: Trained

@@ -65,7 +65,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
                 str(evaluated.run.iteration or evaluated.run.source.name),
                 *(_cell(figure, mean[figure]).strip() for figure in SHOWN),
                 band,
-                "—" if evaluated.pca is None else f"{evaluated.pca.nmse_db:.2f}",
+                _pca_cell(evaluated),
             ]
         )
     wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -78,13 +78,21 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
     )
 
 
+def _pca_cell(evaluated: Evaluated) -> str:
+    """Its NMSE, or why there is none, as `channels check` says it."""
+    if evaluated.pca is None:
+        return "—"
+    found = evaluated.pca.nmse_db
+    return "too few rows" if found is None else f"{found:.2f}"
+
+
 def _pca(evaluated: Evaluated, width: int) -> list[str]:
     """The line of the PCA that the run is compared with, if there is one."""
     if evaluated.pca is None:
         return []
     figures = dict.fromkeys(SHOWN) | {"nmse_db": evaluated.pca.nmse_db}
     note = ceiling_note(asdict(evaluated.pca))
-    if evaluated.run.elsewhere:
+    if evaluated.run.elsewhere and evaluated.pca.nmse_db is not None:
         note = f"of the run's own {evaluated.pca.rows:,} training rows"
     return [_row(f"PCA-{evaluated.pca.components}", figures, width) + f"   {note}"]
 

@@ -155,6 +155,7 @@ def measure(run: Run, rows: Rows, cell: Cell) -> Reached:
         ValueError: weights that are missing or damaged.
     """
     settings, bound = run.settings, ceiling.noted(run.folder)
+    known = bound.nmse_db if bound is not None and bound.bound else None
     train = settings.train
     best = trained.BEST if settings.data.holdout else trained.LAST
     mean = samples.means(trained.read(run.folder, weights=best), rows)
@@ -166,7 +167,7 @@ def measure(run: Run, rows: Rows, cell: Cell) -> Reached:
         nmse_db=10 * math.log10(mean["nmse"]),
         rho=mean["rho"],
         sgcs=mean["sgcs"],
-        ceiling_db=bound.nmse_db if bound is not None and bound.bound else math.nan,
+        ceiling_db=math.nan if known is None else known,
         iterations=train.iterations,
         rows=train.iterations * each,
         seconds=train.iterations * budget.seconds_per_iteration(run),

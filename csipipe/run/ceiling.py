@@ -27,17 +27,18 @@ class Ceiling:
         components: of a model that ends linearly, as many as confine it; else c1.
         bound: fitted to unlimited rows, the model couldn't beat it; it can beat that of few.
         rows: training rows that it is fitted to, of all UEs.
-        nmse_db: centred NMSE on the test rows, in dB; it is fitted to the NMSE, too.
+        nmse_db: centred NMSE on the test rows, in dB; it is fitted to the NMSE, too. None: the rows
+            are too few for so many components.
     """
 
     components: int
     bound: bool
     rows: int
-    nmse_db: float
+    nmse_db: float | None
 
 
 def find(settings: Settings, test: Images | None = None) -> Ceiling | None:
-    """The PCA that a run is to be compared with; None: too few rows for so many components.
+    """The PCA that a run is to be compared with; None: as many components as a row has reals.
 
     Args:
         settings: the run's, with sizes of images.
@@ -48,25 +49,26 @@ def find(settings: Settings, test: Images | None = None) -> Ceiling | None:
     """
     confined = models.ceiling(settings.model)
     components = confined or models.widths(settings.model)[0]
+    if components >= settings.model.reals:
+        return None
     source, deal = channels.dealt(settings)
     found = pca(settings, channels.load_test(source, deal) if test is None else test, [components])
-    if components not in found:
-        return None
     return Ceiling(
         components=components,
         bound=confined is not None,
         rows=sum(span.size for span in fitted([span for ue in deal.ues for span in ue])),
         # the last digits depend on the number of threads with which a library multiplies
-        nmse_db=round(found[components], 6),
+        nmse_db=round(found[components], 6) if components in found else None,
     )
 
 
 def noted(folder: Path) -> Ceiling | None:
-    """What a finished run wrote into its summary; None: nothing that can be read."""
+    """What a finished run wrote into its summary; None: nothing that can be read, or no NMSE."""
     try:
-        return Ceiling(**json.loads((folder / "summary.json").read_text())["ceiling"])
+        found = Ceiling(**json.loads((folder / "summary.json").read_text())["ceiling"])
     except (OSError, *DAMAGED):
         return None
+    return None if found.nmse_db is None else found
 
 
 def pca(settings: Settings, test: Images, components: Sequence[int]) -> dict[int, float]:

@@ -19,7 +19,7 @@ from csipipe.tracking import Tracker, exchanged_summary
 def pca(settings: Settings, world: World) -> dict[str, Any] | None:
     """The PCA to compare a finished run with, found where there is data; collective.
 
-    None where its rows are too few, or can't be read any more: the run is finished all the same.
+    None where there is none, or its rows can't be read any more: the run is finished all the same.
     """
     host, mine = Topology.first_host(settings, world.size), ""
     if world.rank == host:

@@ -43,6 +43,8 @@ def exchanged_summary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
 
 def ceiling_note(pca: dict[str, Any]) -> str:
     """What a PCA (`csipipe.run.ceiling.Ceiling`, as a dict) is to the model beside it."""
+    if pca["nmse_db"] is None:
+        return f"{pca['rows']:,} training rows are too few: it takes more than 2 per component"
     of = f"of {pca['rows']:,} training rows"
     if pca["bound"]:
         return f"{of}: an estimate of this model's ceiling"
@@ -59,7 +61,9 @@ def test_table(test: dict[str, Any], pca: dict[str, Any] | None) -> str:
         lines.append("  ".join([f"{title:>10}", *(_FORMS[n].format(row[n]) for n in shown)]))
     lines[-1] += "   a constant 0.5: the floor"
     if pca is not None:
-        cells = [_FORMS[n].format(pca[n]) if n in pca else f"{'—':>10}" for n in shown]
+        cells = [
+            _FORMS[n].format(pca[n]) if pca.get(n) is not None else f"{'—':>10}" for n in shown
+        ]
         lines.append("  ".join([f"{'PCA-' + str(pca['components']):>10}", *cells]))
         lines[-1] += f"   {ceiling_note(pca)}"
     return "\n".join(lines)
@@ -88,7 +92,7 @@ def _hardly_learnt(summary: dict[str, Any], settings: Settings, known_db: float)
     """What may help a finished run that has hardly learnt anything; of eigenvectors, whose phases
     are free, NMSE doesn't say so, and where PCA does no better, only more rows help."""
     mean, pca = summary["test"]["nmse_db"], summary["ceiling"]
-    beyond = pca is not None and pca["nmse_db"] > _HARDLY
+    beyond = pca is not None and pca["nmse_db"] is not None and pca["nmse_db"] > _HARDLY
     if summary["status"] != "finished" or settings.similarity or mean <= _HARDLY:
         return []
     if known_db < mean - _BY_HEART:

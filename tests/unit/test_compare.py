@@ -26,7 +26,7 @@ from csipipe.run import ceiling
 from csipipe.run.training import launch
 from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
-from csipipe.tracking import ceiling_note
+from csipipe.tracking import ceiling_note, tables
 
 SMALL = ModelSettings(c1=12, angles=6, delays=4)
 
@@ -145,11 +145,13 @@ def test_the_ceiling_is_fitted_to_the_nmse_of_all_training_rows() -> None:
     # not of so few: that of more rows is below it
     assert ceiling_note(asdict(found)) == "of 60 training rows: an estimate of this model's ceiling"
     more = replace(settings, data=replace(settings.data, train_samples=600))
+    assert found.nmse_db is not None
     assert ceiling.pca(more, testset.load(settings).h_BAD.numpy(), [8])[8] < found.nmse_db
     beyond = ceiling.find(replace(settings, model=replace(settings.model, head="crblock")))
     assert beyond is not None
     assert (beyond.components, beyond.bound) == (12, False)
     assert ceiling_note(asdict(beyond)) == "of 60 training rows: no bound, this model can beat it"
+    assert beyond.nmse_db is not None
     assert beyond.nmse_db < found.nmse_db
     # where it was fitted, its NMSE is below that of a fit to the squared error
     source = channels.open_source(settings.data, 6, 4)
@@ -157,7 +159,17 @@ def test_the_ceiling_is_fitted_to_the_nmse_of_all_training_rows() -> None:
     fitted = statistics.pca_db(rows, rows, [8])[8]
     assert statistics.pca_db(rows, rows, [8], weighted=True)[8] < fitted - 0.01
     few = replace(settings, data=replace(settings.data, train_samples=16))
-    assert ceiling.find(few) is None
+    found = ceiling.find(few)
+    assert found == ceiling.Ceiling(components=8, bound=True, rows=16, nmse_db=None)
+    [*_, line] = tables.test_table(
+        {"loss": 1e-3, "nmse_db": -1.0, "floor_loss": 2e-3, "per_ue": []}, asdict(found)
+    ).splitlines()
+    assert line.split(maxsplit=3) == [
+        *("PCA-8", "—", "—"),
+        "16 training rows are too few: it takes more than 2 per component",
+    ]
+    whole = replace(settings, model=replace(settings.model, c1=48, head="crblock"))
+    assert ceiling.find(whole) is None  # PCA would lose nothing
 
 
 def test_only_what_a_ceiling_is_fitted_to_is_read() -> None:

@@ -266,11 +266,14 @@ def test_a_title_fits_whatever_the_path(tmp_path: Path) -> None:
 def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainedruns.finish(tmp_path / "one")
     trainedruns.snapshot(tmp_path / "two", trainedruns.begin(tmp_path / "two", "fedavgper"), 7)
-    trainedruns.finish(tmp_path / "three", "centralised", model={"c1": 16})
+    few = {"train_samples": 32, "holdout": 0.0}
+    trainedruns.finish(tmp_path / "three", "centralised", model={"c1": 16}, data=few)
     evaluate(tmp_path / "one", "--compare", tmp_path / "two", tmp_path / "three")
     lines = capsys.readouterr().out.splitlines()
     [head] = [i for i, line in enumerate(lines) if line.startswith("run ")]
     cells = [line.split() for line in lines[head + 1 : head + 4]]
+    assert [line.endswith("  too few rows") for line in lines[head + 1 : head + 4]] == [0, 0, 1]
+    assert sum("32 training rows are too few: it takes more than" in line for line in lines) == 1
     assert [line[:6] for line in cells] == [
         ["one", "CSILocal", "24", "16", "4", "10"],
         ["two", "FedAvgPer", "24", "16", "4", "7"],
