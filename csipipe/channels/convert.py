@@ -246,7 +246,8 @@ def _add_images(
         if part == "test" and subcarriers is not None:
             whole = np.fft.fft(made.delays[good][chosen], axis=-1).astype(np.complex64)
             frequency = plan.geometry.angles(whole, in_angle)
-        out.add(one.given.environment, part, images[chosen], scale[chosen], frequency)
+        user = tally.users + users[good][chosen]  # another file's users are other ones
+        out.add(one.given.environment, part, images[chosen], scale[chosen], frequency, user)
     if sum(map(len, tally.looked_at)) < LOOKED_AT:
         tally.looked_at.append(images[:: max(1, len(images) // 256)])
     return good
@@ -284,7 +285,8 @@ def _add_vectors(
     tally.rows += len(images)
     tally.kept += len(images)
     for part, chosen in _by_part(one, users[good], tally):
-        out.add(one.given.environment, part, images[chosen])
+        user = tally.users + users[good][chosen]
+        out.add(one.given.environment, part, images[chosen], user=user)
     return good
 
 

@@ -142,6 +142,9 @@ class CsiNetSource:
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
         }
 
+    def user_borders(self, environment: Site, part: Part) -> None:
+        """None: each row is a user's only one."""
+
     def frequency_rows(
         self, environment: Site, part: Part, start: int, stop: int
     ) -> Responses | str:

@@ -29,8 +29,9 @@ class FilesSource:
     """Rows of a converted folder; training and validation rows together are the training rows.
 
     Training rows come in an order drawn from the seed, so that a range of them is a random
-    sample; test rows come in file order, mapped and not copied. A file whose content isn't the one
-    that was written is refused.
+    sample; where users have several rows, it is the users that are shuffled, and a user's rows
+    stay together. Test rows come in file order, mapped and not copied. A file whose content isn't
+    the one that was written is refused.
 
     Args:
         folder: where `channels.json` is.
@@ -56,6 +57,7 @@ class FilesSource:
         self._accept = accept
         self._judged: set[str] = set()
         self._seed = seed
+        self._drawn: dict[Site, tuple[NDArray[np.int64], NDArray[np.int64] | None]] = {}
         self._said = said = Description.read(folder)
         for name, asked, held in (
             ("angles", angles, said.angles),
@@ -123,6 +125,10 @@ class FilesSource:
             return images
         return shrink(images, *self.size)
 
+    def user_borders(self, environment: Site, part: Part) -> NDArray[np.int64] | None:
+        """As `Source.user_borders`; None, too, where the folder doesn't say whose its rows are."""
+        return None if part == "test" else self._draw(environment)[1]
+
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         """The files by name, rows and SHA-256, and how the order of the rows is drawn."""
         sets = self._sets(environment, part)
@@ -130,7 +136,9 @@ class FilesSource:
             self._check(one.images)
         order = self._order(environment, part).astype("<i8")
         drawn = f"numpy.random.default_rng(numpy.random.SeedSequence(({self._seed}, "
-        drawn += f"{self.environments.index(environment)}))).permutation({len(order)})"
+        drawn += f"{self.environments.index(environment)}))).permutation("
+        borders = self.user_borders(environment, part)
+        drawn += f"{len(order)})" if borders is None else f"{len(borders) - 1}) of the users"
         return {
             "files": [
                 {"name": one.images.name, "rows": one.rows, "sha256": one.images.sha256}
@@ -232,11 +240,37 @@ class FilesSource:
         return images
 
     def _order(self, environment: Site, part: Part) -> NDArray[np.int64]:
-        count = self.available(environment, part)
         if part == "test":
-            return np.arange(count)
-        stream = np.random.SeedSequence((self._seed, self.environments.index(environment)))
-        return np.random.default_rng(stream).permutation(count)
+            return np.arange(self.available(environment, part))
+        return self._draw(environment)[0]
+
+    def _draw(self, environment: Site) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The order of the training rows, and their `user_borders`."""
+        if environment not in self._drawn:
+            seeds = np.random.SeedSequence((self._seed, self.environments.index(environment)))
+            stream = np.random.default_rng(seeds)
+            users = self._users(environment)
+            count = len(users)
+            names, user_of = np.unique(users, return_inverse=True)
+            if len(names) == count:
+                self._drawn[environment] = stream.permutation(count), None
+            else:
+                turn = stream.permutation(len(names))[user_of]
+                borders = np.concatenate([[0], np.bincount(turn).cumsum()])
+                self._drawn[environment] = np.argsort(turn, kind="stable"), borders
+        return self._drawn[environment]
+
+    def _users(self, environment: Site) -> NDArray[np.int64]:
+        """The user of each training row, in the order of the files; unknown ones are different."""
+        sets = self._sets(environment, "train")
+        if any(one.user is None for one in sets):
+            return np.arange(sum(one.rows for one in sets))
+        found = []
+        for one in sets:
+            assert one.user is not None
+            self._check(one.user)
+            found.append(open_rows(self._folder, one.user, "<i8", (one.rows,)))
+        return np.concatenate(found)
 
 
 def open_source(data: DataSettings, angles: int | None, delays: int | None) -> FilesSource:

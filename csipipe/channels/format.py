@@ -49,10 +49,13 @@ class Set:
     """(rows,) float32: times (image - 0.5) it is the channel as it was given; None: unknown."""
     frequency: Stored | None = None
     """(rows, A, K) complex64, not truncated in delay; None: there is none."""
+    user: Stored | None = None
+    """(rows,) int64: whose the row is, by a number that all sets count in; None: unknown."""
 
     def stored(self) -> Iterator[Stored]:
         """Its files."""
-        yield from (one for one in (self.images, self.scale, self.frequency) if one is not None)
+        files = self.images, self.scale, self.frequency, self.user
+        yield from (one for one in files if one is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +197,7 @@ def open_rows(folder: Path, stored: Stored, dtype: str, shape: tuple[int, ...]) 
 def _set(content: dict[str, Any]) -> Set:
     stored = {
         name: Stored(**content[name])
-        for name in ("images", "scale", "frequency")
+        for name in ("images", "scale", "frequency", "user")
         if content.get(name) is not None
     }
     return Set(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from csipipe.channels.source import Images, Source, Span
 from csipipe.channels.split import Deal
@@ -14,7 +15,9 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
     """Training rows and held-out rows of a UE, each (n, 2, A, D) float32 in [0, 1].
 
     Of n rows, round(holdout n) are held out, at most n - 1: the last ones of each span, in
-    proportion, so that a mixture's held-out rows are a mixture. There may be none.
+    proportion, so that a mixture's held-out rows are a mixture. Where users have several rows, they
+    are all rows of the last users whose rows no other UE has: as near to that number as whole users
+    come, one user at least. There may be none.
 
     Args:
         source: where the rows come from.
@@ -25,7 +28,7 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
     Raises:
         FileNotFoundError, ValueError: the source can't give the rows.
     """
-    train, kept = hold_out(deal.train(ue), holdout)
+    train, kept = hold_out(source, deal.train(ue), holdout)
     return rows_of(source, train), rows_of(source, kept)
 
 
@@ -38,13 +41,36 @@ def load_test(source: Source, deal: Deal) -> Images:
     return rows_of(source, deal.test)
 
 
-def hold_out(spans: tuple[Span, ...], holdout: float) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+def hold_out(
+    source: Source, spans: tuple[Span, ...], holdout: float
+) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
     """A UE's spans, cut into those it trains on and those it holds out (see `load_ue`)."""
-    held = _held_counts([span.size for span in spans], holdout)
-    cuts = [span.stop - count for span, count in zip(spans, held, strict=True)]
-    train = tuple(s._replace(stop=cut) for s, cut in zip(spans, cuts, strict=True))
-    kept = tuple(s._replace(start=cut) for s, cut in zip(spans, cuts, strict=True))
-    return train, kept
+    counts = _held_counts([span.size for span in spans], holdout)
+    train: list[Span] = []
+    kept = []
+    for span, count in zip(spans, counts, strict=True):
+        start, stop = span.stop - count, span.stop
+        borders = source.user_borders(span.environment, span.part)
+        if count and borders is not None:
+            start, stop = _whole_users(span, count, borders)
+        train.append(span._replace(stop=start))
+        if stop < span.stop:  # rows of a user of whom the next UE has some, too
+            train.append(span._replace(start=stop))
+        kept.append(span._replace(start=start, stop=stop))
+    return tuple(train), tuple(kept)
+
+
+def _whole_users(span: Span, count: int, borders: NDArray[np.int64]) -> tuple[int, int]:
+    """Rows of the last users that lie in a span, about `count`; (stop, stop) where no user does,
+    or nothing would be left to train on."""
+    inside = borders[(span.start <= borders) & (borders <= span.stop)]
+    stop = int(inside[-1]) if len(inside) else span.stop
+    starts = inside[:-1]
+    if stop == span.stop:
+        starts = starts[starts > span.start]
+    if not len(starts):
+        return span.stop, span.stop
+    return int(starts[np.abs(starts - (stop - count)).argmin()]), stop
 
 
 def _held_counts(counts: list[int], holdout: float) -> list[int]:

@@ -103,7 +103,7 @@ def manifest_of(deal: Deal, holdout: float, source: Source) -> Manifest:
         holdout: share of a UE's training rows that it holds out, in [0, 1).
         source: where the rows come from.
     """
-    cut = [hold_out(spans, holdout) for spans in deal.ues]
+    cut = [hold_out(source, spans, holdout) for spans in deal.ues]
     return Manifest(
         train=tuple(train for train, _ in cut),
         holdout=tuple(held for _, held in cut),
@@ -122,7 +122,10 @@ def _streams(parts: tuple[tuple[Span, ...], ...]) -> dict[str, Span]:
 
 def _count(spans: tuple[Span, ...]) -> dict[str, int]:
     """Rows per environment."""
-    return {span.environment: span.size for span in spans}
+    found: dict[str, int] = {}
+    for span in spans:
+        found[span.environment] = found.get(span.environment, 0) + span.size
+    return found
 
 
 def _dump(spans: tuple[Span, ...]) -> list[dict[str, Any]]:

@@ -81,6 +81,14 @@ class Source(Protocol):
         """
         ...
 
+    def user_borders(self, environment: Site, part: Part) -> NDArray[np.int64] | None:
+        """Where each user's rows begin, and where the last one's end: ascending numbers of rows.
+
+        Returns:
+            None: each row is a user's only one.
+        """
+        ...
+
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         """Where a stream comes from, in JSON's types: equal if and only if its rows are."""
         ...

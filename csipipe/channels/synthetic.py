@@ -107,6 +107,9 @@ class SyntheticSource:
         self._fill(rows, environment, part, start, of_rays)
         return rows
 
+    def user_borders(self, environment: Site, part: Part) -> None:
+        """None: each row is a user's only one."""
+
     def frequency_rows(
         self, environment: Site, part: Part, start: int, stop: int
     ) -> NDArray[np.complex64]:

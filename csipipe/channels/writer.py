@@ -79,6 +79,7 @@ class Writer:
         images: Images,
         scale: NDArray[np.float32] | None = None,
         frequency: NDArray[np.complex64] | None = None,
+        user: NDArray[np.int64] | None = None,
     ) -> None:
         """Append rows to a set: the same files as at the first time.
 
@@ -86,11 +87,12 @@ class Writer:
             images: (B, 2, A, D) in [0, 1].
             scale: (B,), see `format.Set`.
             frequency: (B, A, K).
+            user: (B,), see `format.Set`.
 
         Raises:
             OSError: the disk is full.
         """
-        given = {"images": images, "scale": scale, "frequency": frequency}
+        given = {"images": images, "scale": scale, "frequency": frequency, "user": user}
         values = {name: rows for name, rows in given.items() if rows is not None}
         key = environment, part
         if key not in self._open:

@@ -248,8 +248,9 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     if weights == BEST:
         if not (checkpoints / BEST).is_dir():
             raise ValueError(
-                f"{folder} has no best weights: with data.holdout 0, or before the first "
-                "evaluation, none are chosen. Leave --weights out for the last ones."
+                f"{folder} has no best weights: with data.holdout 0, where no UE has rows of two "
+                "users, or before the first evaluation, none are chosen. Leave --weights out for "
+                "the last ones."
             )
         best = checkpoints / BEST
         return Trained(folder, settings, own, best, checkpoint.switched(best), status)

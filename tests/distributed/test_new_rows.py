@@ -85,6 +85,9 @@ class OneAngle:
         rows[np.arange(stop - start), 0, np.arange(start, stop) % self.shape[1], 0] = 1
         return rows
 
+    def user_borders(self, environment: Site, part: Part) -> None:
+        pass
+
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         return {"angles": self.shape[1]}
 

@@ -296,10 +296,23 @@ def test_no_user_is_on_both_sides(tmp_path: Path) -> None:
             numbers = np.rint(found).astype(int)
             users[part] = set(numbers)
             assert len(numbers) == R * len(users[part])
+            [one] = Description.read(out).of("all", part)
+            assert one.user is not None
+            np.testing.assert_array_equal(np.load(out / one.user.name), numbers - 1)
         assert [len(u) for u in users.values()] == [30, 15, 15]
         assert len(set.union(*users.values())) == N
         peaks[seed] = users["test"]
     assert peaks[0] != peaks[1]
+
+
+def test_users_of_another_file_are_other_ones(tmp_path: Path) -> None:
+    file = saved(tmp_path / "h.npy", channels())
+    words = ["--axes", "sample rx tx subcarrier", "--sets", "train val"]
+    for name, more, rows in (("rx", [], R), ("vectors", ["--eigenvectors", "true"], 1)):
+        assert run(file, file, tmp_path / name, *words, *more) == 0
+        stored = [one.user for one in Description.read(tmp_path / name).sets]
+        users = np.concatenate([np.load(tmp_path / name / one.name) for one in stored if one])
+        np.testing.assert_array_equal(users, np.repeat(np.arange(2 * N), rows))
 
 
 def test_receive_antennas_and_time(tmp_path: Path) -> None:

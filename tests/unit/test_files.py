@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csipipe.channels import common_test, deal, load_test, load_ue, manifest_of, open_source
+from csipipe.channels import (
+    Deal,
+    Span,
+    common_test,
+    deal,
+    load_test,
+    load_ue,
+    manifest_of,
+    open_source,
+)
 from csipipe.channels.format import NAME, Description, Set, Stored
 from csipipe.channels.writer import Writer
 from csipipe.settings import commandline
@@ -261,3 +270,59 @@ def test_nothing_is_left_of_what_fails(tmp_path: Path) -> None:
         written(folder)
     with pytest.raises(FileNotFoundError, match=r"has no channels\.json"):
         open_source(DataSettings(source="files", path=str(tmp_path)))
+
+
+def test_a_user_whose_rows_are_held_out_is_trained_on_nowhere(tmp_path: Path) -> None:
+    """Rows carry their user's number; users have 1 … 5 rows, validation users too."""
+    users = np.repeat(np.arange(60), np.arange(60) % 5 + 1)
+    with Writer(tmp_path / "x") as out:
+        rows = np.broadcast_to((users / 128)[:, None, None, None], (len(users), 2, A, D))
+        first, rest = users < 50, users >= 50
+        out.add("all", "train", rows[first].astype("f4"), user=users[first])
+        out.add("all", "val", rows[rest].astype("f4"), user=users[rest])
+        out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    data = DataSettings(source="files", path=str(tmp_path / "x"))
+    source = open_source(data)
+    dealt = Deal(
+        tuple((Span("all", "train", start, start + 36),) for start in range(0, 180, 36)), ()
+    )
+    trained, held = set(), []
+    for ue in range(5):
+        mine = [part[:, 0, 0, 0] * 128 for part in load_ue(source, dealt, ue, 0.2)]
+        assert sum(map(len, mine)) == 36
+        assert abs(len(mine[1]) - 7) <= 2  # round(0.2 · 36), to the nearest border of users
+        trained |= set(mine[0].tolist())
+        held += list(dict.fromkeys(mine[1].tolist()))
+    assert len(held) == len(set(held))
+    assert not trained & set(held)
+    assert trained | set(held) == set(range(60))
+    assert max(held) >= 50 > min(held)  # the users are shuffled, of both files
+    manifest = manifest_of(dealt, 0.2, source)
+    assert sum(span.size for span in manifest.holdout[0]) == len(load_ue(source, dealt, 0, 0.2)[1])
+    assert "permutation(60) of the users" in source.identity("all", "train")["order"]
+    other = open_source(dataclasses.replace(data, seed=1))
+    assert other.identity("all", "train") != source.identity("all", "train")
+
+
+def test_a_ue_with_one_users_rows_holds_none_out(tmp_path: Path) -> None:
+    with Writer(tmp_path / "x") as out:
+        for ue in range(2):
+            out.add(f"ue-{ue}", "train", images(20), user=np.full(20, ue))
+        out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    source = open_source(DataSettings(source="files", path=str(tmp_path / "x")))
+    dealt = Deal(tuple((Span(f"ue-{ue}", "train", 0, 20),) for ue in range(2)), ())
+    assert [len(part) for part in load_ue(source, dealt, 1, 0.1)] == [20, 0]
+
+
+def test_rows_of_unknown_users_or_one_each_are_shuffled_alike(tmp_path: Path) -> None:
+    found = []
+    for name, user in (("unknown", None), ("own", np.arange(30)[::-1].copy())):
+        with Writer(tmp_path / name) as out:
+            out.add("all", "train", images(30), user=user)
+            out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+        source = open_source(DataSettings(source="files", path=str(tmp_path / name)))
+        assert source.user_borders("all", "train") is None
+        found.append(source.rows("all", "train", 0, 30))
+    np.testing.assert_array_equal(found[1], found[0])
+    order = np.random.default_rng(np.random.SeedSequence((0, 0))).permutation(30)
+    np.testing.assert_array_equal(found[0], images(30)[order])

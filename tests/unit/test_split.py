@@ -131,6 +131,9 @@ class Numbered:
         names = np.arange(start, stop) + 1000 * SITES.index(environment)
         return np.broadcast_to(names[:, None, None, None], (stop - start, 2, 1, 1)).astype("f4")
 
+    def user_borders(self, environment: Site, part: Part) -> None:
+        pass
+
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         return {}
 
