@@ -29,6 +29,8 @@ __all__ = ["add_arguments", "run"]
 
 DECIDED = ("train.aggregate_every", "train.personal_iterations")
 """What this report sets for each run, beside what all reports do."""
+QUICK_SEEDS = 1
+"""How many of the preset's seeds `--quick` takes."""
 METHOD = next(name for name, spec in METHODS.items() if spec.aggregates)
 PERIODS = (1, 10, 100)
 OWN = 0.1

@@ -33,6 +33,8 @@ __all__ = ["add_arguments", "run"]
 
 DECIDED = ("comm.",)
 """What this report sets for each run, beside what all reports do."""
+QUICK_SEEDS = 1
+"""How many of the preset's seeds `--quick` takes."""
 RIVAL = "fedavg"
 CLOSE = 1.05
 """How many times fp32's loss at the end a codec's may be; medians over the seeds."""

@@ -57,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="laptop",
         help="laptop, paper, generated, accuracy, or a YAML file of that kind (%(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer panels and points")
+    parser.add_argument("--quick", action="store_true", help="fewer panels, points or seeds")
     parser.add_argument(
         "--out", help="folder of the reports and their runs; by default reports/<preset>-<data>"
     )
@@ -92,6 +92,8 @@ def report(options: Namespace) -> Report:
                 f"choose a number from 1 to {len(preset.seeds)}."
             )
         preset = replace(preset, seeds=preset.seeds[: options.seeds])
+    elif options.quick:
+        preset = replace(preset, seeds=preset.seeds[: getattr(options, "quick_seeds", None)])
     data = preset.common().data
     out = Path(options.out or f"reports/{preset.name}-{_data_name(data)}")
     return Report(preset, out, options.quick, options.collect, options.jobs)

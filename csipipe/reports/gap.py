@@ -29,6 +29,8 @@ __all__ = ["add_arguments", "run"]
 
 DECIDED = ("run.eval_ues",)
 """What this report sets for each run, beside what all reports do."""
+QUICK_SEEDS = 1
+"""How many of the preset's seeds `--quick` takes."""
 UES = (1, 2, 4, 8, 16)
 ROWS = (1.0, 0.25)
 """Shares of the training rows."""

@@ -167,7 +167,7 @@ def load(
 
     Args:
         name: of a file in `launch/configs/reports`, or a path of such a file.
-        quick: fewer panels and points.
+        quick: with what the file has as `quick`: fewer panels and points.
         user: settings as the command line takes them; they win over the preset's.
         decided: what the report sets itself, beside `DECIDED`; a section ends with a dot.
 

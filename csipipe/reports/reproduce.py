@@ -63,7 +63,10 @@ def parser() -> ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(report)
-        report.set_defaults(decided=getattr(module, "DECIDED", ()))
+        report.set_defaults(
+            decided=getattr(module, "DECIDED", ()),
+            quick_seeds=getattr(module, "QUICK_SEEDS", None),
+        )
         if name in ARRAYS:
             array.add_arguments(report)
         report.add_argument("--debug", action="store_true", help="show a traceback with an error")

@@ -46,6 +46,11 @@ def wanted(report: Report, search: Search) -> dict[Key, Run]:
 def run(options: Namespace) -> int:
     """Search, and write the table and the preset's rates; returns the exit code."""
     report = command.report(options)
+    if report.quick:
+        raise ValueError(
+            "search has no --quick; leave it out, or write fewer rates or iterations into `search` "
+            "of a preset of your own."
+        )
     search, rates = report.preset.search, report.preset.rates_file
     if search is None or rates is None:
         raise ValueError(

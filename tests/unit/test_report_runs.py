@@ -420,6 +420,25 @@ def test_fewer_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
+@pytest.mark.parametrize("name", sorted({*reproduce.ARRAYS, "accuracy"}))
+def test_quick_has_fewer_runs_whatever_the_report(name: str, tmp_path: Path) -> None:
+    def count(*more: str) -> int:
+        line = [name, "--preset", "laptop", "--out", str(tmp_path), *more]
+        options, settings = reproduce.parser().parse_known_args(line)
+        options.settings = settings
+        return len(reproduce.REPORTS[name].wanted(command.report(options)))
+
+    assert 0 < count("--quick") < count()
+    if name in ("bytes", "averaging", "gap"):
+        assert 3 * count("--quick") == count()
+        assert count("--quick", "--seeds", "2") == 2 * count("--quick")
+
+
+def test_search_refuses_to_be_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["search", "--quick", "--out", str(tmp_path)]) == 1
+    assert "search has no --quick" in capsys.readouterr().err
+
+
 def test_a_finished_run_of_other_rows_is_refused(tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("a", "moved", "other")]
     for n, place in enumerate(places):
