@@ -20,7 +20,7 @@ from csipipe.reports import command, pages, runs
 from csipipe.reports.bytes import RIVAL
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
-from csipipe.reports.headline import PANEL, given_loss
+from csipipe.reports.headline import PANEL, common_loss, given_loss, without_loss
 from csipipe.reports.preset import OURS, PANELS, REFERENCE
 from csipipe.reports.runs import Run
 from csipipe.settings.tables import METHODS
@@ -88,12 +88,11 @@ def run(options: Namespace) -> int:
 
 
 def loss_of(curves: Curves, iterations: int) -> float | None:
-    """The given test loss; None until CSILocal and FedAvg have a run."""
-    both = {name for name, (method, _, _) in cases(iterations).items() if method in (OURS, RIVAL)}
+    """The given test loss; None until CSILocal and FedAvg have runs, which learnt something."""
+    both = [name for name, (method, _, _) in cases(iterations).items() if method in (OURS, RIVAL)]
     plain = {key: curve for key, curve in curves.items() if key[0] in both}
-    if {name for name, _ in plain} != both:
-        return None
-    return given_loss(plain, max(curve.lowest for curve in plain.values()))
+    common = common_loss(plain, both)
+    return None if common is None else given_loss(plain, common)
 
 
 def draw(curves: Curves, iterations: int) -> Figure:
@@ -135,17 +134,19 @@ def verdict(report: Report, curves: Curves, notes: str) -> str:
                 f"{statistics.median(c.bytes[-1] for c in every.values()) / 1e6:.1f}",
                 f"{statistics.median(reached) / 1e6:.1f} ({len(reached)} of {len(every)})"
                 if reached
-                else "never",
+                else ("never" if loss is not None else "—"),
                 f"{statistics.median(ends.values()):.3e}",
                 f"{statistics.median(gaps):.3f}" if gaps else "",
             ]
         )
     head = ["method", "MB in all", "MB until the given loss (seeds)", "loss at the end"]
-    given = "" if loss is None else f"The given loss is **{loss:.3e}**. "
+    given = without_loss(curves.values(), map(name_of, (OURS, RIVAL)))
+    if loss is not None:
+        given = f"The given loss is **{loss:.3e}**."
     return pages.page(
         f"Averaging every E iterations ({name_of(PANELS[PANEL][0])}, compression "
         f"1/{PANELS[PANEL][1]})",
-        f"{given}{train.iterations:,} iterations, {report.preset.common().topology.ues} UEs; "
+        f"{given} {train.iterations:,} iterations, {report.preset.common().topology.ues} UEs; "
         "medians over the seeds; the end is the mean of the last three evaluations.",
         pages.table([*head, f"over {name_of(REFERENCE)}'s"], rows),
         notes,

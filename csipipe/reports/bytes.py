@@ -21,7 +21,7 @@ from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
-from csipipe.reports.headline import PANEL, given_loss
+from csipipe.reports.headline import PANEL, common_loss, given_loss, without_loss
 from csipipe.reports.pages import Claim
 from csipipe.reports.plan import LINKS
 from csipipe.reports.preset import OURS, PANELS
@@ -130,11 +130,11 @@ class Tried:
 
 
 def loss_of(curves: Curves) -> float | None:
-    """The given test loss; None if a method has no run in fp32."""
+    """The given test loss; None if a method has no run in fp32, or learnt
+    nothing."""
     plain = {(m, seed): curve for (m, coding, seed), curve in curves.items() if coding == "fp32"}
-    if {method for method, _ in plain} != set(CODINGS):
-        return None
-    return given_loss(plain, max(curve.lowest for curve in plain.values()))
+    common = common_loss(plain, CODINGS)
+    return None if common is None else given_loss(plain, common)
 
 
 def judge(curves: Curves) -> list[Tried]:
@@ -182,7 +182,7 @@ def claims(tried: list[Tried]) -> list[Claim]:
         for name, (other, goal) in against.items():
             found = None if mine is None or other is None else ratio(mine, other)
             counts = mine is not None and mine.counts
-            ours = "no run yet" if mine is None or other is None else "no run reaches it"
+            ours = "not compared" if mine is None or other is None else "no run reaches it"
             if found is not None:
                 ours = f"{found:.3f} times"
             if mine is not None:
@@ -246,7 +246,9 @@ def verdict(curves: Curves, tried: list[Tried], seeds: int, notes: str) -> str:
     """The Markdown page."""
     loss = loss_of(curves)
     parts = [pages.claims_table(claims(tried), "what is wanted", "goal")]
-    if loss is not None:
+    if loss is None:
+        parts.append(without_loss(curves.values(), map(name_of, CODINGS)))
+    else:
         parts += [
             f"The given loss is **{loss:.3e}**, by the headline's rule from the runs in fp32 of "
             f"{' and '.join(map(name_of, CODINGS))}; {seeds} seeds. A codec counts if every seed "

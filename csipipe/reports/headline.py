@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -69,16 +69,26 @@ def run(options: Namespace) -> int:
     return command.close(found, [file for file in files if file.exists()])
 
 
-def common_loss(curves: Curves) -> float | None:
-    """The lowest loss that all compared methods reach, in every seed.
+def common_loss(curves: Curves, of: Collection[str] = COMPARED) -> float | None:
+    """The lowest loss that all methods of `of` reach, in every seed.
 
-    None if one of them has no run, or one learnt nothing.
+    None if one of them has no run, or one learnt nothing: `without_loss` says so.
     """
-    compared = {key: curve for key, curve in curves.items() if key[0] in COMPARED}
-    if {method for method, _ in compared} != set(COMPARED):
+    compared = {key: curve for key, curve in curves.items() if key[0] in of}
+    if {method for method, _ in compared} != set(of):
         return None
     worst = max(curve.lowest for curve in compared.values())
-    return worst if worst < _floor(curves) else None
+    return worst if worst < floor(curves.values()) else None
+
+
+def without_loss(curves: Iterable[Curve], of: Iterable[str]) -> str:
+    """A paragraph for pages without a given loss; `of` names the methods as they are shown."""
+    seen = list(curves)
+    below = f" ({floor(seen):.3e}, a constant 0.5)" if seen else ""
+    return (
+        f"There is no given loss, so nothing is compared by it: {' and '.join(of)} must have run "
+        f"and fallen below the floor{below} in every seed."
+    )
 
 
 def given_loss(curves: Curves, common: float, share: float = GIVEN) -> float:
@@ -86,12 +96,13 @@ def given_loss(curves: Curves, common: float, share: float = GIVEN) -> float:
 
     Not all the way: near its end a curve is flat, and noise decides when the loss is reached.
     """
-    floor = _floor(curves)
-    return floor - share * (floor - common)
+    start = floor(curves.values())
+    return start - share * (start - common)
 
 
-def _floor(curves: Curves) -> float:
-    return min(curve.floor for curve in curves.values())
+def floor(curves: Iterable[Curve]) -> float:
+    """The lowest of their floors."""
+    return min(curve.floor for curve in curves)
 
 
 def ratios(curves: Curves, method: str, loss: float) -> list[float]:
@@ -222,8 +233,8 @@ def verdict(
     parts = [pages.claims_table(claims(curves, loss, seeds))]
     if common is not None and loss is not None:
         way = (
-            f"the way from the floor ({_floor(curves):.3e}) to the lowest loss that CSILocal, "
-            f"FedAvg and FedProx all reach in every seed ({common:.3e})"
+            f"the way from the floor ({floor(curves.values()):.3e}) to the lowest loss that "
+            f"CSILocal, FedAvg and FedProx all reach in every seed ({common:.3e})"
         )
         rule = f"The rule, fixed before any run: {GIVEN:.0%} of {way}."
         parts += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
     assert {str(line.get_label()) for line in lines} == {*SIZES} - {"centralised"}
     few = {key: curve for key, curve in curves.items() if key[0] != "FedAvg"}
     assert report.loss_of(few, 300) is None
-    assert "never" in report.verdict(one, few, "")
+    page = report.verdict(one, few, "")
+    assert "There is no given loss, so nothing is compared by it: CSILocal and FedAvg must" in page
+    assert "| SplitFed, E = 1 | 0.0 | — | 5.000e-01 | 1.250 |" in page
+    above = replace(curves["FedAvg", 2], loss=[FLOOR, *[2 * FLOOR] * 4])
+    flat = {**curves, ("FedAvg", 2): above}
+    assert report.loss_of(flat, 300) is None
+    page = report.verdict(one, flat, "")
+    assert "fallen below the floor (1.000e+00, a constant 0.5) in every seed. 300 iter" in page
+    assert "given loss is" not in page
     assert "averaging" in REPORTS
     assert ARRAYS["averaging"] is report.wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,17 @@ def test_nothing_is_judged_without_the_runs_in_fp32(tmp_path: Path) -> None:
     curves = found(tmp_path, SIZES)
     assert report.loss_of(curves) is None
     assert {claim.holds for claim in report.claims(report.judge(curves))} == {None}
-    assert "can't be judged" in report.verdict(curves, [], 3, "3 run(s) are not in this report")
+    page = report.verdict(curves, [], 3, "3 run(s) are not in this report")
+    assert "can't be judged" in page
+    assert "There is no given loss" in page
+
+
+def test_nothing_is_judged_where_a_method_learnt_nothing(tmp_path: Path) -> None:
+    curves = {**found(tmp_path, SIZES | RIVALS)}
+    curves["fedavg", "fp32", 1] = replace(curves["fedavg", "fp32", 1], loss=[2 * FLOOR] * 5)
+    assert report.loss_of(curves) is None
+    assert report.judge(curves) == []
+    assert "fallen below the floor (1.000e+00, a constant" in report.verdict(curves, [], 3, "")
 
 
 def test_runs_in_fp32_are_those_of_the_headline(tmp_path: Path) -> None:
