@@ -15,7 +15,7 @@ from csipipe.channels.convert import Tally
 from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
 from csipipe.channels.format import Description
-from csipipe.channels.source import Images, Site, Source
+from csipipe.channels.source import Images, Part, Site, Source
 from csipipe.channels.statistics import (
     MOST_ROWS,
     bars,
@@ -27,7 +27,7 @@ from csipipe.measure.metrics import rho, to_frequency
 
 PARTS = ("train", "val", "test")
 GENERATED = (6500, 1500)
-"""Training and test rows generated for statistics."""
+"""Training and test rows of a built-in source for statistics, where there are so many."""
 _SAME = 0.95
 """Least ρ between an image and its untruncated channel: truncation in delay costs about 0.01; other
 rows or antennas leave 0.2, the conjugate 0.5, frequencies in reverse 0.8 to 0.9."""
@@ -35,11 +35,11 @@ rows or antennas leave 0.2, the conjugate 0.5, frequencies in reverse 0.8 to 0.9
 
 @dataclass
 class Checked:
-    """The channels of one environment: files in a folder, or generated ones."""
+    """The channels of one environment: files in a folder, or those of a built-in source."""
 
     environment: Site
     files: dict[str, Examined]
-    """By part, the existing ones; none for generated channels."""
+    """By part, the existing ones; none of a built-in source."""
     sets: tuple[Images, Images] | None
     """Training (with validation) and test rows for statistics; None if no file has usable ones."""
     rho: float | None = None
@@ -67,10 +67,14 @@ def check_folder(folder: Path, environment: Site) -> Checked:
 
 
 def generated(source: Source, environment: Site) -> Checked:
-    """Generated channels, for statistics beside those of files."""
+    """Channels of a built-in source, for statistics beside those of files."""
+
+    def rows(part: Part, most: int) -> Images:
+        there = source.available(environment, part)
+        return source.rows(environment, part, 0, most if there is None else min(most, there))
+
     train, test = GENERATED
-    sets = source.rows(environment, "train", 0, train), source.rows(environment, "test", 0, test)
-    return Checked(environment, {}, sets)
+    return Checked(environment, {}, (rows("train", train), rows("test", test)))
 
 
 def _sets(files: dict[str, Examined]) -> tuple[Images, Images] | None:

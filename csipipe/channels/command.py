@@ -18,7 +18,7 @@ from csipipe.channels import convert as converting
 from csipipe.channels import generate as generating
 from csipipe.channels.checkup import converted_report
 from csipipe.channels.eigenvectors import SUBBANDS
-from csipipe.channels.format import Description, SetPart
+from csipipe.channels.format import SetPart
 from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.scene import Scene
 from csipipe.channels.source import Site
@@ -134,16 +134,16 @@ def check(
 
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or a converted one; an array's file,
-            or a folder of them; or synthetic.
+            or a folder of them; or synthetic, or a source of your own that reads no folder.
         environment: indoor or outdoor, or one of a converted folder; by default all of them.
-        beside: another folder of either kind, or synthetic, whose statistics go beside: of the same
-            environment, or of all that it has.
+        beside: another folder of either kind, or such a source, whose statistics go beside: of the
+            same environment, or of all that it has.
         seed: seed of synthetic channels.
     """
     place = Path(source)
     if places.is_converted(source):
         return _check_converted(source, places.sites(source, environment), beside, seed)
-    if place.is_file() or (source not in places.BUILT_IN and not checkup.is_csinets(place)):
+    if place.is_file() or (not places.built_in(source) and not checkup.is_csinets(place)):
         files = rawcheck.raw_files(place)
         if files:
             print("\n".join(rawcheck.raw_report(files)))
@@ -156,7 +156,8 @@ def check(
         sets = {places.title(source): checked.sets} if checked.sets else {}
         if beside is not None:
             sets |= places.beside(beside, source, [site], seed)
-        print(f"\n{site}\n{statistics.table(sets)}\n", flush=True)
+        vectors = places.kind(source) == "eigenvectors"
+        print(f"\n{site}\n{statistics.table(sets, vectors)}\n", flush=True)
     return good
 
 
@@ -271,7 +272,8 @@ def look(
     Of eigenvectors, they are over subband and port.
 
     Args:
-        source: folder with DATA_Htrainin.mat and its siblings, or a converted one; or synthetic.
+        source: folder with DATA_Htrainin.mat and its siblings, or a converted one; or synthetic, or
+            a source of your own that reads no folder.
         output: the PNG file to write; an existing one is replaced.
         environment: indoor or outdoor, or one of a converted folder; by default all of them.
         seed: seed of synthetic channels.
@@ -284,9 +286,7 @@ def look(
         raise ValueError(f"no file in {source} has rows that can be drawn; run check on it.")
     title = places.title(source)
     sets = {f"{site} ({title}, {len(rows):,} test rows)": rows for site, rows in tests.items()}
-    converted = places.is_converted(source)
-    axes = profileplot.labels(Description.read(Path(source))) if converted else profileplot.CSINETS
-    profileplot.draw(sets, Path(output), axes)
+    profileplot.draw(sets, Path(output), places.axes(source))
     print(f"{output}: {', '.join(sets)}")
     return True
 

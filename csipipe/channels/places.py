@@ -7,30 +7,42 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from csipipe import channels
-from csipipe.channels import checkup, rawcheck
+from csipipe.channels import checkup, profileplot, rawcheck
 from csipipe.channels.format import Description
-from csipipe.channels.layout import ANGLES, DELAYS
-from csipipe.channels.source import SITES, Images, Kind, Site
+from csipipe.channels.source import Images, Kind, Site, Source
 from csipipe.settings.config import DataSettings
-from csipipe.settings.tables import SOURCES
+from csipipe.settings.tables import KINDS, SOURCES, SourceSpec
 
-BUILT_IN = [name for name, source in SOURCES.items() if not source.folder]
-"""Sources that may be given instead of a folder."""
+
+def built_in(source: str) -> bool:
+    """Whether it names a source that reads no folder, which may be given instead of one."""
+    return source in SOURCES and not SOURCES[source].folder
 
 
 def is_converted(source: str) -> bool:
     """Whether it is a folder of csipipe's own format."""
-    return source not in BUILT_IN and rawcheck.is_converted(Path(source))
+    return not built_in(source) and rawcheck.is_converted(Path(source))
 
 
 def kind(source: str) -> Kind:
     """What its images hold."""
+    if built_in(source):
+        return _opened(source).kind
     return Description.read(Path(source)).kind if is_converted(source) else "channel"
 
 
 def title(source: str) -> str:
     """What it is called in tables and pictures."""
-    return "generated" if source in BUILT_IN else Path(source).resolve().name
+    return source if built_in(source) else Path(source).resolve().name
+
+
+def axes(source: str) -> tuple[str, str]:
+    """What stands at its images' axes in pictures, see `SourceSpec.axes`."""
+    if is_converted(source):
+        return profileplot.labels(Description.read(Path(source)))
+    if built_in(source):
+        return KINDS[kind(source)].axes or SOURCES[source].axes
+    return SourceSpec.axes
 
 
 def sites(source: str, environment: str | None = None) -> Sequence[Site]:
@@ -40,8 +52,8 @@ def sites(source: str, environment: str | None = None) -> Sequence[Site]:
         FileNotFoundError: the folder isn't there, or holds no channels.
         ValueError: there is no such environment.
     """
-    if source in BUILT_IN:
-        found: Sequence[Site] = SITES
+    if built_in(source):
+        found: Sequence[Site] = _opened(source).environments
     elif is_converted(source):
         found = Description.read(Path(source)).environments
     else:
@@ -57,10 +69,14 @@ def sites(source: str, environment: str | None = None) -> Sequence[Site]:
 
 def checked(source: str, site: Site, seed: int) -> checkup.Checked:
     """One environment of CsiNet's files or of a built-in source."""
-    if source in BUILT_IN:
-        data = DataSettings(source=source, seed=seed)
-        return checkup.generated(channels.open_source(data, ANGLES, DELAYS), site)
+    if built_in(source):
+        return checkup.generated(_opened(source, seed), site)
     return checkup.check_folder(Path(source), site)
+
+
+def _opened(source: str, seed: int = 0) -> Source:
+    """A built-in source, in its own size."""
+    return channels.open_source(DataSettings(source=source, seed=seed))
 
 
 def sets(source: str, site: Site, seed: int) -> tuple[Images, Images] | None:

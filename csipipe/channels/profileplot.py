@@ -16,18 +16,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from csipipe.channels.format import Description
-from csipipe.channels.scenario import BIN_NS
 from csipipe.channels.scene import Scene
 from csipipe.channels.source import Images
 from csipipe.channels.statistics import measure, spaced
 from csipipe.channels.transform import to_complex
-from csipipe.settings.tables import KINDS, SOURCES
+from csipipe.settings.tables import KINDS, SOURCES, SourceSpec
 
 SAMPLES = 3
-_ANGLE = "angle (bins of 1/{} cycle per antenna)"
+_ANGLE = SourceSpec.axes[0]
 _DELAY = "delay (bins of {:.4g} ns)"
-CSINETS = _ANGLE, _DELAY.format(BIN_NS)
-"""Labels of the axes of CsiNet's images, COST 2100's, and of what is generated like them."""
 _FLOOR_DB = -30.0
 """Weaker bins are white."""
 

@@ -84,7 +84,10 @@ class SourceSpec:
     """The environment if data.environment is null."""
     environments: tuple[str, ...] = ("indoor", "outdoor", "noniid")
     """What data.environment may be; none: what the data has."""
-    axes: tuple[str, str] = ("angle (1/{} cycles)", "delay (bins of 50 ns)")
+    axes: tuple[str, str] = (
+        "angle (bins of 1/{} cycle per antenna)",
+        "delay (bins of 50 ns)",
+    )
     """Labels of an image's axes in pictures; {}: the number of bins."""
 
 

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from scipy import io
 
 from csipipe.channels import command, frequency_channels, open_source, statistics
-from csipipe.channels.source import Images
+from csipipe.channels.source import Images, Part, Site, check_range
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.settings.config import DataSettings
+from csipipe.settings.tables import SOURCES, SourceSpec
 
 
 def run(*arguments: object) -> int:
@@ -191,7 +192,7 @@ def test_check_shows_a_converted_folder_beside_another_source(
         rows = next(n for n, line in enumerate(lines) if line.startswith("rows looked at"))
         return list(zip(*(re.split(" {2,}", lines[n])[1:] for n in (rows - 1, rows)), strict=True))
 
-    generated = "beside: generated"
+    generated = "beside: synthetic"
     one = [("indoor", "180")]
     assert columns("one", "synthetic") == [*one, (f"{generated} indoor", "300")]
     assert columns("one", "other") == [*one, ("beside: other hall", "180")]
@@ -304,6 +305,44 @@ def test_look_names_the_axes_as_far_as_they_are_known(
     assert run("convert", words[0], tmp_path / "vectors", *words[1:], *vectors) == 0
     profiles = samples | {"mean port profile", "mean subband profile"}
     assert looked_at(tmp_path / "vectors") == profiles | {"port (of 8)", "subband (of 4)"}
+
+
+class Hall(SyntheticSource):
+    """Few rows of another size, in another environment."""
+
+    environments = ("hall",)
+
+    def available(self, environment: Site, part: Part) -> int:
+        return 30 if part == "train" else 12
+
+    def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
+        check_range(start, stop, self.available(environment, part))
+        return super().rows("indoor", part, start, stop)
+
+
+def open_hall(data: DataSettings, angles: int | None, delays: int | None) -> Hall:
+    return Hall(data.seed, angles or 8, delays or 4)
+
+
+def test_a_source_of_ones_own_is_shown_as_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = "beam {}", "tap"
+    row = SourceSpec(about="thrown away", open=f"{__name__}:open_hall", folder=False, axes=axes)
+    monkeypatch.setitem(SOURCES, "mine", row)
+    labels: set[str] = set()
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *_, **__: labels.update(axis.get_xlabel() for axis in figure.axes),
+    )
+    assert run("look", "mine", "--output", tmp_path / "channels.png") == 0
+    assert "hall (mine, 12 test rows)" in capsys.readouterr().out
+    assert labels - {""} == {"beam 8", "tap"}
+    assert run("check", "mine", "--beside", "mine") == 0
+    said = capsys.readouterr().out
+    assert "beside: mine hall" in said
+    assert re.search(r"rows looked at +30 +30", said)
 
 
 def test_look_knows_the_width_of_a_delay_bin_of_a_generated_folder(
