@@ -14,11 +14,11 @@ from csipipe.evaluation import command
 from csipipe.settings.commandline import RunParser
 
 
-def evaluate(world: World | None, run: str, out: str) -> None:
+def evaluate(world: World | None, run: str, out: str, *more: str) -> None:
     """The command on one rank."""
     parser = RunParser("evaluate", "")
     command.add_arguments(parser)
-    arguments = [run, "--data.test_samples", "600", "--train.threads", "1", "--out", out]
+    arguments = [run, "--data.test_samples", "600", "--train.threads", "1", "--out", out, *more]
     options, settings = parser.parse(arguments)
     command.run(options, settings, world)
 

@@ -17,7 +17,7 @@ from runs import joined, small, splits, unsplit
 from test_evaluate import evaluate
 from torch import Tensor, nn
 
-from csipipe.channels.source import SITES, Images, Kind, Part, Site
+from csipipe.channels.source import SITES, Images, Kind, Part, Site, Source
 from csipipe.comm.world import World
 from csipipe.methods import federated
 from csipipe.methods.fedgrad import FedGrad
@@ -76,6 +76,7 @@ class OneAngle:
     def __init__(self, angles: int, delays: int) -> None:
         self.shape = (2, angles, delays)
         self.size = (angles, delays)
+        self.array = (angles, 1, 1)
 
     def available(self, environment: Site, part: Part) -> int | None:
         return None
@@ -95,7 +96,7 @@ class OneAngle:
         return "one angle has no frequencies"
 
 
-def open_source(data: DataSettings, angles: int | None, delays: int | None) -> OneAngle:
+def open_source(data: DataSettings, angles: int | None, delays: int | None) -> Source:
     return OneAngle(angles or 8, delays or 8)
 
 
@@ -149,7 +150,7 @@ def test_a_new_method_and_source_train_and_are_evaluated(
             run={"dir": str(folder)},
         )
         run_world(2, train, settings)
-        evaluate(None, str(folder), str(tmp_path / "found"))
+        evaluate(None, str(folder), str(tmp_path / "found"), "--bits")
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["method"], summary["status"], summary["iterations"]) == (
         "fedsign",
@@ -159,7 +160,9 @@ def test_a_new_method_and_source_train_and_are_evaluated(
     assert summary["test"]["loss"] < summary["test"]["floor_loss"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["test"]["rows"] == {"indoor": 12}
-    assert "no ρ and SGCS: one angle has no frequencies" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no ρ and SGCS: one angle has no frequencies" in said
+    assert "6 bits an entry" in said
     with pytest.raises(ValueError, match="method is 'fedsign'; it must be one of csilocal"):
         small("fedsign")
 
