@@ -64,11 +64,11 @@ def decide(settings: Settings, topology: Topology, device: torch.device) -> Way:
                 f"{reason}. Use train.stacked auto or never."
             )
         return Way(True, "train.stacked is always")
-    if reason is not None:
-        return Way(False, reason)
     hosted = (len(topology.ues_of(role)) for role in topology.ue_roles)
     if min(hosted) < 2 or settings.participants < FEW:
         return Way(False, "train.stacked auto: they are few")
+    if reason is not None:
+        return Way(False, reason)
     if device.type != "cpu":
         return _on_a_gpu(settings.model)
     reals = settings.train.batch_size * settings.model.reals

@@ -102,10 +102,9 @@ def _places(modules: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
     rows = [list(in_order(module)) for module in modules]
     for layer in rows[0]:
         if type(layer) not in MAKERS:
-            known = ", ".join(sorted(kind.__name__ for kind in MAKERS))
             raise Unstackable(
-                f"{type(layer).__name__} can't be computed for several UEs at once, only a "
-                f"Sequential of {known} can"
+                f"{_home(type(layer))}.{type(layer).__name__} can't be computed for several UEs at "
+                f"once, only a Sequential of layers of {_known()} can"
             )
         if isinstance(layer, nn.BatchNorm2d) and (
             not layer.affine or not layer.track_running_stats or layer.momentum is None
@@ -116,6 +115,19 @@ def _places(modules: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:
         if [(repr(layer), _shapes(layer)) for layer in row] != make:
             raise Unstackable(f"the layers of module {number} aren't those of the first")
     return list(zip(*rows, strict=True))
+
+
+def _home(kind: type[nn.Module]) -> str:
+    """Where a layer is imported from: some of ours are called as PyTorch's are."""
+    return "torch.nn" if kind.__module__.startswith("torch.nn.") else kind.__module__
+
+
+def _known() -> str:
+    """The layers that can be stacked, in words."""
+    homes: dict[str, list[str]] = {}
+    for kind in sorted(MAKERS, key=lambda kind: kind.__name__):
+        homes.setdefault(_home(kind), []).append(kind.__name__)
+    return ", ".join(f"{home} ({', '.join(names)})" for home, names in sorted(homes.items()))
 
 
 def _shapes(layer: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -232,11 +233,19 @@ def test_only_the_leakyrelu_directly_behind_is_taken_over() -> None:
 def test_what_cant_be_stacked_is_named_and_left_alone() -> None:
     plain = [nn.Sequential(nn.Linear(4, 3), nn.GELU()) for _ in range(2)]
     weight = plain[1][0].weight
-    with pytest.raises(Unstackable, match="GELU can't be computed for several UEs at once"):
+    with pytest.raises(Unstackable, match=r"torch\.nn\.GELU can't be computed for several"):
         Stack(plain)
     with pytest.raises(Unstackable, match="the layers of module 1 aren't those of the first"):
         Stack([nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(5, 3))])
     assert plain[1][0].weight is weight
+    with pytest.raises(Unstackable) as refused:  # csipipe has a Conv2d that can be
+        Stack([nn.Conv2d(2, 2, 1)])
+    said = str(refused.value)
+    assert said.startswith("torch.nn.Conv2d can't be")
+    assert "csipipe.models.layers (Conv2d, Linear, Pointwise)" in said
+    [of_torch] = re.findall(r"torch\.nn \((.*?)\)", said)
+    assert "Linear" in of_torch.split(", ")
+    assert "Conv2d" not in of_torch.split(", ")
     assert models.unstackable(MODEL) is None
 
 
@@ -293,7 +302,9 @@ def test_a_model_that_cant_be_stacked_is_refused_or_done_without() -> None:
         topology=TopologySettings(ues=10, stages=1),
     )
     topology, cpu = Topology.of(settings, 2), torch.device("cpu")
-    assert decide(settings, topology, cpu).why.startswith("GELU can't be computed for several UEs")
+    assert decide(settings, topology, cpu).why.startswith("torch.nn.GELU can't be computed for")
+    few = replace(settings, topology=replace(settings.topology, ues=4))
+    assert decide(few, Topology.of(few, 2), cpu).why == "train.stacked auto: they are few"
     with pytest.raises(ValueError, match=r"train.stacked is always, but model.name .*own can't be"):
         decide(replace(settings, train=TrainSettings(stacked="always")), topology, cpu)
 
