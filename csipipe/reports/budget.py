@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from csipipe import channels
 from csipipe.reports import start
 from csipipe.reports.runs import Run, State, placed, sort
 from csipipe.settings.config import ModelSettings, Settings
@@ -39,7 +38,7 @@ def within(
     for run in wanted:
         first.setdefault(_kind(run), run)
     probes = {
-        kind: longest(placed(f"probe-{run.name}", _quiet(run.settings), out), PROBED)
+        kind: longest(placed(f"probe-{run.name}", _quiet(run), out), PROBED)
         for kind, run in first.items()
     }
     train(list(probes.values()))
@@ -88,10 +87,10 @@ def _kind(run: Run) -> tuple[str, ModelSettings]:
     return run.settings.method, run.settings.model
 
 
-def _quiet(settings: Settings) -> Settings:
+def _quiet(run: Run) -> Settings:
     """Evaluated once, at the end, on few rows: only seconds per iteration are wanted."""
-    _, dealt = channels.dealt(settings)
-    there = sum(span.size for span in dealt.test)
+    settings = run.settings
+    there = sum(span.size for span in run.dealt().test)
     return replace(
         settings,
         data=replace(settings.data, test_samples=min(there, EVALUATED)),

@@ -107,7 +107,8 @@ def obtain(report: Report, wanted: Iterable[Run]) -> Found:
     """The runs that a report needs, trained if they are missing.
 
     Raises:
-        ValueError: one of their folders can't be used; nothing was started.
+        ValueError: one of their folders can't be used, or none can train on these data; nothing
+            was started.
     """
     runs = {run.name: run for run in wanted}
     found = states.sort(runs.values())
@@ -119,7 +120,14 @@ def obtain(report: Report, wanted: Iterable[Run]) -> Found:
         for name, why in absent.items():
             print(f"  {name}: {why}", file=sys.stderr)
         return Found({run.name: run for run in finished}, absent, failed=False)
-    failed = start.start(missing, report.out, report.preset.processes, report.jobs)
+    unfit = states.unfit(missing)
+    if len(unfit) == len(runs):
+        reasons = "\n  ".join(dict.fromkeys(unfit.values()))
+        raise ValueError(f"none of the {len(runs)} runs can train on these data:\n  {reasons}")
+    for name, why in unfit.items():
+        print(f"  {name}: not started: {why}", file=sys.stderr)
+    ready = [run for run in missing if run.name not in unfit]
+    failed = unfit | start.start(ready, report.out, report.preset.processes, report.jobs)
     done = {run.name: run for run in states.sort(runs.values())[State.FINISHED]}
     absent = {name: failed.get(name, "not finished") for name in runs if name not in done}
     return Found(done, absent, failed=bool(absent))

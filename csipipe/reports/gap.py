@@ -15,7 +15,7 @@ from itertools import product
 
 from matplotlib.figure import Figure
 
-from csipipe import channels, plotting
+from csipipe import plotting
 from csipipe.files import write_file, write_table
 from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
@@ -47,7 +47,7 @@ def wanted(report: Report) -> dict[Key, Run]:
     for method, seed in product((REFERENCE, OURS), preset.seeds):
         plain = runs.make(preset, report.out, method, *PANELS[PANEL], seed)
         usual = plain.settings
-        _, dealt = channels.dealt(usual)
+        dealt = plain.dealt()
         total = sum(span.size for spans in dealt.ues for span in spans)
         for share, ues in product(ROWS, UES if method == OURS else (1,)):
             rows, batch = int(total * share), samples // ues

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from csipipe import channels
-from csipipe.channels import manifest
-from csipipe.files import DAMAGED
+from csipipe.channels import manifest, split
+from csipipe.files import DAMAGED, in_words
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
 from csipipe.reports.preset import DECIDED, Preset, argument, plain
@@ -86,6 +86,21 @@ class Run:
         """The learning curve of the finished run."""
         return curves.read(self.folder)
 
+    def dealt(self) -> channels.Deal:
+        """Which rows of its data it trains on and is tested on; no values are read.
+
+        Raises:
+            ValueError, OSError: it can't train on them; says what has to be another.
+        """
+        data, model = self.settings.data, self.settings.model
+        there = channels.open_source(data, model.angles, model.delays).environments
+        if data.where not in (*there, split.ALL, split.NONIID):
+            raise ValueError(
+                f"this report is on {data.where} channels; {data.path} has {', '.join(there)}. "
+                f"Convert them with --environments {data.where} to use them as such."
+            )
+        return channels.dealt(self.settings)[1]
+
     def _check_settings(self, config: Path) -> None:
         wanted, usual = plain(self.settings), plain(Settings()) | BEFORE
         try:
@@ -140,6 +155,17 @@ def placed(name: str, settings: Settings, out: Path) -> Run:
     """A run with its folder under `out`."""
     folder = str(out / "runs" / name)
     return Run(name, replace(settings, run=replace(settings.run, dir=folder)))
+
+
+def unfit(runs: Iterable[Run]) -> dict[str, str]:
+    """Why runs can't train on their data, by name."""
+    found = {}
+    for run in runs:
+        try:
+            run.dealt()
+        except (OSError, ValueError) as error:
+            found[run.name] = in_words(error)
+    return found
 
 
 def sort(runs: Iterable[Run]) -> dict[State, list[Run]]:
