@@ -26,6 +26,15 @@ _RECEIVE, _TIMES, _PORTS = range(1, 9), range(9, 65), 4
 _FLAT = {
     2048: "sample (part angle=32 delay=32)",  # CsiNet's rows
 }
+_EXAMPLES = {
+    2: "sample (tx=32 subcarrier)",
+    3: "sample tx subcarrier",
+    4: "sample rx tx subcarrier",
+    5: "user time rx tx subcarrier",
+    6: "user time bts rx tx subcarrier",
+    7: "user user rx bts tx time subcarrier",
+}
+"""Axes of complex arrays by their number."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,10 @@ def _share(rows: NDArray[np.complex64]) -> float:
 
 
 def example(array: RawArray) -> str:
-    """Axes that an array of so many could have."""
-    words = {2: "sample (tx=32 subcarrier)", 3: "sample tx subcarrier"}
-    words |= {4: "sample rx tx subcarrier", 5: "sample rx tx subcarrier part"}
-    words |= {7: "user user rx bts tx time subcarrier"}
-    return words.get(len(array.shape), "sample tx subcarrier")
+    """Axes that an array of so many could have; of reals, one of them holds the parts."""
+    axes = len(array.shape)
+    if array.dtype.startswith("complex"):
+        return _EXAMPLES.get(axes, _EXAMPLES[3])
+    if axes == 2:
+        return "sample (tx=32 subcarrier part=2)"
+    return f"{_EXAMPLES.get(axes - 1, _EXAMPLES[3])} part"

@@ -26,7 +26,7 @@ from csipipe.channels.axes import parse
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
 from csipipe.channels.inputs import Input, Plan
-from csipipe.channels.reading import guess
+from csipipe.channels.reading import example, guess
 from csipipe.channels.source import Part, Source
 from csipipe.measure import metrics
 from csipipe.settings.config import DataSettings
@@ -525,6 +525,17 @@ def test_axes_that_could_be_either_are_refused(
     said = error(capsys, saved(tmp_path / "n.npy", noise), tmp_path / "o")
     assert "no reading of its axes fits" in said
     assert "--axes 'sample tx subcarrier'" in said
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float32"])
+def test_the_axes_that_are_suggested_can_be_those_of_the_array(dtype: str, tmp_path: Path) -> None:
+    for count in range(2, 8):
+        sizes = (64, 128) if count == 2 else (2, 32, *[2] * (count - 2))
+        values = np.random.default_rng(0).standard_normal(sizes).astype(dtype)
+        with rawarray.opened(saved(tmp_path / f"{count}.npy", values)) as array:
+            axes = parse(example(array))
+            assert axes.has("part") == (dtype == "float32")
+            assert axes.sizes(sizes)
 
 
 @pytest.mark.parametrize(
