@@ -122,7 +122,14 @@ class CodecSpec:
     dtype: str | None = None
     """The type, of torch, in which every scalar crosses by itself."""
     bits: int | None = None
-    """Bits of a scalar that crosses as a multiple of a scale."""
+    """Bits of a scalar that crosses as a multiple of a scale: 2, 4 or 8, which fill a byte."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, 2, 4, 8):
+            raise ValueError(
+                f"bits of a codec is {self.bits}; it must be 2, 4 or 8, so that there are levels "
+                "beside 0 and whole ones fill a byte."
+            )
 
 
 def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:

@@ -16,7 +16,7 @@ from csipipe.comm.codec import Codec, Residual, Rounding
 from csipipe.comm.ledger import Kind
 from csipipe.comm.loopback import Loopback
 from csipipe.settings.config import CodecSettings, CommSettings, Settings, TrainSettings, suited
-from csipipe.settings.tables import CODECS
+from csipipe.settings.tables import CODECS, CodecSpec
 
 PACKED = [name for name, spec in CODECS.items() if spec.dtype is None]
 LEVELS = [name for name, spec in CODECS.items() if spec.bits is not None]
@@ -24,6 +24,12 @@ LEVELS = [name for name, spec in CODECS.items() if spec.bits is not None]
 
 def message(rows: int = 6, width: int = 37) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 16])
+def test_bits_that_make_no_levels_or_fill_no_byte_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"bits of a codec is {bits}; it must be 2, 4 or 8"):
+        CodecSpec(bits=bits)
 
 
 @pytest.mark.parametrize("name", CODECS)
