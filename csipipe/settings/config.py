@@ -201,7 +201,8 @@ class DataSettings:
     test_samples: int | None = None
     """Rows of the common test set. null: all rows of the source; synthetic: 1000."""
     holdout: float = 0.05
-    """Share of each UE's training rows kept for choosing the best weights; never trained on."""
+    """Share of each UE's training rows kept for choosing the best weights; never trained on. They
+    are whole users' where converted data has several rows of a user."""
     seed: int = 0
     """Seed of the synthetic channels and of the assignment of rows to UEs."""
     accept: Verdict = "suspicious"
