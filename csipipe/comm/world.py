@@ -116,7 +116,7 @@ class World:
             ValueError: the first node's name doesn't resolve.
             OSError: the store can't be reached; PeerLost, a rank did not arrive.
         """
-        # Ctrl-C reaches every rank: avoid their tracebacks
+        # Ctrl-C reaches every rank: avoid their tracebacks; while they train it is `Stopping`'s
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         meeting.resolve(os.environ["MASTER_ADDR"])
         try:

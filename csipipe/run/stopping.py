@@ -1,19 +1,20 @@
 """A run that is asked to stop: all ranks end after the same iteration, with everything saved.
 
-A run is stopped by SIGTERM, SIGUSR1 or SIGHUP (a closed terminal, a lost ssh) to any rank, or by a
-file called `stop` in its directory. Rank 0 then names the iteration after its current one. No
-rank can be further, since each needs messages from rank 0 in every iteration; so all of them read
-the name in time, by looking into the store once per iteration.
+A run is stopped by Ctrl-C, by SIGTERM, SIGUSR1 or SIGHUP (a closed terminal, a lost ssh) to any
+rank, or by a file called `stop` in its directory. Rank 0 then names the iteration after its current
+one. No rank can be further, since each needs messages from rank 0 in every iteration; so all of
+them read the name in time, by looking into the store once per iteration.
 
 A signal may also mean that torchrun is ending everything because a rank died. A rank that waits
 for the dead one doesn't run Python's handlers; so signals wake a thread, which ends a rank that
-makes no progress.
+makes no progress, and which a second Ctrl-C reaches even then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -25,10 +26,12 @@ from typing import Any
 
 from csipipe.comm.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 STOP_FILE = "stop"
 GRACE = 5.0
 """Seconds beyond the longest iteration so far after which a signalled rank ends."""
+_TWICE = 1.0
+"""Seconds after a signal from which on Ctrl-C is another one, not the same by way of torchrun."""
 _LOOK = 0.5  # seconds between two looks for the file
 _ASKED, _AFTER = "stop asked", "stop after"
 
@@ -71,7 +74,8 @@ class Stopping:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if number != signal.SIGINT or self._signal is None:  # it may come twice
+                signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writing)  # ends the thread
 
@@ -131,12 +135,24 @@ class Stopping:
                 return
             self._signal = next((number for number in numbers if number in wanted), None)
         since = time.monotonic()
+        if self._signal == signal.SIGINT:
+            self._say(
+                "interrupted: one more iteration, and all is saved; Ctrl-C again ends at once"
+            )
         os.set_blocking(reading, False)
         while True:
             try:
-                if not os.read(reading, 64):
+                numbers = os.read(reading, 64)
+                if not numbers:
                     os.close(reading)
                     return
+                if self._again(numbers) and time.monotonic() > since + _TWICE:
+                    place = shlex.quote(str(self._file.parent))
+                    self._say(
+                        f"ended; the same command and --run.dir {place} resumes what is saved"
+                    )
+                    time.sleep(_LOOK if self._world.rank else 0)  # without it, rank 0 would fail
+                    os._exit(130)
             except BlockingIOError:
                 time.sleep(0.1)
             idle = time.monotonic() - max(since, self._progress)
@@ -149,6 +165,16 @@ class Stopping:
                     flush=True,
                 )
                 os._exit(1)
+
+    def _again(self, numbers: bytes) -> bool:
+        """Whether signals are a second Ctrl-C; torchrun passes it on as SIGTERM."""
+        both = signal.SIGINT in (self._signal, *numbers)
+        return both and (signal.SIGINT in numbers or signal.SIGTERM in numbers)
+
+    def _say(self, text: str) -> None:
+        """On rank 0, for all; a progress bar may be on the line."""
+        if self._world.rank == 0:
+            print(f"\ncsipipe: {text}", file=sys.stderr, flush=True)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -94,6 +94,38 @@ def test_long_work_that_is_announced_is_no_standstill(
     assert ("no progress" in ended.stderr) == bool(code)
 
 
+TWICE = """
+import os, pathlib, signal, sys, time
+from torch.distributed import HashStore
+from csipipe.run import stopping
+from csipipe.comm.world import World
+pause = float(sys.argv[2])
+with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])) as listening:
+    for name in sys.argv[3:]:
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(pause)
+    assert listening.after(1) is False
+    assert listening.after(2) is True
+os.kill(os.getpid(), signal.SIGINT)  # torchrun's, late
+"""
+
+
+@pytest.mark.parametrize(
+    ("pause", "second", "code"),
+    [("0.1", "SIGINT", 0), ("1.5", "SIGINT", 130), ("1.5", "SIGTERM", 130)],
+)
+def test_ctrl_c_stops_a_run_and_again_ends_it(
+    pause: str, second: str, code: int, tmp_path: Path
+) -> None:
+    """At once it is the same one: torchrun passes on what the terminal may have sent, too. The
+    second is a SIGTERM by way of torchrun."""
+    line = [sys.executable, "-c", TWICE, str(tmp_path), pause, "SIGINT", second]
+    ended = subprocess.run(line, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert "csipipe: interrupted: one more iteration, and all is saved" in ended.stderr
+    assert (f"--run.dir {tmp_path} resumes what is saved" in ended.stderr) == bool(code)
+
+
 def test_under_nohup_a_hangup_is_ignored(tmp_path: Path) -> None:
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     never = SLOW_WORK.replace("after(2) is True", "after(2) is False")
@@ -211,7 +243,7 @@ def test_a_rank_that_is_lost_while_parts_are_built_is_named(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("what", ["SIGUSR1", "SIGKILL", "SIGHUP"])
+@pytest.mark.parametrize("what", ["SIGUSR1", "SIGKILL", "SIGHUP", "SIGINT"])
 def test_a_signal_to_torchrun_itself(what: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3"]
     with open(tmp_path / "log", "w") as log:
@@ -236,7 +268,7 @@ def test_a_signal_to_torchrun_itself(what: str, tmp_path: Path) -> None:
     said = (tmp_path / "log").read_text().splitlines()
     print("\n".join(said[before:]))
     whole(tmp_path / "run")
-    if what == "SIGHUP":  # torchrun passes it on
+    if what in ("SIGHUP", "SIGINT"):  # torchrun passes them on
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
     else:
         assert sum("torchrun, which started this run, is gone" in line for line in said) == 1
