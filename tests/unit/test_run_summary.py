@@ -14,6 +14,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from csipipe import methods
 from csipipe.comm.ledger import Ledger
 from csipipe.comm.world import World
+from csipipe.measure.figures import Figures
 from csipipe.methods.centralised import Centralised
 from csipipe.run import summary
 from csipipe.settings.config import Settings
@@ -103,6 +104,17 @@ def test_a_run_that_has_learnt_its_rows_by_heart_is_told_so(
     ]
     assert note.startswith(f"hardly better than the floor: {said}")
     assert settings.train.augment is None or "--train.augment" not in note
+
+
+def test_the_last_iteration_tells_whether_rows_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(tmp_path, small(), 0)
+    for done, nmse in ((1, 1.0), (2, 0.01)):
+        sums = torch.tensor([[8, 8e-3, 8 * nmse, 8e-3, 0]] * 4, dtype=torch.float64)
+        tracker.iteration(done, Figures(sums), lr=1e-3, seconds=0.1)
+    tracker.finish({**finished(-0.1), "evaluated_ues": [0, 3]})
+    assert "hardly better than the floor: training rows at -20.0 dB" in capsys.readouterr().out
 
 
 def test_a_stopped_run_says_of_which_iteration_its_figures_are(tmp_path: Path) -> None:
