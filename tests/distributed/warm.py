@@ -4,7 +4,6 @@ imports this module first."""
 import importlib
 
 MODULES = (
-    "attr",
     "csipipe.__main__",
     "csipipe.bench.rank",
     "csipipe.methods.csilocal_bts",
@@ -23,7 +22,10 @@ MODULES = (
     "torch._inductor.config",
 )
 for name in MODULES:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # the server would go on without any of this, and say nothing
+        raise RuntimeError(f"{name}, which ranks need, can't be imported") from error
 
 from csipipe.settings import commandline  # noqa: E402  # DeepSpeed wants to be imported first
 
