@@ -130,8 +130,7 @@ class Tried:
 
 
 def loss_of(curves: Curves) -> float | None:
-    """The given test loss; None if a method has no run in fp32, or learnt
-    nothing."""
+    """The given test loss; None if a method has no run in fp32, or learnt nothing."""
     plain = {(m, seed): curve for (m, coding, seed), curve in curves.items() if coding == "fp32"}
     common = common_loss(plain, CODINGS)
     return None if common is None else given_loss(plain, common)

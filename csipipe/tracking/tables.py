@@ -88,15 +88,15 @@ def _not_everyone(summary: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _hardly_learnt(summary: dict[str, Any], settings: Settings, known_db: float) -> list[str]:
+def _hardly_learnt(summary: dict[str, Any], settings: Settings, training_db: float) -> list[str]:
     """What may help a finished run that has hardly learnt anything; of eigenvectors, whose phases
     are free, NMSE doesn't say so, and where PCA does no better, only more rows help."""
     mean, pca = summary["test"]["nmse_db"], summary["ceiling"]
     beyond = pca is not None and pca["nmse_db"] is not None and pca["nmse_db"] > _HARDLY
     if summary["status"] != "finished" or settings.similarity or mean <= _HARDLY:
         return []
-    if known_db < mean - _BY_HEART:
-        remedy = _more_rows(settings, known_db)
+    if training_db < mean - _BY_HEART:
+        remedy = _more_rows(settings, training_db)
     elif beyond:
         return []
     elif settings.model.start == "pca":
@@ -108,7 +108,7 @@ def _hardly_learnt(summary: dict[str, Any], settings: Settings, known_db: float)
     return [f"{'hardly' if mean < 0 else 'no'} better than the floor: {remedy}"]
 
 
-def _more_rows(settings: Settings, known_db: float) -> str:
+def _more_rows(settings: Settings, training_db: float) -> str:
     """What may help a run that has learnt its training rows by heart."""
     spec = settings.spec
     own = spec.stages > 0 and "encoder" not in spec.shared and settings.topology.ues > 1
@@ -116,7 +116,7 @@ def _more_rows(settings: Settings, known_db: float) -> str:
     if settings.train.augment is None:
         remedies.append("--train.augment phase")
     which = " per UE" if own else ""
-    return f"training rows at {known_db:.1f} dB, too few{which}; {', or '.join(remedies)}"
+    return f"training rows at {training_db:.1f} dB, too few{which}; {', or '.join(remedies)}"
 
 
 def _may_start_by_pca(settings: Settings) -> bool:
@@ -129,12 +129,12 @@ def _may_start_by_pca(settings: Settings) -> bool:
 
 
 def closing_table(
-    summary: dict[str, Any], settings: Settings, folder: Path, known_db: float = math.nan
+    summary: dict[str, Any], settings: Settings, folder: Path, training_db: float = math.nan
 ) -> str:
     """What a run prints at its end.
 
     Args:
-        known_db: NMSE in dB on the training rows of the last iteration; NaN: it isn't known.
+        training_db: NMSE in dB on the training rows of the last iteration; NaN: it isn't known.
     """
     crossed = summary["exchanged"]
     lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
@@ -142,7 +142,7 @@ def closing_table(
         notes = (
             *_earlier(summary),
             *_not_everyone(summary),
-            *_hardly_learnt(summary, settings, known_db),
+            *_hardly_learnt(summary, settings, training_db),
         )
         lines += [f"{'':>10}  {note}" for note in notes]
     lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]

@@ -50,7 +50,7 @@ class Tracker:
         self._similarity = settings.similarity
         self._started = time.monotonic()
         self._seconds_before = 0.0
-        self._known_db = math.nan
+        self._training_db = math.nan
         self._shown = [0.0, 0.0, 0.0]  # iterations, seconds and samples since the last point
         columns, mine, self._end = dashboard.hparams(settings)
         for page in (dashboard.settings_text(settings), dashboard.layout(settings), columns, mine):
@@ -76,7 +76,7 @@ class Tracker:
     def iteration(self, done: int, figures: Figures, lr: float, seconds: float) -> None:
         """Note the `done`-th iteration: figures of its batches, rate, wall time in seconds."""
         self.seconds.append(seconds)
-        self._known_db = figures.nmse_db
+        self._training_db = figures.nmse_db
         samples = float(figures.sums[:, 0].sum())
         new = (1, seconds, samples)
         self._shown = [a + b for a, b in zip(self._shown, new, strict=True)]
@@ -159,7 +159,7 @@ class Tracker:
         self.events.close()
         self.screen.close()
         write_file(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(closing_table(summary, self._settings, self.folder, self._known_db), flush=True)
+        print(closing_table(summary, self._settings, self.folder, self._training_db), flush=True)
 
     def _figure(self, figures: Figures) -> str:
         """The figure that matters, in words."""

@@ -27,6 +27,5 @@ for name in MODULES:
     except ImportError as error:  # the server would go on without any of this, and say nothing
         raise RuntimeError(f"{name}, which ranks need, can't be imported") from error
 
-from csipipe.settings import commandline  # noqa: E402  # DeepSpeed wants to be imported first
-
+commandline = importlib.import_module("csipipe.settings.commandline")
 commandline.settings(commandline.reader(), [])

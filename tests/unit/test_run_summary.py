@@ -82,7 +82,7 @@ def test_a_run_that_has_hardly_learnt_is_told_what_helps(
 
 
 @pytest.mark.parametrize(
-    ("known_db", "settings", "said"),
+    ("training_db", "settings", "said"),
     [
         (-3.4, small(), _START),
         (-3.6, small(), "training rows at -3.6 dB, too few per UE; more rows, or fewer UEs, or "),
@@ -92,14 +92,14 @@ def test_a_run_that_has_hardly_learnt_is_told_what_helps(
     ],
 )
 def test_a_run_that_has_learnt_its_rows_by_heart_is_told_so(
-    known_db: float, settings: Settings, said: str, tmp_path: Path
+    training_db: float, settings: Settings, said: str, tmp_path: Path
 ) -> None:
     """Also where PCA of so few rows does no better on the test set."""
     of_few = None if said == _START else _pca(-0.1)
     ended = {**finished(-0.45), "evaluated_ues": [0, 3], "ceiling": of_few}
     [note] = [
         line.strip()
-        for line in closing_table(ended, settings, tmp_path, known_db).splitlines()
+        for line in closing_table(ended, settings, tmp_path, training_db).splitlines()
         if "better than the floor" in line
     ]
     assert note.startswith(f"hardly better than the floor: {said}")

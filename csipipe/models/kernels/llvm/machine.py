@@ -123,7 +123,7 @@ class Kernel:
         self._together = parallel() if machine.openmp else None
 
     def __call__(self, number: int, arrays: dict[str, Tensor], threads: int = 1) -> None:
-        """Go through 0 … `number`, by several threads where the machine has a team."""
+        """Go through 0 … `number`, by so many threads where the machine has a team, else by one."""
         table = self._table(number, *[arrays[name].data_ptr() for name in self.arrays])
         if threads == 1 or self._together is None:
             self._alone(ctypes.addressof(table))
