@@ -80,7 +80,7 @@ class Running:
             "state": self.state,
             "seconds": self.seconds or time.monotonic() - self.began,
             "error": error,
-            **findings.read(self.folder / "found.json"),
+            **findings.read(self.folder),
         }
 
 

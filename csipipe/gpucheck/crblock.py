@@ -24,7 +24,7 @@ def run(step: Step) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
-    step.findings.show((step.folder / "triton.txt").read_text()[-_SHOWN:])
+    step.show((step.folder / "triton.txt").read_text()[-_SHOWN:])
     if found.is_file():
         step.keep(found)
     step.add("the check's exit code", code, "0", code == 0)

@@ -44,7 +44,7 @@ def run(step: Step) -> None:
     for line in map(json.loads, history):
         test = line["test"]
         lines.append(f"{line['iteration']:>9}   {test['loss']:.3e}   {test['nmse_db']:>9.2f}")
-    step.findings.show("\n".join(lines))
+    step.show("\n".join(lines))
     summary = run.summary
     ms = 1000 * summary["seconds_per_iteration"]
     step.add("iterations", f"{summary['iterations']}, {ms:.1f} ms each (median)")

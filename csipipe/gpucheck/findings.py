@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -12,8 +11,11 @@ from typing import Any
 
 import torch
 
+from csipipe.files import write_file
+
 KEPT = "kept"
 """Folder in a step's own with files that belong beside the page."""
+_FOUND = "found.json"
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,33 @@ class Row:
 
 
 @dataclass
-class Findings:
-    """Rows of one step in the order in which they were found, and tables of plain text."""
+class Step:
+    """One step under way.
 
-    file: Path
+    Attributes:
+        device: where to measure; a CPU is a rehearsal at tiny sizes.
+        folder: where it may write.
+        seconds: how long it may take.
+        rows: what was found, in order.
+        texts: tables of plain text.
+    """
+
+    device: torch.device
+    folder: Path
+    seconds: float
     rows: list[Row] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def tiny(self) -> bool:
+        """A rehearsal, whose figures mean nothing."""
+        return self.device.type == "cpu"
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.started + self.seconds - time.monotonic()
 
     def add(self, what: str, found: object, wanted: str = "", ok: bool | None = None) -> None:
         """Note one finding."""
@@ -51,52 +74,20 @@ class Findings:
         print(text, flush=True)
         self._write()
 
-    def _write(self) -> None:
-        content = {"rows": [asdict(row) for row in self.rows], "texts": self.texts}
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(content))
-        os.replace(partial, self.file)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step is given.
-
-    Attributes:
-        device: where to measure; a CPU is a rehearsal at tiny sizes.
-        folder: where it may write.
-        seconds: how long it may take.
-    """
-
-    device: torch.device
-    folder: Path
-    seconds: float
-    findings: Findings
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def tiny(self) -> bool:
-        """A rehearsal, whose figures mean nothing."""
-        return self.device.type == "cpu"
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.started + self.seconds - time.monotonic()
-
     def keep(self, file: Path) -> None:
         """Have a copy of `file` beside the page."""
         kept = self.folder / KEPT
         kept.mkdir(exist_ok=True)
         shutil.copy(file, kept)
 
-    def add(self, what: str, found: object, wanted: str = "", ok: bool | None = None) -> None:
-        """As `Findings.add`."""
-        self.findings.add(what, found, wanted, ok)
+    def _write(self) -> None:
+        content = {"rows": [asdict(row) for row in self.rows], "texts": self.texts}
+        write_file(self.folder / _FOUND, json.dumps(content))
 
 
-def read(file: Path) -> dict[str, Any]:
-    """What a step's file holds; nothing if it found nothing."""
+def read(folder: Path) -> dict[str, Any]:
+    """What the step with that folder found so far; nothing if it found nothing."""
+    file = folder / _FOUND
     if not file.is_file():
         return {"rows": [], "texts": []}
     content: dict[str, Any] = json.loads(file.read_text())

@@ -137,7 +137,7 @@ def batch_norm(step: Step) -> None:
     one = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     for found, wanted in zip(two_stages(x), one, strict=True):
         assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-6), (found, wanted)
-    step.findings.show("\n".join(lines))
+    step.show("\n".join(lines))
 
 
 def two_stages(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def convolutions(step: Step) -> None:
             times = convolution(step.device, rows, inputs, outputs, kernel, mode)
             cells.append("".join(f"{t:>{w}.3f}" for t, w in zip(times, (10, 8, 8), strict=True)))
         lines.append(f"{name:<20}" + "".join(cells))
-    step.findings.show("\n".join(lines))
+    step.show("\n".join(lines))
 
 
 def convolution(
@@ -226,4 +226,4 @@ def products(step: Step) -> None:
             cells.append(f"{milliseconds(partial(torch.matmul, a, b), step.device):>10.3f}")
         lines.append(f"{name:<28}" + "".join(cells))
     set_arithmetic(False)
-    step.findings.show("\n".join(lines))
+    step.show("\n".join(lines))

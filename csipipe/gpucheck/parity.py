@@ -86,7 +86,7 @@ def split(step: Step) -> None:
             run.succeed(step.left - 2)
         except (RuntimeError, TimeoutError) as error:
             step.add(name, "failed", "ends well", False)
-            step.findings.show(str(error))
+            step.show(str(error))
     done = {name: run for name, run in runs.items() if run.process.poll() == 0}
     for name, run in done.items():
         early, late = (TOLERANCE, max(TOLERANCE, grown)) if name != "bf16" else (3e-2, 3e-2)

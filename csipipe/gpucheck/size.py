@@ -81,7 +81,7 @@ def program(step: Step) -> None:
             f"{ms:.1f} ms per iteration; {most / 2**30:.1f} GiB of the card",
         )
         said = (text for text in run.log.read_text().splitlines() if _HOW.search(text))
-        step.findings.show("\n".join([f"{name}:", *said]))
+        step.show("\n".join([f"{name}:", *said]))
 
 
 def unsplit(step: Step) -> None:
@@ -233,4 +233,4 @@ def _profile(step: Step, worker: Centralised) -> None:
     for event in events[:_PROFILED]:
         ms = getattr(event, key) / 1000
         lines.append(f"{ms:>9.3f} ms  {event.count:>5} ×  {event.key[:110]}")
-    step.findings.show("\n".join(lines))
+    step.show("\n".join(lines))

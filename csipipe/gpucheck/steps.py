@@ -13,15 +13,15 @@ import torch
 
 from csipipe.device import set_arithmetic
 from csipipe.gpucheck.crblock import SCRIPT
-from csipipe.gpucheck.findings import Findings, Step
+from csipipe.gpucheck.findings import Step
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A step: what it is about, the function that does it, its limit in seconds.
+    """A step: its name and title, the function that does it, its limit in seconds.
 
     Attributes:
-        after: steps that must have ended before; None: all before it (it needs the GPU alone).
+        alone: it needs the GPU for itself: it waits for the steps before it, those after it for it.
     """
 
     name: str
@@ -57,9 +57,7 @@ def there(step: Planned) -> bool:
 def main(name: str, device: str, folder: str, seconds: str) -> int:
     """Do one step; what it found lies in FOLDER/found.json, its error on stderr."""
     planned = next(step for step in STEPS if step.name == name)
-    step = Step(
-        torch.device(device), Path(folder), float(seconds), Findings(Path(folder, "found.json"))
-    )
+    step = Step(torch.device(device), Path(folder), float(seconds))
     set_arithmetic(tf32=False)
     faulthandler.dump_traceback_later(max(1.0, step.seconds - 1))  # says where it was
     try:

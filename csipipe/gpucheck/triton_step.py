@@ -23,7 +23,7 @@ import triton
 
 from csipipe import methods, models
 from csipipe.device import set_arithmetic
-from csipipe.gpucheck.findings import Findings, Step
+from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.runs import Run, settings
 from csipipe.gpucheck.size import paper
 from csipipe.gpucheck.timing import milliseconds
@@ -117,8 +117,7 @@ def main() -> None:
     report = Report(args.out, args.seconds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     report.add("versions", torch=torch.__version__, triton=triton.__version__, device=name)
-    folder = Path(tempfile.mkdtemp())
-    step = Step(device, folder, args.seconds, Findings(folder / "found.json"))
+    step = Step(device, Path(tempfile.mkdtemp()), args.seconds)
     report.attempt("program", lambda: program(report, step))
     report.attempt("split", lambda: split(report, step))
 

@@ -59,7 +59,7 @@ def run(step: Step) -> None:
         "csipipe and DeepSpeed can be imported", done.returncode == 0, "True", done.returncode == 0
     )
     if done.stderr.strip():
-        step.findings.show("\n".join(done.stderr.strip().splitlines()[-15:]))
+        step.show("\n".join(done.stderr.strip().splitlines()[-15:]))
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,7 @@ from csipipe import device, methods
 from csipipe.comm.trust import BadMessage
 from csipipe.comm.world import World
 from csipipe.gpucheck import endings, parity
-from csipipe.gpucheck.findings import Findings, Step
+from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.timing import milliseconds
 from csipipe.models.norm import BatchNorm2d
 
@@ -30,11 +30,11 @@ CHECKS = [parity.centralised, parity.split, endings.resume, endings.faults]
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_what_gpucheck_checks(check: Callable[[Step], None], tmp_path: Path) -> None:
-    findings = Findings(tmp_path / "found.json")
     device.set_arithmetic(tf32=False)
-    check(Step(torch.device("cuda"), tmp_path / "step", 180.0, findings))
-    assert findings.rows
-    assert not [row for row in findings.rows if row.ok is False]
+    step = Step(torch.device("cuda"), tmp_path, 180.0)
+    check(step)
+    assert step.rows
+    assert not [row for row in step.rows if row.ok is False]
 
 
 def test_what_is_copied_to_the_host_is_there_after_the_wait() -> None:

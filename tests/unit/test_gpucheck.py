@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from csipipe.gpucheck import command, compiling
-from csipipe.gpucheck.findings import Findings, Step
+from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.runs import settings
 from csipipe.gpucheck.steps import STEPS, Planned
 
@@ -40,9 +40,9 @@ def test_kernels_that_take_too_long_to_compile_end_no_step(
         context = SimpleNamespace(Pool=lambda _: pool)
         monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
         monkeypatch.setattr(compiling, "find_spec", lambda _: True)
-        findings = Findings(tmp_path / "found.json")
-        compiling.run(Step(torch.device("cuda"), tmp_path, 2.2, findings))
-    (row,) = findings.rows
+        step = Step(torch.device("cuda"), tmp_path, 2.2)
+        compiling.run(step)
+    (row,) = step.rows
     assert row.found == "not all within 0 s"
     assert row.ok is None
 
@@ -59,8 +59,8 @@ def test_what_was_found_is_on_the_page_when_the_step_is_cut_short(tmp_path: Path
     check = command.Check(tmp_path / "out", tmp_path / "work", "cpu", 60.0)
     check.start(VERSIONS)
     [running] = check.running
-    findings = Findings(running.folder / "found.json")
-    findings.add("a figure", "7 ms", "≤ 5 ms", ok=False)
+    step = Step(torch.device("cpu"), running.folder, 60.0)
+    step.add("a figure", "7 ms", "≤ 5 ms", ok=False)
     running.limit = 0.0
     check.wait()
     assert not psutil.pid_exists(running.process.pid)
@@ -93,7 +93,6 @@ def test_files_that_a_step_keeps_lie_beside_the_page(tmp_path: Path) -> None:
     folder.mkdir()
     made = folder / "history.jsonl"
     made.write_text("{}\n")
-    device = torch.device("cpu")
-    Step(device, folder, 5.0, Findings(folder / "found.json")).keep(made)
+    Step(torch.device("cpu"), folder, 5.0).keep(made)
     check.write()
     assert (tmp_path / "out" / "history.jsonl").read_text() == "{}\n"
