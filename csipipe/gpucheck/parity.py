@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csipipe import methods
 from csipipe.files import shipped
 from csipipe.gpucheck.findings import Step
-from csipipe.gpucheck.runs import Run, relative, same_bits, settings, start
-from csipipe.methods.centralised import Centralised
+from csipipe.gpucheck.runs import Run, private, relative, same_bits, settings, start
 from csipipe.models import widths
 
 ITERATIONS = 20
 TOLERANCE = 1e-5
 
 
-def small(step: Step, **changes: Any) -> dict[str, Any]:
+def small(step: Step) -> dict[str, Any]:
     """Arguments of a run that takes seconds, with the real layers: 4 UEs × 32 rows of 32 × 32."""
-    arguments: dict[str, Any] = {
+    return {
         "train.device": step.device.type,
         "train.iterations": 4 if step.tiny else ITERATIONS,
         "train.batch_size": 8 if step.tiny else 32,
@@ -41,12 +39,11 @@ def small(step: Step, **changes: Any) -> dict[str, Any]:
         "run.save_every": 1000,
         "run.timeout": 30,
     }
-    return arguments | {name.replace("__", "."): value for name, value in changes.items()}
 
 
 def centralised(step: Step) -> None:
     """The unsplit model through the program: on the CPU, and twice on the device."""
-    arguments = small(step, method="centralised")
+    arguments = small(step) | {"method": "centralised"}
     runs = {
         name: start(step, name, 1, arguments | {"train.device": device})
         for name, device in (
@@ -119,14 +116,12 @@ def unsplit(step: Step, arguments: dict[str, Any], nudge: bool = False) -> Tenso
     Args:
         nudge: begin with weights that are off by up to half a unit in the last place.
     """
-    made = settings(step.folder / "unsplit", arguments)
-    ues, test = methods.load(made, range(made.topology.ues), step.device)
-    worker = Centralised(made, ues, test, step.device, shared=False)
+    worker = private(step, arguments)
     if nudge:
-        for part in (worker.tail, *(part for ue in ues for part in (ue.encoder, ue.head))):
+        for part in (worker.tail, *(p for ue in worker.ues for p in (ue.encoder, ue.head))):
             _nudge(part)
     losses = []
-    for iteration in range(made.train.iterations):
+    for iteration in range(worker.settings.train.iterations):
         worker.train_iteration(iteration)
         losses.append(worker.evaluate("test").loss_per_ue)
     return torch.tensor(losses, dtype=torch.float64)

@@ -1,9 +1,12 @@
-"""Runs of the program under torchrun, as a user starts them, and what they left."""
+"""Runs of the program under torchrun, as a user starts them, and what they left; the unsplit model
+that they are compared with.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,19 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csipipe import channels, checkpoint
+from csipipe import channels, checkpoint, methods
 from csipipe.gpucheck.findings import Step
+from csipipe.methods.centralised import Centralised
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
 _ROOT = Path(__file__).parents[2]
 _TRAIN = ("-m", "csipipe", "train")
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+_HOW = re.compile("are computed|kernels for|CUDA graph")
+"""What a run says of how it computes."""
 
 
 def settings(folder: Path, arguments: dict[str, Any]) -> Settings:
     """What a run with those arguments has, on channels of known size."""
     return channels.sized(commandline.settings(commandline.reader(), line(folder, arguments))[0])
+
+
+def private(step: Step, arguments: dict[str, Any]) -> Centralised:
+    """The unsplit model of such a run on the step's device, an encoder and a head for each UE."""
+    made = settings(step.folder / "unsplit", arguments)
+    ues, test = methods.load(made, range(made.topology.ues), step.device)
+    return Centralised(made, ues, test, step.device, shared=False)
 
 
 def line(folder: Path, arguments: dict[str, Any]) -> list[str]:
@@ -101,6 +114,11 @@ class Run:
         lines = self.log.read_text(errors="replace").splitlines()
         return [text for text in lines if text.startswith("csipipe: error:")]
 
+    def how(self) -> list[str]:
+        """What it said of how it computes."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [text for text in lines if _HOW.search(text)]
+
     @property
     def summary(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
@@ -118,16 +136,11 @@ class Run:
     @property
     def weights(self) -> dict[str, Tensor]:
         """All weights at the end, by file and name."""
-        return weights(self.folder / "weights")
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """All weights in a folder, by file and name."""
-    return {
-        f"{file.stem} {name}": tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in checkpoint.read(file).items()
-    }
+        return {
+            f"{file.stem} {name}": tensor
+            for file in sorted((self.folder / "weights").glob("*.safetensors"))
+            for name, tensor in checkpoint.read(file).items()
+        }
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csipipe import methods, models
+from csipipe import models
 from csipipe.device import autocast, synchronize
 from csipipe.gpucheck.findings import Step
-from csipipe.gpucheck.runs import Run, settings
+from csipipe.gpucheck.runs import Run, private
 from csipipe.gpucheck.timing import milliseconds
 from csipipe.measure.metrics import paper_loss
 from csipipe.methods.centralised import Centralised
-from csipipe.methods.ue import UserEquipment
-from csipipe.settings.config import Settings
 
 _PROFILED = 20
-_HOW = re.compile("are computed|kernels for|CUDA graph")
-"""What a run says of how it computes."""
 
 
-def paper(step: Step, **changes: Any) -> dict[str, Any]:
+def paper(step: Step) -> dict[str, Any]:
     """Arguments of the paper's size on generated channels; few rows, few iterations."""
     ues, rows = (3, 8) if step.tiny else (10, 800)
     arguments: dict[str, Any] = {
@@ -44,9 +39,7 @@ def paper(step: Step, **changes: Any) -> dict[str, Any]:
         "run.eval_every": 12,
         "run.save_every": 1000,
     }
-    if step.tiny:
-        arguments["train.threads"] = 1
-    return arguments | {name.replace("__", "."): value for name, value in changes.items()}
+    return arguments | ({"train.threads": 1} if step.tiny else {})
 
 
 def program(step: Step) -> None:
@@ -80,21 +73,18 @@ def program(step: Step) -> None:
             name,
             f"{ms:.1f} ms per iteration; {most / 2**30:.1f} GiB of the card",
         )
-        said = (text for text in run.log.read_text().splitlines() if _HOW.search(text))
-        step.show("\n".join([f"{name}:", *said]))
+        step.show("\n".join([f"{name}:", *run.how()]))
 
 
 def unsplit(step: Step) -> None:
     """The unsplit model with csipipe's layers: eager with its checks, bare, and as a graph."""
     for precision in ("fp32", "bf16"):
-        arguments = paper(step, train__iterations=1000, train__precision=precision)
-        made = settings(step.folder / "unsplit", arguments)
-        ues, test = methods.load(made, range(made.topology.ues), step.device)
-        worker = Centralised(made, ues, test, step.device, shared=False)
+        changes = {"train.iterations": 1000, "train.precision": precision}
+        worker = private(step, paper(step) | changes)
         step.add(f"unsplit, eager, {precision}", f"{_ms(worker, step):.2f} ms per iteration")
         if precision == "fp32":
             _profile(step, worker)
-        _graph(step, precision, made, ues, worker)
+        _graph(step, precision, worker)
 
 
 def _ms(worker: Centralised, step: Step) -> float:
@@ -105,11 +95,9 @@ def _ms(worker: Centralised, step: Step) -> float:
     return milliseconds(lambda: worker.train_iteration(2), step.device, repeats=5, warm=1)
 
 
-def _graph(
-    step: Step, name: str, made: Settings, ues: list[UserEquipment], worker: Centralised
-) -> None:
+def _graph(step: Step, name: str, worker: Centralised) -> None:
     """One iteration without checks and figures, eager and as one CUDA graph."""
-    bare = Bare(made, ues, worker, step.device)
+    bare = Bare(worker)
     ms = milliseconds(bare.iterate, step.device, repeats=5, warm=1)
     peak = _peak(step)
     step.add(f"unsplit, bare, {name}", f"{ms:.2f} ms per iteration{peak}")
@@ -149,32 +137,26 @@ class Bare:
     Works on the worker's weights, with optimisers of its own that a graph can hold.
     """
 
-    def __init__(
-        self,
-        made: Settings,
-        ues: list[UserEquipment],
-        worker: Centralised,
-        device: torch.device,
-    ) -> None:
-        self.train = made.train
-        self.ues = ues
+    def __init__(self, worker: Centralised) -> None:
+        self.train, self.device = worker.settings.train, worker.device
+        self.ues = ues = worker.ues
         self.tail = worker.tail.train()
         self.pending = worker.pending
-        self.device = device
         for ue in ues:
             ue.train(True)
         parts = [p for ue in ues for m in (ue.encoder, ue.head) for p in m.parameters()]
         self.optimizer = torch.optim.Adam(
             [*self.tail.parameters(), *parts],
-            lr=made.train.lr,
-            betas=made.train.betas,
+            lr=self.train.lr,
+            betas=self.train.betas,
             fused=True,
-            capturable=device.type == "cuda",
+            capturable=self.device.type == "cuda",
         )
+        rows = self.train.batch_size
         self.picks = torch.stack(
-            [torch.randint(len(ue.rows), (made.train.batch_size,), device=device) for ue in ues]
+            [torch.randint(len(ue.rows), (rows,), device=self.device) for ue in ues]
         )
-        self.loss = torch.zeros((), device=device)
+        self.loss = torch.zeros((), device=self.device)
 
     def iterate(self) -> None:
         """One iteration on the rows that `picks` names."""

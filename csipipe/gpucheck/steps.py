@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from csipipe.device import set_arithmetic
-from csipipe.gpucheck.crblock import SCRIPT
 from csipipe.gpucheck.findings import Step
 
 
@@ -47,11 +46,6 @@ STEPS = (
 )
 """In order: what decides most first, as time may run out. Steps that don't need the device alone
 run side by side."""
-
-
-def there(step: Planned) -> bool:
-    """Whether this version has what the step checks."""
-    return step.name != "crblock" or SCRIPT.is_file()
 
 
 def main(name: str, device: str, folder: str, seconds: str) -> int:
