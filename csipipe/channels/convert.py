@@ -50,7 +50,6 @@ class Tally:
     profile: NDArray[np.float64] | None = None
     """(K,) sum over rows of the share of energy in each delay, before rolling."""
     looked_at: list[Images] = field(default_factory=list)
-    parts: dict[tuple[str, str], int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -241,7 +240,7 @@ def _add_images(
     tally.kept += float(shares[:, : plan.delays].sum())
     profile = np.roll(shares.sum(axis=0), -plan.shift)
     tally.profile = profile if tally.profile is None else tally.profile + profile
-    for part, chosen in _by_part(one, users[good], tally):
+    for part, chosen in _by_part(one, users[good]):
         frequency = None
         if part == "test" and subcarriers is not None:
             whole = np.fft.fft(made.delays[good][chosen], axis=-1).astype(np.complex64)
@@ -284,20 +283,16 @@ def _add_vectors(
     images = to_vectors(images_of(ordered, plan.subbands))
     tally.rows += len(images)
     tally.kept += len(images)
-    for part, chosen in _by_part(one, users[good], tally):
+    for part, chosen in _by_part(one, users[good]):
         user = tally.users + users[good][chosen]
         out.add(one.given.environment, part, images[chosen], user=user)
     return good
 
 
-def _by_part(
-    one: Opened, users: NDArray[np.int64], tally: Tally
-) -> Iterator[tuple[SetPart, NDArray[np.bool_]]]:
-    """Each set that rows of these users go to, and which rows; counts them."""
+def _by_part(one: Opened, users: NDArray[np.int64]) -> Iterator[tuple[SetPart, NDArray[np.bool_]]]:
+    """Each set that rows of these users go to, and which rows."""
     parts = one.part_of[users]
     for number, part in enumerate(PARTS):
         chosen = parts == number
         if chosen.any():
-            key = one.given.environment, part
-            tally.parts[key] = tally.parts.get(key, 0) + int(chosen.sum())
             yield part, chosen

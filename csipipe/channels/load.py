@@ -28,7 +28,7 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
     Raises:
         FileNotFoundError, ValueError: the source can't give the rows.
     """
-    train, kept = hold_out(source, deal.train(ue), holdout)
+    train, kept = hold_out(source, deal.ues[ue], holdout)
     return rows_of(source, train), rows_of(source, kept)
 
 

@@ -27,13 +27,9 @@ class Deal:
     """The rows of every UE and the common test set."""
 
     ues: tuple[tuple[Span, ...], ...]
-    """Per UE the spans it trains on, one per environment."""
+    """Per UE the spans it trains on, one per environment; empty ones are left out."""
     test: tuple[Span, ...]
     """Spans of the test set, one per environment."""
-
-    def train(self, ue: int) -> tuple[Span, ...]:
-        """Spans that a UE, counted from 0, trains on; empty ones are left out."""
-        return self.ues[ue]
 
 
 def deal(

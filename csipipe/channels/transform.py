@@ -62,15 +62,7 @@ def shrink(h: Images, angles: int, delays: int) -> Images:
 
     Returns:
         (B, 2, angles, delays) float32 in [0, 1].
-
-    Raises:
-        ValueError: the data has fewer angles or delays than asked for.
     """
-    for name, asked, found in (("angles", angles, h.shape[2]), ("delays", delays, h.shape[3])):
-        if not 1 <= asked <= found:
-            raise ValueError(
-                f"model.{name} is {asked}; the data has {found}. Set it to 1 … {found}."
-            )
     c = to_complex(h[..., :delays])
     antennas = np.fft.ifft(c, axis=1)[:, :angles]
     return to_unit(np.fft.fft(antennas, axis=1))

@@ -102,7 +102,7 @@ def test_a_file_per_ue(tmp_path: Path) -> None:
     source = open_source(data)
     dealt = deal(data, 3, source.available, source.environments)
     for ue, count in enumerate(rows):
-        [span] = dealt.train(ue)
+        [span] = dealt.ues[ue]
         assert (span.environment, span.size) == (f"ue-{ue}", count)
         train, _ = load_ue(source, dealt, ue, 0.0)
         np.testing.assert_array_equal(np.sort(train, 0), np.sort(images(count, 2 * ue), 0))

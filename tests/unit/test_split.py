@@ -42,7 +42,7 @@ def have(counts: dict[tuple[str, str], int]) -> Callable[[Site, Part], int | Non
 
 
 def counts_of(dealt: Deal, site: Site, ues: int) -> list[int]:
-    return [sum(s.size for s in dealt.train(n) if s.environment == site) for n in range(ues)]
+    return [sum(s.size for s in dealt.ues[n] if s.environment == site) for n in range(ues)]
 
 
 def test_the_papers_mixture() -> None:
@@ -52,7 +52,7 @@ def test_the_papers_mixture() -> None:
     assert counts_of(dealt, "indoor", 10) == shares
     assert shares[-1] == 650
     assert counts_of(dealt, "outdoor", 10) == shares[::-1]
-    assert dealt.train(1)[0] == Span("indoor", "train", 12_350, 12_350 + 11_050)
+    assert dealt.ues[1][0] == Span("indoor", "train", 12_350, 12_350 + 11_050)
     test = (Span("indoor", "test", 0, 10_000), Span("outdoor", "test", 0, 10_000))
     assert dealt.test == test
 
@@ -62,10 +62,10 @@ def test_every_row_is_dealt_once(environment: Any) -> None:
     for ues in (1, 2, 3, 4, 7, 10, 13):
         for total in [*range(ues, 45), 999, 1000, 8000]:
             dealt = deal(settings(environment=environment, train_samples=total), ues, endless)
-            sizes = [sum(span.size for span in dealt.train(n)) for n in range(ues)]
+            sizes = [sum(span.size for span in dealt.ues[n]) for n in range(ues)]
             assert sizes == [total // ues + (n < total % ues) for n in range(ues)]
             for site in SITES:
-                spans = [s for n in range(ues) for s in dealt.train(n) if s.environment == site]
+                spans = [s for n in range(ues) for s in dealt.ues[n] if s.environment == site]
                 assert all(s.size > 0 and s.part == "train" for s in spans)
                 assert all(a.stop == b.start for a, b in pairwise(spans))
                 assert not spans or spans[0].start == 0
@@ -91,7 +91,7 @@ def test_null_takes_what_there_is_and_evenly_in_the_mixture() -> None:
 @pytest.mark.parametrize("environment", ["outdoor", "noniid"])
 def test_synthetic_defaults(environment: Any) -> None:
     dealt = deal(settings(environment=environment), 4, endless)
-    assert sum(span.size for n in range(4) for span in dealt.train(n)) == 8000
+    assert sum(span.size for n in range(4) for span in dealt.ues[n]) == 8000
     assert sum(span.size for span in dealt.test) == 1000
 
 
@@ -151,7 +151,7 @@ def test_holdout_splits_a_ues_rows(environment: Any, holdout: float) -> None:
         total = len(train) + len(held)
         assert len(held) == min(round(holdout * total), total - 1)
         names = np.concatenate([train, held])[:, 0, 0, 0]
-        own = [Numbered().rows(*span)[:, 0, 0, 0] for span in dealt.train(ue)]
+        own = [Numbered().rows(*span)[:, 0, 0, 0] for span in dealt.ues[ue]]
         np.testing.assert_array_equal(np.sort(names), np.concatenate(own))
         if environment == "noniid" and len(held) >= 2:
             assert len({bool(name >= 1000) for name in held[:, 0, 0, 0]}) == 2
