@@ -16,13 +16,7 @@ from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
 from csipipe.channels.format import Description
 from csipipe.channels.source import Images, Part, Site, Source
-from csipipe.channels.statistics import (
-    MOST_ROWS,
-    bars,
-    four_fifths,
-    measure,
-    spaced,
-)
+from csipipe.channels.statistics import MOST_ROWS, bars, four_fifths, measure, spaced
 from csipipe.measure.metrics import rho, to_frequency
 
 PARTS = ("train", "val", "test")
@@ -57,8 +51,7 @@ def check_folder(folder: Path, environment: Site) -> Checked:
     Raises:
         OSError: a file can't be opened.
     """
-    paths = {part: folder / f"DATA_H{part}{SUFFIX[environment]}.mat" for part in PARTS}
-    files = {part: examine(path) for part, path in paths.items() if path.is_file()}
+    files = {part: examine(path) for part, path in _files(folder, environment).items()}
     _compare_parts(files)
     checked = Checked(environment, files, _sets(files))
     if "test" in files:
@@ -89,11 +82,13 @@ def _sets(files: dict[str, Examined]) -> tuple[Images, Images] | None:
 
 def is_csinets(folder: Path) -> bool:
     """Whether a folder has any of CsiNet's files."""
-    return any(
-        (folder / f"DATA_H{part}{suffix}.mat").is_file()
-        for part in PARTS
-        for suffix in SUFFIX.values()
-    )
+    return any(_files(folder, site) for site in SUFFIX)
+
+
+def _files(folder: Path, environment: Site) -> dict[str, Path]:
+    """Those that are there, by part."""
+    paths = {part: folder / f"DATA_H{part}{SUFFIX[environment]}.mat" for part in PARTS}
+    return {part: path for part, path in paths.items() if path.is_file()}
 
 
 def environments(folder: Path) -> list[Site]:
@@ -111,11 +106,7 @@ def environments(folder: Path) -> list[Site]:
             f"{folder} is a file; expected {expected}. Convert it first; how, says: "
             f"python -m csipipe channels check {shlex.quote(str(folder))}"
         )
-    found: list[Site] = [
-        site
-        for site, suffix in SUFFIX.items()
-        if any((folder / f"DATA_H{part}{suffix}.mat").is_file() for part in PARTS)
-    ]
+    found = [site for site in SUFFIX if _files(folder, site)]
     if not found:
         names = sorted(path.name for path in folder.glob("*.mat"))
         raise FileNotFoundError(

@@ -18,7 +18,8 @@ from csipipe.channels.statistics import spaced
 from csipipe.channels.transform import ZERO, shrink
 from csipipe.settings.config import DataSettings, Verdict
 
-_PARTS: dict[Part, tuple[str, ...]] = {"train": ("train", "val"), "test": ("test",)}
+PARTS: dict[Part, tuple[str, ...]] = {"train": ("train", "val"), "test": ("test",)}
+"""The sets of a folder whose rows make up a part."""
 _PIECE = 1024
 """Rows copied at once from a mapped file."""
 _LOOKED_AT = 2000
@@ -165,7 +166,7 @@ class FilesSource:
         return open_rows(self._folder, one.frequency, "<c8", shape)[start:stop]
 
     def _sets(self, environment: Site, part: Part) -> list[Set]:
-        found = self._said.of(environment, *_PARTS[part])
+        found = self._said.of(environment, *PARTS[part])
         if not found:
             have = ", ".join(f"{one.environment} {one.part}" for one in self._said.sets)
             known = environment in self.environments

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from csipipe.channels import doctor, rawarray
-from csipipe.channels.filesource import FilesSource
+from csipipe.channels.filesource import PARTS, FilesSource
 from csipipe.channels.format import NAME, Description
 from csipipe.channels.reading import example, guess
 from csipipe.channels.source import Images, Site
@@ -76,13 +76,10 @@ def sets_of(folder: Path, environments: Iterable[Site]) -> dict[str, tuple[Image
     found = {}
     for environment in environments:
         some = []
-        for part, names in (("train", ("train", "val")), ("test", ("test",))):
+        for part, names in PARTS.items():
             if said.of(environment, *names):
-                count = source.available(environment, "train" if part == "train" else "test")
-                most = min(count, MOST_ROWS)
-                some.append(
-                    source.rows(environment, "train" if part == "train" else "test", 0, most)
-                )
+                most = min(source.available(environment, part), MOST_ROWS)
+                some.append(source.rows(environment, part, 0, most))
         found[environment] = (some[0], some[1]) if len(some) == 2 else four_fifths(some[0])
     return found
 
