@@ -81,11 +81,8 @@ def generate(
     """
     given = dict(locals())
     if model is not None:
-        sizes = words.sizes(array)
         scene = Scene(
-            columns=sizes["columns"],
-            rows=sizes["rows"],
-            polarisations=sizes["polarisations"],
+            **words.sizes(array),
             receive=receive,
             carrier_ghz=carrier,
             bandwidth_mhz=bandwidth,
@@ -97,9 +94,7 @@ def generate(
         )
         plan = Plan(
             axes=generating.AXES,
-            geometry=Geometry(
-                columns=scene.columns, rows=scene.rows, polarisations=scene.polarisations
-            ),
+            geometry=scene.geometry,
             delays=delays or 0,
             shift=shift,
             seed=seed,
@@ -116,9 +111,9 @@ def generate(
     for file in export.write_files(
         Path(folder), environment, train=train, val=val, test=test, seed=seed
     ):
-        speed = file.rows / max(file.seconds, 1e-9)
+        rate = file.rows / max(file.seconds, 1e-9)
         size = file.path.stat().st_size / 2**20
-        print(f"{file.path}: {file.rows:,} rows, {size:.1f} MiB, {speed:,.0f} rows/s of CPU time")
+        print(f"{file.path}: {file.rows:,} rows, {size:.1f} MiB, {rate:,.0f} rows/s of CPU time")
     return True
 
 
@@ -317,7 +312,7 @@ COMMANDS: dict[str, Callable[..., bool]] = {
 
 
 def parser() -> ArgumentParser:
-    """A parser of the three commands, from their signatures and docstrings."""
+    """A parser of all commands, from their signatures and docstrings."""
     prog = "python -m csipipe channels"
     parser = ArgumentParser(prog=prog, description=ABOUT, exit_on_error=False)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")

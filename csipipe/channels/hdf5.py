@@ -73,9 +73,8 @@ class Stored:
             return least
         chunk = int(self.dataset.chunks[-1 if self.turned else 0])
         whole = -(-least // chunk) * chunk
-        return (
-            whole if whole <= _MOST_ROWS else least
-        )  # a size stated in a file must not decide what is allocated
+        # a size stated in a file must not decide what is allocated
+        return whole if whole <= _MOST_ROWS else least
 
 
 @contextmanager

@@ -11,9 +11,9 @@ def labels(
     option: str, text: str | None, paths: list[Path], known: Sequence[str] = ()
 ) -> list[str] | None:
     """A word per file (ValueError)."""
-    words = text.split() if text is not None else None
-    if words is None:
+    if text is None:
         return None
+    words = text.split()
     if len(words) != len(paths):
         raise ValueError(
             f"--{option} {text!r} has {len(words)} words; expected {len(paths)}, one for each file."
@@ -33,11 +33,7 @@ def sizes(array: str | None) -> dict[str, int]:
         raise ValueError(
             f"--array is {array!r}; expected columns x rows x polarisations, such as 8x4x2."
         )
-    return {
-        "columns": int(found[1]),
-        "rows": int(found[2]),
-        "polarisations": int(found[3] or 1),
-    }
+    return {"columns": int(found[1]), "rows": int(found[2]), "polarisations": int(found[3] or 1)}
 
 
 def shares(split: str) -> tuple[float, ...]:
