@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What may come of looking into JSON or YAML that isn't what was written."""
@@ -56,6 +57,17 @@ def in_words(error: BaseException) -> str:
         f"{shutil.disk_usage(folder).free:,} bytes are free there. Make room, or choose a folder "
         "on another disk."
     )
+
+
+def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Write all of `data`; one call may write less, on a nearly full disk for example.
+
+    Args:
+        file: open without a buffer, which would fail once more when it is closed.
+    """
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def flush(file: Path) -> None:

@@ -218,9 +218,9 @@ def _write_rows(partial: Path, copy: Copy) -> None:
     first = clipped = 0
     with (
         tqdm(total=copy.rows, unit="row", desc=f"converting {source.name}", disable=None) as bar,
-        partial.open("wb", buffering=0) as file,  # a buffer would fail once more when closed
+        partial.open("wb", buffering=0) as file,  # see `write_all`
     ):
-        _write(file, _header(copy.rows))
+        files.write_all(file, _header(copy.rows))
         for values in read_rows(source, scratch=partial.parent):
             check_images(source, values, first, copy.unbounded)
             single = np.ascontiguousarray(values, np.float32)
@@ -228,7 +228,7 @@ def _write_rows(partial: Path, copy: Copy) -> None:
             if outside and not copy.unbounded:  # by a rounding: `check_images` has seen them
                 clipped += outside
                 single = np.clip(single, 0, 1)
-            _write(file, single.data.cast("B"))
+            files.write_all(file, single.data.cast("B"))
             first += len(values)
             bar.update(len(values))
     if clipped:
@@ -237,13 +237,6 @@ def _write_rows(partial: Path, copy: Copy) -> None:
 
 def _print(text: str) -> None:
     print(f"csipipe: {text}", file=sys.stderr, flush=True)
-
-
-def _write(file: io.FileIO, data: bytes | memoryview) -> None:
-    """Write all of `data`; one call may write less, on a nearly full disk for example."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
 
 
 def _header(rows: int) -> bytes:

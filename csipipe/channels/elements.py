@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Collection, Iterator
 from typing import IO, NamedTuple, Protocol
 
+from csipipe.files import write_all
+
 _PIECE = 1 << 20
 """Bytes inflated at once."""
 
@@ -97,9 +99,7 @@ class Inflated:
     def keep(self, size: int, held: IO[bytes]) -> int:
         start = held.seek(0, os.SEEK_END)
         for piece in self._pieces(size):
-            left = memoryview(piece)
-            while left:  # a nearly full disk may take only a part
-                left = left[held.write(left) :]
+            write_all(held, piece)
         return start
 
     def end(self) -> None:

@@ -150,19 +150,19 @@ class _Growing:
         self._dtype = rows.dtype.newbyteorder("<")
         self._row = rows.shape[1:]
         self.rows = 0
-        self._file = path.open("xb", buffering=0)  # a buffer would fail once more when closed
-        self._write(self._header())
+        self._file = path.open("xb", buffering=0)  # see `write_all`
+        files.write_all(self._file, self._header())
 
     def append(self, rows: NDArray[Any]) -> None:
         assert rows.shape[1:] == self._row, (rows.shape, self._row)
         if len(rows):
-            self._write(np.ascontiguousarray(rows, self._dtype).data.cast("B"))
+            files.write_all(self._file, np.ascontiguousarray(rows, self._dtype).data.cast("B"))
             self.rows += len(rows)
 
     def end(self) -> Stored:
         """Write the number of rows, and flush to disk."""
         self._file.seek(0)
-        self._write(self._header())
+        files.write_all(self._file, self._header())
         os.fsync(self._file.fileno())
         self.close()
         with self._path.open("rb") as file:
@@ -182,8 +182,3 @@ class _Growing:
         }
         np.lib.format.write_array_header_1_0(text, described)
         return text.getvalue()
-
-    def _write(self, data: bytes | memoryview) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
