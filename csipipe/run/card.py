@@ -60,7 +60,7 @@ def check(folder: Path, ues: int) -> dict[str, Any]:
         ValueError: a card that can't be read, or a file that is missing or another one.
     """
     try:
-        card = json.loads((folder / CARD).read_text())
+        card: dict[str, Any] = json.loads((folder / CARD).read_text())
         told = {name: str(entry["sha256"]) for name, entry in card["files"].items()}
         if not isinstance(card["iterations"], int | None):
             raise TypeError("iterations is no number")
@@ -76,8 +76,7 @@ def check(folder: Path, ues: int) -> dict[str, Any]:
                 f"{folder}: {name} isn't what {CARD} says: {found} instead of {told.get(name)} "
                 "(SHA-256); get the folder again."
             )
-    found_card: dict[str, Any] = card
-    return found_card
+    return card
 
 
 def _files(folder: Path, ues: int) -> Iterable[Path]:

@@ -139,6 +139,24 @@ def written(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def ended(folder: Path) -> tuple[str, int] | None:
+    """Status and iterations of a run that ended; None: in progress, or interrupted.
+
+    Raises:
+        ValueError: its summary can't be read.
+    """
+    file = folder / "summary.json"
+    if not file.is_file():
+        return None
+    try:
+        summary = json.loads(file.read_text())
+        return str(summary["status"]), int(summary["iterations"])
+    except DAMAGED as error:
+        raise ValueError(
+            f"{file} can't be read ({error!r}); move it away, and the newest checkpoint is taken."
+        ) from error
+
+
 def source_of(theirs: dict[str, Any]) -> str | None:
     """The path in `run.resume` of a run's settings; None: it names none."""
     run = theirs.get("run")
@@ -167,9 +185,9 @@ def _from(source: Path, settings: Settings, folder: Path, held: bool) -> Start:
 def _go_on(settings: Settings, folder: Path) -> Start:
     """From the newest checkpoint of the run in `folder`, or from where it was begun."""
     lock.check(folder)
-    done = _finished(folder)
+    status, done = ended(folder) or ("", 0)
+    finished = status == "finished" and done >= settings.train.iterations
     found = written(folder)
-    finished = done is not None and done >= settings.train.iterations
     # when a run resumes, what the file holds is compared with its checkpoint instead
     _check_settings(found, settings, str(folder), FREE if finished else (*FREE, _FILE))
     if finished:
@@ -192,20 +210,6 @@ def _find_again(named: str, folder: Path) -> Path:
             f"{folder} has no checkpoint of its own and was started from run.resume {named}, which "
             f"{Path.cwd()} doesn't see any more; restore it, start in the folder that its path is "
             "relative to, or choose another run.dir."
-        ) from error
-
-
-def _finished(folder: Path) -> int | None:
-    """Iterations of a finished run; None: it isn't finished."""
-    file = folder / "summary.json"
-    if not file.is_file():
-        return None
-    try:
-        summary = json.loads(file.read_text())
-        return int(summary["iterations"]) if summary["status"] == "finished" else None
-    except DAMAGED as error:
-        raise ValueError(
-            f"{file} can't be read ({error!r}); delete it to resume from the newest checkpoint."
         ) from error
 
 

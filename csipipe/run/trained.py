@@ -6,7 +6,6 @@ which the newest complete one is taken. Only reads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 
 from csipipe import channels, checkpoint, models
 from csipipe.channels import Manifest, Source, Span
-from csipipe.files import DAMAGED
 from csipipe.methods.common import shared_modules
 from csipipe.methods.replica import split
 from csipipe.methods.state import BTS, layer_name, meant, ue_name
 from csipipe.models.ranged import ranged
 from csipipe.run import card
-from csipipe.run.resuming import BEFORE, CONFIG
+from csipipe.run.resuming import BEFORE, CONFIG, ended
 from csipipe.settings import commandline
 from csipipe.settings.config import ModelSettings, Settings
 
@@ -119,15 +117,14 @@ class Trained:
             ValueError: weights that are missing, damaged or of another model; the file is named, or
                 the caller's change that makes it another model.
         """
-        model, snapshot = self.settings.model, self._snapshot
+        model = self.settings.model
         tail = nn.Sequential(*models.build_tail(model, 0))
         ues = range(self.settings.topology.ues) if ues is None else ues
-        state = self._tail_state(snapshot)
-        self._fill(tail, state, "tail", self.source)
+        self._fill(tail, self._tail_state(), "tail", self.source)
         found: list[Autoencoder] = []
         for ue in ues:
             mine = Autoencoder(model, tail, self.settings.feedback_bits)
-            state, file = self._ue_state(snapshot, ue)
+            state, file = self._ue_state(ue)
             for part in ("encoder", "head"):
                 self._fill(getattr(mine, part), state, part, file)
             same = bool(found) and _equal(mine.state_dict(), found[0].state_dict())
@@ -150,12 +147,12 @@ class Trained:
 
     def ue_weights(self, ue: int) -> dict[str, Tensor]:
         """Encoder and head of a UE, by `<part>.<name>`; raises as `models`."""
-        state, _ = self._ue_state(self._snapshot, ue)
+        state, _ = self._ue_state(ue)
         return {k: v for k, v in state.items() if k.startswith(("encoder.", "head."))}
 
     def tail_weights(self) -> dict[str, Tensor]:
         """The tail, by `tail.<layer>.<name>`; raises as `models`."""
-        state = self._tail_state(self._snapshot)
+        state = self._tail_state()
         return {k: v for k, v in state.items() if k.startswith("tail.")}
 
     @cached_property
@@ -163,7 +160,8 @@ class Trained:
         whole = self.source.name.isdigit()
         return checkpoint.Snapshot(self.source) if whole else None
 
-    def _tail_state(self, snapshot: checkpoint.Snapshot | None) -> dict[str, Tensor]:
+    def _tail_state(self) -> dict[str, Tensor]:
+        snapshot = self._snapshot
         if snapshot is None:
             return checkpoint.read(checkpoint.tail_file(self.source))
         state: dict[str, Tensor] = {}
@@ -178,16 +176,16 @@ class Trained:
         # federated methods: a tail at every UE, of which none may be up to date
         return state or meant(snapshot.tensors(ue_name(0))) | self._common
 
-    def _ue_state(
-        self, snapshot: checkpoint.Snapshot | None, ue: int
-    ) -> tuple[dict[str, Tensor], Path]:
+    def _ue_state(self, ue: int) -> tuple[dict[str, Tensor], Path]:
+        """Encoder and head of a UE, and the file that they come from."""
+        snapshot = self._snapshot
         if snapshot is None:
             file = checkpoint.ue_file(self.source, ue)
             return checkpoint.read(file), file
         file = checkpoint.ue_file(snapshot.folder, ue)
         state = meant(snapshot.tensors(ue_name(ue)))
         if ue and not any(key.startswith("encoder.") for key in state):
-            return self._ue_state(snapshot, 0)  # centralised: the first UE's are everyone's
+            return self._ue_state(0)  # centralised: the first UE's are everyone's
         if self.own.spec.pipelined:  # a UE has moved since the last averaging
             return state | self._caught_up(state), file
         return state | self._common, file
@@ -238,35 +236,38 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     # the GPU that trained it need not be here
     here = [] if torch.cuda.is_available() else ["--train.device", "auto"]
     settings = _settings([*mine, *here, *changes])
+    return Trained(folder, settings, own, *_find(folder, own, weights))
+
+
+def _find(folder: Path, own: Settings, weights: str) -> tuple[Path, int | None, str]:
+    """`source`, `iteration` and `status` of `Trained`; raises as `read`."""
     if (folder / card.CARD).is_file() and weights == LAST:
         told = card.check(folder, own.topology.ues)
-        place = folder / card.WEIGHTS
-        return Trained(folder, settings, own, place, told["iterations"], HANDED_ON)
-    ended = _ended(folder)
-    status = ended[0] if ended else "unfinished"
+        return folder / card.WEIGHTS, told["iterations"], HANDED_ON
+    status, done = ended(folder) or ("unfinished", None)
     checkpoints = folder / "checkpoints"
     if weights == BEST:
-        if not (checkpoints / BEST).is_dir():
+        best = checkpoints / BEST
+        if not best.is_dir():
             raise ValueError(
                 f"{folder} has no best weights: with data.holdout 0, where no UE has rows of two "
                 "users, or before the first evaluation, none are chosen. Leave --weights out for "
                 "the last ones."
             )
-        best = checkpoints / BEST
-        return Trained(folder, settings, own, best, checkpoint.switched(best), status)
+        return best, checkpoint.switched(best), status
     if weights != LAST:
-        return Trained(folder, settings, own, _numbered(checkpoints, weights), int(weights), status)
-    if ended:
-        return Trained(folder, settings, own, folder / "weights", ended[1], status)
+        return _numbered(checkpoints, weights), int(weights), status
+    if done is not None:
+        return folder / "weights", done, status
     newest = checkpoint.newest(checkpoints)
     if newest is not None:
-        return Trained(folder, settings, own, newest, int(newest.name), status)
+        return newest, int(newest.name), status
     if not (folder / "weights").is_dir():
         raise ValueError(
             f"{folder} has no weights and no complete checkpoint yet; a run writes its first one "
-            f"after run.save_every ({settings.save_every}) iterations."
+            f"after run.save_every ({own.save_every}) iterations."
         )
-    return Trained(folder, settings, own, folder / "weights", None, "of unknown state")
+    return folder / "weights", None, "of unknown state"
 
 
 def _settings(arguments: list[str]) -> Settings:
@@ -284,20 +285,6 @@ def _numbered(checkpoints: Path, number: str) -> Path:
             f"Give one of them, {LAST} or {BEST}."
         )
     return chosen
-
-
-def _ended(folder: Path) -> tuple[str, int] | None:
-    """Status and iterations of a run that ended; None: in progress, or interrupted."""
-    file = folder / "summary.json"
-    if not file.is_file():
-        return None
-    try:
-        summary = json.loads(file.read_text())
-        return str(summary["status"]), int(summary["iterations"])
-    except DAMAGED as error:
-        raise ValueError(
-            f"{file} can't be read ({error!r}); move it away to take the newest checkpoint."
-        ) from error
 
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -80,11 +80,6 @@ def ended(folder: Path) -> Reader:
     return folder / "summary.json", read
 
 
-def learnt(folder: Path) -> Reader:
-    trainedruns.finish(folder / "run")
-    return folder / "run" / "summary.json", lambda: trained._ended(folder / "run")
-
-
 def curve(folder: Path) -> Reader:
     run = runs.make(preset(), folder, "csilocal", "indoor", 8, 0)
     finish(run, [0.5, 0.25], holdout=0.5)
@@ -135,8 +130,7 @@ READERS = {
     "manifest of rows": manifest,
     "description of channels": description,
     "card": handed_on,
-    "summary, to resume": ended,
-    "summary, to evaluate": learnt,
+    "summary": ended,
     "learning curve": curve,
     "summary, for a report": end_of_curve,
     "cell of Table I": cell,
@@ -151,8 +145,10 @@ FOUND = {
         '"environment": "a", "part": "train", "rows": 3, "images": {"name": "a-train.npy", '
         '"bytes": {}, "sha256": ""}}]}',
     ),
-    "summary, to resume": ('{"status": "finished", "iterations": Infinity}',),
-    "summary, to evaluate": ('{"status": "finished", "iterations": 1e999}',),
+    "summary": (
+        '{"status": "finished", "iterations": Infinity}',
+        '{"status": "finished", "iterations": 1e999}',
+    ),
     "learning curve": ('{"iteration": Infinity}',),
     "plan of a job": ("[]", '{"job": "12.0", "nodes": 7}'),
 }
