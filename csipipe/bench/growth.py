@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from csipipe.bench.candidates import Candidate, csilocal, line_up
+from csipipe.bench.candidates import Candidate, line_up
 from csipipe.bench.race import Race
 from csipipe.bench.table import spread
 from csipipe.pipeline.schedule import bubble
@@ -46,9 +46,8 @@ def candidates(settings: Settings, ue_ranks: int, ues: Sequence[int] = UES) -> l
             topology=replace(settings.topology, ues=n),
             train=replace(settings.train, micro_batches=micro_batches),
         )
-        # holds out no rows, and takes as many as it needs
-        [prepared] = line_up(grown, min(ue_ranks, n), ["ours"], ["ours"])
-        found.append(csilocal(prepared.settings, min(ue_ranks, n), "ours", f"{n} UEs"))
+        [ours] = line_up(grown, min(ue_ranks, n), ["ours"], ["ours"])
+        found.append(replace(ours, label=f"{n} UEs"))
     return found
 
 
@@ -85,7 +84,7 @@ def table(race: Race) -> str:
 
 def _memory(race: Race, candidate: Candidate) -> str:
     """Of each BTS rank, over all rounds."""
-    turns = [r[candidate.label] for r in race.rounds if candidate.label in r]
+    turns = race.turns_of(candidate)
     found = []
     for stage in range(candidate.settings.stages):
         peaks = [peak for t in turns if (peak := t.peak_bytes[stage]) is not None]

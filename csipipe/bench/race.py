@@ -26,8 +26,6 @@ TOLERANCE = 1e-4
 
 One model with one and with two threads differs by as much in its gradients.
 """
-
-
 CROWDED = (
     "there isn't enough memory for all at once: each returns its own after its turn, and runs "
     f"{_SETTLING} untimed iterations before the timed ones"
@@ -77,23 +75,24 @@ class Race:
             resident = conductor.start(candidate, parts.get(stages))
             self._residents[candidate.label] = resident
             if candidate.name == "ours" and stages not in parts and self.same:
-                parts |= self._built({stages: resident})
+                self._wait_for(resident)
+                if candidate.label in self.parts:
+                    parts[stages] = self.parts[candidate.label]
             else:
                 waiting.append(resident)
         for resident in waiting:
-            self._built({0: resident})
+            self._wait_for(resident)
 
-    def _built(self, one: dict[int, Resident]) -> dict[int, list[int]]:
-        [(stages, resident)] = one.items()
+    def _wait_for(self, resident: Resident) -> None:
+        """Wait until a candidate is built, and note where it cuts the tail, if it does."""
+        label = resident.candidate.label
         try:
             parts = resident.built()
         except CandidateFailed as error:
-            self._fail(resident.candidate.label, str(error))
-            return {}
-        if parts is None:
-            return {}
-        self.parts[resident.candidate.label] = parts
-        return {stages: parts}
+            self._fail(label, str(error))
+            return
+        if parts is not None:
+            self.parts[label] = parts
 
     def warm_up(self, available: int | None = None) -> dict[str, Turn]:
         """Untimed rounds, which measure the memory that each needs and allocate it if it may stay.
@@ -170,8 +169,13 @@ class Race:
         return {
             candidate.label: times
             for candidate in self.candidates
-            if (times := [r[candidate.label].seconds for r in self.rounds if candidate.label in r])
+            if (times := [turn.seconds for turn in self.turns_of(candidate)])
         }
+
+    def turns_of(self, candidate: Candidate) -> list[Turn]:
+        """A candidate's turns in the timed rounds."""
+        label = candidate.label
+        return [turns[label] for turns in self.rounds if label in turns]
 
     def ratios(self, over: str, under: str) -> list[float]:
         """Seconds of one over seconds of another, round by round."""

@@ -131,7 +131,7 @@ def measure(race: Race) -> dict[str, dict[str, Any]]:
     """By candidate with a clock on a CPU: a rank's peaks, and what each rank reaches, by role."""
     found: dict[str, dict[str, Any]] = {}
     for candidate in race.candidates:
-        turns = [r[candidate.label] for r in race.rounds if candidate.label in r]
+        turns = race.turns_of(candidate)
         on_cpu = candidate.settings.train.device == "cpu" or not torch.cuda.is_available()
         if not turns or not all(turns[0].spent) or not on_cpu:
             continue

@@ -99,7 +99,7 @@ def share_table(race: Race, candidate: Candidate) -> str:
 
 def _spent(race: Race, candidate: Candidate) -> list[dict[str, float]]:
     """Of each rank, the median over rounds of its shares; empty dictionaries without a clock."""
-    turns = [r[candidate.label] for r in race.rounds if candidate.label in r]
+    turns = race.turns_of(candidate)
     if not turns or not all(turns[0].spent):
         return [{} for _ in range(candidate.ranks)]
     return [
