@@ -30,6 +30,7 @@ __all__ = [
     "open_source",
     "rows_of",
     "sized",
+    "tested",
 ]
 
 
@@ -69,6 +70,16 @@ def dealt(settings: Settings) -> tuple[Source, Deal]:
     source = open_source(settings.data, settings.model.angles, settings.model.delays)
     ues = settings.topology.ues
     return source, deal(settings.data, ues, source.available, source.environments)
+
+
+def tested(settings: Settings) -> tuple[Source, tuple[Span, ...]]:
+    """The source that the settings name, and its rows for testing; no values are read yet.
+
+    Raises:
+        ValueError, OSError: as `open_source` and `common_test`.
+    """
+    source = open_source(settings.data, settings.model.angles, settings.model.delays)
+    return source, common_test(settings.data, source.available, source.environments)
 
 
 def sized(settings: Settings) -> Settings:

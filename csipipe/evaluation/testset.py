@@ -54,9 +54,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError, OSError: data that can't be used.
     """
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    spans = channels.common_test(data, source.available, source.environments)
+    source, spans = channels.tested(settings)
     return {
         "angles": source.size[0],
         "delays": source.size[1],
@@ -95,24 +93,19 @@ def load(settings: Settings) -> Rows:
     Raises:
         ValueError, OSError: data that can't be used, or an `HF_all` of another number of rows.
     """
-    data, model = settings.data, settings.model
-    source = channels.open_source(data, model.angles, model.delays)
-    spans = channels.common_test(data, source.available, source.environments)
+    source, spans = channels.tested(settings)
     h_BAD = torch.from_numpy(np.ascontiguousarray(channels.rows_of(source, spans)))
     similarity = KINDS[source.kind].similarity
-    hf, missing = (None, "") if similarity else _responses(source, spans)
-    place = data.path or "built in"
+    hf, missing = (metrics.to_complex(h_BAD), "") if similarity else _responses(source, spans)
+    place = settings.data.path or "built in"
     angles, delays = source.size
-    name = f"{data.environment} ({place}), {len(h_BAD):,} rows of {angles} × {delays}"
-    response = None if hf is None else torch.from_numpy(hf)
-    if similarity:
-        response = metrics.to_complex(h_BAD)
-    return Rows(h_BAD, response, missing, name, source.padded, similarity)
+    name = f"{settings.data.environment} ({place}), {len(h_BAD):,} rows of {angles} × {delays}"
+    return Rows(h_BAD, hf, missing, name, source.padded, similarity)
 
 
 def _responses(
     source: channels.Source, spans: tuple[channels.Span, ...]
-) -> tuple[np.ndarray | None, str]:
+) -> tuple[Tensor | None, str]:
     """The untruncated channels of the rows, or why there are none."""
     parts = []
     for span in spans:
@@ -120,4 +113,4 @@ def _responses(
         if isinstance(found, str):
             return None, found
         parts.append(found)
-    return np.concatenate(parts), ""
+    return torch.from_numpy(np.concatenate(parts)), ""

@@ -151,10 +151,7 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
 
 
 def _test_rows(source: Trained) -> Tensor:
-    data, model = source.settings.data, source.settings.model
-    stream = channels.open_source(data, model.angles, model.delays)
-    test = channels.common_test(data, stream.available, stream.environments)
-    rows = channels.rows_of(stream, test)
+    rows = channels.rows_of(*channels.tested(source.settings))
     return torch.from_numpy(np.ascontiguousarray(rows))
 
 
