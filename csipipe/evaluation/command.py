@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from csipipe.comm import collectives
@@ -109,11 +108,8 @@ def run(options: Namespace, changes: Sequence[str], world: World | None) -> None
 
     found = []
     for one, mine in zip(runs, models, strict=True):
-        distinct = list(dict.fromkeys(mine))
-        figures = measure(distinct, one.settings.train.precision)
-        places = torch.tensor([distinct.index(model) for model in mine])
-        found.append(Evaluated(one, figures[places]))
-        for model in distinct:
+        found.append(Evaluated(one, measure(mine, one.settings.train.precision)))
+        for model in mine:
             model.cpu()
     points = None
     if options.bits:

@@ -38,33 +38,31 @@ def measure(
     """(models, B, COLUMNS) float64 on every rank; collective where there are several.
 
     Args:
-        models: (B, 2, A, D) → (B, 2, A, D), in evaluation mode.
+        models: (B, 2, A, D) → (B, 2, A, D), in evaluation mode; one given twice runs once.
         total: adds a tensor up over the ranks.
 
     Raises:
         ValueError: a model's output isn't finite.
     """
-    for model in models:
+    distinct = list(dict.fromkeys(models))
+    for model in distinct:
         model.to(device)
     count = len(rows.h_BAD)
-    found = torch.zeros(len(models), count, len(COLUMNS), dtype=torch.float64)
+    found = torch.zeros(len(distinct), count, len(COLUMNS), dtype=torch.float64)
     block = BLOCKS[device.type]
     for start in range(0, count, block * ranks):  # a round: a block for each rank
         mine = slice(start + rank * block, min(count, start + (rank + 1) * block))
         if mine.start < count:
-            found[:, mine] = _block(models, rows, mine, precision, device)
+            found[:, mine] = _block(distinct, rows, mine, precision, device)
         part = found[:, start : start + block * ranks].contiguous()
         found[:, start : start + block * ranks] = total(part)
-    return found
+    return found[[distinct.index(model) for model in models]]
 
 
 def means(run: Trained, rows: Rows) -> dict[str, float]:
     """Means over samples and UEs by column, on a CPU; raises as `measure` and `Trained.models`."""
-    mine = run.models()
-    distinct = list(dict.fromkeys(mine))
-    found = measure(distinct, rows, run.settings.train.precision, torch.device("cpu"))
-    places = torch.tensor([distinct.index(model) for model in mine])
-    return dict(zip(COLUMNS, found[places].nanmean(1).mean(0).tolist(), strict=True))
+    found = measure(run.models(), rows, run.settings.train.precision, torch.device("cpu"))
+    return dict(zip(COLUMNS, found.nanmean(1).mean(0).tolist(), strict=True))
 
 
 def ceiling(rows: Rows) -> tuple[float, float] | None:
