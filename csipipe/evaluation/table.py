@@ -12,7 +12,7 @@ from csipipe.plotting import name_of
 from csipipe.tracking import ceiling_note
 
 _HEADS = {"loss": "loss", "nmse_db": "NMSE (dB)", "rho": "ρ", "sgcs": "SGCS"}
-_FORMS = {"loss": "10.3e", "nmse_db": "10.2f", "rho": "10.4f", "sgcs": "10.4f"}
+_FORMS = {"loss": ".3e", "nmse_db": ".2f", "rho": ".4f", "sgcs": ".4f"}
 
 
 def of_run(evaluated: Evaluated, best: tuple[float, float] | None) -> str:
@@ -63,7 +63,7 @@ def side_by_side(runs: Sequence[tuple[str, Evaluated]]) -> str:
                 str(down),
                 str(len(ues)),
                 str(evaluated.run.iteration or evaluated.run.source.name),
-                *(_cell(figure, mean[figure]).strip() for figure in SHOWN),
+                *(_cell(figure, mean[figure]) for figure in SHOWN),
                 band,
                 _pca_cell(evaluated),
             ]
@@ -114,4 +114,4 @@ def _line(name: str, cells: dict[Any, str], width: int) -> str:
 
 
 def _cell(name: str, value: float | None) -> str:
-    return f"{'—':>10}" if value is None else f"{value:{_FORMS[name]}}"
+    return "—" if value is None else f"{value:{_FORMS[name]}}"
