@@ -68,9 +68,7 @@ def messages(model: Autoencoder, objective: Objective, h_NAD: Tensor, wire: Wire
     return Seen(torch.cat(z_parts), torch.cat(g_parts))
 
 
-def shadow(
-    settings: Settings, tail: nn.Sequential, h_NAD: Tensor, steps: int, seed: int = 0
-) -> Autoencoder:
+def shadow(settings: Settings, tail: nn.Sequential, h_NAD: Tensor, steps: int) -> Autoencoder:
     """An encoder and a head for this tail, trained on the attacker's rows."""
     model = Autoencoder(settings.model, tail)
     seeded, (entries, _) = settings.train.seed, models.widths(settings.model)
@@ -87,7 +85,7 @@ def shadow(
         len(h_NAD),
         lambda picks: objective(model(h_NAD[picks]), h_NAD[picks]).minimised.mean(),
         settings.train.lr,
-        seed,
+        seed=0,
     )
     for parameter, wanted in zip(tail.parameters(), before, strict=True):
         parameter.requires_grad_(wanted)
@@ -102,7 +100,7 @@ class Decoder(nn.Module):
         steps: of the network's training.
     """
 
-    def __init__(self, x_NC: Tensor, h_NAD: Tensor, steps: int, seed: int = 0) -> None:
+    def __init__(self, x_NC: Tensor, h_NAD: Tensor, steps: int) -> None:
         super().__init__()
         self.row = h_NAD.shape[1:]
         learn = len(x_NC) * 9 // 10
@@ -116,7 +114,7 @@ class Decoder(nn.Module):
         gram += 1e-3 * len(ones) * torch.eye(len(gram), dtype=gram.dtype)
         self.linear = torch.linalg.solve(gram, ones.T @ target[:learn].double()).float()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             last = nn.Linear(HIDDEN, target.shape[1])
             self.rest = nn.Sequential(
                 *(nn.Linear(x.shape[1], HIDDEN), nn.ReLU()),
@@ -131,7 +129,7 @@ class Decoder(nn.Module):
             return centred_nmse(self._decoded(x[picks]), h_NAD[picks]).mean()
 
         for check in range(_CHECKS):
-            _descend(self.rest, each, learn, loss, 1e-3, seed + check)
+            _descend(self.rest, each, learn, loss, 1e-3, seed=check)
             lost = self._lost(x[learn:], h_NAD[learn:])
             if lost < best:
                 best, kept = lost, self._weights()
