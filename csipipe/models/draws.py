@@ -53,6 +53,20 @@ def belong(layers: Iterable[nn.Module], ue: int) -> None:
                 hook.key = (*hook.key, ue)
 
 
+def watched(layer: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """A layer's output, and whether it drew random numbers for it.
+
+    Raises:
+        ValueError: as `Watch`, which only looks where there are no values: it loads PyTorch's
+            compiler, for three seconds of CPU. With values, PyTorch's generator shows it.
+    """
+    if x.is_meta:
+        with Watch() as watch:
+            return layer(x), watch.drawn
+    before = torch.get_rng_state()
+    return layer(x), not torch.equal(before, torch.get_rng_state())
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch's has no types
     """Notes whether what runs in its context draws random numbers.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from csipipe.models import requirements
 from csipipe.models.crblock import CRBlock
 from csipipe.models.cut import Unsplittable, cut
-from csipipe.models.draws import Watch, reseed
+from csipipe.models.draws import reseed, watched
 from csipipe.models.kernels import describe, plain_layers, why_not
 from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.norm import BatchNorm2d
@@ -69,14 +69,12 @@ def _by_pca(model: ModelSettings) -> tuple[str, str]:
 
 
 def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
-    """Build a part; the user's own random layers draw from the seed too."""
+    """Build a part; random layers draw from the seed too."""
     built = _cut(part, model, seed)
     for layer in requirements.layers(part, built):
         for module in layer.modules():
             if isinstance(module, BatchNorm2d | Linear):
                 module.kernels_by = model.kernels_by
-    if MODELS.get(model.name):  # none of them draws
-        return built
     for number, layer in enumerate(requirements.layers(part, built)):
         if _draws(part, model)[number]:
             reseed(layer, (seed, _DRAWS + PARTS.index(part), number))
@@ -125,18 +123,17 @@ def _arguments(model: ModelSettings) -> tuple[int, int, int, int | None]:
 
 @functools.cache
 def _draws(part: str, model: ModelSettings) -> list[bool]:
-    """Whether each layer of a part draws random numbers in training."""
+    """Whether each layer of a part draws random numbers in training; computed as `_shapes` is."""
     shape: tuple[int, ...] = model.image
     for before in PARTS[: PARTS.index(part)]:
         shape = _shapes(before, model, shape)[-1]
-    draws = []
-    with torch.device("meta"), torch.no_grad():
-        x = torch.empty(2, *shape)
-        for layer in _bare(part, model):
-            with Watch() as watch:
-                x = layer.train()(x)
-            draws.append(watch.drawn)
-    return draws
+    found, device = [], _where(model)
+    with torch.random.fork_rng(devices=[]), device, torch.no_grad(), plain_layers():
+        x = torch.zeros(2, *shape)
+        for layer in requirements.layers(part, _cut(part, model, 0)):
+            x, drawn = watched(layer.train(), x)
+            found.append(drawn)
+    return found
 
 
 def widths(model: ModelSettings) -> tuple[int, int]:
@@ -294,12 +291,6 @@ def layers(part: str, model: ModelSettings) -> Sequence[nn.Module]:
 def _layers_on(device: torch.device, part: str, model: ModelSettings) -> list[nn.Module]:
     with device:
         return requirements.layers(part, _seeded(part, model, 0))
-
-
-def _bare(part: str, model: ModelSettings) -> list[nn.Module]:
-    """The same before its random layers are known."""
-    with _NOWHERE:
-        return requirements.layers(part, _cut(part, model, 0))
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from randommodel import build
 from torch import Tensor, nn
 
 from csipipe import models
 from csipipe.models.draws import COUNT, Watch
 from csipipe.settings.config import ModelSettings
-from csipipe.settings.tables import MODELS
+from csipipe.settings.tables import MODELS, ModelSpec
 
 RANDOM = ModelSettings(name="owned:random", c1=12, angles=6, delays=4, kernels_by="torch")
 
@@ -67,6 +70,32 @@ def test_only_random_layers_are_counted() -> None:
     encoder, head = models.build_encoder(RANDOM, 0), models.build_head(RANDOM, 0)
     assert COUNT in encoder.state_dict()
     assert COUNT in head.state_dict()
+
+
+def part_of(number: int, model: ModelSettings) -> Any:
+    return build(*model.image[1:], model.c1, model.c2)[number]
+
+
+random_encoder, random_tail, random_head = (partial(part_of, n) for n in range(3))
+
+
+@pytest.mark.parametrize("angles", [6, 200], ids=["computed", "without values"])
+def test_random_layers_of_a_row_are_counted_too(
+    angles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[str, Any] = {p: f"{__name__}:random_{p}" for p in ("encoder", "tail", "head")}
+    row = ModelSpec(about="random", partition="uniform", own_c2=True, **parts)
+    monkeypatch.setitem(MODELS, "random", row)
+    model = dataclasses.replace(
+        RANDOM, name="random", angles=angles, delays=4 if angles == 6 else 200
+    )
+    models.check(model)
+    state = torch.get_rng_state()
+    counted = [models.draws(layer) for layer in models.build_tail(model, 0)]
+    assert counted == [False, False, True, True, False, False]
+    assert models.draws(models.build_encoder(model, 0))
+    assert models.draws(models.build_head(model, 0))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def run(layers: list[nn.Module], x: Tensor) -> Tensor:
