@@ -27,8 +27,8 @@ def say(path: Path, findings: Iterable[Finding]) -> None:
         )
 
 
-def check(path: Path, findings: Iterable[Finding], accept: Verdict) -> None:
-    """Refuse a file with a finding that is worse than what is accepted.
+def check(what: Path | str, findings: Iterable[Finding], accept: Verdict) -> None:
+    """Refuse a file, or rows, with a finding that is worse than what is accepted.
 
     Raises:
         ValueError: with the finding, its repair and the setting that overrides it.
@@ -36,6 +36,6 @@ def check(path: Path, findings: Iterable[Finding], accept: Verdict) -> None:
     for finding in findings:
         if _ORDER.index(finding.verdict) > _ORDER.index(accept):
             raise ValueError(
-                f"{path}: {finding.verdict}: {finding.what}. Repair: {finding.repair}. To train on "
+                f"{what}: {finding.verdict}: {finding.what}. Repair: {finding.repair}. To train on "
                 f"it all the same, set data.accept to {finding.verdict}; it is {accept}."
             )

@@ -7,8 +7,16 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from csipipe.channels import accepted
+from csipipe.channels.doctor import Finding
+from csipipe.channels.layout import ROUNDING
 from csipipe.channels.source import Images, Source, Span
 from csipipe.channels.split import Deal
+from csipipe.channels.transform import ZERO
+from csipipe.settings.config import Verdict
+
+_LOOKED_AT = 1000
+"""Rows whose values are looked at."""
 
 
 def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images, Images]:
@@ -87,6 +95,39 @@ def rows_of(source: Source, spans: tuple[Span, ...]) -> Images:
     """The rows of all spans, in their order: (n, 2, A, D) float32 in [0, 1].
 
     Rows of a single span are what the source gives, which may be mapped and not copied.
+
+    Raises:
+        ValueError: the source gives something else.
     """
-    rows = [source.rows(*span) for span in spans]
+    rows = [_asked(source, span) for span in spans]
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _asked(source: Source, span: Span) -> Images:
+    rows = source.rows(*span)
+    wanted = (span.size, 2, *source.size)
+    if rows.shape != wanted or rows.dtype != np.float32:
+        raise ValueError(
+            f"{type(source).__name__}.rows({', '.join(map(repr, span))}) gives {rows.dtype} of "
+            f"shape {rows.shape}; expected float32 of shape {wanted}: rows, real and imaginary "
+            "part, angles, delays."
+        )
+    return rows
+
+
+def check_values(rows: Images, what: str, accept: Verdict) -> None:
+    """Look at some rows: files are examined when they are first used, other sources only here.
+
+    Args:
+        what: whose rows they are, for the error.
+        accept: see `data.accept`.
+
+    Raises:
+        ValueError: values outside of [0, 1].
+    """
+    some = rows[:_LOOKED_AT]
+    least, most = float(some.min(initial=ZERO)), float(some.max(initial=ZERO))
+    if not (least >= -ROUNDING and most <= 1 + ROUNDING):
+        found = f"values from {least:.3g} to {most:.3g}, where 0.5 stands for zero"
+        repair = "let the source's rows lie in [0, 1], such as h / (2·max|h|) + 0.5"
+        accepted.check(what, [Finding("unusable", found, repair)], accept)

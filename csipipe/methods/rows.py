@@ -13,15 +13,21 @@ from csipipe.settings.config import Settings
 def load(
     settings: Settings, numbers: range, device: torch.device
 ) -> tuple[list[UserEquipment], torch.Tensor]:
-    """The UEs' private rows, and the common test set (B, 2, A, D)."""
+    """The UEs' private rows, and the common test set (B, 2, A, D).
+
+    Raises:
+        ValueError, OSError: as `channels.load_ue` and `channels.check_values`.
+    """
     source, deal = channels.dealt(settings)
-    ues = [
-        UserEquipment(
-            n, settings, *channels.load_ue(source, deal, n, settings.data.holdout), device
-        )
-        for n in numbers
-    ]
-    return ues, torch.from_numpy(channels.load_test(source, deal)).to(device)
+    data = settings.data
+    ues = []
+    for n in numbers:
+        train, held = channels.load_ue(source, deal, n, data.holdout)
+        channels.check_values(train, f"data.source {data.source}, rows of UE {n}", data.accept)
+        ues.append(UserEquipment(n, settings, train, held, device))
+    test = channels.load_test(source, deal)
+    channels.check_values(test, f"data.source {data.source}, test rows", data.accept)
+    return ues, torch.from_numpy(test).to(device)
 
 
 def manifest(settings: Settings, rank: int, world_size: int) -> channels.Manifest | None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from harness import run_world
-from runs import joined, small, splits, unsplit
+from runs import CPU, joined, small, splits, unsplit
 from test_evaluate import evaluate
 from torch import Tensor, nn
 
+from csipipe import channels, methods
 from csipipe.channels.source import SITES, Images, Kind, Part, Site, Source
 from csipipe.comm.world import World
 from csipipe.methods import federated
@@ -100,6 +101,13 @@ def open_source(data: DataSettings, angles: int | None, delays: int | None) -> S
     return OneAngle(angles or 8, delays or 8)
 
 
+class Centred(OneAngle):
+    """One whose zero is another."""
+
+    def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
+        return super().rows(environment, part, start, stop) - np.float32(1)
+
+
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """The three rows, for a while."""
@@ -165,6 +173,26 @@ def test_a_new_method_and_source_train_and_are_evaluated(
     assert "6 bits an entry" in said
     with pytest.raises(ValueError, match="method is 'fedsign'; it must be one of csilocal"):
         small("fedsign")
+
+
+@pytest.mark.parametrize("zero", [0.5, 0.0])
+def test_rows_of_a_new_source_are_looked_at(zero: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small(topology={"ues": 2})
+    source: Source = OneAngle(8, 8) if zero else Centred(8, 8)
+    monkeypatch.setattr(channels, "open_source", lambda *_: source)
+    if zero:
+        ues, test = methods.load(settings, range(2), CPU)
+        assert len(ues) == 2
+        assert float(test.max()) == 1
+        return
+    with pytest.raises(
+        ValueError, match=r"source synthetic, rows of UE 0: unusable: values from -0.5"
+    ):
+        methods.load(settings, range(2), CPU)
+    with pytest.raises(
+        ValueError, match=r"source synthetic, test rows: unusable: values from -0.5 to"
+    ):
+        methods.load(settings, range(0), CPU)
 
 
 def train_models(world: World, models: dict[str, Settings]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from csipipe.channels import (
     manifest_of,
     open_source,
 )
-from csipipe.channels.load import rows_of
+from csipipe.channels.load import check_values, rows_of
 from csipipe.channels.source import Images, Kind, Part, Site
 from csipipe.settings.config import DataSettings
 
@@ -168,6 +168,48 @@ def test_the_test_set_is_common_and_mixed() -> None:
     dealt = deal(settings(environment="noniid", test_samples=5), 2, endless)
     rows = load_test(Numbered(), dealt)
     assert rows[:, 0, 0, 0].tolist() == [0, 1, 2, 1000, 1001]
+
+
+class Other(Numbered):
+    """A source that gives what it is told to."""
+
+    size = (4, 3)
+
+    def __init__(self, given: Images) -> None:
+        self.given = given
+
+    def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
+        return self.given[start:stop]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "found"),
+    [
+        ((5, 2, 4, 3), "f8", r"float64 of shape \(5, 2, 4, 3\)"),
+        ((5, 4, 3, 2), "f4", r"float32 of shape \(5, 4, 3, 2\)"),
+        ((4, 2, 4, 3), "f4", r"float32 of shape \(4, 2, 4, 3\)"),
+    ],
+)
+def test_a_source_that_gives_other_rows_is_named(
+    shape: tuple[int, ...], kind: str, found: str
+) -> None:
+    source = Other(np.zeros(shape, kind))
+    message = (
+        rf"Other.rows\('indoor', 'train', 0, 5\) gives {found}; expected float32 of shape \(5,"
+    )
+    with pytest.raises(ValueError, match=message):
+        rows_of(source, (Span("indoor", "train", 0, 5),))
+
+
+def test_values_around_another_zero_are_named_before_training() -> None:
+    h = np.random.default_rng(0).normal(size=(5, 2, 4, 3)).astype("f4")
+    scaled = h / (2 * np.abs(h).max()) + np.float32(0.5)
+    check_values(scaled, "mine", "good")
+    check_values(h, "mine", "unusable")
+    with pytest.raises(ValueError, match=r"mine: unusable: values from -.*, where 0.5 stands for"):
+        check_values(h, "mine", "suspicious")
+    with pytest.raises(ValueError, match="mine: unusable: values from nan to nan"):
+        check_values(np.full_like(h, np.nan), "mine", "suspicious")
 
 
 # The manifest
