@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,8 @@ from matplotlib.figure import Figure
 
 from csipipe import plotting
 from csipipe.bench.table import spread
-from csipipe.files import write_file
+from csipipe.files import write_file, write_table
+from csipipe.reports import pages
 
 PAPER = {
     ("indoor", 256, 400): (0.0560, 0.0583),
@@ -86,20 +85,19 @@ def write(folder: Path, rows: Sequence[Row], stages: int, micro_batches: int) ->
         return "no cell is finished yet"
     best = bound(stages, micro_batches)
     text = verdict(rows, best, stages, micro_batches)
-    write_file(folder / "table1.csv", as_csv(rows, best))
+    write_csv(folder / "table1.csv", rows, best)
     write_file(folder / "table1.md", text)
     plotting.save(picture(rows, best), folder / "table1.png")
     return text
 
 
-def as_csv(rows: Sequence[Row], best: float) -> str:
+def write_csv(file: Path, rows: Sequence[Row], best: float) -> None:
     """One line per cell; times in seconds per iteration, shares as fractions of 1."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     series = ("with", "without", "time_saved", "without_over_with_minus_1")
-    head = [f"{name}_{column}" for name in series for column in _COLUMNS]
-    paper = ["paper_with", "paper_without", "paper_time_saved"]
-    writer.writerow(["environment", "c", "batch_size", "rounds", *head, "bound_saved", *paper])
+    header = ["environment", "c", "batch_size", "rounds"]
+    header += [f"{name}_{column}" for name in series for column in _COLUMNS]
+    header += ["bound_saved", "paper_with", "paper_without", "paper_time_saved"]
+    lines = []
     for row in rows:
         values: list[Any] = [row.environment, row.c, row.batch_size, len(row.saved)]
         for numbers in (row.with_pipeline, row.without, row.saved, row.gain):
@@ -107,51 +105,40 @@ def as_csv(rows: Sequence[Row], best: float) -> str:
             values += [f"{s[column]:.6g}" for column in _COLUMNS]
         published = row.paper or ("", "")
         saved = "" if row.paper_saved is None else f"{row.paper_saved:.4f}"
-        writer.writerow([*values, f"{best:.4f}", *published, saved])
-    return out.getvalue()
+        lines.append([*values, f"{best:.4f}", *published, saved])
+    write_table(file, header, lines)
 
 
 def verdict(rows: Sequence[Row], best: float, stages: int, micro_batches: int) -> str:
     """Markdown: the table, ours beside the paper's, and what it says."""
-    lines = [
-        "# Table I: time per iteration with and without the pipeline",
-        "",
+    heads = ["cell", "with (s)", "without (s)", "saved", "gain"]
+    heads += ["paper: with / without (s)", "paper: saved", "paper: gain"]
+    return pages.page(
+        "Table I: time per iteration with and without the pipeline",
         f"{rows[0].ues} UEs. With: {stages} BTS stages, {micro_batches} micro-batches; without: "
         "one BTS stage, the same micro-batches. Medians over rounds in which both took turns, with "
         "quartiles in brackets. *Saved* is the median over rounds of 1 − t_with/t_without, *gain* "
         "that of t_without/t_with − 1, the percentage in the paper's text. Both are taken round "
         "by round, since a slow moment slows the two turns of a round alike; they needn't be what "
         "the median times beside them would give.",
-        "",
-        "| cell | with (s) | without (s) | saved | gain | paper: with / without (s) | "
-        "paper: saved | paper: gain |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_line(row) for row in rows),
-        "",
+        pages.table(heads, map(_cells, rows)),
         f"Bound for {stages} equal stages and {micro_batches} micro-batches: {best:.1%} saved, "
         "if an iteration consisted of the tail alone and every stage had its own core.",
-        "",
         _judgement(rows, best),
-    ]
-    return "\n".join(lines) + "\n"
+    )
 
 
-def _line(row: Row) -> str:
-    s = {
-        "with": spread(row.with_pipeline),
-        "without": spread(row.without),
-        "saved": spread(row.saved),
-        "gain": spread(row.gain),
-    }
+def _cells(row: Row) -> list[str]:
     seconds = [
-        f"{v['median']:.3f} [{v['q1']:.3f}, {v['q3']:.3f}]" for v in (s["with"], s["without"])
+        f"{s['median']:.3f} [{s['q1']:.3f}, {s['q3']:.3f}]"
+        for s in map(spread, (row.with_pipeline, row.without))
     ]
-    shares = [_share(s["saved"]), _share(s["gain"])]
+    shares = [_share(spread(row.saved)), _share(spread(row.gain))]
     paper = ["–"] * 3
     if row.paper is not None and row.paper_saved is not None:
         a, b = row.paper
         paper = [f"{a:.4f} / {b:.4f}", f"{row.paper_saved:.1%}", f"{b / a - 1:.1%}"]
-    return "| " + " | ".join([_name(row), *seconds, *shares, *paper]) + " |"
+    return [_name(row), *seconds, *shares, *paper]
 
 
 def _name(row: Row) -> str:
