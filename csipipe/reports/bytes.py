@@ -139,15 +139,17 @@ def loss_of(curves: Curves) -> float | None:
 def judge(curves: Curves) -> list[Tried]:
     """Every coding that has runs."""
     loss = loss_of(curves)
+    if loss is None:
+        return []
     found = []
-    for method, codings in CODINGS.items() if loss is not None else ():
+    for method, codings in CODINGS.items():
         plain = statistics.median(
             c.end for (m, k, _), c in curves.items() if (m, k) == (method, "fp32")
         )
         for coding in codings:
             mine = {s: c for (m, k, s), c in curves.items() if (m, k) == (method, coding)}
             if mine:
-                until = {s: c.exchange_until(loss or 0.0, "bytes") for s, c in mine.items()}
+                until = {s: c.exchange_until(loss, "bytes") for s, c in mine.items()}
                 reached = {s: size for s, size in until.items() if size is not None}
                 end = statistics.median(c.end for c in mine.values())
                 found.append(Tried(method, coding, reached, len(mine), end, end / plain))

@@ -129,19 +129,14 @@ def rivals_of(curves: Curves) -> list[str]:
 
 def write_csv(file: Path, curves: Curves, common: float | None) -> None:
     header = ["method", "seed", "share", "loss", "scalars_until", "bytes_until", "lowest_loss"]
+    losses = {} if common is None else {share: given_loss(curves, common, share) for share in RANGE}
     rows = [
         [
-            method,
-            seed,
-            share,
-            loss,
-            curve.exchange_until(loss),
-            curve.exchange_until(loss, "bytes"),
-            curve.lowest,
+            *(*key, share, loss),
+            *(curve.exchange_until(loss), curve.exchange_until(loss, "bytes"), curve.lowest),
         ]
-        for share in (RANGE if common is not None else ())
-        for loss in [given_loss(curves, common or 0.0, share)]
-        for (method, seed), curve in curves.items()
+        for share, loss in losses.items()
+        for key, curve in curves.items()
     ]
     write_table(file, header, rows)
 
