@@ -108,17 +108,13 @@ def read(folder: Path) -> Curve:
 
 
 def _curve(lines: list[dict[str, Any]]) -> Curve:
-    sums = [
-        {
-            unit: sum(line["exchanged"][unit][way] for way in ("up", "down"))
-            for unit in ("scalars", "bytes")
-        }
-        for line in lines
-    ]
+    def exchanged(unit: Unit) -> list[int]:
+        return [sum(line["exchanged"][unit][way] for way in ("up", "down")) for line in lines]
+
     return Curve(
         iterations=[int(line["iteration"]) for line in lines],
-        scalars=[s["scalars"] for s in sums],
-        bytes=[s["bytes"] for s in sums],
+        scalars=exchanged("scalars"),
+        bytes=exchanged("bytes"),
         loss=[float(line["test"]["loss"]) for line in lines],
         per_ue=[[float(ue["loss"]) for ue in line["test"]["per_ue"]] for line in lines],
         nmse_db=[float(line["test"]["nmse_db"]) for line in lines],
