@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,9 @@ def style(key: str) -> dict[str, Any]:
     return {"linewidth": 1.3, "markersize": 4.5, "label": name_of(key)} | look
 
 
-def scale(values: Sequence[float], unit: str) -> tuple[float, str]:
+def scale(largest: float, unit: str) -> tuple[float, str]:
     """A divisor that gives an axis small numbers, and its unit, such as 10⁹ parameters."""
-    power = 3 * math.floor(math.log10(max([*values, 1.0])) / 3)
+    power = 3 * math.floor(math.log10(max(largest, 1.0)) / 3)
     superscript = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return 10.0**power, f"10{superscript} {unit}" if power else unit
 

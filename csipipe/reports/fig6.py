@@ -17,14 +17,11 @@ from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve, Unit
-from csipipe.reports.fig6_claims import claims
+from csipipe.reports.fig6_claims import Panels, claims
 from csipipe.reports.preset import METHODS, PANELS, REFERENCE
 from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
-
-Panels = Mapping[tuple[str, str], Curve]
-"""Curves by panel and method."""
 
 
 def wanted(report: Report) -> dict[tuple[str, str], Run]:
@@ -119,8 +116,8 @@ def _panel(axes: Axes, panel: str, curves: Mapping[str, Curve], unit: Unit) -> N
     """Loss over exchange; the band spans the UEs."""
     environment, ratio = PANELS[panel]
     word = "parameters" if unit == "scalars" else "bytes"
-    longest = max((max(getattr(c, unit)) for c in curves.values()), default=1)
-    divisor, label = plotting.scale([longest], word)
+    longest = max(max(getattr(c, unit)) for c in curves.values())
+    divisor, label = plotting.scale(longest, word)
     for method in METHODS:
         if method in curves:
             curve, look = curves[method], plotting.style(method)

@@ -9,6 +9,7 @@ from csipipe.reports.pages import Claim, every
 from csipipe.reports.preset import METHODS, OURS, PANELS
 
 Panels = Mapping[tuple[str, str], Curve]
+"""Curves by panel and method."""
 SIMILAR = 1.10
 """A test loss up to this factor times another's is similar to it."""
 _RIVALS = METHODS[1:]

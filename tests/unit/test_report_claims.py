@@ -20,6 +20,7 @@ from csipipe.reports import fig5, fig6, headline, plan, runs, search
 from csipipe.reports import preset as presets
 from csipipe.reports.command import Found, Report
 from csipipe.reports.curves import Curve
+from csipipe.reports.fig6_claims import Panels
 from csipipe.reports.fig6_claims import claims as fig6_claims
 from csipipe.reports.preset import METHODS, PANELS, PRESETS, REFERENCE
 from csipipe.settings.config import Environment
@@ -82,7 +83,7 @@ def test_fig5_with_missing_runs_is_not_judged_but_drawn(tmp_path: Path) -> None:
 # Fig. 6
 
 
-def panels(out: Path, losses: Mapping[tuple[str, str], list[float]], **shape: float) -> fig6.Panels:
+def panels(out: Path, losses: Mapping[tuple[str, str], list[float]], **shape: float) -> Panels:
     """Curves; CSILocal exchanges 10 per evaluation, the others 50, spread as given by panel."""
     found: dict[tuple[str, str], Curve] = {}
     for (panel, method), values in losses.items():
