@@ -21,7 +21,7 @@ from csipipe.reports.bytes import RIVAL
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.headline import PANEL, common_loss, given_loss, without_loss
-from csipipe.reports.preset import OURS, PANELS, REFERENCE
+from csipipe.reports.preset import OURS, PANELS, REFERENCE, panel_name
 from csipipe.reports.runs import Run
 from csipipe.settings.tables import METHODS
 
@@ -84,7 +84,7 @@ def run(options: Namespace) -> int:
     if curves:
         plotting.save(draw(curves, report.preset.common().train.iterations), picture)
     write_file(page, verdict(report, curves, found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 def loss_of(curves: Curves, iterations: int) -> float | None:
@@ -144,8 +144,7 @@ def verdict(report: Report, curves: Curves, notes: str) -> str:
     if loss is not None:
         given = f"The given loss is **{loss:.3e}**."
     return pages.page(
-        f"Averaging every E iterations ({name_of(PANELS[PANEL][0])}, compression "
-        f"1/{PANELS[PANEL][1]})",
+        f"Averaging every E iterations ({panel_name(PANEL)})",
         f"{given} {train.iterations:,} iterations, {report.preset.common().topology.ues} UEs; "
         "medians over the seeds; the end is the mean of the last three evaluations.",
         pages.table([*head, f"over {name_of(REFERENCE)}'s"], rows),

@@ -24,7 +24,7 @@ from csipipe.reports.curves import Curve
 from csipipe.reports.headline import PANEL, common_loss, given_loss, without_loss
 from csipipe.reports.pages import Claim
 from csipipe.reports.plan import LINKS
-from csipipe.reports.preset import OURS, PANELS
+from csipipe.reports.preset import OURS, PANELS, panel_name
 from csipipe.reports.runs import Run
 from csipipe.settings.config import CodecSettings, CommSettings
 from csipipe.settings.tables import METHODS
@@ -104,7 +104,7 @@ def run(options: Namespace) -> int:
     if curves:
         plotting.save(draw(curves), picture)
     write_file(page, verdict(curves, tried, len(report.preset.seeds), found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,7 @@ def verdict(curves: Curves, tried: list[Tried], seeds: int, notes: str) -> str:
             ),
         ]
     return pages.page(
-        f"Bytes until a given test loss ({name_of(PANELS[PANEL][0])}, compression "
-        f"1/{PANELS[PANEL][1]})",
+        f"Bytes until a given test loss ({panel_name(PANEL)})",
         *parts,
         notes,
     )

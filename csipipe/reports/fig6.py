@@ -18,7 +18,7 @@ from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve, Unit
 from csipipe.reports.fig6_claims import Panels, claims
-from csipipe.reports.preset import METHODS, PANELS, REFERENCE
+from csipipe.reports.preset import METHODS, PANELS, REFERENCE, panel_name
 from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
@@ -47,7 +47,7 @@ def run(options: Namespace) -> int:
         plotting.save(draw(curves, "scalars"), by_scalars)
         plotting.save(draw(curves, "bytes"), by_bytes)
     write_file(page, verdict(curves, report.preset.panels, found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 def write_csv(file: Path, curves: Panels) -> None:
@@ -114,7 +114,6 @@ def draw(curves: Panels, unit: Unit) -> Figure:
 
 def _panel(axes: Axes, panel: str, curves: Mapping[str, Curve], unit: Unit) -> None:
     """Loss over exchange; the band spans the UEs."""
-    environment, ratio = PANELS[panel]
     word = "parameters" if unit == "scalars" else "bytes"
     longest = max(max(getattr(c, unit)) for c in curves.values())
     divisor, label = plotting.scale(longest, word)
@@ -127,7 +126,7 @@ def _panel(axes: Axes, panel: str, curves: Mapping[str, Curve], unit: Unit) -> N
             axes.fill_between(x, low, high, color=look["color"], alpha=0.1, linewidth=0)
     if REFERENCE in curves:
         axes.axhline(curves[REFERENCE].end, **plotting.style(REFERENCE))
-    axes.set_title(f"({panel}) {name_of(environment)}, compression 1/{ratio}", fontsize="medium")
+    axes.set_title(f"({panel}) {panel_name(panel)}", fontsize="medium")
     axes.set_xlabel(f"exchanged ({label})")
     axes.set_ylabel(plotting.LOSS)
     axes.ticklabel_format(axis="y", scilimits=(-2, 2), useMathText=True)

@@ -22,7 +22,7 @@ from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.headline import PANEL
-from csipipe.reports.preset import OURS, PANELS, REFERENCE
+from csipipe.reports.preset import OURS, PANELS, REFERENCE, panel_name
 from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
@@ -97,7 +97,7 @@ def run(options: Namespace) -> int:
     if gaps(curves):
         plotting.save(draw(curves), picture)
     write_file(page, verdict(report, curves, found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 def gaps(curves: Curves) -> dict[tuple[int, int], list[float]]:
@@ -152,8 +152,7 @@ def verdict(report: Report, curves: Curves, notes: str) -> str:
     head = ["rows in all", "UEs", "rows per UE", "loss at the end", f"over {name_of(REFERENCE)}'s"]
     train = report.preset.common().train
     return pages.page(
-        f"CSILocal's gap to centralised training ({name_of(PANELS[PANEL][0])}, compression "
-        f"1/{PANELS[PANEL][1]})",
+        f"CSILocal's gap to centralised training ({panel_name(PANEL)})",
         f"{train.iterations:,} iterations of {_samples(report)} samples in all; medians over "
         f"{len(report.preset.seeds)} seeds, and from the lowest to the highest; the end is the "
         f"mean of the last three evaluations, which are over {EVALUATED} UEs at most.",

@@ -21,7 +21,7 @@ from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Report, add_arguments
 from csipipe.reports.curves import Curve
 from csipipe.reports.pages import Claim
-from csipipe.reports.preset import OURS, PANELS
+from csipipe.reports.preset import OURS, PANELS, panel_name
 from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
@@ -66,7 +66,7 @@ def run(options: Namespace) -> int:
         loss = report.preset.loss or given_loss(curves, common)
         plotting.save(draw(curves, common, loss), picture)
     write_file(page, verdict(curves, common, seeds, report.preset.loss, found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 def common_loss(curves: Curves, of: Collection[str] = COMPARED) -> float | None:
@@ -248,8 +248,7 @@ def verdict(
             _range_table(curves, common),
         ]
     return pages.page(
-        f"Headline: exchanged until a given test loss, Fig. 6{PANEL} "
-        f"({name_of(PANELS[PANEL][0])}, compression 1/{PANELS[PANEL][1]})",
+        f"Headline: exchanged until a given test loss, Fig. 6{PANEL} ({panel_name(PANEL)})",
         *parts,
         notes,
     )

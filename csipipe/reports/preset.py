@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from csipipe import channels
 from csipipe.files import shipped
+from csipipe.plotting import name_of
 from csipipe.settings import commandline, tables
 from csipipe.settings.config import DataSettings, Environment, Settings, suited
 
@@ -50,6 +51,12 @@ NO_DATA = ("--data.source", DataSettings().source, "--data.path", "null")
 """Where no data is looked at, none is asked for."""
 DECIDED = ("model.c1", "model.c2", "data.environment", "train.lr", "train.seed", "run.dir")
 """What a report itself sets for each run, besides the method; some set more."""
+
+
+def panel_name(panel: str) -> str:
+    """Distribution and compression ratio of a panel."""
+    environment, ratio = PANELS[panel]
+    return f"{name_of(environment)}, compression 1/{ratio}"
 
 
 @dataclass(frozen=True, kw_only=True)

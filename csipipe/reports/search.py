@@ -17,7 +17,7 @@ from csipipe.plotting import name_of
 from csipipe.reports import command, pages, runs
 from csipipe.reports.command import Found, Report, add_arguments
 from csipipe.reports.curves import LAST, Curve
-from csipipe.reports.preset import METHODS, PANELS, REFERENCE, Search
+from csipipe.reports.preset import METHODS, PANELS, REFERENCE, Search, panel_name
 from csipipe.reports.runs import Run
 
 __all__ = ["add_arguments", "run"]
@@ -149,10 +149,9 @@ def verdict(
             cells.append(f"**{text}**" if best.get(method) == rate else text)
         rows.append([name_of(method), *cells])
     edge = [name_of(m) for m, rate in best.items() if rate in (min(search.grid), max(search.grid))]
-    environment, ratio = PANELS[search.panel]
     return pages.page(
         "Learning-rate search",
-        f"{name_of(environment)}, compression 1/{ratio}, {search.iterations} iterations, "
+        f"{panel_name(search.panel)}, {search.iterations} iterations, "
         f"{len(search.seeds)} seed(s). Loss on the {search.holdout:.0%} of the training rows that "
         "were held out: mean of the last three evaluations, median over seeds; the best in bold.",
         pages.table(["method", *(f"lr {rate:g}" for rate in search.grid)], rows),
