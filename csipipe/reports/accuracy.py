@@ -127,7 +127,7 @@ def run(options: Namespace) -> int:
         per_iteration = {one.method: one.rows / one.iterations for one in reached}
         plotting.save(draw(curves, per_iteration, reached), picture)
     write_file(page, text(reached, options.budget, report.preset.common(), found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 def parse(text: str) -> Callable[[Sequence[Run], Report], list[Run]]:

@@ -134,9 +134,10 @@ def obtain(report: Report, wanted: Iterable[Run]) -> Found:
 
 
 def close(found: Found, files: Iterable[Path]) -> int:
-    """Report what was written and what failed; returns the exit code."""
+    """Report what failed and which of these files there are; returns the exit code."""
     for file in files:
-        print(file)
+        if file.exists():
+            print(file)
     if found.failed:
         names = ", ".join(found.absent)
         print(

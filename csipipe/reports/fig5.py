@@ -51,7 +51,7 @@ def run(options: Namespace) -> int:
     if points:
         plotting.save(draw(points), files[1])
     write_file(files[2], verdict(points, report.preset.compression, found.notes()))
-    return command.close(found, [file for file in files if file.exists()])
+    return command.close(found, files)
 
 
 def write_csv(file: Path, asked: Mapping[tuple[str, int], Run], points: Points) -> None:
