@@ -40,8 +40,9 @@ HeadName = Literal["linear", "crblock"]
 ScheduleName = Literal["gpipe", "1f1b", "zerobubble"]
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
+def _at_least(name: str, value: float | None, least: float) -> None:
+    """Refuse (ValueError) a value that is too small; None is one that was left out."""
+    if value is not None and not value >= least:
         raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
 
@@ -89,8 +90,7 @@ class ModelSettings:
                 f"it out, or use model.name {', '.join(several)}."
             )
         for name in ("c1", "c2", "angles", "delays"):
-            if getattr(self, name) is not None:
-                _at_least(f"model.{name}", getattr(self, name), 1)
+            _at_least(f"model.{name}", getattr(self, name), 1)
         known = MODELS.get(self.name)
         able = known is not None and known.by_pca and self.head == "linear" and not self.split
         if self.start == "pca" and not able:
@@ -153,8 +153,7 @@ class TopologySettings:
                 f"topology.participants is {self.participants}; it must lie between 1 and "
                 f"topology.ues {self.ues}, or be null: all of them."
             )
-        if self.stages is not None:
-            _at_least("topology.stages", self.stages, 1)
+        _at_least("topology.stages", self.stages, 1)
         named = ("uniform", "parameters", "measured")
         cut = self.partition
         if cut is not None and cut not in named and not cut.startswith("type:"):
@@ -229,11 +228,10 @@ class DataSettings:
                 f"data.alpha is {self.alpha}, but data.environment {self.where}; only noniid "
                 "draws shares."
             )
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"data.alpha is {self.alpha}; it must be positive and finite.")
         for name in ("train_samples", "test_samples"):
-            if getattr(self, name) is not None:
-                _at_least(f"data.{name}", getattr(self, name), 1)
+            _at_least(f"data.{name}", getattr(self, name), 1)
         if not 0 <= self.holdout < 1:
             raise ValueError(f"data.holdout is {self.holdout}; it must lie in [0, 1).")
         _at_least("data.seed", self.seed, 0)
@@ -336,16 +334,15 @@ class TrainSettings:
                 f"{self.micro_batches}; every micro-batch holds the same number of rows of every "
                 "UE."
             )
-        if self.aggregate_every is not None:
-            _at_least("train.aggregate_every", self.aggregate_every, 1)
+        _at_least("train.aggregate_every", self.aggregate_every, 1)
         if not 0 <= self.personal_iterations <= self.iterations:
             raise ValueError(
                 f"train.personal_iterations is {self.personal_iterations}; it must lie between 0 "
                 f"and train.iterations {self.iterations}."
             )
-        if not (math.isfinite(self.lr) and self.lr > 0):
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"train.lr is {self.lr}; it must be positive and finite.")
-        if not all(math.isfinite(factor) and factor > 0 for factor in self.rates):
+        if not all(0 < factor < math.inf for factor in self.rates):
             raise ValueError(
                 f"train.rates is {self.rates}; all three must be positive and finite (train.freeze "
                 "keeps a part as it is)."
@@ -364,20 +361,17 @@ class TrainSettings:
             raise ValueError(f"train.warmup is {self.warmup}; it must lie in [0, 1].")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas is {self.betas}; both must lie in [0, 1).")
-        if not (math.isfinite(self.mu) and self.mu >= 0):
+        if not 0 <= self.mu < math.inf:
             raise ValueError(f"train.mu is {self.mu}; it must be finite and at least 0.")
-        if self.freeze is not None:
-            parts = self.freeze.split(",")
-            if not set(parts) <= {*PARTS} or set(parts) == {*PARTS}:
-                raise ValueError(
-                    f"train.freeze is {self.freeze!r}; expected one or two of {', '.join(PARTS)}, "
-                    "with a comma between, or null."
-                )
+        if not {*self.frozen} < {*PARTS}:
+            raise ValueError(
+                f"train.freeze is {self.freeze!r}; expected one or two of {', '.join(PARTS)}, "
+                "with a comma between, or null."
+            )
         if not self.max_rms > 0:
             raise ValueError(f"train.max_rms is {self.max_rms}; it must be a positive number.")
         _at_least("train.seed", self.seed, 0)
-        if self.threads is not None:
-            _at_least("train.threads", self.threads, 1)
+        _at_least("train.threads", self.threads, 1)
 
     @property
     def augmentation(self) -> tuple[str, ...]:
@@ -457,7 +451,7 @@ class CommSettings:
     def __post_init__(self) -> None:
         if not 0 < self.topk <= 1:
             raise ValueError(f"comm.topk is {self.topk}; it must lie in (0, 1].")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
+        if not 0 <= self.noise < math.inf:
             raise ValueError(f"comm.noise is {self.noise}; it must be finite and at least 0.")
 
 
@@ -494,14 +488,13 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
-            if getattr(self, name) is not None:
-                _at_least(f"run.{name}", getattr(self, name), 1)
+            _at_least(f"run.{name}", getattr(self, name), 1)
         _at_least("run.keep", self.keep, 1)
         _at_least("run.profile_after", self.profile_after, 2)
         _at_least("run.profile_iterations", self.profile_iterations, 1)
         if not self.resume:
             raise ValueError("run.resume is empty; it must be auto, never or a path.")
-        if not (math.isfinite(self.timeout) and self.timeout > 0):
+        if not 0 < self.timeout < math.inf:
             raise ValueError(
                 f"run.timeout is {self.timeout}; it must be a positive, finite number of seconds."
             )
@@ -646,8 +639,9 @@ class Settings:
     def feedback_bits(self) -> int | None:
         """Bits for which every entry of the codeword is trained; None: for none."""
         name = self.comm.codec.smashed
-        ranged = self.comm.scale == "range" and name is not None
-        return CODECS[name].bits if ranged and name is not None else None
+        if name is None or self.comm.scale != "range":
+            return None
+        return CODECS[name].bits
 
     @property
     def stages(self) -> int:
