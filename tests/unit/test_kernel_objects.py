@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,9 @@ def residual(image: Image | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     arrays = {name: torch.randn(2, 2, 3, 5) for name in ("z", "x", "out")}
     arrays["norm"] = torch.randn(6, 2)
-    llvm.Kernel(HERE, stages.residual, image)(2, arrays)
+    kernel = llvm.Kernel(HERE, stages.residual, image)
+    table = np.array([2, *(arrays[name].data_ptr() for name in kernel.arrays)])
+    kernel(table.ctypes.data, threads=1)
     return arrays["out"]
 
 

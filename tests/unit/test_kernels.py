@@ -13,6 +13,7 @@ from csipipe import models
 from csipipe.models import kernels
 from csipipe.models.crblock import CRBlock
 from csipipe.models.kernels.llvm import crblock as llvm
+from csipipe.models.kernels.llvm.program import Arrays
 from csipipe.models.layers import Conv2d
 from csipipe.settings.config import ModelSettings
 
@@ -98,12 +99,12 @@ def test_what_kernels_cannot_do_the_layers_do(change: str, why: str) -> None:
 right = llvm.forward
 
 
-def wrong(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, llvm.Saved]:
+def wrong(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Arrays]:
     y, saved = right(block, x, training)
     return y + 0.01 * (torch.arange(y.shape[-1]) == 3), saved
 
 
-def broken(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, llvm.Saved]:
+def broken(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Arrays]:
     raise RuntimeError("LLVM ERROR: Cannot select")
 
 
@@ -130,7 +131,9 @@ def test_kernels_that_fail_their_check_give_way_with_one_line(
 
 @pytest.mark.usefixtures("untried")
 def test_a_machine_that_is_not_known_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("csipipe.models.kernels.llvm.host._runner_or_reason", lambda: (None, "new"))
+    monkeypatch.setattr(
+        "csipipe.models.kernels.llvm.host._library_or_reason", lambda: (None, "new")
+    )
     assert kernels.choose(CRBlock(PATHS), torch.randn(4, 2, 6, 5)).why == "llvm: new"
 
 

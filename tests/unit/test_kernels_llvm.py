@@ -19,8 +19,9 @@ from csipipe.models.kernels.llvm import convolution, stages
 from csipipe.models.kernels.llvm import crblock as llvm
 from csipipe.models.kernels.llvm.image import Frame, Image
 from csipipe.models.kernels.llvm.machine import Kernel as Compiled
-from csipipe.models.kernels.llvm.machine import this_machine
-from csipipe.models.kernels.llvm.runner import forward_taps
+from csipipe.models.kernels.llvm.machine import Library, this_machine
+from csipipe.models.kernels.llvm.program import Program, Step
+from csipipe.models.kernels.llvm.steps import forward_taps
 from csipipe.models.layers import Conv2d
 from csipipe.settings.config import Kernel, ModelSettings
 
@@ -183,24 +184,23 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 def test_a_team_is_all_threads_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A smaller one would end threads that PyTorch's next operation starts again."""
-    teams: set[int] = set()
+    teams: list[int] = []
     call = Compiled.__call__
 
-    def watched(self: Compiled, number: int, arrays: dict[str, Tensor], threads: int = 1) -> None:
-        teams.add(threads)
-        call(self, number, arrays, threads)
+    def watched(self: Compiled, table: int, threads: int) -> None:
+        teams.append(threads)
+        call(self, table, threads)
 
     monkeypatch.setattr(Compiled, "__call__", watched)
     block, x, dy = random_block(CRNET, 1), torch.randn(2, 2, 8, 8), torch.randn(2, 2, 8, 8)
-    by_kernels(block, x, dy)  # tried and compiled with the usual threads
-    teams.clear()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        by_kernels(block, x, dy)
+        for rows in (2, 1):
+            by_kernels(block, x[:rows], dy[:rows])
     finally:
         torch.set_num_threads(before)
-    assert teams == {1, 3}
+    assert teams == [3] * 3 + [1] * 3
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -213,9 +213,18 @@ def test_each_thread_of_a_team_has_its_share(together: bool) -> None:
     x, frames = torch.rand(5, 2, 3, 5) + 1, torch.zeros(2, frame.size)
     arrays = {"x": x, "frame": frames, "out z": torch.empty(5, 2, 3, 5)}
     arrays |= {"weights": torch.rand(2, 2, 3, 3), "bias": torch.zeros(2)}
-    arrays["taps"] = forward_taps(frame)
     constants = image, "stored", 2, (3, 3), 2, False
-    Compiled(replace(here, openmp=together), stages.convolution, *constants)(5, arrays, threads=2)
+    names = {name: name for name in arrays}
+    step = Step(stages.convolution, constants, names, taps=forward_taps(frame))
+    program, before = (
+        Program(Library(replace(here, openmp=together)), [step]),
+        torch.get_num_threads(),
+    )
+    try:
+        torch.set_num_threads(2)
+        program.run(5, arrays)
+    finally:
+        torch.set_num_threads(before)
     wanted = torch.nn.functional.conv2d(x, arrays["weights"], padding=1)
     torch.testing.assert_close(arrays["out z"], wanted, rtol=1e-5, atol=0)
     of_first, of_second = x[1].sum() if together else x[4].sum(), x[4].sum() if together else 0.0

@@ -5,12 +5,15 @@ Shapes: B images, I and O channels, A angles, D delays.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from csipipe.models.kernels.llvm import stages
-from csipipe.models.kernels.llvm.host import image_of, reason_against, runner
-from csipipe.models.kernels.llvm.runner import backward_taps, forward_taps
+from csipipe.models.kernels.llvm import stages, steps
+from csipipe.models.kernels.llvm.host import image_of, library, reason_against
+from csipipe.models.kernels.llvm.image import Image, Size
+from csipipe.models.kernels.llvm.program import Program
 from csipipe.models.layers import Conv2d
 
 LARGEST = 16
@@ -26,13 +29,11 @@ def reason(layer: Conv2d, x: Tensor) -> str | None:
 
 def forward(layer: Conv2d, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
     """(B, I, A, D) → (B, O, A, D), and the input."""
-    x, image = x.contiguous(), image_of(x)
-    frame = runner().frame(image, layer.in_channels, layer.size)
+    x = x.contiguous()
     out = x.new_empty(len(x), layer.out_channels, *x.shape[2:])
     bias = x.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
-    arrays = {"x": x, "out z": out, "weights": layer.weight, "bias": bias}
-    constants = (image, "stored", layer.in_channels, layer.size, layer.out_channels, False)
-    runner().run(stages.convolution, constants, len(x), arrays, frame, forward_taps(frame))
+    program = _forward(image_of(x), layer.in_channels, layer.size, layer.out_channels)
+    program.run(len(x), {"x": x, "out z": out, "weights": layer.weight, "bias": bias})
     return out, x
 
 
@@ -40,20 +41,45 @@ def input_gradient(
     layer: Conv2d, x: Tensor, dy: Tensor, wanted: bool = True
 ) -> tuple[Tensor | None, Tensor]:
     """(B, I, A, D) if it is wanted, and the gradient at the output."""
-    dy, image = dy.contiguous(), image_of(dy)
+    dy = dy.contiguous()
     if not wanted:
         return None, dy
-    frame = runner().frame(image, layer.out_channels, layer.size)
     dx = torch.zeros_like(x)
-    constants = (image, "stored", layer.out_channels, layer.size, layer.in_channels)
-    taps = backward_taps(frame, layer.in_channels)
-    arrays = {"x": dy, "dx": dx, "weights": layer.weight}
-    runner().run(stages.input_backward, constants, len(x), arrays, frame, taps)
+    program = _input_gradient(image_of(x), layer.in_channels, layer.size, layer.out_channels)
+    program.run(len(x), {"x": dy, "dx": dx, "weights": layer.weight})
     return dx, dy
 
 
 def weight_gradients(layer: Conv2d, x: Tensor, dy: Tensor) -> list[Tensor]:
     """Of weight and bias, if it has one."""
-    arrays = {"in x": x, "x": dy}
-    weight = runner().weight_gradient(image_of(x), "stored", "stored", arrays, layer.weight, len(x))
+    shape = layer.in_channels, layer.size, layer.out_channels
+    weight = torch.empty_like(layer.weight)
+    arrays = {"in x": x, "x": dy, "weight": weight, "sums": steps.weight_sums(len(x), *shape)}
+    _weight_gradient(image_of(x), *shape).run(len(x), arrays)
     return [weight] if layer.bias is None else [weight, dy.sum((0, 2, 3))]
+
+
+@functools.cache
+def _forward(image: Image, inputs: int, size: Size, outputs: int) -> Program:
+    arrays = {name: name for name in ("x", "out z", "weights", "bias")}
+    return Program(
+        library(), [steps.forward(image, "stored", inputs, size, outputs, False, arrays)]
+    )
+
+
+@functools.cache
+def _input_gradient(image: Image, inputs: int, size: Size, outputs: int) -> Program:
+    arrays = {name: name for name in ("x", "dx", "weights")}
+    describe = stages.input_backward
+    return Program(
+        library(), [steps.back(describe, image, "stored", outputs, size, inputs, arrays)]
+    )
+
+
+@functools.cache
+def _weight_gradient(image: Image, inputs: int, size: Size, outputs: int) -> Program:
+    arrays = {name: name for name in ("in x", "x", "sums")}
+    return Program(
+        library(),
+        steps.weight_gradient(image, "stored", inputs, size, "stored", outputs, arrays, "weight"),
+    )

@@ -1,221 +1,251 @@
 """CRBlock on a CPU by kernels of our own: forward, input gradient, weight gradients.
 
-Shapes: B images, A angles, D delays, L lanes.
+Shapes: B images, A angles, D delays, L lanes. A convolution's place is its path's number and its
+own, "0.1", and the 1×1 convolution's is "join"; arrays are named by them. `z` is what comes out
+of a convolution, `q` the gradient at its BatchNorm's output, `norm` what kernels know of that,
+`dz` the gradient at the join's output.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from csipipe.models.crblock import CRBlock
-from csipipe.models.kernels.llvm import stages
-from csipipe.models.kernels.llvm.host import image_of, reason_against, runner
-from csipipe.models.kernels.llvm.image import Image
-from csipipe.models.kernels.llvm.norm import Doubles, Norm, totals
-from csipipe.models.kernels.llvm.runner import backward_taps, forward_taps
+from csipipe.models.crblock import CHANNELS, CRBlock
+from csipipe.models.kernels.llvm import norm as norms
+from csipipe.models.kernels.llvm import stages, steps
+from csipipe.models.kernels.llvm.host import image_of, library, reason_against
+from csipipe.models.kernels.llvm.image import Image, Size
+from csipipe.models.kernels.llvm.program import Arrays, Program, Step
 from csipipe.models.kernels.llvm.sources import Source
 
-
-@dataclass
-class Saved:
-    """What the backward pass needs of the forward pass.
-
-    Attributes:
-        x, out: (B, 2, A, D) the block's input and output.
-        z: per path and convolution, (B, 7, A, D).
-        norms: likewise.
-        joined, join_norm: z (B, 2, A, D) and norm of the join.
-        join_weights: (2, 7) per path.
-        layers: per path.
-    """
-
-    x: Tensor
-    out: Tensor
-    z: list[list[Tensor]]
-    norms: list[list[Norm]]
-    joined: Tensor
-    join_norm: Norm
-    join_weights: list[Tensor]
-    layers: list[list[Layer]]
+Paths = tuple[tuple[Size, ...], ...]
+JOIN = "join"
 
 
-@dataclass
-class Rest:
-    """What the weight gradients need of the input gradient.
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a path; `before` and `after` are its neighbours' places, if it has some."""
 
-    Attributes:
-        q: per path and convolution but its last, (B, 7, A, D).
-        dz: (B, 2, A, D) at the join's output.
-        join_weight: (2, 14) the join's weight gradient.
-    """
-
-    dz: Tensor
-    q: list[list[Tensor]] = field(default_factory=list)
-    join_weight: Doubles = field(default_factory=lambda: np.empty((2, 0)))
-
-
-@dataclass
-class Layer:
-    """A convolution of a path with its BatchNorm."""
-
-    convolution: nn.Conv2d
-    norm: nn.BatchNorm2d
+    place: str
+    before: str | None
+    after: str | None
+    path: int
+    inputs: int
+    size: Size
 
     @property
-    def size(self) -> tuple[int, int]:
-        high, wide = self.convolution.kernel_size
-        return high, wide
+    def input(self) -> tuple[Source, dict[str, str]]:
+        """Where its input comes from."""
+        if self.before is None:
+            return "stored", {"x": "x"}
+        return "active", {"z": f"z {self.before}", "norm": f"norm {self.before}"}
+
+    @property
+    def gradient(self) -> tuple[Source, dict[str, str]]:
+        """Where the gradient at its output comes from."""
+        arrays = {"z": f"z {self.place}", "norm": f"norm {self.place}"}
+        if self.after is not None:
+            return "normed", arrays | {"q": f"q {self.place}"}
+        return "joined", arrays | {"dz": "dz", "w": f"w {self.path}"}
 
 
-def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Saved]:
+def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Arrays]:
     """(B, 2, A, D) → (B, 2, A, D); in training mode running statistics follow."""
     x, image = x.contiguous(), image_of(x)
-    z: list[list[Tensor]] = []
-    norms: list[list[Norm]] = []
-    paths = [layers(path) for path in block.paths]
-    for path in paths:
-        arrays = {"x": x}
-        source: Source = "stored"
-        z.append([])
-        norms.append([])
-        for layer in path:
-            channels = layer.convolution.in_channels
-            outputs = layer.convolution.out_channels
-            out = x.new_empty(len(x), outputs, image.angles, image.delays)
-            sums = runner().sums(len(x), 2, outputs)
-            constants = (image, source, channels, layer.size, outputs, True)
-            frame = runner().frame(image, channels, layer.size)
-            runner().run(
-                stages.convolution,
-                constants,
-                len(x),
-                arrays | {"out z": out, "sums": sums, "weights": layer.convolution.weight},
-                frame,
-                forward_taps(frame),
-            )
-            norm = _norm(image, layer.norm, sums, training)
-            z[-1].append(out)
-            norms[-1].append(norm)
-            arrays = {"z": out, "norm": norm.table}
-            source = "active"
-    joined, sums = torch.empty_like(x), runner().sums(len(x), 2, 2)
-    weights = join_weights(block)
-    ends = _ends(z, norms, weights)
-    outputs = z[0][-1].shape[1]
-    runner().run(stages.join, (image, len(z), outputs), len(x), ends | {"z": joined, "sums": sums})
-    norm = _norm(image, cast(nn.BatchNorm2d, block.join[1]), sums, training)
     out = torch.empty_like(x)
-    runner().run(
-        stages.residual,
-        (image,),
-        len(x),
-        {"z": joined, "norm": norm.table, "x": x, "out": out},
-    )
-    return out, Saved(x, out.detach(), z, norms, joined, norm, weights, paths)
+    arrays = {"x": x, "out": out.detach(), f"z {JOIN}": torch.empty_like(x)}
+    join, join_norm = cast("tuple[nn.Conv2d, nn.BatchNorm2d]", tuple(block.join))
+    for path, weight in enumerate(join.weight.detach().flatten(1).chunk(len(block.paths), 1)):
+        arrays[f"w {path}"] = weight.contiguous()
+    arrays |= _of_norm(JOIN, join_norm)
+    for c, (convolution, norm) in zip(convolutions(block.shape), _layers(block), strict=True):
+        arrays[f"z {c.place}"] = x.new_empty(len(x), CHANNELS, image.angles, image.delays)
+        arrays[f"weight {c.place}"] = convolution.weight
+        arrays |= _of_norm(c.place, norm)
+        if training:
+            _count(norm)
+    if training:
+        _count(join_norm)
+    constants = training, join_norm.eps, cast(float, join_norm.momentum)
+    program = _forward(block.shape, image, *constants)
+    program.run(len(x), arrays | {"sums": _sums(x, 2)})
+    return out, arrays
 
 
 def input_gradient(
-    block: CRBlock, saved: Saved, dy: Tensor, wanted: bool = True
-) -> tuple[Tensor, Rest]:
+    block: CRBlock, saved: Arrays, dy: Tensor, wanted: bool = True
+) -> tuple[Tensor, Arrays]:
     """The gradient at the block's input, wanted or not."""
-    dy, image, rows = dy.contiguous(), image_of(dy), len(dy)
-    dx, sums = torch.empty_like(saved.x), runner().sums(rows, 2, 2)
-    join = {"z": saved.joined, "norm": saved.join_norm.table, "q": dx}
-    arrays = join | {"out": saved.out, "dy": dy, "sums": sums}
-    runner().run(stages.output_backward, (image, 2), rows, arrays)
-    saved.join_norm.backward(*totals(sums))
-
-    rest = Rest(torch.empty_like(dx))
-    ends = _ends(saved.z, saved.norms, saved.join_weights)
-    channels = saved.z[0][-1].shape[1]
-    of_path = [runner().sums(rows, 4, channels) for _ in saved.z]
-    arrays = ends | join | {"dz": rest.dz}
-    arrays |= {f"{p} sums": sums for p, sums in enumerate(of_path)}
-    runner().run(stages.join_backward, (image, len(saved.z), channels), rows, arrays)
-    of_join = []
-    for norms, sums in zip(saved.norms, of_path, strict=True):
-        of_one, of_away, *of_weights = totals(sums)
-        norms[-1].backward(of_one, of_away)
-        of_join.append(np.stack(of_weights))
-    rest.join_weight = np.concatenate(of_join, 1)
-
-    for p, path in enumerate(saved.layers):
-        rest.q.append([torch.empty_like(z) for z in saved.z[p][:-1]])
-        for n, layer in reversed(list(enumerate(path))):
-            channels, outputs = layer.convolution.out_channels, layer.convolution.in_channels
-            source, arrays = _gradient(saved, rest, p, n)
-            arrays["weights"] = layer.convolution.weight
-            constants = (image, source, channels, layer.size, outputs)
-            frame = runner().frame(image, channels, layer.size)
-            taps = backward_taps(frame, outputs)
-            if not n:
-                arrays["dx"] = dx
-                runner().run(stages.input_backward, constants, rows, arrays, frame, taps)
-                continue
-            norm, sums = saved.norms[p][n - 1], runner().sums(rows, 2, outputs)
-            arrays |= {"in z": saved.z[p][n - 1], "in q": rest.q[p][n - 1]}
-            arrays |= {"in norm": norm.table, "sums": sums}
-            runner().run(stages.convolution_backward, constants, rows, arrays, frame, taps)
-            norm.backward(*totals(sums))
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    rest = {"dz": torch.empty_like(dx), f"of {JOIN}": dx.new_empty(2, CHANNELS * len(block.shape))}
+    for c in convolutions(block.shape):
+        rest |= _of_gradients(c.place, saved)
+        if c.after is not None:
+            rest[f"q {c.place}"] = torch.empty_like(saved[f"z {c.place}"])
+    rest |= _of_gradients(JOIN, saved)
+    arrays = saved | rest | {"dy": dy.contiguous(), "dx": dx}
+    arrays |= {"sums": _sums(dx, 2)}
+    arrays |= {f"sums {path}": _sums(dx, 4) for path in range(len(block.shape))}
+    _input_gradient(block.shape, image_of(dx)).run(len(dx), arrays)
     return dx, rest
 
 
-def weight_gradients(block: CRBlock, saved: Saved, rest: Rest) -> list[Tensor]:
+def weight_gradients(block: CRBlock, saved: Arrays, rest: Arrays) -> list[Tensor]:
     """The gradients of all parameters, in the order of `block.parameters()`."""
-    found: list[Tensor | Doubles] = []
-    for p, path in enumerate(saved.layers):
-        for n, layer in enumerate(path):
-            gradient, arrays = _gradient(saved, rest, p, n)
-            source: Source = "active" if n else "stored"
-            if n:
-                arrays |= {"in z": saved.z[p][n - 1], "in norm": saved.norms[p][n - 1].table}
-            else:
-                arrays |= {"in x": saved.x}
-            weight = layer.convolution.weight
-            of_convolution = runner().weight_gradient(
-                image_of(saved.x), source, gradient, arrays, weight, len(saved.x)
-            )
-            norm = saved.norms[p][n]
-            found += [of_convolution, norm.of_weight, norm.of_bias]
-    found += [rest.join_weight, saved.join_norm.of_weight, saved.join_norm.of_bias]
-    return [
-        torch.as_tensor(gradient, dtype=torch.float32).view_as(parameter)
-        for gradient, parameter in zip(found, block.parameters(), strict=True)
+    x, found = saved["x"], []
+    arrays = saved | rest
+    for c in convolutions(block.shape):
+        weight = torch.empty_like(saved[f"weight {c.place}"])
+        arrays[f"of weight {c.place}"] = weight
+        arrays[f"sums {c.place}"] = steps.weight_sums(len(x), c.inputs, c.size, CHANNELS)
+        found += [weight, rest[f"of scale {c.place}"], rest[f"of shift {c.place}"]]
+    _weight_gradients(block.shape, image_of(x)).run(len(x), arrays)
+    of_join = rest[f"of {JOIN}"][..., None, None]
+    return [*found, of_join, rest[f"of scale {JOIN}"], rest[f"of shift {JOIN}"]]
+
+
+@functools.cache
+def convolutions(paths: Paths) -> list[Convolution]:
+    """Those of all paths."""
+    found = []
+    for path, sizes in enumerate(paths):
+        places = [None, *(f"{path}.{n}" for n in range(len(sizes))), None]
+        for n, size in enumerate(sizes):
+            before, place, after = places[n : n + 3]
+            assert place is not None
+            inputs = 2 if before is None else CHANNELS
+            found.append(Convolution(place, before, after, path, inputs, size))
+    return found
+
+
+@functools.cache
+def _forward(paths: Paths, image: Image, training: bool, eps: float, momentum: float) -> Program:
+    def norm(place: str, channels: int) -> Step:
+        arrays = _norm_names(place) | {"sums": "sums"}
+        if training:
+            return Step(norms.of_batch, (image, channels, eps, momentum), arrays)
+        return Step(norms.of_running, (channels, eps), arrays)
+
+    program = []
+    for c in convolutions(paths):
+        source, arrays = c.input
+        arrays |= {"out z": f"z {c.place}", "weights": f"weight {c.place}", "sums": "sums"}
+        program += [
+            steps.forward(image, source, c.inputs, c.size, CHANNELS, True, arrays),
+            norm(c.place, CHANNELS),
+        ]
+    arrays = _ends(paths) | {"z": f"z {JOIN}", "sums": "sums"}
+    residual = {"z": f"z {JOIN}", "norm": f"norm {JOIN}", "x": "x", "out": "out"}
+    program += [
+        Step(stages.join, (image, len(paths), CHANNELS), arrays),
+        norm(JOIN, 2),
+        Step(stages.residual, (image,), residual),
     ]
+    return Program(library(), program)
 
 
-def _norm(image: Image, layer: nn.BatchNorm2d, sums: Tensor, training: bool) -> Norm:
-    if training:
-        return Norm.of_batch(layer, sums, runner().counts(image))
-    return Norm.of_running(layer)
+@functools.cache
+def _input_gradient(paths: Paths, image: Image) -> Program:
+    def norm(place: str, channels: int, sums: str = "sums", path: int | None = None) -> Step:
+        arrays = _norm_names(place) | {"sums": sums, "of join": f"of {JOIN}"}
+        constants = (image, channels, 0 if path is None else len(paths), path or 0)
+        return Step(norms.backward, constants, arrays)
+
+    join = {"z": f"z {JOIN}", "norm": f"norm {JOIN}", "q": "dx"}
+    output = join | {"out": "out", "dy": "dy", "sums": "sums"}
+    of_paths = {f"{path} sums": f"sums {path}" for path in range(len(paths))}
+    program = [
+        Step(stages.output_backward, (image, 2), output),
+        norm(JOIN, 2),
+        Step(
+            stages.join_backward,
+            (image, len(paths), CHANNELS),
+            _ends(paths) | join | {"dz": "dz"} | of_paths,
+        ),
+    ]
+    for c in convolutions(paths):
+        if c.after is None:
+            program.append(norm(c.place, CHANNELS, f"sums {c.path}", c.path))
+    for c in reversed(convolutions(paths)):
+        source, arrays = c.gradient
+        arrays["weights"] = f"weight {c.place}"
+        describe = stages.input_backward if c.before is None else stages.convolution_backward
+        arrays |= {"dx": "dx", "sums": "sums"}
+        arrays |= {f"in {name}": f"{name} {c.before}" for name in ("z", "q", "norm")}
+        program.append(steps.back(describe, image, source, CHANNELS, c.size, c.inputs, arrays))
+        if c.before is not None:
+            program.append(norm(c.before, CHANNELS))
+    return Program(library(), program)
 
 
-def _ends(
-    z: list[list[Tensor]], norms: list[list[Norm]], weights: list[Tensor]
-) -> dict[str, Tensor]:
+@functools.cache
+def _weight_gradients(paths: Paths, image: Image) -> Program:
+    program = []
+    for c in convolutions(paths):
+        source, of_input = c.input
+        gradient, arrays = c.gradient
+        arrays |= {f"in {name}": array for name, array in of_input.items()}
+        arrays["sums"] = f"sums {c.place}"
+        program += steps.weight_gradient(
+            image, source, c.inputs, c.size, gradient, CHANNELS, arrays, f"of weight {c.place}"
+        )
+    return Program(library(), program)
+
+
+def _ends(paths: Paths) -> dict[str, str]:
     """What the join reads of every path."""
     return {
-        f"{p} {name}": tensor
-        for p in range(len(z))
-        for name, tensor in (
-            ("z", z[p][-1]),
-            ("norm", norms[p][-1].table),
-            ("w", weights[p]),
-        )
+        f"{c.path} {name}": f"{name} {c.path if name == 'w' else c.place}"
+        for c in convolutions(paths)
+        if c.after is None
+        for name in ("z", "norm", "w")
     }
 
 
-def _gradient(saved: Saved, rest: Rest, p: int, n: int) -> tuple[Source, dict[str, Tensor]]:
-    """Where the gradient at the output of a path's convolution comes from."""
-    arrays = {"z": saved.z[p][n], "norm": saved.norms[p][n].table}
-    if n + 1 < len(saved.z[p]):
-        return "normed", arrays | {"q": rest.q[p][n]}
-    return "joined", arrays | {"dz": rest.dz, "w": saved.join_weights[p]}
+_NORM = "scale", "shift", "mean", "variance", "norm", "of scale", "of shift"
+
+
+def _norm_names(place: str) -> dict[str, str]:
+    """The arrays of a BatchNorm's kernels."""
+    return {name: f"{name} {place}" for name in _NORM}
+
+
+def _of_norm(place: str, norm: nn.BatchNorm2d) -> Arrays:
+    """A BatchNorm's arrays in the forward pass."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    found = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    arrays = {f"{name} {place}": t for name, t in zip(_NORM, found, strict=False)}
+    return arrays | {f"norm {place}": torch.empty(6, norm.num_features)}
+
+
+def _of_gradients(place: str, saved: Arrays) -> Arrays:
+    """Memory for the gradients of a BatchNorm's weights."""
+    return {f"of {name} {place}": torch.empty_like(saved[f"{name} {place}"]) for name in _NORM[:2]}
+
+
+def _count(norm: nn.BatchNorm2d) -> None:
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+
+
+def _sums(x: Tensor, number: int) -> Tensor:
+    """What kernels sum up per image, channel and lane."""
+    return x.new_empty(len(x), number, CHANNELS, library().machine.lanes)
+
+
+def _layers(block: CRBlock) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """The convolutions of all paths, with their BatchNorms."""
+    for path in block.paths:
+        for layer in path.children():
+            if isinstance(layer, nn.Sequential):
+                yield cast("tuple[nn.Conv2d, nn.BatchNorm2d]", tuple(layer))
 
 
 def reason(block: CRBlock, x: Tensor) -> str | None:
@@ -225,14 +255,3 @@ def reason(block: CRBlock, x: Tensor) -> str | None:
     if block.training and len(x) * image_of(x).size == 1:
         return "BatchNorm needs more than one value per channel"
     return reason_against(block, x)
-
-
-def layers(path: nn.Module) -> list[Layer]:
-    """The convolutions of a path."""
-    return [Layer(*child) for child in path.children() if isinstance(child, nn.Sequential)]
-
-
-def join_weights(block: CRBlock) -> list[Tensor]:
-    """The join's weights, (2, 7) per path."""
-    weight = cast(nn.Conv2d, block.join[0]).weight.detach().flatten(1)
-    return [part.contiguous() for part in weight.chunk(len(block.paths), 1)]

@@ -1,4 +1,4 @@
-"""Whether kernels run here, and what runs them: one per process."""
+"""Whether kernels run here, and those that a process has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe.models.kernels.llvm.image import Image
-from csipipe.models.kernels.llvm.machine import this_machine
-from csipipe.models.kernels.llvm.runner import Runner
+from csipipe.models.kernels.llvm.machine import Library, this_machine
 
 
 def reason_against(module: nn.Module, x: Tensor) -> str | None:
@@ -24,12 +23,12 @@ def reason_against(module: nn.Module, x: Tensor) -> str | None:
             return f"they compute in float32, and there is {tensor.dtype}"
     if not x.numel():
         return "there are no rows"
-    return _runner_or_reason()[1]
+    return _library_or_reason()[1]
 
 
-def runner() -> Runner:
-    """What runs kernels here."""
-    found = _runner_or_reason()[0]
+def library() -> Library:
+    """This machine's kernels."""
+    found = _library_or_reason()[0]
     assert found is not None
     return found
 
@@ -40,8 +39,8 @@ def image_of(x: Tensor) -> Image:
 
 
 @functools.cache
-def _runner_or_reason() -> tuple[Runner | None, str | None]:
+def _library_or_reason() -> tuple[Library | None, str | None]:
     machine = this_machine()
     if machine is None:
         return None, f"no vectors of this machine ({platform.machine()}) are known"
-    return Runner(machine), None
+    return Library(machine), None

@@ -1,10 +1,11 @@
-"""A small language for loops over vectors of floats, emitting LLVM IR.
+"""A small language for loops over vectors of numbers, emitting LLVM IR.
 
 A kernel is a Python function that describes one function of machine code. What is an `int` in
 Python is a constant there; loops of Python are unrolled, `Function.loop` loops at run time:
 
     def double(f: Function) -> None:
-        with f.loop(f.first, f.end, f.lanes) as i:
+        with f.shared(f.rows) as row:
+            i = row * f.lanes
             f.array("y").store(i, f.array("x").load(i) * 2.0)
 
 Arithmetic is IEEE's, but that a product and a sum may become one operation (`contract`): NaN and
@@ -13,17 +14,17 @@ infinity pass through as they do in PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-_FLOAT, _INT = ir.FloatType(), ir.IntType(64)
+_FLOAT, _DOUBLE, _INT = ir.FloatType(), ir.DoubleType(), ir.IntType(64)
 _POINTER = ir.PointerType()
 _ALLOWED = ("contract",)
-THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
-"""Functions of OpenMP: a thread's number in its team, and how many there are."""
+THREAD, THREADS, BARRIER = "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"
+"""Functions of OpenMP: a thread's number in its team, how many there are, and the wait for all."""
 
 
 class Index:
@@ -40,21 +41,60 @@ class Index:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __floordiv__(self, other: int) -> Index:
+        return Index(self.f, self.f.ir.sdiv(self.value, self.f.integer(other)))
+
+    def smaller(self, other: Index) -> Index:
+        """The smaller of both."""
+        less = self.f.ir.icmp_signed("<", self.value, other.value)
+        return Index(self.f, self.f.ir.select(less, self.value, other.value))
+
+    def doubles(self) -> Vector:
+        """This number in all lanes."""
+        return self.f.splat(self.f.ir.sitofp(self.value, _DOUBLE))
+
 
 class Vector:
-    """As many floats as the machine takes at a time: sums, differences, products."""
+    """As many floats as the machine takes at a time, or as many doubles."""
 
     def __init__(self, f: Function, value: Any) -> None:
         self.f, self.value = f, value
 
     def __add__(self, other: Vector | float) -> Vector:
-        return Vector(self.f, self.f.ir.fadd(self.value, self.f.vector(other), flags=_ALLOWED))
+        return self._with(self.f.ir.fadd, other)
 
     def __sub__(self, other: Vector | float) -> Vector:
-        return Vector(self.f, self.f.ir.fsub(self.value, self.f.vector(other), flags=_ALLOWED))
+        return self._with(self.f.ir.fsub, other)
 
     def __mul__(self, other: Vector | float) -> Vector:
-        return Vector(self.f, self.f.ir.fmul(self.value, self.f.vector(other), flags=_ALLOWED))
+        return self._with(self.f.ir.fmul, other)
+
+    def __truediv__(self, other: Vector | float) -> Vector:
+        return self._with(self.f.ir.fdiv, other)
+
+    def _with(self, operation: Callable[..., Any], other: Vector | float) -> Vector:
+        if not isinstance(other, Vector):
+            other = Vector(self.f, ir.Constant(self.value.type, [other] * self.f.lanes))
+        return Vector(self.f, operation(self.value, other.value, flags=_ALLOWED))
+
+    def doubles(self) -> Vector:
+        """These floats as doubles."""
+        return Vector(self.f, self.f.ir.fpext(self.value, self.f.wide))
+
+    def floats(self) -> Vector:
+        """These doubles as floats."""
+        return Vector(self.f, self.f.ir.fptrunc(self.value, self.f.type))
+
+    def root(self) -> Vector:
+        """Square roots of these doubles."""
+        name, wide = f"llvm.sqrt.v{self.f.lanes}f64", self.f.wide
+        return Vector(self.f, self.f.ir.call(self.f.intrinsic(name, wide, [wide]), [self.value]))
+
+    def total(self) -> Vector:
+        """The sum of these doubles, in all lanes."""
+        name = f"llvm.vector.reduce.fadd.v{self.f.lanes}f64"
+        add = self.f.intrinsic(name, _DOUBLE, [_DOUBLE, self.f.wide])
+        return self.f.splat(self.f.ir.call(add, [_DOUBLE(0.0), self.value]))
 
     def where_positive(self, yes: Vector, no: Vector) -> Vector:
         """`yes` where this is positive, `no` elsewhere and for NaN."""
@@ -138,14 +178,15 @@ class Sum:
     """A vector that grows, in a register."""
 
     def __init__(self, f: Function, start: Vector | float) -> None:
-        self.f = f
+        self.f, value = f, f.vector(start)
+        self._type = value.type
         with f.ir.goto_entry_block():
-            self.place = f.ir.alloca(f.type)
-        f.ir.store(f.vector(start), self.place)
+            self.place = f.ir.alloca(self._type)
+        f.ir.store(value, self.place)
 
     @property
     def value(self) -> Vector:
-        return Vector(self.f, self.f.ir.load(self.place, typ=self.f.type))
+        return Vector(self.f, self.f.ir.load(self.place, typ=self._type))
 
     def add(self, value: Vector) -> None:
         self.f.ir.store((self.value + value).value, self.place)
@@ -154,12 +195,12 @@ class Sum:
 class Function:
     """One function of machine code: void f(void **table), called by each thread of a team.
 
-    The table holds a number of images, or of other things to go through, then the addresses of
-    the arrays.
+    The table holds the number of rows, then the addresses of the arrays.
 
     Attributes:
         lanes, registers: the machine's, see `Machine`.
-        first, end: what this thread goes through.
+        type, wide: of a vector of floats, of one of doubles.
+        rows: of the mini-batch.
         arrays: names of the arrays, in the order in which their addresses are passed; an array
             gets its place when the description first asks for it.
     """
@@ -167,23 +208,18 @@ class Function:
     def __init__(
         self, module: ir.Module, name: str, lanes: int, registers: int, openmp: bool
     ) -> None:
-        self.lanes, self.registers = lanes, registers
-        self.type = ir.VectorType(_FLOAT, lanes)
+        self.lanes, self.registers, self._openmp = lanes, registers, openmp
+        self.type, self.wide = ir.VectorType(_FLOAT, lanes), ir.VectorType(_DOUBLE, lanes)
         self._function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
         (self._table,) = self._function.args
         self.ir = ir.IRBuilder(self._function.append_basic_block("entry"))
-        self._thread, threads = (
+        self._thread, self._threads = (
             (self._asked(name) for name in (THREAD, THREADS)) if openmp else (_INT(0), _INT(1))
         )
-        number = self.ir.load(self._table, typ=_INT)
-        first, end = (
-            self.ir.sdiv(self.ir.mul(number, n), threads)
-            for n in (self._thread, self.ir.add(self._thread, _INT(1)))
-        )
+        self.rows = Index(self, self.ir.load(self._table, typ=_INT))
         body = self._function.append_basic_block()
         self.ir.branch(body)  # the entry block holds variables and addresses
         self.ir.position_at_end(body)
-        self.first, self.end = Index(self, first), Index(self, end)
         self._pointers: dict[str, Any] = {}
         self._own: dict[str, Array] = {}
 
@@ -216,6 +252,24 @@ class Function:
     def close(self) -> None:
         self.ir.ret_void()
 
+    def call(self, address: Index, table: Index) -> None:
+        """Call another function like this one, and wait until all threads have."""
+        kind = ir.PointerType(self._function.function_type)
+        function = self.ir.inttoptr(address.value, kind)
+        self.ir.call(function, [self.ir.inttoptr(table.value, _POINTER)])
+        if self._openmp:
+            self.ir.call(self.intrinsic(BARRIER, ir.VoidType(), []), [])
+
+    @contextmanager
+    def shared(self, number: Index | int) -> Iterator[Index]:
+        """A loop over this thread's share of 0 … `number`."""
+        first, end = (
+            Index(self, self.ir.sdiv(self.ir.mul(self.integer(number), n), self._threads))
+            for n in (self._thread, self.ir.add(self._thread, _INT(1)))
+        )
+        with self.loop(first, end) as index:
+            yield index
+
     @contextmanager
     def loop(self, start: Index | int, end: Index | int, step: int = 1) -> Iterator[Index]:
         """A loop at run time."""
@@ -242,7 +296,7 @@ class Function:
         return ir.Constant(self.type, [value] * self.lanes)
 
     def splat(self, scalar: Any) -> Vector:
-        undefined = ir.Constant(self.type, ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
         first = self.ir.insert_element(undefined, scalar, ir.IntType(32)(0))
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
         return Vector(self, self.ir.shuffle_vector(first, undefined, zeros))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import __version__, binding, ir
-from torch import Tensor
 
 from csipipe.models.kernels.llvm import objects
 from csipipe.models.kernels.llvm.language import Function
@@ -109,7 +108,12 @@ def compiled(machine: Machine, describe: Describe, *constants: object) -> Compil
 
 
 class Kernel:
-    """A compiled kernel. While it runs, so can other threads."""
+    """A compiled kernel.
+
+    Attributes:
+        address: of its function.
+        arrays: names of the arrays in its table.
+    """
 
     def __init__(self, machine: Machine, describe: Describe, *constants: object) -> None:
         kernel = compiled(machine, describe, *constants)
@@ -117,18 +121,17 @@ class Kernel:
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target(machine))
         self._engine.add_object_file(binding.ObjectFileRef.from_data(kernel.code))
         self._engine.finalize_object()
-        self._table = ctypes.c_int64 * (1 + len(self.arrays))
-        self._address = self._engine.get_function_address(_NAME)
-        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self.address = self._engine.get_function_address(_NAME)
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
         self._together = parallel() if machine.openmp else None
 
-    def __call__(self, number: int, arrays: dict[str, Tensor], threads: int = 1) -> None:
-        """Go through 0 … `number`, by so many threads where the machine has a team, else by one."""
-        table = self._table(number, *[arrays[name].data_ptr() for name in self.arrays])
+    def __call__(self, table: int, threads: int) -> None:
+        """Run with the table at an address, by so many threads where the machine has a team, else
+        by one. Meanwhile other threads of Python can run."""
         if threads == 1 or self._together is None:
-            self._alone(ctypes.addressof(table))
+            self._alone(table)
         else:
-            self._together(self._address, ctypes.addressof(table), threads)
+            self._together(self.address, table, threads)
 
 
 class Library:

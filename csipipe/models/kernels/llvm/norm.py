@@ -1,89 +1,97 @@
-"""BatchNorm between kernels: sums over a mini-batch in float64, and what follows from them.
+"""BatchNorm between kernels: sums over the mini-batch in float64, and what follows from them.
 
-In NumPy, whose operations on a few numbers take a fraction of PyTorch's time. Shapes: B images,
-C channels, L lanes.
+Shapes: B images, C channels, L lanes. A BatchNorm's arrays are its `scale`, `shift` and running
+`mean` and `variance` (C), and the `norm` (6, C) that other kernels read (`sources`).
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from csipipe.models.kernels.llvm.image import Image, lane_counts
+from csipipe.models.kernels.llvm.language import Function, Index, Sum, Vector
+from csipipe.models.kernels.llvm.sources import (
+    CONSTANT,
+    INVERSE,
+    MEAN,
+    OF_Z,
+    SCALE,
+    SHIFT,
+    Norm,
+)
 
-from csipipe.models.kernels.llvm.sources import CONSTANT, MEAN, OF_Q, OF_Z, SCALE, SHIFT
 
-Doubles = npt.NDArray[np.float64]
+def of_batch(f: Function, image: Image, channels: int, eps: float, momentum: float) -> None:
+    """The norm by the mini-batch's own statistics; the running ones follow them.
 
-
-class Norm:
-    """One BatchNorm over one mini-batch.
-
-    Attributes:
-        table: (6, C) float32, what kernels read (`sources`).
-        of_weight, of_bias: (C,) gradients, once `backward` has been called.
+    `sums` (B, 2, C, L) are the images' `moments`.
     """
-
-    def __init__(
-        self, layer: nn.BatchNorm2d, mean: Doubles, variance: Doubles, values: int
-    ) -> None:
-        self.values, self.mean = values, mean
-        self.inverse = 1 / np.sqrt(variance + layer.eps)
-        self.scale = layer.weight.detach().numpy() * self.inverse
-        self._table = np.empty((6, len(mean)), np.float32)
-        self.table = torch.from_numpy(self._table)
-        self._table[SCALE] = self.scale
-        self._table[SHIFT] = layer.bias.detach().numpy() - mean * self.scale
-        self._table[MEAN] = mean
-
-    @classmethod
-    def of_batch(cls, layer: nn.BatchNorm2d, moments: Tensor, counts: Doubles) -> Norm:
-        """By the mini-batch's own statistics; the layer's running ones follow them.
-
-        Args:
-            moments: (B, 2, C, L) mean per image and lane, and sum of squares around it.
-            counts: (L,) values in a lane of an image.
-        """
-        parts = moments.numpy()
-        means, squares = parts[:, 0], parts[:, 1]
-        values = int(counts.sum()) * len(means)
-        mean = means.sum(0, dtype=np.float64) @ counts / values
-        away = np.square(means - mean[:, None]).sum(0) @ counts
-        variance = (squares.sum(0, dtype=np.float64).sum(-1) + away) / values
-        _follow(layer.running_mean, mean, layer.momentum)
-        _follow(layer.running_var, variance * (values / (values - 1)), layer.momentum)
-        assert layer.num_batches_tracked is not None
-        layer.num_batches_tracked.add_(1)
-        return cls(layer, mean, variance, values)
-
-    @classmethod
-    def of_running(cls, layer: nn.BatchNorm2d) -> Norm:
-        """By the layer's running statistics."""
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        mean, variance = layer.running_mean.numpy(), layer.running_var.numpy()
-        return cls(layer, mean.astype(np.float64), variance.astype(np.float64), 0)
-
-    def backward(self, of_one: Doubles, of_away: Doubles) -> None:
-        """Take what the mini-batch's gradients sum up to.
-
-        Args:
-            of_one, of_away: (C,) sums of q and of q·(z − mean).
-        """
-        self.of_bias, self.of_weight = of_one, of_away * self.inverse
-        slope = self.of_weight * self.inverse / self.values
-        self._table[OF_Q] = self.scale
-        self._table[OF_Z] = -self.scale * slope
-        self._table[CONSTANT] = self.scale * (slope * self.mean - of_one / self.values)
+    counts = f.constants(lane_counts(image, f.lanes)).doubles()
+    values = (f.rows * image.size).doubles()
+    with f.shared(channels) as c:
+        total, squares = _zero(f), _zero(f)
+        with f.loop(0, f.rows) as b:
+            total.add(_sums(f, 2, channels, b, 0, c))
+        mean = (total.value * counts).total() / values
+        with f.loop(0, f.rows) as b:
+            away = _sums(f, 2, channels, b, 0, c) - mean
+            squares.add(_sums(f, 2, channels, b, 1, c) + away * away * counts)
+        variance = squares.value.total() / values
+        for name, found in (("mean", mean), ("variance", variance * (values / (values - 1.0)))):
+            before = f.array(name).everywhere(c)
+            f.array(name).store(c, before + (found.floats() - before) * momentum, 1)
+        _keep(f, channels, c, mean, variance, eps)
 
 
-def _follow(running: Tensor | None, found: Doubles, momentum: float | None) -> None:
-    assert running is not None
-    assert momentum is not None
-    running.lerp_(torch.from_numpy(found.astype(np.float32)), momentum)
+def of_running(f: Function, channels: int, eps: float) -> None:
+    """The norm by the running statistics."""
+    with f.shared(channels) as c:
+        mean, variance = (f.array(name).everywhere(c).doubles() for name in ("mean", "variance"))
+        _keep(f, channels, c, mean, variance, eps)
 
 
-def totals(sums: Tensor) -> Doubles:
-    """(…, C) totals over images and lanes of (B, …, C, L)."""
-    found: Doubles = sums.numpy().sum(0, dtype=np.float64).sum(-1)
-    return found
+def backward(f: Function, image: Image, channels: int, paths: int, path: int) -> None:
+    """What the gradient at the BatchNorm's input needs, and the gradients `of scale`, `of shift`.
+
+    `sums` (B, 2, C, L) are an image's of q and of q·(z − mean).
+
+    Args:
+        paths, path: with paths, `sums` is (B, 4, C, L): two more go to the join's weight gradient
+            `of join` (2, paths · C), the part of a path.
+    """
+    values = (f.rows * image.size).doubles()
+    number = 4 if paths else 2
+    with f.shared(channels) as c:
+        totals = [_zero(f) for _ in range(number)]
+        with f.loop(0, f.rows) as b:
+            for n, total in enumerate(totals):
+                total.add(_sums(f, number, channels, b, n, c))
+        of_one, of_away, *of_join = (total.value.total() for total in totals)
+        norm = Norm(f.array("norm"), c, channels)
+        scale, mean, inverse = (norm[row].doubles() for row in (SCALE, MEAN, INVERSE))
+        of_scale = of_away * inverse
+        slope = scale * of_scale * inverse / values
+        norm.store(OF_Z, slope * -1.0)
+        norm.store(CONSTANT, slope * mean - scale * of_one / values)
+        f.array("of scale").store(c, of_scale.floats(), 1)
+        f.array("of shift").store(c, of_one.floats(), 1)
+        for o, of_weight in enumerate(of_join):
+            place = c + (o * paths + path) * channels
+            f.array("of join").store(place, of_weight.floats(), 1)
+
+
+def _keep(f: Function, channels: int, c: Index, mean: Vector, variance: Vector, eps: float) -> None:
+    deviation = (variance + eps).root()
+    scale = f.array("scale").everywhere(c).doubles() / deviation
+    norm = Norm(f.array("norm"), c, channels)
+    norm.store(SCALE, scale)
+    norm.store(SHIFT, f.array("shift").everywhere(c).doubles() - mean * scale)
+    norm.store(MEAN, mean)
+    norm.store(INVERSE, f.constants([1.0] * f.lanes).doubles() / deviation)
+
+
+def _zero(f: Function) -> Sum:
+    return Sum(f, f.constants([0.0] * f.lanes).doubles())
+
+
+def _sums(f: Function, number: int, channels: int, b: Index, n: int, c: Index) -> Vector:
+    """Lanes of the n-th of `number` sums of an image's channel."""
+    return f.array("sums").load(((b * number + n) * channels + c) * f.lanes).doubles()

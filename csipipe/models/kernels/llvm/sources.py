@@ -15,8 +15,9 @@ from csipipe.models.kernels.llvm.language import Array, Function, Index, Vector
 
 SLOPE = 0.3
 """Negative slope of every LeakyReLU."""
-SCALE, SHIFT, MEAN, OF_Q, OF_Z, CONSTANT = range(6)
-"""Rows of a norm: y = z·scale + shift, and backward dz = q·of_q + z·of_z + constant."""
+SCALE, SHIFT, MEAN, INVERSE, OF_Z, CONSTANT = range(6)
+"""Rows of a norm: y = z·scale + shift, and backward dz = q·scale + z·of_z + constant; inverse is
+1/√(variance + eps)."""
 
 Source = Literal["stored", "active", "normed", "joined"]
 """Where a convolution's input or gradient comes from: it is stored; it is the LeakyReLU of
@@ -45,6 +46,9 @@ class Norm:
 
     def __getitem__(self, row: int) -> Vector:
         return self.array.everywhere(self.channel + row * self.channels)
+
+    def store(self, row: int, doubles: Vector) -> None:
+        self.array.store(self.channel + row * self.channels, doubles.floats(), 1)
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,16 @@ class Images:
 
     def normed(self, c: Place) -> Load:
         q, z, norm = self.load("q", c), self.load("z", c), self.norm(c)
-        of_q, of_z, constant = norm[OF_Q], norm[OF_Z], norm[CONSTANT]
-        return lambda i, lanes: q(i, lanes) * of_q + (z(i, lanes) * of_z + constant)
+        scale, of_z, constant = norm[SCALE], norm[OF_Z], norm[CONSTANT]
+        return lambda i, lanes: q(i, lanes) * scale + (z(i, lanes) * of_z + constant)
 
     def joined(self, c: Place) -> Load:
         end, norm = self.path_end(c), self.norm(c)
-        of_q, of_z, constant = norm[OF_Q], norm[OF_Z], norm[CONSTANT]
+        scale, of_z, constant = norm[SCALE], norm[OF_Z], norm[CONSTANT]
 
         def load(i: Place, lanes: int) -> Vector:
             z, _, q = end(i, lanes)
-            return q * of_q + (z * of_z + constant)
+            return q * scale + (z * of_z + constant)
 
         return load
 

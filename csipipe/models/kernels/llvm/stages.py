@@ -10,6 +10,7 @@ Shapes and names as in `sources`; L lanes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from csipipe.models.kernels.llvm import image as images
 from csipipe.models.kernels.llvm.image import Frame, Image, Place, Size, Total
@@ -24,13 +25,22 @@ from csipipe.models.kernels.llvm.sources import (
     leaky_backward,
 )
 
+PIECE = 8
+"""Images whose weight gradients are summed in float32; pieces are in float64."""
+Number = TypeVar("Number", int, Index)
+
+
+def pieces(rows: Number) -> Number:
+    """How many pieces so many images have."""
+    return (rows + (PIECE - 1)) // PIECE
+
 
 def convolution(
     f: Function, image: Image, source: Source, channels: int, size: Size, outputs: int, normed: bool
 ) -> None:
     """z = convolution(source): with its moments (B, 2, C, L) for a BatchNorm, or with a bias."""
     frame = Frame(image, channels, size, f.lanes)
-    with f.loop(f.first, f.end) as b:
+    with f.shared(f.rows) as b:
         here = Images(f, image, channels, "", b)
         there = Images(f, image, outputs, "out ", b)
         z = there.array("z", 0)
@@ -51,7 +61,7 @@ def convolution(
 
 def join(f: Function, image: Image, paths: int, channels: int) -> None:
     """The 1×1 convolution of all paths' activations to z (B, 2, A, D), and its moments."""
-    with f.loop(f.first, f.end) as b:
+    with f.shared(f.rows) as b:
         z = Images(f, image, 2, "", b).array("z", 0)
         for part in image.parts(f):
             cells = [[Sum(f, 0.0) for _ in part] for _ in range(2)]
@@ -71,7 +81,7 @@ def join(f: Function, image: Image, paths: int, channels: int) -> None:
 
 def residual(f: Function, image: Image) -> None:
     """A block's output: LeakyReLU of BatchNorm of the join's z, plus the block's input."""
-    with f.loop(f.first, f.end) as b, f.loop(0, 2) as c:
+    with f.shared(f.rows) as b, f.loop(0, 2) as c:
         here = Images(f, image, 2, "", b)
         z, x, out, norm = here.load("z", c), here.load("x", c), here.array("out", c), here.norm(c)
         scale, shift = norm[SCALE], norm[SHIFT]
@@ -82,7 +92,7 @@ def residual(f: Function, image: Image) -> None:
 
 def output_backward(f: Function, image: Image, channels: int) -> None:
     """q from the gradient dy at `out`, a LeakyReLU's output; q's sums with 1 and z − mean."""
-    with f.loop(f.first, f.end) as b, f.loop(0, channels) as c:
+    with f.shared(f.rows) as b, f.loop(0, channels) as c:
         here = Images(f, image, channels, "", b)
         out, dy, z, q = (here.array(name, c) for name in ("out", "dy", "z", "q"))
         mean = here.norm(c)[MEAN]
@@ -99,7 +109,7 @@ def output_backward(f: Function, image: Image, channels: int) -> None:
 def join_backward(f: Function, image: Image, paths: int, channels: int) -> None:
     """dz at the join's output, and per path: q's sums with 1 and z − mean, dz's with the
     activations (the join's weight gradient)."""
-    with f.loop(f.first, f.end) as b:
+    with f.shared(f.rows) as b:
         here = Images(f, image, 2, "", b)
         dz = here.array("dz", 0)
         with f.loop(0, 2) as c:
@@ -134,7 +144,7 @@ def convolution_backward(
         outputs: channels of its input.
     """
     frame = Frame(image, channels, size, f.lanes)
-    with f.loop(f.first, f.end) as b:
+    with f.shared(f.rows) as b:
         here, there = Images(f, image, channels, "", b), Images(f, image, outputs, "in ", b)
         images.fill(f, frame, frame.memory(f, "frame"), lambda c: here.values(source, c))
         q = there.array("q", 0)
@@ -170,7 +180,7 @@ def input_backward(
         outputs: channels of its input.
     """
     frame = Frame(image, channels, size, f.lanes)
-    with f.loop(f.first, f.end) as b:
+    with f.shared(f.rows) as b:
         here = Images(f, image, channels, "", b)
         there = Images(f, image, outputs, "", b)
         dx = there.array("dx", 0)
@@ -195,25 +205,34 @@ def weight_gradient(
 ) -> None:
     """A convolution's weight gradient over pieces of a mini-batch: `sums` (P, taps, outputs, L).
 
-    Piece p is images `bounds`[p] to `bounds`[p + 1].
-
     Args:
         source, channels: of the convolution's input.
         gradient, outputs: of the gradient at its output.
     """
     frame = Frame(image, channels, size, f.lanes)
     plain = Frame(image, outputs, (1, 1), f.lanes)
-    cells, bounds = images.padded(len(frame.taps)) * outputs, f.integers("bounds")
-    with f.loop(f.first, f.end) as piece:
+    cells = images.padded(len(frame.taps)) * outputs
+    with f.shared(pieces(f.rows)) as piece:
         sums = f.array("sums").at(piece * (cells * f.lanes))
         with f.loop(0, cells) as cell:
             sums.store(cell * f.lanes, f.constants([0.0] * f.lanes))
-        with f.loop(bounds[piece], bounds[piece + 1]) as b:
+        first = piece * PIECE
+        with f.loop(first, (first + PIECE).smaller(f.rows)) as b:
             here, there = Images(f, image, channels, "in ", b), Images(f, image, outputs, "", b)
             images.fill(f, frame, frame.memory(f, "frame"), lambda c: here.values(source, c))
             images.fill(f, plain, plain.memory(f, "plain"), lambda c: there.values(gradient, c))
             next_image = [*here.source_ahead(source), *there.source_ahead(gradient)]
             images.correlate(f, frame, plain, sums, next_image)
+
+
+def weight_total(f: Function, taps: int, outputs: int) -> None:
+    """`weight` (outputs, taps) from the `sums` of all pieces."""
+    cells = images.padded(taps) * outputs
+    with f.shared(taps) as tap, f.loop(0, outputs) as o:
+        total = Sum(f, f.constants([0.0] * f.lanes).doubles())
+        with f.loop(0, pieces(f.rows)) as piece:
+            total.add(f.array("sums").load((piece * cells + tap * outputs + o) * f.lanes).doubles())
+        f.array("weight").store(o * taps + tap, total.value.total().floats(), 1)
 
 
 def _keep(

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 from llvmlite import binding
 
-from csipipe.models.kernels.llvm.language import THREAD, THREADS
+from csipipe.models.kernels.llvm.language import BARRIER, THREAD, THREADS
 
 _PARALLEL = "GOMP_parallel"
+_CALLED = THREAD, THREADS, BARRIER
+"""By kernels."""
 
 
 @functools.cache
@@ -25,9 +27,9 @@ def parallel() -> Callable[[int, int, int], None] | None:
     None: PyTorch has its threads from elsewhere, and kernels are computed by one.
     """
     here = ctypes.CDLL(None)
-    if not all(hasattr(here, name) for name in (_PARALLEL, THREAD, THREADS)):
+    if not all(hasattr(here, name) for name in (_PARALLEL, *_CALLED)):
         return None
-    for name in (THREAD, THREADS):
+    for name in _CALLED:
         binding.add_symbol(name, ctypes.cast(here[name], ctypes.c_void_p).value)
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
         (_PARALLEL, here)
