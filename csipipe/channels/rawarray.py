@@ -63,7 +63,7 @@ def opened(path: Path, key: str | None = None, scratch: Path | None = None) -> I
     with ExitStack() as stack:
         try:
             array = _open(stack, path, key, scratch)
-        except (FileNotFoundError, Unfit, _RefusedError, mat5.NoRoomError):
+        except (FileNotFoundError, Unfit, mat5.NoRoomError):
             raise
         except Exception as error:  # each library has its own, for whatever the damage leads to
             raise _damaged(path, error) from error
@@ -89,11 +89,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     )
 
 
-class _RefusedError(ValueError):
-    """A message of ours, complete."""
-
-
-class SeveralError(_RefusedError):
+class SeveralError(Unfit):
     """A file holds several arrays, and none was named.
 
     Attributes:
@@ -123,13 +119,13 @@ def _open(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
     if kind in (".csv", ".txt"):
         return _text(stack, path)
     if kind == ".mat" and head[:4] in mat5.VERSION_4:
-        raise _RefusedError(
+        raise Unfit(
             f"{path} is a MAT file of version 4; expected 5 or 7.3. In Octave: save -v7 FILE NAME; "
             "in MATLAB: save(FILE, 'NAME', '-v7.3')."
         )
     pickled = head[:1] == b"\x80" or kind in (".pkl", ".pickle")
     what = "a pickle, which can execute anything when it is read; it is never loaded" * pickled
-    raise _RefusedError(
+    raise Unfit(
         f"{path} is {what or f'of an unknown kind: it starts with {head[:12]!r}'}. Expected .npy, "
         ".npz, .mat, .h5, .csv or .pt; in Python: numpy.save('channels.npy', array)."
     )
@@ -189,7 +185,7 @@ def _torch(path: Path, key: str | None) -> RawArray:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise _RefusedError(
+            raise Unfit(
                 f"{path} holds more than tensors, which only unpickling could read; it is never "
                 "done here. Save the tensor alone: torch.save(tensor, 'channels.pt')."
             ) from error
@@ -234,7 +230,7 @@ def _hdf5(stack: ExitStack, path: Path, key: str | None) -> RawArray:
     name = _choose(path, key, names)
     stored = file[names[name]]
     if stored.dtype.hasobject or h5py.check_ref_dtype(stored.dtype):
-        raise _RefusedError(
+        raise Unfit(
             f"{path}: {name} is a cell array or a struct of references; expected a plain array of "
             "numbers. Save the array itself."
         )
@@ -265,7 +261,7 @@ def _text(stack: ExitStack, path: Path) -> RawArray:
     mark = "," if "," in first else ";" if ";" in first else None
     names = [cell for cell in first.split(mark) if not _is_number(cell)]
     if names:
-        raise _RefusedError(
+        raise Unfit(
             f"{path} starts with {first.strip()[:60]!r}; expected numbers only. Remove the header: "
             f"tail -n +2 {path.name} > plain.csv"
         )
@@ -328,7 +324,7 @@ def _choose(path: Path, key: str | None, found: Mapping[str, Any]) -> str:
         raise SeveralError(path, sorted(found))
     names = ", ".join(sorted(map(repr, found))[:20]) or "none"
     asked = f"has no array {key!r}" if key is not None else "holds no array"
-    raise _RefusedError(f"{path} {asked}; found {names}.{' Name one with --key.' * bool(found)}")
+    raise Unfit(f"{path} {asked}; found {names}.{' Name one with --key.' * bool(found)}")
 
 
 def _check_numbers(path: Path, key: str, dtype: np.dtype[Any]) -> None:
@@ -336,10 +332,10 @@ def _check_numbers(path: Path, key: str, dtype: np.dtype[Any]) -> None:
         return
     name = f"{path}: {key}" if key else str(path)
     if dtype.hasobject:
-        raise _RefusedError(
+        raise Unfit(
             f"{name} is an array of Python objects, a pickle; it is never loaded. Save a plain "
             "array: numpy.save('channels.npy', numpy.stack(list_of_equal_arrays))."
         )
-    raise _RefusedError(
+    raise Unfit(
         f"{name} holds {dtype}; expected real or complex numbers. Save a plain array of them."
     )

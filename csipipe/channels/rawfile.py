@@ -27,12 +27,16 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
             head = file.read(128)
         if hdf5.is_hdf5(head):
             return _from_hdf5(path, layout)
-        _refuse_version_4(path, layout, head)
+        if head[:4] in mat5.VERSION_4:
+            raise Unfit(
+                f"it is a MAT file of version 4; save it again, in Octave with save -v7 "
+                f"{path.name} {layout.key}"
+            )
         found = {variable.name: variable for variable in mat5.variables(path)}
         name = _choose(layout, list(found))
         with mat5.opened(path, found[name]) as stored:
             return name, stored.rows(0, found[name].shape[0])
-    except (_NoVariableError, Unfit, mat5.NoRoomError):
+    except (Unfit, mat5.NoRoomError):
         raise
     except Exception as error:  # h5py raises whatever the damage leads to
         raise ValueError(
@@ -41,24 +45,12 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
         ) from error
 
 
-class _NoVariableError(ValueError):
-    pass
-
-
-def _refuse_version_4(path: Path, layout: Layout, head: bytes) -> None:
-    if head[:4] in mat5.VERSION_4:
-        raise Unfit(
-            f"it is a MAT file of version 4; save it again, in Octave with save -v7 {path.name} "
-            f"{layout.key}"
-        )
-
-
 def _choose(layout: Layout, found: list[str]) -> str:
     if layout.key in found:
         return layout.key
     if len(found) == 1:
         return found[0]
-    raise _NoVariableError(f"it has no variable {layout.key}; found {sorted(found) or 'none'}")
+    raise Unfit(f"it has no variable {layout.key}; found {sorted(found) or 'none'}")
 
 
 def _from_hdf5(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
