@@ -109,12 +109,8 @@ def converted(source: Path, accept: Verdict = "suspicious") -> Copy:
             copy = _noted(source, unbounded)  # another process may have made it meanwhile
             if copy is None or not copy.is_whole():
                 copy = _convert(source, unbounded)
-    some = copy
-
-    def judge() -> list[Finding]:
-        return suspicions(source, spaced(some.open(), _JUDGED))
-
-    accepted.check(source, findings(source, copy.sha256, judge), accept)
+    found = findings(source, copy.sha256, lambda: suspicions(source, spaced(copy.open(), _JUDGED)))
+    accepted.check(source, found, accept)
     return copy
 
 

@@ -21,9 +21,7 @@ from csipipe.channels.rawfile import read_variable
 from csipipe.channels.source import Images
 from csipipe.channels.statistics import MOST_ROWS, Reals, spaced
 from csipipe.channels.transform import RADIUS, ZERO, to_unit
-from csipipe.settings import config
-
-Verdict = config.Verdict
+from csipipe.settings.config import Verdict
 
 _GRID = f"{ANGLES} angles x {DELAYS} delays"
 _RESCALE = f"divide each row by twice its peak magnitude (the largest |re + j im|) and add {ZERO}"

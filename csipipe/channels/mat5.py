@@ -85,7 +85,9 @@ def variables(path: Path) -> list[Variable]:
     """
     found = []
     with path.open("rb") as file:
-        order = _byte_order(exactly(file, _HEADER))
+        order = MARKS.get(exactly(file, _HEADER)[124:])
+        if order is None:
+            raise DamagedError("it is not a MAT file of version 5")
         start, end = _HEADER, os.fstat(file.fileno()).st_size
         while start < end:
             file.seek(start)
@@ -203,14 +205,6 @@ class Rows:
                 if os.preadv(self._file, [column.view(np.uint8).data], place) != column.nbytes:
                     raise DamagedError("it became shorter while it was being read")
         return columns.reshape(*reversed(inner), stop - start).T
-
-
-def _byte_order(header: bytes) -> str:
-    """< or >."""
-    for mark, order in MARKS.items():
-        if header.endswith(mark):
-            return order
-    raise DamagedError("it is not a MAT file of version 5")
 
 
 def _stream(file: IO[bytes], place: Place) -> Stream:
