@@ -20,11 +20,12 @@ def read_variable(path: Path, layout: Layout) -> tuple[str, NDArray[Any]]:
     """The variable with the layout's name, or else the only one in the file; and its name.
 
     Raises:
+        OSError: it can't be opened.
         ValueError: neither MAT v5 nor v7.3 (HDF5), damaged, or none of that name among several.
     """
+    with path.open("rb") as file:
+        head = file.read(128)
     try:
-        with path.open("rb") as file:
-            head = file.read(128)
         if hdf5.is_hdf5(head):
             return _from_hdf5(path, layout)
         if head[:4] in mat5.VERSION_4:

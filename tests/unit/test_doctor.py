@@ -184,6 +184,11 @@ def test_damaged_and_foreign_files(tmp_path: Path, rows: Images, content: Any) -
     assert re.search(r"it can't be read \(.*; it has [\d,]+ bytes", words(seen))
 
 
+def test_what_cannot_be_opened_is_no_finding(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        examine(tmp_path)
+
+
 def test_several_variables_without_ht(tmp_path: Path) -> None:
     path = tmp_path / "DATA_Htrainin.mat"
     io.savemat(path, {"a": 1.0, "b": 2.0})
