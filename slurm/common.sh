@@ -42,6 +42,28 @@ on_each_node() (
     exec srun --export=ALL ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
 )
 
+# What SLURM knows of this job, in one line. (A task of an array may have the id of the array: then all tasks are listed.)
+facts() {
+    scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "
+}
+
+requeue() {
+    local id=$SLURM_JOB_ID
+    # by that id, all tasks of an array would be requeued: the others would be killed, the finished ones would start again
+    [[ $(facts) =~ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+)\  ]] && id=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
+    scontrol requeue "$id" || echo "csipipe: to resume, submit it with --run.dir $run" >&2
+}
+
+# Whether SLURM preempts this attempt of the job. Where a partition has a GraceTime, the ranks get SIGTERM and save, but
+# torchrun then ends with status 1: without more, the job would have failed before SLURM requeues it.
+preempted() {
+    local job start time
+    job=$(facts)
+    start=${job#* StartTime=} time=${job#* PreemptTime=}
+    start=${start%% *} time=${time%% *}
+    [[ $time == 2* && ! $time < $start ]] # neither None nor of an earlier attempt
+}
+
 # Train with csipipe train's arguments on all nodes of the job, and exit with its status.
 train() {
     local step code trained=''
@@ -49,23 +71,26 @@ train() {
     [ -z "$asked" ] || touch "$run/stop"
     on_each_node --kill-on-bad-exit=1 python -m csipipe.run.slurm node "$run" & # a torchrun each
     step=$!
-    wait "$step"
+    while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # USR1 ends the wait, not the step
+    wait "$step" # says once more how it ended
     code=$?
-    while [ "$code" -eq 138 ]; do # USR1 ended the wait, not the step
-        wait "$step"
-        code=$?
-    done
     [ "$run/config.yaml" -nt "$run/slurm.json" ] && trained=yes # written when training begins
     rm -f "$run/slurm.json"
     if [ -n "$asked" ] && [ "$code" -eq 0 ] && grep -qs '"status": "stopped"' "$run/summary.json"; then
-        scontrol requeue "$SLURM_JOB_ID" || echo "csipipe: saved; to resume, submit it with --run.dir $run" >&2
+        requeue
+    elif [ "$code" -ne 0 ] && preempted; then
+        echo "csipipe: preempted; the job is requeued" >&2
+        requeue
+    elif [ "$code" -eq 138 ]; then
+        fail "USR1 was sent to torchrun, which can't save and ended; send it to this script: --signal=B:USR1@180 in
+    its #SBATCH lines, or scancel --batch --signal=USR1 JOB. To resume, submit it with --run.dir $run"
     elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node --overlap true; then
         # ranks notice a dead node sooner than SLURM, which would requeue the job for it
         [ -n "$trained" ] || fail "a node of the job doesn't answer; not requeued, since nothing was trained yet"
         [ "${SLURM_RESTART_COUNT:-0}" -lt "$CSIPIPE_REQUEUES" ] ||
             fail "a node of the job doesn't answer, again; it was requeued $CSIPIPE_REQUEUES times: see CSIPIPE_REQUEUES"
         echo "csipipe: a node of the job is gone; the job is requeued on others" >&2
-        scontrol requeue "$SLURM_JOB_ID"
+        requeue
     fi
     exit "$code"
 }

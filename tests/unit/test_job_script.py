@@ -1,0 +1,103 @@
+"""`slurm/common.sh` beside programs that answer as SLURM's do: what becomes of a job, and why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STARTED = "2026-11-28T01:44:04"
+JOB = "JobId=36 JobName=csipipe StartTime={started} PreemptTime={preempted} Command=x\n"
+ARRAY = (
+    "JobId=36 ArrayJobId=36 ArrayTaskId=2 JobName=csipipe StartTime={started} PreemptTime=None\n"
+    "JobId=37 ArrayJobId=36 ArrayTaskId=0 JobName=csipipe StartTime={started} PreemptTime=None\n"
+)
+
+
+class Script:
+    """A job script that trains, with make-believe `python`, `srun` and `scontrol`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "run").mkdir()
+        self.program("python", '[ "$3" != plan ] || echo run')
+        self.program("scontrol", '[ "$1" != show ] || cat job; echo "$*" >>asked')
+        self.shown()
+
+    def program(self, name: str, body: str) -> None:
+        file = self.folder / name
+        file.write_text(f"#!/bin/bash\n{body}\n")
+        file.chmod(0o755)
+
+    def shown(self, job: str = JOB, preempted: str = "None") -> None:
+        """What SLURM shows of the job."""
+        text = job.format(started=STARTED, preempted=preempted)
+        (self.folder / "job").write_text(text)
+
+    def train(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run it; one that doesn't end is an error."""
+        outside = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM", "CSIPIPE"))}
+        path = f"{self.folder}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "-c", f"export SCRIPT=$$; . {ROOT}/slurm/common.sh; train"],
+            cwd=self.folder,
+            env=outside | {"PATH": path, "SLURM_JOB_ID": "36"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+
+    def requeued(self) -> list[str]:
+        """Jobs that were requeued."""
+        file = self.folder / "asked"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [line.split()[1] for line in lines if line.startswith("requeue ")]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
+
+
+SAVES = """kill -USR1 "$SCRIPT"; sleep 0.2; echo '{"status": "stopped"}' >run/summary.json"""
+
+
+def test_a_job_that_saved_is_requeued(script: Script) -> None:
+    script.program("srun", SAVES)
+    assert script.train().returncode == 0
+    assert (script.folder / "run" / "stop").exists()
+    assert script.requeued() == ["36"]
+
+
+def test_a_task_of_an_array_requeues_itself_alone(script: Script) -> None:
+    script.program("srun", SAVES)
+    script.shown(ARRAY)
+    script.train()
+    assert script.requeued() == ["36_2"]  # not 36: the array's last task has the array's id
+
+
+def test_a_preempted_job_is_requeued_though_torchrun_failed(script: Script) -> None:
+    script.program("srun", "exit 1")
+    script.shown(preempted="2026-11-28T01:44:34")
+    assert "preempted; the job is requeued" in script.train().stderr
+    assert script.requeued() == ["36"]
+
+
+@pytest.mark.parametrize("preempted", ["None", "2026-11-28T01:41:00"], ids=["never", "earlier"])
+def test_a_job_that_fails_is_not_requeued(preempted: str, script: Script) -> None:
+    script.program("srun", "exit 3")
+    script.shown(preempted=preempted)
+    assert script.train().returncode == 3
+    assert script.requeued() == []
+
+
+def test_a_signal_to_torchrun_itself_ends_the_job_and_is_named(script: Script) -> None:
+    script.program("srun", "exit 138")
+    done = script.train()
+    assert done.returncode == 1
+    assert "USR1 was sent to torchrun" in done.stderr
+    assert "--run.dir run" in done.stderr
+    assert script.requeued() == []
