@@ -18,9 +18,12 @@ fail() {
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job for SLURM; submit it with: sbatch$(printf ' %q' "$0" "$@")"
 # shellcheck disable=SC1091
 [ ! -f "$CSIPIPE_VENV/bin/activate" ] || . "$CSIPIPE_VENV/bin/activate"
-python -c "import csipipe.run.slurm" 2>/dev/null || fail "node $(hostname) has no Python with csipipe: neither in
-    $CSIPIPE_VENV nor $(command -v python || echo "any python in PATH"). On the login node, create the environment with
-    python3 -m venv $csipipe/.venv and install csipipe in it; modules go into common.sh."
+reason=$(python -c "import csipipe.run.slurm" 2>&1) || fail "node $(hostname) has no Python with csipipe: ${reason##*$'\n'}
+    It has $(command -v python || echo "no python in PATH"), and CSIPIPE_VENV is $CSIPIPE_VENV. On the login node, create
+    the environment with python3 -m venv $csipipe/.venv and install csipipe in it; modules go into common.sh."
+# a step inside of this one would wait for its tasks, and each of them would start a run
+[ "${SLURM_STEP_NUM_TASKS:-1}" -eq 1 ] || [ "${ENVIRONMENT:-}" = BATCH ] || fail "srun started this script
+    $SLURM_STEP_NUM_TASKS times, but it starts all ranks itself; submit it with: sbatch$(printf ' %q' "$0" "$@")"
 
 # the same with GPUs, but that a step inherits from the job, whatever its environment
 for name in "${!SLURM_GPUS_PER_TASK@}" "${!SLURM_TRES_PER_TASK@}"; do
@@ -34,12 +37,14 @@ done
 asked='' run=''
 trap 'asked=yes; [ -z "$run" ] || touch "$run/stop"' USR1
 
-# srun with a task on every node of the job, which has all of the job's share of the node, and this environment.
+# srun with a task on every node of the job, which has all of the job's share of the node, and this environment; beside
+# the step that this script may be in itself (srun --pty bash).
 on_each_node() (
     unset "${!SLURM_NTASKS@}" "${!SLURM_NPROCS@}" "${!SLURM_TASKS_PER_NODE@}"
     # a rank's share of the CPUs, which would become the share of all ranks of a node
     unset "${!SRUN_CPUS_PER_TASK@}" "${!SLURM_CPUS_PER_TASK@}" "${!SLURM_TRES_PER_TASK@}" "${!SLURM_EXACT@}"
-    exec srun --export=ALL ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} --ntasks-per-node=1 --cpu-bind=none "$@"
+    exec srun --export=ALL --overlap ${SLURM_HET_SIZE:+--het-group=0-$((SLURM_HET_SIZE - 1))} \
+        --ntasks-per-node=1 --cpu-bind=none "$@"
 )
 
 # What SLURM knows of this job, in one line. (A task of an array may have the id of the array: then all tasks are listed.)
@@ -84,7 +89,7 @@ train() {
     elif [ "$code" -eq 138 ]; then
         fail "USR1 was sent to torchrun, which can't save and ended; send it to this script: --signal=B:USR1@180 in
     its #SBATCH lines, or scancel --batch --signal=USR1 JOB. To resume, submit it with --run.dir $run"
-    elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node --overlap true; then
+    elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node true; then
         # ranks notice a dead node sooner than SLURM, which would requeue the job for it
         [ -n "$trained" ] || fail "a node of the job doesn't answer; not requeued, since nothing was trained yet"
         [ "${SLURM_RESTART_COUNT:-0}" -lt "$CSIPIPE_REQUEUES" ] ||

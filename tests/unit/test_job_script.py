@@ -38,11 +38,16 @@ class Script:
         (self.folder / "job").write_text(text)
 
     def train(self, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run it; one that doesn't end is an error."""
+        """Run it."""
+        lines = f"export SCRIPT=$$; . {ROOT}/slurm/common.sh; train"
+        return self.start("-c", lines, **environment)
+
+    def start(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run bash as a job would; one that doesn't end is an error."""
         outside = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM", "CSIPIPE"))}
         path = f"{self.folder}:{os.environ['PATH']}"
         return subprocess.run(
-            ["bash", "-c", f"export SCRIPT=$$; . {ROOT}/slurm/common.sh; train"],
+            ["bash", *words],
             cwd=self.folder,
             env=outside | {"PATH": path, "SLURM_JOB_ID": "36"} | environment,
             capture_output=True,
@@ -101,3 +106,35 @@ def test_a_signal_to_torchrun_itself_ends_the_job_and_is_named(script: Script) -
     assert "USR1 was sent to torchrun" in done.stderr
     assert "--run.dir run" in done.stderr
     assert script.requeued() == []
+
+
+def test_why_python_has_no_csipipe_is_said(script: Script) -> None:
+    script.program(
+        "python", "echo Traceback >&2; echo 'ImportError: libcudart.so.12: gone' >&2; exit 1"
+    )
+    done = script.train()
+    assert done.returncode == 1
+    assert "has no Python with csipipe: ImportError: libcudart.so.12: gone\n" in done.stderr
+    assert str(script.folder / "python") in done.stderr
+
+
+def test_several_tasks_of_a_step_are_refused(script: Script) -> None:
+    script.program("srun", "exit 0")
+    done = script.train(SLURM_STEP_NUM_TASKS="6")
+    assert done.returncode == 1
+    assert "srun started this script\n    6 times" in done.stderr
+    # submitted by sbatch from such a step
+    assert script.train(SLURM_STEP_NUM_TASKS="6", ENVIRONMENT="BATCH").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["mine.slurm", "mine.sbatch"])
+def test_a_script_without_its_neighbour_says_where_it_belongs(name: str, script: Script) -> None:
+    file = script.folder / name
+    file.write_bytes((ROOT / "slurm" / "single_node.sbatch").read_bytes())
+    script.shown(f"JobId=36\n   Command={file} --x /y\n   WorkDir=/\n")
+    spooled = script.folder / "slurm_script"  # what sbatch runs
+    file.rename(spooled)
+    done = script.start(str(spooled), SLURM_SUBMIT_DIR=str(script.folder))
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("csipipe: error: no common.sh is beside this script; it belongs in ")
