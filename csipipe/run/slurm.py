@@ -178,7 +178,7 @@ def folder_of(settings: Settings, environment: Environment) -> Path:
     """The run's directory, the same in every attempt of the job.
 
     Raises:
-        ValueError: no run.dir was given, and another job left something under this job's name.
+        ValueError: no run.dir was given, and something is there under this job's name.
     """
     if settings.run.dir is not None:
         return Path(settings.run.dir)
@@ -187,8 +187,8 @@ def folder_of(settings: Settings, environment: Environment) -> Path:
     first = environment.get("SLURM_RESTART_COUNT", "0") == "0"
     if first and folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} belongs to another job with the same number; give a --run.dir (that one, to "
-            "resume its run)."
+            f"{folder} is there already, of an earlier start in this job or of another job with "
+            "its number; give a --run.dir (that one, to resume its run)."
         )
     return folder
 
@@ -204,10 +204,13 @@ def meeting_address(nodes: Sequence[str]) -> str:
 
 
 def address_of(node: str) -> str:
-    """IPv4 address at which SLURM's own daemons reach a node; raises as `meeting_address`."""
-    known = dict(
-        word.partition("=")[::2] for word in _scontrol("show", "node", node, "--oneliner").split()
-    )
+    """IPv4 address at which SLURM's own daemons reach a node, or where users aren't told that, the
+    address of its name; raises as `meeting_address`.
+    """
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError):  # PrivateData=nodes hides what SLURM knows of nodes
+        words = _scontrol("show", "node", node, "--oneliner").split()
+        known = dict(word.partition("=")[::2] for word in words)
     name = known.get("NodeAddr", node)
     remedy = "all nodes of a job must know each other's names, from DNS or from /etc/hosts."
     try:

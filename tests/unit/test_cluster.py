@@ -146,7 +146,9 @@ def test_the_first_attempt_wants_a_new_directory(
     assert slurm.folder_of(settings(), MIXED) == folder
     (folder / "config.yaml").touch()
     assert slurm.folder_of(settings(), MIXED | {"SLURM_RESTART_COUNT": "1"}) == folder
-    with pytest.raises(ValueError, match=r"another job with the same number; give a --run\.dir"):
+    with pytest.raises(
+        ValueError, match=r"is there already, of an earlier start in .*a --run\.dir"
+    ):
         slurm.folder_of(settings(), MIXED)
 
 
@@ -158,6 +160,18 @@ def test_a_node_without_the_plan_of_this_attempt_says_so(tmp_path: Path) -> None
         ValueError, match=r"give a --run\.dir on a file system that all nodes share"
     ):
         Plan.read(tmp_path, "12.1", 0.0)
+
+
+def test_a_node_that_slurm_does_not_show_is_reached_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hidden(*words: str) -> str:
+        raise OSError(f"scontrol {words}: slurm_load_node error: Access/permission denied")
+
+    monkeypatch.setattr(slurm, "_scontrol", hidden)
+    assert slurm.address_of("127.0.0.1") == "127.0.0.1"
+    with pytest.raises(ValueError, match=r"the name of node nobody\.invalid doesn't resolve"):
+        slurm.address_of("nobody.invalid")
 
 
 def test_the_interface_of_an_address() -> None:
