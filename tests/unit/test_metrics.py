@@ -73,6 +73,7 @@ def test_to_frequency_is_a_padded_dft_over_delay() -> None:
     expected = torch.tensor([[[0.4, -0.4j, -0.4], [-0.3j, -0.3j, -0.3j]]])
     torch.testing.assert_close(to_frequency(h, bins=3, padded=4), expected)
     assert to_frequency(h).shape == (1, 2, 125)
+    torch.testing.assert_close(to_frequency(h), to_frequency(h, bins=125, padded=257))
 
 
 def test_rho_is_the_mean_cosine_over_bins() -> None:
@@ -105,6 +106,9 @@ def test_unused_bins_are_left_out_and_bins_that_a_reconstruction_lacks_count_as_
             torch.testing.assert_close(sgcs(hf, reference, subbands), torch.ones(3))
             found = sgcs(half, reference, subbands)
             torch.testing.assert_close(found, torch.full((3,), share))
+    weak = hf * torch.where(torch.arange(64) < 32, 1, 1e-4)  # 80 dB below the others: they count
+    torch.testing.assert_close(rho(half, weak), torch.full((3,), 27 / 53))
+    torch.testing.assert_close(sgcs(half, weak, 64), torch.full((3,), 27 / 53))
     assert rho(hf, 0 * hf).isnan().all()
     assert sgcs(hf, 0 * hf).isnan().all()
     assert rho(0 * hf, hf).tolist() == sgcs(0 * hf, hf).tolist() == [0, 0, 0]
@@ -126,4 +130,4 @@ def test_sgcs_of_single_bins_is_the_squared_cosine() -> None:
     one, other = torch.randn(2, 3, 4, 1, dtype=torch.complex64, generator=generator)
     torch.testing.assert_close(sgcs(one, other, 1), rho(one, other).square())
     many = torch.randn(2, 3, 4, 125, dtype=torch.complex64, generator=generator)
-    assert sgcs(many[0], many[1]).shape == (3,)
+    torch.testing.assert_close(sgcs(many[0], many[1]), sgcs(many[0], many[1], 13))
