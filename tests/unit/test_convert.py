@@ -657,6 +657,31 @@ def test_the_better_shift_is_the_same_whatever_shift_was_taken(tmp_path: Path) -
     assert 8 <= found[0] <= 16, "the echoes from bin 40 on come first, or nearly"
 
 
+def test_a_file_that_changes_meanwhile_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, make = saved(tmp_path / "h.npy", channels()), converting.to_image
+
+    def meddle(*arguments: Any) -> Any:
+        os.utime(file, ns=(0, 0))
+        return make(*arguments)
+
+    monkeypatch.setattr(converting, "to_image", meddle)
+    said = error(capsys, file, tmp_path / "o", "--axes", "sample rx tx subcarrier")
+    assert "h.npy changed while it was read; start again" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["h.npy"]
+
+
+def test_tensors_are_read_whatever_their_type_and_view(tmp_path: Path) -> None:
+    h = torch.from_numpy(channels(4, 1))
+    for number, tensor in enumerate((h, h.conj(), h.real.bfloat16())):
+        file = tmp_path / f"{number}.pt"
+        torch.save(tensor, file)
+        with rawarray.opened(file) as array:
+            wanted = tensor.float() if tensor.is_floating_point() else tensor.resolve_conj()
+            np.testing.assert_array_equal(array.cut(0, 1, 3), wanted[1:3].numpy())
+
+
 def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     file = tmp_path / os.fsdecode(b"\xff\xfe.npy")
     saved(file, channels(rx=1))
