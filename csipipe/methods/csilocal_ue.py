@@ -145,7 +145,6 @@ class UeHalf(UeSide):
         """A UE that is left out stays as it was, including BatchNorm's statistics."""
         self.seat.leave_out(self.stage.faults)
         for u in self.stage.idle:
-            self.stage.ues[u].parts.zero_grad()
             for restore in self._restore[u].values():
                 restore()
         self.clock.begin("send", "finish sending")

@@ -202,8 +202,6 @@ class Singly(_Both):
 
     def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
         faults = {}
-        for u in set(range(len(self.ues))) - set(taking):
-            self.ues[u].parts.zero_grad()
         for u in taking:
             ue = self.ues[u]
             self.probe.gradients({"encoder": ue.encoder, "head": ue.head})

@@ -18,7 +18,7 @@ from csipipe.comm.topology import Topology
 from csipipe.measure.metrics import paper_loss
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam
-from csipipe.methods.ends import Stacked, Way, decide
+from csipipe.methods.ends import Singly, Stacked, Way, decide
 from csipipe.methods.ue import UserEquipment
 from csipipe.models import stacked
 from csipipe.models.crblock import SLOPE
@@ -311,24 +311,28 @@ def test_a_model_that_cant_be_stacked_is_refused_or_done_without() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("of", ["encoder", "head", "loss"])
-def test_a_ue_with_no_number_takes_no_step(of: str, value: float) -> None:
+@pytest.mark.parametrize("way", [Singly, Stacked])
+def test_a_ue_with_no_number_takes_no_step(
+    way: type[Singly | Stacked], of: str, value: float
+) -> None:
     settings, everyone = Settings(model=MODEL), [0, 1, 2]
     h, noise = rows(3, 0)
     images = h.numpy()
     ues = [UserEquipment(u, settings, images[u], images[u], h.device) for u in everyone]
-    ends = Stacked(ues, Probe(), settings.train)
+    ends = way(ues, Probe(), settings.train)
     z = ends.encode(h)
     torch.autograd.backward(ends.heads(noise.requires_grad_(), everyone).sum())
     ends.weight_gradients()
     ends.encode_backward(torch.ones_like(z), everyone)
     loss = torch.rand(3, ROWS)
-    spoilt = {"encoder": ends._encoders, "head": ends._heads}.get(of)
-    if spoilt is None:
+    if of == "loss":
         loss[1, 3] = value
+    elif isinstance(ends, Stacked):
+        spoilt = {"encoder": ends._encoders, "head": ends._heads}[of]
+        spoilt.gradients()[0][1].view(-1)[0] = value
     else:
-        leaf = next(leaf for place in spoilt._places for _, leaf in place.leaves())
-        assert leaf.grad is not None
-        leaf.grad[1].view(-1)[0] = value
+        gradient = next(getattr(ues[1], of).parameters()).grad
+        gradient.view(-1)[0] = value
     before = [parameter.clone() for ue in ues for parameter in ue.parts.parameters()]
     assert ends.step(everyone, loss, tolerant=True).keys() == {1}
     after = [parameter for ue in ues for parameter in ue.parts.parameters()]
@@ -336,3 +340,4 @@ def test_a_ue_with_no_number_takes_no_step(of: str, value: float) -> None:
     third = len(same) // 3
     assert all(same[third : 2 * third])
     assert not any(same[:third] + same[2 * third :])
+    assert all(parameter.grad is None for parameter in after)
