@@ -11,6 +11,7 @@ import torch
 from bits import assert_same
 from harness import run_world
 from runs import CPU, follow, small
+from torch import Tensor
 
 from csipipe import methods
 from csipipe.comm import trust
@@ -135,29 +136,38 @@ def test_the_handshake_names_the_first_difference(on: str, message: str) -> None
     assert message in run_world(2, disagree, on)[1]
 
 
-def spoil(worker: Any, bad: dict[int, list[int]], value: float) -> None:
-    """Let UEs send updates full of `value` in some iterations."""
-    for replica in getattr(worker.halves[-1], "replicas", {}).values():
-        train, seen = replica.train, iter(range(10**6))
+When = dict[int, list[int]]
+"""By UE: in which iterations from 0."""
 
-        def spoiled(train: Any = train, seen: Any = seen, ue: int = replica.ue.number) -> Any:
+
+def spoil(worker: Any, bad: When, value: float, unable: When) -> None:
+    """Let UEs send updates with `value` in some iterations, and find no gradient in others."""
+    for replica in getattr(worker.halves[-1], "replicas", {}).values():
+        train, ue, begun = replica.train, replica.ue.number, [0]
+
+        def spoiled(train: Any = train, ue: int = ue, begun: list[int] = begun) -> Any:
+            begun[0] += 1
             update, figures = train()
-            if next(seen) in bad.get(ue, []):
+            if begun[0] - 1 in bad.get(ue, []):
                 update[0] = value
             return update, figures
 
+        def none(gradient: Tensor, ue: int = ue, begun: list[int] = begun) -> Tensor:
+            return gradient * NAN if begun[0] - 1 in unable.get(ue, []) else gradient
+
         replica.train = spoiled
+        next(replica.tail.parameters()).register_hook(none)
 
 
 def federate(
-    world: World, settings: Settings, bad: dict[int, list[int]], value: float
+    world: World, settings: Settings, bad: When, value: float, unable: When
 ) -> dict[str, Any]:
     """One rank of a run in which some UEs send what can't be used."""
     build = methods.prepare(settings, world.rank, world.size, CPU)
     world.ready("data")
     world.connect(20.0)
     worker: Any = build(world)
-    spoil(worker, bad, value)
+    spoil(worker, bad, value, unable)
     try:
         result = follow(worker, settings.train.iterations)
     except trust.BadMessage as error:
@@ -181,8 +191,8 @@ def federated(method: str, ues: int, **train: Any) -> Settings:
 @pytest.mark.parametrize("value", [NAN, pytest.param(1e30, marks=pytest.mark.long)])
 def test_a_federated_ue_that_is_dropped_leaves_no_trace(method: str, value: float) -> None:
     always = {3: [0, 1, 2, 3, 4]}
-    with_it = run_world(3, federate, federated(method, 4, on_bad_ue="drop"), always, value)
-    without = run_world(3, federate, federated(method, 3), {}, value)
+    with_it = run_world(3, federate, federated(method, 4, on_bad_ue="drop"), always, value, {})
+    without = run_world(3, federate, federated(method, 3), {}, value, {})
     assert with_it[0]["dropped"] == [0, 0, 0, 5]
     for k in range(5):
         assert with_it[0]["losses"][k][:3] == without[0]["losses"][k]
@@ -195,10 +205,11 @@ def test_a_federated_ue_that_is_dropped_leaves_no_trace(method: str, value: floa
 
 def test_a_federated_ue_is_taken_back_when_it_is_sound_again() -> None:
     settings = federated("fedavg", 4, on_bad_ue="drop")
-    ranks = run_world(3, federate, settings, {1: [2], 3: [1, 2]}, NAN)
-    assert ranks[0]["dropped"] == [0, 1, 0, 2]
+    ranks = run_world(3, federate, settings, {1: [2], 3: [1, 2]}, NAN, {0: [3]})
+    assert ranks[0]["dropped"] == [1, 1, 0, 2]
     losses = ranks[0]["losses"]
-    assert [[ue for ue in range(4) if not loss[ue]] for loss in losses] == [[], [3], [1, 3], [], []]
+    out = [[ue for ue in range(4) if not loss[ue]] for loss in losses]
+    assert out == [[], [3], [1, 3], [0], []]
     kept = [p for rank in ranks for p in rank["parameters"].values()]
     assert kept
     assert all(torch.isfinite(p).all() for p in kept)
@@ -206,11 +217,11 @@ def test_a_federated_ue_is_taken_back_when_it_is_sound_again() -> None:
 
 def test_an_exchange_without_a_sound_ue_stops() -> None:
     settings = federated("fedavg", 4, on_bad_ue="drop")
-    ranks = run_world(3, federate, settings, {ue: [1] for ue in range(4)}, NAN)
+    ranks = run_world(3, federate, settings, {ue: [1] for ue in range(4)}, NAN, {})
     assert "no sound UE is left to train with: all 4 are bad" in ranks[0]["error"]
 
 
 def test_stop_names_the_ue_and_the_value() -> None:
-    ranks = run_world(3, federate, federated("fedavg", 4), {2: [3]}, math.inf)
+    ranks = run_world(3, federate, federated("fedavg", 4), {2: [3]}, math.inf, {})
     assert "update from UE 2" in ranks[0]["error"]
     assert "holds inf in 1 of" in ranks[0]["error"]
