@@ -7,7 +7,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
+from runs import small
 
+from csipipe.measure.figures import WIDTH, Figures
+from csipipe.methods.aggregator import BtsHalf
+from csipipe.methods.half import in_turns
 from csipipe.methods.rank import Rank
 from csipipe.methods.roster import averages, drawn, evaluated, returning
 from csipipe.pipeline.schedule import Instruction, Op
@@ -115,3 +120,20 @@ def test_a_section_without_work_is_not_executed() -> None:
     Rank._run_some(cast(Rank, rank), [(0, []), (1, [])])
     Rank._run_some(cast(Rank, rank), [(0, []), (1, work)])
     assert executed == [[(1, work)]]
+
+
+def test_who_is_left_out_of_one_batch_is_left_out_of_a_federated_evaluation() -> None:
+    ones = torch.ones(3, WIDTH, dtype=torch.float64)
+    found = iter([Figures(ones, frozenset({1})), Figures(ones)])
+    half = SimpleNamespace(
+        settings=small("fedavgper"),
+        topology=SimpleNamespace(ues=3),
+        seat=SimpleNamespace(roster=SimpleNamespace(evaluated=[0, 1, 2]), batches={"test": 2}),
+        exchange=SimpleNamespace(lend=lambda ues: None),
+        reports=SimpleNamespace(post=lambda: None),
+        gather=lambda: next(found),
+    )
+    figures = in_turns([BtsHalf.evaluation(cast(BtsHalf, half), "test")])
+    assert figures is not None
+    assert figures.left_out == {1}
+    assert torch.equal(figures.sums, 2 * ones)
