@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import convert as converting
-from csipipe.channels import eigenvectors, inputs, open_source, rawarray, statistics
+from csipipe.channels import eigenvectors, inputs, open_source, rawarray, statistics, transform
 from csipipe.channels.axes import parse
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
@@ -660,7 +660,7 @@ def test_the_better_shift_is_the_same_whatever_shift_was_taken(tmp_path: Path) -
 def test_a_file_that_changes_meanwhile_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, make = saved(tmp_path / "h.npy", channels()), converting.to_image
+    file, make = saved(tmp_path / "h.npy", channels()), transform.to_image
 
     def meddle(*arguments: Any) -> Any:
         os.utime(file, ns=(0, 0))

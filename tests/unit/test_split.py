@@ -77,6 +77,16 @@ def test_every_row_is_dealt_once(environment: Any) -> None:
                 assert np.abs(off).max() < 0.5 + 1e-9
 
 
+def test_dirichlet_shares_are_drawn_again_until_every_ue_has_a_row() -> None:
+    data = settings(environment="noniid", train_samples=60, alpha=0.1)
+    dealt = deal(data, 6, endless)
+    # a run that resumes with another release must have the same
+    assert counts_of(dealt, "indoor", 6) == [0, 3, 1, 2, 3, 21]
+    assert counts_of(dealt, "outdoor", 6) == [1, 0, 3, 3, 0, 23]
+    with pytest.raises(ValueError, match=r"in 1000 draws some of 60 UEs always had no row of 60"):
+        deal(data, 60, endless)
+
+
 def test_null_takes_what_there_is_and_evenly_in_the_mixture() -> None:
     counts = {("indoor", "train"): 80, ("outdoor", "train"): 30}
     counts |= {("indoor", "test"): 9, ("outdoor", "test"): 12}
