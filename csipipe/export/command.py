@@ -20,18 +20,10 @@ from csipipe.export import bits as curve
 from csipipe.export import check, folder, formats
 from csipipe.export.learning import learn
 from csipipe.export.pack import pack
-from csipipe.export.parts import (
-    Pair,
-    nmse_db,
-    operations,
-    parameters,
-    run,
-    trained_for,
-    unrounded,
-)
+from csipipe.export.parts import Pair, nmse_db, operations, run, trained_for, unrounded
 from csipipe.export.quantiser import BITS, Quantiser
 from csipipe.files import in_words
-from csipipe.models import widths
+from csipipe.models import count_parameters, widths
 from csipipe.run import ceiling, trained
 from csipipe.run.trained import Autoencoder, Trained
 from csipipe.settings import commandline
@@ -137,7 +129,7 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
         content["checked"] = {
             kind: _write(pair, kind, place, content, h_BAD) for kind in options.formats
         }
-        _samples(h_BAD).tofile(place / "samples.f32")
+        h_BAD[:SAMPLES].numpy().astype("<f4").tofile(place / "samples.f32")
         text = _table(content)
         if quantise is not None:
             points, whole = curve.measure(model, quantise, h_BAD)
@@ -187,7 +179,7 @@ def _describe(source: Trained, options: Namespace, pair: Pair, h_BAD: Tensor) ->
         "bits_per_channel": entries * (options.bits or 32),
         "parts": {
             end: {
-                "parameters": parameters(module),
+                "parameters": count_parameters([module]),
                 "multiply_accumulates": operations(module, inputs[end]),
                 "files": {},
             }
@@ -240,11 +232,6 @@ def _script(kind: str, place: Path, content: dict[str, Any]) -> None:
     ):
         text = text.replace(f"\n{before}\n", f"\n{after}\n")
     (place / name).write_text(text, encoding="utf-8")
-
-
-def _samples(h_BAD: Tensor) -> np.ndarray:
-    rows: np.ndarray = h_BAD[:SAMPLES].numpy().astype("<f4")
-    return rows
 
 
 def _table(content: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from csipipe.export.quantiser import Quantiser
 from csipipe.measure.metrics import centred_nmse, to_db
-from csipipe.models import count_parameters, plain_layers
+from csipipe.models import plain_layers
 from csipipe.models.ranged import Ranged, Unrounded, end_of
 from csipipe.run.trained import Autoencoder
 
@@ -102,11 +102,6 @@ def run(module: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
 def nmse_db(h_hat: Tensor, h: Tensor) -> float:
     """Centred NMSE: mean of linear values over the rows with energy, in dB."""
     return to_db(float(centred_nmse(h_hat, h).double().nanmean()))
-
-
-def parameters(module: nn.Module) -> int:
-    """Trainable scalars; a quantiser's ranges aren't counted."""
-    return count_parameters([module])
 
 
 def operations(module: nn.Module, row: Tensor) -> int:

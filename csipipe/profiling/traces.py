@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from typing import Any
 
 from csipipe.files import whole
 from csipipe.profiling.recorder import Recorder
+from csipipe.tracking.rank import slug
 
 MERGED = "all-ranks.json.gz"
 _IDS = 1 << 32
 """Range of a rank's arrow numbers (Chrome's flow events), so that ranks' arrows aren't joined."""
 _PROCESSES = 100
 """Process numbers of a rank in the merged file: itself, then its GPUs."""
+_PROCESS_NAMES = ("process_name", "process_labels", "process_sort_index")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Trace:
 
 def file_name(role: str) -> str:
     """For example `ue-rank-2-ues-0-1.pt.trace.json.gz`; the first part is TensorBoard's worker."""
-    return re.sub(r"[^a-z0-9]+", "-", role.lower()).strip("-") + ".pt.trace.json.gz"
+    return f"{slug(role)}.pt.trace.json.gz"
 
 
 def write(recorder: Recorder, file: Path) -> None:
@@ -107,9 +108,6 @@ def _translated(
         if event["ph"] in "sft":
             event["id"] += trace.rank * _IDS
         yield event
-
-
-_PROCESS_NAMES = ("process_name", "process_labels", "process_sort_index")
 
 
 def _processes(events: list[dict[str, Any]]) -> list[int]:

@@ -8,7 +8,7 @@ import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import yaml
@@ -218,7 +218,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 def plainly(sections: Mapping[str, Any]) -> dict[str, Any]:
     """As `plain`, of sections."""
-    return {name: _plain(_dict(section)) for name, section in sections.items()}
+    return {name: _plain(section) for name, section in sections.items()}
 
 
 def dotted(settings: dict[str, Any]) -> dict[str, Any]:
@@ -239,11 +239,9 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple
             yield key, found.get(key), wanted.get(key)
 
 
-def _dict(section: Any) -> Any:
-    return asdict(section) if is_dataclass(section) and not isinstance(section, type) else section
-
-
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

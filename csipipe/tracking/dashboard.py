@@ -22,23 +22,19 @@ _OTHERS = ("exchanged/scalars", "exchanged/bytes", "speed/samples_per_second")
 """Curves beside those whose last points are shown beside the settings in HPARAMS."""
 _SWEPT = ("data.environment", "method", "model.c1", "train.lr", "train.seed")
 """Settings that sweeps vary: HPARAMS first shows five, these."""
-_LAYOUT = {
-    "What matters": {
-        "test NMSE in dB: mean and band over UEs": [
-            "Margin",
-            ["test/nmse_db", "test/nmse_db_min", "test/nmse_db_max"],
-        ],
-        "loss: training, held-out rows, test set": [
-            "Multiline",
-            ["train/loss$", "holdout/loss$", "test/loss$"],
-        ],
-        "test loss against exchanged kilobytes": ["Multiline", [f"{KILOBYTES}/test_loss"]],
-        "seconds per iteration: compute": ["Multiline", ["time/compute"]],  # a curve per rank
-        "seconds per iteration: wait": ["Multiline", ["time/wait"]],
-    }
+_CHARTS = {
+    "test NMSE in dB: mean and band over UEs": [
+        "Margin",
+        ["test/nmse_db", "test/nmse_db_min", "test/nmse_db_max"],
+    ],
+    "loss: training, held-out rows, test set": [
+        "Multiline",
+        ["train/loss$", "holdout/loss$", "test/loss$"],
+    ],
+    "test loss against exchanged kilobytes": ["Multiline", [f"{KILOBYTES}/test_loss"]],
+    "seconds per iteration: compute": ["Multiline", ["time/compute"]],  # a curve per rank
+    "seconds per iteration: wait": ["Multiline", ["time/wait"]],
 }
-
-
 _SGCS = {
     "test SGCS: mean and band over UEs": ["Margin", ["test/sgcs", "test/sgcs_min", "test/sgcs_max"]]
 }
@@ -46,15 +42,8 @@ _SGCS = {
 
 def layout(settings: Settings) -> Any:
     """The figures that matter first, for CUSTOM SCALARS."""
-    [(title, charts)] = _LAYOUT.items()
-    first = _SGCS if settings.similarity else {}
-    return summary.custom_scalars({title: first | charts})  # type: ignore[no-untyped-call]
-
-
-def metrics(settings: Settings) -> list[str]:
-    """Curves whose last points are shown beside the settings in HPARAMS."""
-    shown = CURVES if settings.similarity else CURVES[:2]
-    return [*(f"test/{name}" for name in shown), *_OTHERS]
+    charts = (_SGCS if settings.similarity else {}) | _CHARTS
+    return summary.custom_scalars({"What matters": charts})  # type: ignore[no-untyped-call]
 
 
 def settings_text(settings: Settings) -> Any:
@@ -75,7 +64,8 @@ def hparams(settings: Settings) -> tuple[Any, Any, Any]:
         for key, value in flat.items()
         if not key.startswith("run.")
     }
-    values = dict.fromkeys(metrics(settings), 0.0)
+    curves = CURVES if settings.similarity else CURVES[:2]
+    values = dict.fromkeys([*(f"test/{name}" for name in curves), *_OTHERS], 0.0)
     columns, mine, end = summary.hparams(chosen, values)  # type: ignore[no-untyped-call]
     plugin = columns.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin.content)
