@@ -91,7 +91,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def export(options: Namespace, changes: Sequence[str]) -> None:
-    """Write the export and print its content.
+    """Write the export, or the weights to hand on, and print its content.
 
     Raises:
         ValueError, OSError: a run, UE, data or packages that can't be used.
@@ -99,6 +99,18 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
     """
     source = trained.read(Path(options.run), changes, options.weights)
     ues = source.settings.topology.ues
+    _check(options, ues)
+    set_threads(source.settings.train.threads, ranks_on_node=1)
+    if options.pack is None:
+        _export(options, source)
+        return
+    some = range(ues) if options.ue is None else [options.ue]
+    h_BAD, out = _test_rows(source), Path(options.pack)
+    print(pack(source, some, h_BAD, options.licence, out, options.half))
+
+
+def _check(options: Namespace, ues: int) -> None:
+    """Refuse (ValueError) options that can't be used with a run of so many UEs."""
     if options.ue is None and options.pack is None:
         raise ValueError(f"--ue is missing; the run has UEs 0 … {ues - 1}.")
     if options.ue is not None and not 0 <= options.ue < ues:
@@ -107,12 +119,10 @@ def export(options: Namespace, changes: Sequence[str]) -> None:
         raise ValueError("--half is for the weights that --pack writes: add --pack DIR.")
     if options.pack is None:
         formats.require(tuple(options.formats))
-    set_threads(source.settings.train.threads, ranks_on_node=1)
-    if options.pack is not None:
-        some = range(ues) if options.ue is None else [options.ue]
-        h_BAD, out = _test_rows(source), Path(options.pack)
-        print(pack(source, some, h_BAD, options.licence, out, options.half))
-        return
+
+
+def _export(options: Namespace, source: Trained) -> None:
+    """Write and check both ends of a UE; raises as `export`."""
     [model] = source.models([options.ue])
     h_BAD = _test_rows(source)
     quantise: Callable[[int], Quantiser] | None = None

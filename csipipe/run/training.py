@@ -77,8 +77,7 @@ def _launch(world: World, settings: Settings) -> None:
     world.connect(settings.run.timeout)
     worker = build(world)
     if start.checkpoint is not None:
-        source = checkpoint.Snapshot(start.checkpoint)
-        restore(worker, settings, source)
+        restore(worker, settings, checkpoint.Snapshot(start.checkpoint))
         if dealt is not None:
             _same_rows(dealt, start.checkpoint.parents[1])
     elif begun is not None:
@@ -89,10 +88,13 @@ def _launch(world: World, settings: Settings) -> None:
         start, held = claim(start, settings, world)
         tracker = Tracker(start.folder, settings, start.iteration)
         _introduce(tracker, settings, start, world, f"{device.type}, {threads} thread(s) each")
-        notes = [*precision_notes(settings.train.precision, device), *start_notes(settings)]
-        if begun is not None:
-            tracker.say(begun.note)
-        for note in [*worker.notes, *notes, *thread_notes(world.local_size)]:
+        for note in (
+            *([] if begun is None else [begun.note]),
+            *worker.notes,
+            *precision_notes(settings.train.precision, device),
+            *start_notes(settings),
+            *thread_notes(world.local_size),
+        ):
             tracker.say(note)
     start = replace(start, folder=Path(world.shared("folder", str(start.folder))))
     world.ready("training")
@@ -177,14 +179,7 @@ def run(
         tracker: rank 0's, of the whole run; the other ranks have none.
         mine: of this rank.
     """
-    best = WORST
-    if tracker is not None and start.exists and start.checkpoint is None:
-        tracker.resume(BEGINNING)
-    if tracker is not None and start.checkpoint is not None:
-        content = checkpoint.Snapshot(start.checkpoint).content
-        tracker.resume(content)
-        if content["best"] is not None and (start.folder / "checkpoints" / "best").exists():
-            best = content.get("best_without", 0), content["best"]  # none in older runs
+    best = WORST if tracker is None else _resume(tracker, start)
     saver = Saver(worker, settings, start.folder, world)
     iterations, done = settings.train.iterations, start.iteration
     with Stopping(world, start.folder) as stopping:
@@ -236,6 +231,19 @@ def run(
                 summary.content(worker, settings, tracker, ledger, done, world.size, pca)
             )
             stopping.answered()
+
+
+def _resume(tracker: Tracker, start: Start) -> tuple[float, float]:
+    """Have rank 0 go on where the run was; returns the score of its best weights so far."""
+    if start.checkpoint is None:
+        if start.exists:
+            tracker.resume(BEGINNING)
+        return WORST
+    content = checkpoint.Snapshot(start.checkpoint).content
+    tracker.resume(content)
+    if content["best"] is None or not (start.folder / "checkpoints" / "best").exists():
+        return WORST
+    return content.get("best_without", 0), content["best"]  # none in older runs
 
 
 def _evaluates(settings: Settings, done: int) -> bool:

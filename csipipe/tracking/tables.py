@@ -136,16 +136,38 @@ def closing_table(
     Args:
         training_db: NMSE in dB on the training rows of the last iteration; NaN: it isn't known.
     """
-    crossed = summary["exchanged"]
-    lines = ["", test_table(summary["test"], summary["ceiling"])] if summary["test"] else []
+    lines = []
     if summary["test"]:
         notes = (
             *_earlier(summary),
             *_not_everyone(summary),
             *_hardly_learnt(summary, settings, training_db),
         )
+        lines = ["", test_table(summary["test"], summary["ceiling"])]
         lines += [f"{'':>10}  {note}" for note in notes]
-    lines += ["", f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
+    stopped = []
+    if summary["status"] == "stopped":
+        place = shlex.quote(str(folder))
+        stopped = [f"stopped:      resume with the same command and --run.dir {place}"]
+    lines += [
+        "",
+        *_exchange(summary),
+        *_joined(summary),
+        "",
+        f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "
+        "iteration (median), "
+        f"{summary['seconds_total']:.0f} s in all",
+        *stopped,
+        f"run:          {folder}",
+        f"look at it:   tensorboard --logdir {shlex.quote(str(folder))}",
+    ]
+    return "\n".join(lines)
+
+
+def _exchange(summary: dict[str, Any]) -> list[str]:
+    """What crossed in training, and whose messages were left out."""
+    crossed = summary["exchanged"]
+    lines = [f"{'exchanged':>10}  {'scalars':>14}  {'bytes':>14}   in training, all UEs"]
     for direction, meaning in (("up", "UE → BTS"), ("down", "BTS → UE")):
         lines.append(
             f"{direction:>10}  {crossed['scalars'][direction]:>14,}  "
@@ -158,6 +180,12 @@ def closing_table(
     dropped = [f"UE {ue}: {times}" for ue, times in enumerate(summary["dropped"]) if times]
     if dropped:
         lines.append(f"{'left out':>10}  {', '.join(dropped)} iteration(s), for bad values")
+    return lines
+
+
+def _joined(summary: dict[str, Any]) -> list[str]:
+    """When the newcomers had caught up."""
+    lines = []
     for one in summary["joined"]:
         when = "isn't within 0.5 dB of the other UEs yet"
         if one["iterations"]:
@@ -168,17 +196,4 @@ def closing_table(
             if one["bytes"] is not None:
                 when += f", {one['bytes']:,} bytes exchanged"
         lines.append(f"{'joined':>10}  UE {one['ue']}: {when}")
-    stopped = []
-    if summary["status"] == "stopped":
-        place = shlex.quote(str(folder))
-        stopped = [f"stopped:      resume with the same command and --run.dir {place}"]
-    lines += [
-        "",
-        f"{summary['iterations']} iterations, {summary['seconds_per_iteration']:.3f} s per "
-        "iteration (median), "
-        f"{summary['seconds_total']:.0f} s in all",
-        *stopped,
-        f"run:          {folder}",
-        f"look at it:   tensorboard --logdir {shlex.quote(str(folder))}",
-    ]
-    return "\n".join(lines)
+    return lines
