@@ -86,20 +86,9 @@ def convert(
     with ExitStack() as stack, Writer(folder) as out:
         opened = [look(one, plan, stack, folder.parent) for one in inputs]
         first = opened[0]
-        ports, frequencies = first.size
         for one in opened[1:]:
-            if one.size != (ports, frequencies):
-                raise ValueError(
-                    f"{one.array}: {one.size[0]} ports x {one.size[1]} subcarriers or delays; "
-                    f"{first.array.path} has {ports} x {frequencies}. Convert them into folders of "
-                    "their own."
-                )
-            if one.domain != first.domain:
-                raise ValueError(
-                    f"{one.array} has axes {one.axes.text!r}, {first.array.path} "
-                    f"{first.axes.text!r}; expected both over tx or both over angle, and both over "
-                    "subcarrier or both over delay. Convert them into folders of their own."
-                )
+            _check_alike(one, first)
+        ports, frequencies = first.size
         delays = plan.delays or min(KEPT, frequencies)
         plan = replace(plan, delays=delays, geometry=plan.geometry.of(ports))
         if plan.subbands is not None:
@@ -141,6 +130,23 @@ def convert(
             )
         )
     return described, tally
+
+
+def _check_alike(one: Opened, first: Opened) -> None:
+    """Refuse (ValueError) inputs whose images can't be of one folder."""
+    if one.size != first.size:
+        ports, frequencies = first.size
+        raise ValueError(
+            f"{one.array}: {one.size[0]} ports x {one.size[1]} subcarriers or delays; "
+            f"{first.array.path} has {ports} x {frequencies}. Convert them into folders of "
+            "their own."
+        )
+    if one.domain != first.domain:
+        raise ValueError(
+            f"{one.array} has axes {one.axes.text!r}, {first.array.path} "
+            f"{first.axes.text!r}; expected both over tx or both over angle, and both over "
+            "subcarrier or both over delay. Convert them into folders of their own."
+        )
 
 
 def _made(plan: Plan, tally: Tally, findings: list[doctor.Finding]) -> dict[str, Any]:

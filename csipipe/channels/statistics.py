@@ -212,10 +212,11 @@ def table(rows: Mapping[str, tuple[Images, Images]], similarity: bool = False) -
     for n in COMPONENTS:
         found = [f"{pca[n]:.1f} dB" if n in pca else "too few rows" for _, pca in sets]
         lines.append((f"NMSE of PCA-{n}", *found))
-    similar = [pca_sgcs(*some) for some in rows.values()] if similarity else []
-    for n in COMPONENTS if similarity else ():
-        found = [f"{sgcs[n]:.3f}" if n in sgcs else "too few rows" for sgcs in similar]
-        lines.append((f"SGCS of PCA-{n}", *found))
+    if similarity:
+        similar = [pca_sgcs(*some) for some in rows.values()]
+        for n in COMPONENTS:
+            found = [f"{sgcs[n]:.3f}" if n in sgcs else "too few rows" for sgcs in similar]
+            lines.append((f"SGCS of PCA-{n}", *found))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
