@@ -119,18 +119,7 @@ def draw(found: Sequence[Figures], pca: Mapping[int, float]) -> Figure:
     for line, quality in zip(grid, measured, strict=True):
         for axes, cost in zip(line, COSTS, strict=True):
             if quality == "nmse_db":
-                for n, db in pca.items():
-                    axes.axhline(db, color="0.5", linestyle=":", linewidth=1)
-                    axes.annotate(
-                        f"PCA-{n}",
-                        (1, db),
-                        xycoords=("axes fraction", "data"),
-                        ha="right",
-                        va="bottom",
-                        fontsize=7,
-                        color="0.4",
-                    )
-                axes.axhline(0, color="0.5", linewidth=1)
+                _bounds(axes, pca)
             for group in by_model(found):
                 f = group[0]
                 values = [getattr(one, quality) for one in group]
@@ -155,6 +144,22 @@ def draw(found: Sequence[Figures], pca: Mapping[int, float]) -> Figure:
         handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8
     )
     return figure
+
+
+def _bounds(axes: Axes, pca: Mapping[int, float]) -> None:
+    """PCA and the floor, in dB."""
+    for n, db in pca.items():
+        axes.axhline(db, color="0.5", linestyle=":", linewidth=1)
+        axes.annotate(
+            f"PCA-{n}",
+            (1, db),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color="0.4",
+        )
+    axes.axhline(0, color="0.5", linewidth=1)
 
 
 def _mark(axes: Axes, cost: str, values: Sequence[float]) -> None:

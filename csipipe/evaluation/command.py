@@ -165,18 +165,7 @@ def _report(
 ) -> None:
     """Print the tables and write `figures.json`, `table.txt` and the pictures."""
     best = samples.ceiling(rows)
-    parts = [f"test set: {rows.name}"]
-    if rows.missing:
-        parts[0] += f"; no ρ and SGCS: {rows.missing}"
-    if empty := runs[0][1].empty:
-        parts[0] += f"; {empty} row(s) without energy: not in NMSE, ρ, SGCS"
-    for name, evaluated in runs:
-        parts.append(f"{name}: {evaluated.run.state}\n\n{table.of_run(evaluated, best)}")
-    if len(runs) > 1:
-        parts.append(table.side_by_side(runs))
-    if points:
-        parts.append(feedback.table(points))
-    text = "\n\n".join(parts)
+    text = _text(runs, rows, best, points)
     print(text, flush=True)
     default = Path(options.run) / ("comparison" if options.compare else "evaluation")
     out = Path(options.out) if options.out else default
@@ -204,3 +193,23 @@ def _report(
         text = in_words(error).rstrip(".")
         raise OSError(f"{out} can't be written: {text}; choose another --out.") from error
     print(f"\nwritten:      {out}/{', '.join(written)}", flush=True)
+
+
+def _text(
+    runs: Sequence[tuple[str, Evaluated]],
+    rows: testset.Rows,
+    best: tuple[float, float] | None,
+    points: Sequence[feedback.Point] | None,
+) -> str:
+    parts = [f"test set: {rows.name}"]
+    if rows.missing:
+        parts[0] += f"; no ρ and SGCS: {rows.missing}"
+    if empty := runs[0][1].empty:
+        parts[0] += f"; {empty} row(s) without energy: not in NMSE, ρ, SGCS"
+    for name, evaluated in runs:
+        parts.append(f"{name}: {evaluated.run.state}\n\n{table.of_run(evaluated, best)}")
+    if len(runs) > 1:
+        parts.append(table.side_by_side(runs))
+    if points:
+        parts.append(feedback.table(points))
+    return "\n\n".join(parts)
