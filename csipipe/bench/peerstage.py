@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from csipipe import models
 from csipipe.bench import plain
 from csipipe.bench.candidates import Layers
+from csipipe.comm.groups import bts_group
 from csipipe.comm.ledger import Kind
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import Figures
@@ -63,7 +64,7 @@ class PeerStage(Half):
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
         timeout, wire = settings.run.timeout, self.wire
         up, down = models.widths(settings.model)
-        self.group = world.bts_group(topology.stages, device, timeout)
+        self.group = bts_group(world, topology.stages, device, timeout)
         engine.open_subworld(self.group, timeout)
         self.parts = choice.parts or self._cut()
         self.micro_batches = settings.train.micro_batches

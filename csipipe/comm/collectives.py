@@ -1,4 +1,4 @@
-"""What all ranks agree on: ledgers, batch counts, sums; and the stages' first contact."""
+"""What all ranks agree on: ledgers, batch counts, sums."""
 
 from __future__ import annotations
 
@@ -47,29 +47,3 @@ def total(values: Tensor) -> Tensor:
     with watch("adding up over all ranks", EVERYONE, "their values"):
         dist.all_reduce(values)
     return values
-
-
-def connect_stages(
-    rank: int, stages: int, device: torch.device, group: dist.ProcessGroup, backward: bool
-) -> None:
-    """Connect neighbouring stages, pair by pair, the way that messages go in `group`.
-
-    NCCL connects two ranks at their first transfer and holds both up until it has; met in another
-    order than the neighbour's, two stages would wait for each other forever.
-    """
-    greeting = torch.zeros(1, device=device if dist.get_backend(group) == "nccl" else "cpu")
-    for source, target in greetings(stages, backward):
-        if rank == source:
-            dist.send(greeting, target, group)
-        elif rank == target:
-            dist.recv(greeting, source, group)
-
-
-def greetings(stages: int, backward: bool) -> list[tuple[int, int]]:
-    """(from, to) of the first message between neighbouring stages, pair by pair.
-
-    NCCL connects each direction by itself: a greeting has to go the way that the group's messages
-    will.
-    """
-    pairs = [(stage, stage + 1) for stage in range(stages - 1)]
-    return [(later, earlier) for earlier, later in pairs] if backward else pairs

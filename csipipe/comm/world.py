@@ -2,7 +2,7 @@
 
 Start: every rank connects to torchrun's key-value store (rank 0 holds it where DeepSpeed's launcher
 started them), agrees with the others which attempt this is, sets itself up, and waits for them in
-`World.ready`. End: a rank that fails publishes its error in the store before it exits. The first
+`Texts.ready`. End: a rank that fails publishes its error in the store before it exits. The first
 one to publish shows its error; the others exit silently, since their own errors (a closed
 connection, a timeout) only follow from the first. A rank that gave up waiting publishes whom it
 waited for, and names the rank at the end of the chain: its neighbour may be waiting as well, only
@@ -20,93 +20,45 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, NoReturn
 
-import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # missing in its stub
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from csipipe.comm import blame, meeting, orphans
-from csipipe.comm.patience import group_timeout
+from csipipe.comm.texts import LOOK, POLL, Texts
 from csipipe.files import in_words
 
 HELLO = 300.0
 """Longest wait for a rank that was started and hasn't said hello: it imports, or is frozen."""
-SETUP_TIMEOUT = 1800.0
-"""Longest wait for a rank that is still reading or generating its data, in seconds."""
-POLL = 0.02
-"""Seconds between two looks for a message from another rank."""
-_LOOKS = 20  # a short wait for a text gets longer by at most 1/_LOOKS,
-_FIRST = 1e-3  # or by so many seconds: looks cost ranks that work on the same cores
 _SPEAKING = 3.0
-_LOOK = 1.0  # seconds between two checks whether a rank gave up
-_GRACE = 4.0  # a rank that also waits publishes it after `_LOOK`; on a busy machine, later
+_GRACE = 4.0  # a rank that also waits publishes it after `LOOK`; on a busy machine, later
 _LOCAL_SIZE = {"torchrun": "LOCAL_WORLD_SIZE", "deepspeed": "LOCAL_SIZE"}
 _GRACE_GONE = 0.5  # a rank whose connection breaks because it gave up publishes it at once
 
 
-class PeerFailed(Exception):
-    """Another rank failed and reported it; there is nothing to add."""
-
-
-class _Alive:
-    """Watches the signs of life that a rank gives, if it gives any."""
-
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store, self._key = store, f"alive/{rank}"
-        self._looked = self._since = time.monotonic()
-        self._beat = b""
-
-    def silent(self) -> float:
-        """Seconds since the last one."""
-        now = time.monotonic()
-        if now - self._looked > _LOOK:
-            self._looked = now
-            beat = self._store.get(self._key) if self._store.check([self._key]) else b"none yet"
-            if beat != self._beat:
-                self._beat, self._since = beat, now
-        return now - self._since if self._beat != b"none yet" else 0.0
-
-
 @dataclass
-class World:
-    """One rank's view of the run.
+class World(Texts):
+    """One rank's view of the run; other attributes as `Texts`.
 
     Attributes:
-        store: key-value store shared by all ranks; strings only, nothing is unpickled.
-        rank, size: this process and how many there are.
-        local_rank, local_size: the same on this node.
-        lasting: a store that outlives a restart by torchrun; `store` starts empty.
-        attempt: how often the run has been started again, as the ranks agreed.
+        local_rank, local_size: as `rank` and `size`, on this node.
         holds_store: the store ends with this process, which is therefore the last one to end.
         doing: what this rank is, for messages; empty before it has a role.
-        role: gives a rank's human-readable name.
         grace: how long a rank that gave up checks whether its peer waits too, in seconds.
-        silence: how long a rank that is waited for may give no sign of life, in seconds.
-        told: how often this rank published something, by name.
     """
 
-    store: Store
-    rank: int
-    size: int
     local_rank: int
     local_size: int
-    lasting: Store | None = None
-    attempt: int = 0
     holds_store: bool = False
     doing: str = ""
-    role: Callable[[int], str] = "rank {}".format
     grace: float = _GRACE
-    silence: float = 60.0
-    told: Counter[str] = field(default_factory=Counter)
-    _left: threading.Event = field(default_factory=threading.Event)
-    _attending: threading.Thread | None = None
+    _left: threading.Event = field(default_factory=threading.Event, init=False)
+    _attending: threading.Thread | None = field(default=None, init=False)
 
     @classmethod
     def launched(cls, by: Literal["torchrun", "deepspeed"]) -> World:
@@ -132,7 +84,7 @@ class World:
         # a restarted run finds the same store, with what the last attempt left in it
         attempt = meeting.attempt(PrefixStore("meeting", store), rank, size, HELLO)
         mine, lasting = (PrefixStore(n, store) for n in (f"attempt {attempt}", "all attempts"))
-        return cls(mine, rank, size, *local, lasting, attempt)
+        return cls(mine, rank, size, *local, lasting=lasting)
 
     @classmethod
     def alone(cls) -> World:
@@ -159,22 +111,10 @@ class World:
                 timeout=timedelta(seconds=timeout),
             )
         except dist.DistError as error:  # doesn't say which
-            for rank in self._lifeless():
+            for rank in self.lifeless():
                 what, reason = "its connection", f"Timed out after {timeout:g} s"
                 raise blame.PeerLost(f"waiting for {what}", rank, what, reason) from error
             raise
-
-    def _lifeless(self) -> list[int]:
-        """Ranks that give no sign of life while several are due."""
-
-        def beats() -> list[bytes]:
-            keys = [f"alive/{rank}" for rank in range(self.size)]
-            return [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
-
-        before = beats()
-        time.sleep(4 * _LOOK)
-        after = beats()
-        return [rank for rank in range(self.size) if before[rank] == after[rank]]
 
     def attend(self) -> None:
         """From here on, give signs of life, and say whom this rank waits for when one gives up."""
@@ -187,101 +127,6 @@ class World:
             daemon=True,
         )
         self._attending.start()
-
-    def bts_group(self, stages: int, device: torch.device, timeout: float) -> dist.ProcessGroup:
-        """Process group of the BTS ranks: NCCL where each of them owns a GPU, else gloo.
-
-        Called on BTS ranks only. One stage alone has nobody to talk to: gloo, which needs nothing.
-        """
-        owner = stages > 1 and device.type == "cuda" and self.local_rank < torch.cuda.device_count()
-        self.store.set(f"owns a GPU/{self.rank}", str(owner and dist.is_nccl_available()))
-        owners = [
-            self.read(f"owns a GPU/{rank}", rank, "whether it owns a GPU") == "True"
-            for rank in range(stages)
-        ]
-        backend = "nccl" if all(owners) else "gloo"
-        group: dist.ProcessGroup | None = dist.new_group(
-            range(stages),
-            timeout=group_timeout(backend, timeout),
-            backend=backend,
-            use_local_synchronization=True,
-        )
-        assert group is not None
-        return group
-
-    @staticmethod
-    def detours(stages: int, device: torch.device, group: dist.ProcessGroup) -> list[str]:
-        """A note for the user if stages on GPUs communicate through the host."""
-        if device.type == "cpu" or stages == 1 or dist.get_backend(group) == "nccl":
-            return []
-        reason = "NCCL refuses two ranks on one GPU"
-        if not dist.is_nccl_available():
-            reason = "this torch has no NCCL"
-        return [
-            f"the {stages} stages send activations through the host (gloo): {reason}. On one GPU "
-            "topology.stages 1 is faster; on several, give each stage its own GPU."
-        ]
-
-    def ready(self, step: str, limit: float = SETUP_TIMEOUT) -> None:
-        """Wait until every rank has reached `step` of the set-up.
-
-        Args:
-            limit: longest wait for a rank, in seconds.
-
-        Raises:
-            PeerFailed: a rank published a failure instead.
-            PeerLost: a rank did not arrive within `limit`.
-        """
-        self.store.set(f"ready/{step}/{self.rank}", "")
-        for rank in range(self.size):
-            self.read(f"ready/{step}/{rank}", rank, f"it to be ready ({step})", limit)
-
-    def shared(self, name: str, mine: str, limit: float = SETUP_TIMEOUT, origin: int = 0) -> str:
-        """The text of rank `origin` under that name, on every rank; raises as `ready`."""
-        if self.rank == origin:
-            self.store.set(name, mine)
-        return self.read(name, origin, f"its text ({name})", limit)
-
-    def remembered(self, name: str, mine: str) -> str:
-        """The text under that name from the run's first attempt, which may be this one."""
-        if self.lasting is None:
-            return mine
-        return str(self.lasting.compare_set(name, "", mine).decode())
-
-    def tell(self, name: str, text: str) -> None:
-        """Publish a text of this rank; all ranks must publish equally often."""
-        self.told[name] += 1
-        self.store.set(f"{name}/{self.told[name]}/{self.rank}", text)
-
-    def hear(self, name: str, rank: int, limit: float = SETUP_TIMEOUT) -> list[str]:
-        """The lines that `rank` published when this rank last did; raises as `ready`."""
-        key = f"{name}/{self.told[name]}/{rank}"
-        return self.read(key, rank, f"its text ({name})", limit).splitlines()
-
-    def read(
-        self, key: str, rank: int, what: str, limit: float = SETUP_TIMEOUT, poll: float = POLL
-    ) -> str:
-        """A text that `rank` writes into the store; raises as `ready`.
-
-        Args:
-            what: the text, for messages.
-            poll: longest pause between two looks, in seconds; at first they follow faster.
-        """
-        started = time.monotonic()
-        alive = _Alive(self.store, rank)
-        with blame.waiting(rank, what):
-            while not self.store.check([key]):
-                if self.store.check(["failure"]):
-                    raise PeerFailed
-                waited = time.monotonic() - started
-                reason = f"Timed out after {limit:g} s" if waited > limit else ""
-                if alive.silent() > self.silence:
-                    reason = f"Timed out: no sign of life for {self.silence:g} s"
-                if reason:
-                    doing = f"waiting for {what} from {self.role(rank)}"
-                    raise blame.PeerLost(doing, rank, what, reason)
-                time.sleep(min(poll, max(_FIRST, waited / _LOOKS)))
-        return str(self.store.get(key).decode())
 
     def leave(self) -> None:
         """End together: no rank closes its connections while others still need them.
@@ -363,7 +208,7 @@ class World:
         """A thread of its own: count seconds, and once a rank gave up, publish whom this one waits
         for.
         """
-        pause = _LOOK
+        pause = LOOK
         with contextlib.suppress(RuntimeError):  # the store may go with its torchrun
             for beat in itertools.count():
                 store.set(f"alive/{self.rank}", str(beat))

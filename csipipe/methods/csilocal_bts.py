@@ -22,7 +22,7 @@ from torch import nn
 
 from csipipe import checkpoint, models
 from csipipe.comm.channel import Channel, Ports
-from csipipe.comm.collectives import connect_stages
+from csipipe.comm.groups import bts_group, connect_stages, detours
 from csipipe.comm.ledger import Kind
 from csipipe.comm.world import World
 from csipipe.device import stage_dtype
@@ -63,7 +63,7 @@ class BtsHalf(Half):
         super().__init__(seat, role)
         settings, topology, world, device = self.settings, self.topology, self.world, self.device
         train, timeout = settings.train, settings.run.timeout
-        group = world.bts_group(topology.stages, device, timeout)
+        group = bts_group(world, topology.stages, device, timeout)
         engine.open_subworld(group, timeout)
         tail = models.build_tail(settings.model, train.seed)
         with self.autocast():
@@ -104,7 +104,7 @@ class BtsHalf(Half):
                 f"train.micro_batches {train.micro_batches} is less than the number of stages, "
                 f"{topology.stages}: some stages always wait; more micro-batches fill the pipeline."
             )
-        seat.notes += world.detours(topology.stages, device, group)
+        seat.notes += detours(topology.stages, device, group)
 
     def begin(self, iteration: int) -> None:
         """Lines 4–7 and 11 of Algorithm 1 follow."""
@@ -237,7 +237,7 @@ class BtsHalf(Half):
         model = self.settings.model
         shapes, (up, down) = models.tail_shapes(model), models.widths(model)
         dtype = stage_dtype(self.settings.train.precision, self.device)
-        groups = [world.bts_group(topology.stages, self.device, timeout) for _ in range(2)]
+        groups = [bts_group(world, topology.stages, self.device, timeout) for _ in range(2)]
         for group, backward in zip(groups, (False, True), strict=True):
             connect_stages(stage, topology.stages, self.device, group, backward)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from csipipe.comm.world import POLL, World
+from csipipe.comm.texts import POLL
+from csipipe.comm.world import World
 
 _ROUNDS = 16
 

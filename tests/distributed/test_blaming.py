@@ -100,7 +100,7 @@ def average(world: World) -> tuple[str, float]:
         dist.send(torch.zeros(1), 0)
         receive(0, "mean")
 
-    worlds._LOOK = 0.2
+    worlds.LOOK = 0.2  # type: ignore[attr-defined]
     world.grace = 1.2
     return shown(world, act, timeout=2.0)
 

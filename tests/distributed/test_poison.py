@@ -13,7 +13,8 @@ from harness import run_world
 from runs import CPU, small
 
 from csipipe import checkpoint, methods
-from csipipe.comm.world import PeerFailed, World
+from csipipe.comm.texts import PeerFailed
+from csipipe.comm.world import World
 from csipipe.methods.centralised import Centralised
 from csipipe.run.resuming import Start
 from csipipe.run.training import run

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from csipipe import device
-from csipipe.comm.collectives import greetings
-from csipipe.comm.world import World
+from csipipe.comm.groups import detours, greetings
 from csipipe.settings.config import Settings
 
 
@@ -156,7 +155,7 @@ def test_stages_that_share_a_gpu_say_so(
     monkeypatch: pytest.MonkeyPatch, stages: int, name: str, backend: str, lines: int
 ) -> None:
     monkeypatch.setattr(torch.distributed, "get_backend", lambda _: backend)
-    found = World.detours(stages, torch.device(name), object())  # type: ignore[arg-type]
+    found = detours(stages, torch.device(name), object())  # type: ignore[arg-type]
     assert len(found) == lines
     assert all("through the host (gloo)" in line for line in found)
 

@@ -19,7 +19,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from csipipe import methods
 from csipipe.comm.blame import PeerLost
-from csipipe.comm.world import PeerFailed, World
+from csipipe.comm.texts import PeerFailed
+from csipipe.comm.world import World
 from csipipe.measure.clock import Clock
 from csipipe.methods.centralised import Centralised
 from csipipe.profiling import Profile, alignment, traces
