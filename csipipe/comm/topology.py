@@ -32,11 +32,6 @@ class Topology:
     together: bool = False
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or self.ues < 1:
-            raise ValueError(
-                f"topology.stages is {self.stages} and topology.ues {self.ues}; both must be "
-                "at least 1."
-            )
         if self.together and self.world_size < self.stages:
             raise ValueError(
                 f"{self.world_size} process(es) are too few for topology.stages {self.stages}: "
