@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ _REMEDY = "delete {} to resume from the checkpoint before it, or name another in
 
 @dataclass(frozen=True)
 class Record:
-    """A part as the manifest lists it: bytes of its file, and their SHA-256."""
+    """A part as the manifest lists it: bytes of its file, and their SHA-256 in hexadecimal."""
 
     size: int
-    digest: bytes
+    sha256: str
 
 
 def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
@@ -48,7 +48,10 @@ def write_part(partial: Path, name: str, tensors: dict[str, Tensor]) -> Record:
     """
     file = _file(partial, name)
     weights.write(file, tensors)
-    return _flushed(file)
+    flush(file)
+    with file.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256")
+        return Record(written.tell(), digest.hexdigest())
 
 
 def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> Path:
@@ -57,9 +60,9 @@ def commit(partial: Path, content: dict[str, Any], parts: dict[str, Record]) -> 
     body = {
         "format": FORMAT,
         **content,
-        "parts": {n: {"size": r.size, "sha256": r.digest.hex()} for n, r in parts.items()},
+        "parts": {name: asdict(record) for name, record in parts.items()},
     }
-    body["sha256"] = _digest(_canonical(body)).hex()
+    body["sha256"] = _digest(_canonical(body))
     (partial / MANIFEST).write_text(json.dumps(body, indent=1) + "\n")
     flush(partial / MANIFEST)
     _flush_folder(partial)
@@ -159,7 +162,7 @@ class Snapshot:
                 f"{file} has format {version!r}, this csipipe reads {FORMAT}; resume with the "
                 "version that wrote it."
             )
-        if digest != _digest(_canonical(content)).hex():
+        if digest != _digest(_canonical(content)):
             raise ValueError(f"{file} was altered since it was written; {self._remedy}.")
         self.content: dict[str, Any] = content
 
@@ -183,7 +186,7 @@ class Snapshot:
             raise ValueError(
                 f"{file} has {len(data)} bytes instead of {record['size']}; {self._remedy}."
             )
-        if _digest(data).hex() != record["sha256"]:
+        if _digest(data) != record["sha256"]:
             raise ValueError(f"{file} was altered since it was written; {self._remedy}.")
         try:
             return safetensors.torch.load(data)
@@ -209,20 +212,12 @@ def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _canonical(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
-
-
-def _flushed(file: Path) -> Record:
-    """Flush a file to disk; returns its record for the manifest."""
-    flush(file)
-    with file.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256")
-        return Record(written.tell(), digest.digest())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class Saver:
         self, error: OSError | None, written: dict[str, Record]
     ) -> tuple[int | None, dict[str, Record]]:
         """The first rank that failed, if any, and what all ranks wrote; collective."""
-        mine = {name: [record.size, record.digest.hex()] for name, record in written.items()}
+        mine = {name: asdict(record) for name, record in written.items()}
         world, limit = self._world, self._settings.run.timeout
         world.tell(_WRITTEN, json.dumps(mine if error is None else None))
         said = [
@@ -160,7 +160,7 @@ class Saver:
         ]
         failed = next((rank for rank, parts in enumerate(said) if parts is None), None)
         records = [item for parts in said for item in (parts or {}).items()]
-        return failed, {n: Record(size, bytes.fromhex(digest)) for n, (size, digest) in records}
+        return failed, {name: Record(**record) for name, record in records}
 
     def _shown(self, what: str, error: OSError | None, failed: int | None) -> OSError | None:
         """Report an error once, on the first rank that failed."""
