@@ -6,7 +6,7 @@ c2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -173,6 +173,29 @@ class _Both:
         models.accumulate(models.joined(self._pending))
         self._pending.clear()
 
+    def clear(self) -> None:
+        self._optimizer.zero_grad()
+
+    def _step(
+        self, taking: Sequence[int], suspects: Container[int], loss_UB: Tensor, tolerant: bool
+    ) -> dict[int, str]:
+        """As `Ends.step`; `suspects` may have a loss or gradients that aren't finite."""
+        faults = {}
+        for u in taking:
+            ue = self.ues[u]
+            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
+            if u in suspects:
+                try:
+                    ue.check(loss_UB[u])
+                except FloatingPointError as error:
+                    if not tolerant:
+                        raise
+                    faults[u] = str(error)
+                    ue.parts.zero_grad()
+        self._optimizer.step()
+        self.clear()
+        return faults
+
 
 class Singly(_Both):
     """One UE after the other."""
@@ -201,23 +224,7 @@ class Singly(_Both):
         models.backward([z_UBC[u] for u in taking], [dz_UBC[u].to(z_UBC[u].dtype) for u in taking])
 
     def step(self, taking: Sequence[int], loss_UB: Tensor, tolerant: bool) -> dict[int, str]:
-        faults = {}
-        for u in taking:
-            ue = self.ues[u]
-            self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
-            try:
-                ue.check(loss_UB[u])
-            except FloatingPointError as error:
-                if not tolerant:
-                    raise
-                faults[u] = str(error)
-                ue.parts.zero_grad()
-        self._optimizer.step()
-        self.clear()
-        return faults
-
-    def clear(self) -> None:
-        self._optimizer.zero_grad()
+        return self._step(taking, set(taking), loss_UB, tolerant)
 
 
 class Stacked(_Both):
@@ -267,22 +274,8 @@ class Stacked(_Both):
         sound = trust.each_finite([*gradients, loss_UB])
         self._encoders.hand_out(taking)
         self._heads.hand_out(taking)
-        faults: dict[int, str] = {}
-        for u in taking:
-            ue = self.ues[u]
-            if self.probe.gradients_wanted:
-                self.probe.gradients({"encoder": ue.encoder, "head": ue.head})
-            if not sound[u]:
-                try:
-                    ue.check(loss_UB[u])
-                except FloatingPointError as error:
-                    if not tolerant:
-                        raise
-                    faults[u] = str(error)
-                    ue.parts.zero_grad()
-        self._optimizer.step()
-        self.clear()
-        return faults
+        suspects = {u for u in taking if not sound[u]}
+        return self._step(taking, suspects, loss_UB, tolerant)
 
     def clear(self) -> None:
         self._encoders.clear()
