@@ -24,7 +24,7 @@ from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.norm import BatchNorm2d
 from csipipe.models.stacked import Unstackable, check_stackable
 from csipipe.settings.config import PARTS, ModelSettings
-from csipipe.settings.tables import MODELS, found
+from csipipe.settings.tables import MODELS, found, is_own
 
 _NAME = "model.name"
 _NOWHERE = torch.device("meta")
@@ -62,10 +62,9 @@ def start(
 
 
 def _by_pca(model: ModelSettings) -> tuple[str, str]:
-    spec = MODELS.get(model.name)
-    assert spec is not None
-    assert spec.by_pca is not None
-    return spec.by_pca
+    by_pca = MODELS[model.name].by_pca
+    assert by_pca is not None
+    return by_pca
 
 
 def _seeded(part: str, model: ModelSettings, seed: int) -> Any:
@@ -100,10 +99,10 @@ def _drawn(part: str, model: ModelSettings, seed: int) -> Any:
 
 
 def _builder(part: str, model: ModelSettings) -> Callable[[], Any]:
-    spec = MODELS.get(model.name)
-    if spec is None:
+    if is_own(model.name):
         whole = found(model.name, _NAME)
         return lambda: whole(*_arguments(model))[PARTS.index(part)]
+    spec = MODELS[model.name]
     build, inserted = found(getattr(spec, part)), None if spec.own_c2 else model.c2
     if inserted is None:
         return lambda: build(model)
@@ -155,7 +154,7 @@ def check(model: ModelSettings) -> None:
             f"model.start is pca and model.c1 {model.c1}, but a row has {model.reals} reals and as "
             "many components at most; lower model.c1, or use model.start random."
         )
-    own = _own_parts(model) if MODELS.get(model.name) is None else None
+    own = _own_parts(model) if is_own(model.name) else None
     output = None if model.c2 is None else (model.c2,)
     wanted = ((model.c1,), output, row) if model.split is None else (None, None, row)
     gives = row
@@ -278,8 +277,8 @@ def _shapes(part: str, model: ModelSettings, row: tuple[int, ...]) -> tuple[tupl
 
 def _where(model: ModelSettings) -> torch.device:
     """Where shapes are found."""
-    ours = MODELS.get(model.name) is not None
-    return torch.device("cpu") if ours and model.reals <= _SMALL else _NOWHERE
+    small = model.reals <= _SMALL and not is_own(model.name)
+    return torch.device("cpu") if small else _NOWHERE
 
 
 @functools.cache
