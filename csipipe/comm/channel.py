@@ -22,7 +22,8 @@ from csipipe.comm import patience, trust
 from csipipe.comm.blame import watch
 from csipipe.comm.codec import Codec, Residual, Rounding
 from csipipe.comm.ledger import COUNTED, UP, Kind, Ledger
-from csipipe.comm.loopback import Awaited, Handed, Loopback
+from csipipe.comm.loopback import Loopback
+from csipipe.comm.patience import Work
 from csipipe.device import download, host_buffer, upload
 from csipipe.measure.clock import Clock
 
@@ -47,8 +48,7 @@ class Peer:
     loop: Loopback | None = None
 
 
-_Work = dist.Work | Handed | Awaited
-_Works = list[tuple[_Work, Peer, Tensor]]
+_Works = list[tuple[Work, Peer, Tensor]]
 
 
 class Channel:
@@ -120,7 +120,7 @@ class Channel:
         self._memory: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._uploaded: dict[int, Callable[[], None]] = {}
-        self._receives: dict[int, list[_Work]] = {}
+        self._receives: dict[int, list[Work]] = {}
         self._sends: deque[_Works | Future[_Works]] = deque()
         self._ahead = slots
 
@@ -294,14 +294,14 @@ class Channel:
             return host_buffer(shape, dtype, self.device).zero_()
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def _isend(self, rows: Tensor, peer: Peer, m: int) -> _Work:
+    def _isend(self, rows: Tensor, peer: Peer, m: int) -> Work:
         if peer.loop is not None:
             return peer.loop.isend(rows, self._tag(m))
         work = dist.isend(rows, peer.rank, self.group, self._tag(m))
         assert work is not None
         return work
 
-    def _irecv(self, rows: Tensor, peer: Peer, m: int) -> _Work:
+    def _irecv(self, rows: Tensor, peer: Peer, m: int) -> Work:
         if peer.loop is not None:
             return peer.loop.irecv(rows, self._tag(m))
         with self._receiving(m, peer):  # a peer that is gone may already be noticed here

@@ -161,11 +161,12 @@ def check_gradients(whose: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
         return
     for name, grad in named:
         if not math.isfinite(rms(grad)):  # or its square would be infinite in Adam's moments
-            finite = grad.isfinite().all()
-            what = f"values up to {float(grad.abs().max()):.3g}" if finite else fault(grad, 0.0)[6:]
+            what = f"holds values up to {float(grad.abs().max()):.3g}"
+            if not grad.isfinite().all():
+                what = fault(grad, 0.0)
             raise FloatingPointError(
-                f"the gradient of {whose} {name} holds {what}; stopped before the optimiser's "
-                "step. A lower train.lr usually helps."
+                f"the gradient of {whose} {name} {what}; stopped before the optimiser's step. A "
+                "lower train.lr usually helps."
             )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from csipipe import models
 from csipipe.methods.average import Averaged
-from csipipe.methods.base import Builder, EvalRows, Worker
+from csipipe.methods.base import Builder, Worker
 from csipipe.methods.cost import exchanged_parts, shared_parts
 from csipipe.methods.rows import load, manifest
 from csipipe.settings import tables
@@ -18,7 +18,6 @@ from csipipe.settings.config import Settings
 
 __all__ = [
     "Builder",
-    "EvalRows",
     "Worker",
     "load",
     "manifest",

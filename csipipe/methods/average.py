@@ -14,7 +14,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -145,6 +144,3 @@ class Averaged:
     @dropped.setter
     def dropped(self, counts: list[int]) -> None:
         self.worker.dropped = counts
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.worker, name)

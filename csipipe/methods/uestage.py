@@ -170,9 +170,6 @@ class UeStage:
     def _send_backward(self, m: int) -> None:
         self.ports.backward_out.send(m, self._dy.pop(m))
 
-    def _weight_gradients(self) -> None:
-        self.ends.weight_gradients()
-
     def _receive_backward(self, m: int) -> None:
         self._dz[m] = self.ports.backward_in.receive(m)
 
@@ -214,7 +211,7 @@ class UeStage:
         """What the UEs do at instructions on the whole mini-batch."""
         return {
             Op.ENCODE: self._encode,
-            Op.WEIGHTS: self._weight_gradients,
+            Op.WEIGHTS: self.ends.weight_gradients,
             Op.ENCODE_BACKWARD: self._encode_backward,
             Op.STEP: self._step,
             **self.calls,

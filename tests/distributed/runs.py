@@ -53,6 +53,7 @@ def small(method: str = "csilocal", **sections: Any) -> Settings:
 def named_parameters(worker: Any) -> dict[str, torch.nn.Parameter]:
     """Parameters of a rank's worker by part, UE and layer, whatever the rank."""
     found: dict[str, torch.nn.Parameter] = {}
+    worker = getattr(worker, "worker", worker)  # whose weights are averaged
     halves = getattr(worker, "halves", [worker])
     for ue in (ue for half in halves for ue in getattr(half, "ues", [])):
         for part in ("encoder", "head"):

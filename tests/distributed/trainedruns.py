@@ -51,10 +51,13 @@ def end(folder: Path, worker: Centralised, status: str = "finished", done: int =
     (folder / "summary.json").write_text(json.dumps({"status": status, "iterations": done}))
 
 
-def snapshot(folder: Path, worker: Centralised, done: int) -> Path:
-    """A checkpoint of the run as it is, with the parts that its method has."""
+def snapshot(
+    folder: Path, worker: Centralised, done: int, units: dict[str, Unit] | None = None
+) -> Path:
+    """A checkpoint of the run as it is: of the parts that its method has, or of `units`."""
     partial = folder / "checkpoints" / f"{done}.partial"
-    units = replicas(worker) if worker.settings.spec.shared else worker.units()
+    if units is None:
+        units = replicas(worker) if worker.settings.spec.shared else worker.units()
     states = {n: {k: t.contiguous() for k, t in unit.state().items()} for n, unit in units.items()}
     parts = {n: checkpoint.write_part(partial, n, state) for n, state in states.items()}
     return checkpoint.commit(partial, {"iteration": done}, parts)

@@ -65,7 +65,7 @@ def test_a_run_in_progress_is_read_by_its_mean(tmp_path: Path) -> None:
     both = Averaged(inner, DECAY)
     for iteration in range(2, 5):
         both.train_iteration(iteration)
-    trainedruns.snapshot(tmp_path / "run", both, 7)  # type: ignore[arg-type]  # its units
+    trainedruns.snapshot(tmp_path / "run", inner, 7, both.units())
     wanted = both.evaluate("test")
     assert wanted is not None
     rows, models = inner.test, trained.read(tmp_path / "run").models()
