@@ -15,6 +15,7 @@ import uuid
 from torch.distributed.distributed_c10d import Store
 
 from csipipe.comm import blame
+from csipipe.comm.texts import peek
 
 LOOKUP = 10.0
 """Longest wait for the address of a name, in seconds."""
@@ -77,17 +78,12 @@ def attempt(store: Store, rank: int, size: int, limit: float) -> int:
             # a hello may be that of a rank which is gone: only who heard the answer is here
             while not store.check([f"heard/{number}/{other}"]):
                 for each in range(other, size):
-                    hello = _hello(store, each)
+                    hello = peek(store, f"hello/{each}")
                     if hello not in answered:
                         answered.add(hello)
                         store.set(hello, str(number))
                 _pause(deadline, other, "its hello", limit)
     return number
-
-
-def _hello(store: Store, rank: int) -> str:
-    key = f"hello/{rank}"
-    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _pause(deadline: float, peer: int, what: str, limit: float) -> None:

@@ -29,23 +29,28 @@ class PeerFailed(Exception):
     """Another rank failed and reported it; there is nothing to add."""
 
 
+def peek(store: Store, key: str) -> str:
+    """The text under a key; empty where there is none yet."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
 class _Alive:
     """Watches the signs of life that a rank gives, if it gives any."""
 
     def __init__(self, store: Store, rank: int) -> None:
         self._store, self._key = store, f"alive/{rank}"
         self._looked = self._since = time.monotonic()
-        self._beat = b""
+        self._beat = ""
 
     def silent(self) -> float:
         """Seconds since the last one."""
         now = time.monotonic()
         if now - self._looked > LOOK:
             self._looked = now
-            beat = self._store.get(self._key) if self._store.check([self._key]) else b"none yet"
+            beat = peek(self._store, self._key)
             if beat != self._beat:
                 self._beat, self._since = beat, now
-        return now - self._since if self._beat != b"none yet" else 0.0
+        return now - self._since if self._beat else 0.0
 
 
 @dataclass
@@ -132,9 +137,8 @@ class Texts:
     def lifeless(self) -> list[int]:
         """Ranks that give no sign of life while several are due."""
 
-        def beats() -> list[bytes]:
-            keys = [f"alive/{rank}" for rank in range(self.size)]
-            return [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
+        def beats() -> list[str]:
+            return [peek(self.store, f"alive/{rank}") for rank in range(self.size)]
 
         before = beats()
         time.sleep(4 * LOOK)

@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from csipipe.comm import blame, meeting, orphans
-from csipipe.comm.texts import LOOK, POLL, Texts
+from csipipe.comm.texts import LOOK, POLL, Texts, peek
 from csipipe.files import in_words
 
 HELLO = 300.0
@@ -192,17 +192,13 @@ class World(Texts):
         while True:
             if self.store.check(["failure"]):
                 self._let_speak()
-            waits = {rank: wait for rank in range(self.size) if (wait := self._waits(rank))}
+            said = {rank: peek(self.store, f"waiting/{rank}") for rank in range(self.size)}
+            waits = {rank: blame.Wait.from_json(text) for rank, text in said.items() if text}
             verdict = blame.find(waits, self.rank, self.size, self.role)
             patience = _GRACE_GONE if verdict.gone else self.grace
             if verdict.final or time.monotonic() > started + patience:
                 return verdict.text
             time.sleep(POLL)
-
-    def _waits(self, rank: int) -> blame.Wait | None:
-        key = f"waiting/{rank}"
-        text = self.store.get(key).decode() if self.store.check([key]) else ""
-        return blame.Wait.from_json(text) if text else None
 
     def _attend(self, store: Store) -> None:
         """A thread of its own: count seconds, and once a rank gave up, publish whom this one waits
