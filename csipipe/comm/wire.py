@@ -15,7 +15,7 @@ from torch import Tensor
 
 from csipipe.comm import codec as codecs
 from csipipe.comm.channel import Channel, Peer, rows_of
-from csipipe.comm.codec import Plain, Rounding
+from csipipe.comm.codec import Codec, Plain, Rounding
 from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.loopback import Loopback
 from csipipe.comm.topology import Topology
@@ -91,18 +91,9 @@ class Wire:
         peers, name = self._across(kind, self.rows), self._codec(kind)
         for peer in peers:
             self.expect(kind, peer.ues, (self.rows, width), self.micro_batches)
-        channel = Channel(
-            kind,
-            peers,
-            (rows_of(peers), width),
-            self.micro_batches,
-            codecs.of_rows(name, self.comm, self.rows, width, kind is Kind.SMASHED),
-            self.device,
-            self.ledger,
-            limit=self.limit,
-            clock=self.clock,
-            rounding=self.rounding,
-        )
+        codec = codecs.of_rows(name, self.comm, self.rows, width, kind is Kind.SMASHED)
+        shape = rows_of(peers), width
+        channel = self._crossing(kind, peers, shape, self.micro_batches, codec)
         if kind is Kind.SMASHED:
             channel.noise = self.comm.noise
         self._laid.append((channel, lambda: self._across(kind, self.rows)))
@@ -171,24 +162,11 @@ class Wire:
 
     def vector(self, kind: Kind, scalars: int, ues: range) -> Channel:
         """A vector of (1, scalars) between the BTS and each of `ues`; down, the same for all."""
-        at_bts = self.topology.is_bts(self.role)
-        roles = [self.topology.host(ue) if at_bts else 0 for ue in ues]
-        peers = [
-            self._peer(role, 1, range(ue, ue + 1)) for role, ue in zip(roles, ues, strict=True)
-        ]
+        at_bts, host = self.topology.is_bts(self.role), self.topology.host
+        peers = [self._peer(host(ue) if at_bts else 0, 1, range(ue, ue + 1)) for ue in ues]
         self.expect(kind, ues, (1, scalars), 1)
-        return Channel(
-            kind,
-            peers,
-            (1, scalars),
-            1,
-            codecs.of_vector(self._codec(kind), self.comm, scalars),
-            self.device,
-            self.ledger,
-            limit=self.limit,
-            clock=self.clock,
-            rounding=self.rounding,
-        )
+        codec = codecs.of_vector(self._codec(kind), self.comm, scalars)
+        return self._crossing(kind, peers, (1, scalars), 1, codec)
 
     def vectors(self, sizes: Mapping[Kind, int], ue: int, tolerant: bool) -> list[Tensor] | str:
         """At the BTS: what a UE sends, (1, scalars) of each kind; or what is wrong with it.
@@ -235,6 +213,23 @@ class Wire:
         rank, place = self.topology.rank(role), rows if isinstance(rows, slice) else slice(0, rows)
         loop = self._loop if rank == self.topology.rank(self.role) else None
         return Peer(rank, place, ues, self.topology.name(role), loop)
+
+    def _crossing(
+        self, kind: Kind, peers: list[Peer], shape: tuple[int, int], messages: int, codec: Codec
+    ) -> Channel:
+        """A channel between UEs and BTS: what it carries is counted, and checked on arrival."""
+        return Channel(
+            kind,
+            peers,
+            shape,
+            messages,
+            codec,
+            self.device,
+            self.ledger,
+            limit=self.limit,
+            clock=self.clock,
+            rounding=self.rounding,
+        )
 
     @staticmethod
     def _host_channel(kind: Kind, peers: list[Peer], shape: tuple[int, ...]) -> Channel:

@@ -160,12 +160,12 @@ class UeStage:
             batch.sgcs_UB[some, part] = of.sgcs.view(len(self.taking), -1)
         if not training:
             self._show(batch, m, h_hat)
-        if training:
-            # a UE's loss is the mean over its whole mini-batch
-            share = torch.full_like(of.minimised, 1 / batch.h_UBAD.shape[1])
-            models.backward([of.minimised], [share])
-            assert y.grad is not None
-            self._dy[m] = self._of_taking(y.grad, rows)
+            return
+        # a UE's loss is the mean over its whole mini-batch
+        share = torch.full_like(of.minimised, 1 / batch.h_UBAD.shape[1])
+        models.backward([of.minimised], [share])
+        assert y.grad is not None
+        self._dy[m] = self._of_taking(y.grad, rows)
 
     def _send_backward(self, m: int) -> None:
         self.ports.backward_out.send(m, self._dy.pop(m))
