@@ -15,7 +15,7 @@ import deepspeed.comm.comm as ds_comm
 import torch
 import torch.distributed as dist
 from deepspeed.comm.backend import Backend
-from deepspeed.comm.torch import TorchBackend, has_coalescing_manager
+from deepspeed.comm.torch import TorchBackend
 
 from csipipe.comm.patience import group_timeout
 
@@ -28,13 +28,8 @@ class SubWorld(TorchBackend):  # type: ignore[misc]  # DeepSpeed has no types
         Backend.__init__(self, name="csipipe", rank=dist.get_rank(group), size=group.size())
         self.group = group
         self.timeout = group_timeout(dist.get_backend(group), timeout)
-        self.shm_comm_op = None
-        self.has_all_reduce_coalesced = False
-        self.has_coalescing_manager = has_coalescing_manager()
         self.all_gather_function = self.get_all_gather_function()
         self.reduce_scatter_function = self.get_reduce_scatter_function()
-        self.single_gpu_mode = False
-        self.using_mpi = False
         self.initialized = True
 
     def get_rank(self, group: dist.ProcessGroup | None = None) -> int:
