@@ -8,13 +8,13 @@ left as on the right, so that no DFT is one-sided.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels.axes import Axes, parse
+from csipipe.channels.layout import ANGLES, DELAYS, HT
 from csipipe.channels.rawarray import RawArray
 
 _FITS = 0.8
@@ -23,9 +23,8 @@ _SAMPLES = 64
 """Samples that are looked at."""
 _RECEIVE, _TIMES, _PORTS = range(1, 9), range(9, 65), 4
 """Receive antennas and time samples of a sample, and least ports, within reason."""
-_FLAT = {
-    2048: "sample (part angle=32 delay=32)",  # CsiNet's rows
-}
+_FLAT = f"sample (part angle={ANGLES} delay={DELAYS})"
+"""CsiNet's rows."""
 _EXAMPLES = {
     2: "sample (tx=32 subcarrier)",
     3: "sample tx subcarrier",
@@ -37,26 +36,17 @@ _EXAMPLES = {
 """Axes of complex arrays by their number."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Axes that an array may have."""
-
-    axes: Axes
-    share: float
-    """Of the energy, in the first quarter of the delays."""
-
-
 def guess(array: RawArray) -> Axes:
     """The axes of an array.
 
     Raises:
         ValueError: none fits, or several do; it lists them as options to choose from.
     """
-    found = [reading for reading in readings(array) if reading.share >= _FITS]
+    found = _readings(array)
     if len(found) == 1:
-        return found[0].axes
+        return found[0]
     if found:
-        fits = " and ".join(f"--axes {r.axes.text!r}" for r in found[:6])
+        fits = " and ".join(f"--axes {axes.text!r}" for axes in found[:6])
         raise ValueError(
             f"{array}: {len(found)} readings of its axes fit: {fits}. Give the right one."
         )
@@ -66,15 +56,11 @@ def guess(array: RawArray) -> Axes:
     )
 
 
-def readings(array: RawArray) -> list[Reading]:
-    """Every reading that the shape allows, with the share that speaks for it."""
+def _readings(array: RawArray) -> list[Axes]:
+    """Every reading that the shape allows and the values speak for."""
     shape, is_complex = array.shape, array.dtype.startswith("complex")
     if len(shape) == 2:
-        text = "" if is_complex else _FLAT.get(shape[1], "")
-        if not text:
-            return []
-        return [Reading(parse(text), 1.0)]
-    found = []
+        return [parse(_FLAT)] if shape[1] == HT.width and not is_complex else []
     texts = set()
     parts = [None] if is_complex else [axis for axis, size in enumerate(shape) if size == 2]
     for part in parts:
@@ -91,10 +77,7 @@ def readings(array: RawArray) -> list[Reading]:
             if part is not None:
                 named[part] = "part"
             texts.add(" ".join(named[axis] for axis in range(len(shape))))
-    for text in sorted(texts):
-        axes = parse(text)
-        found.append(Reading(axes, _share(_some(array, axes))))
-    return found
+    return [axes for axes in map(parse, sorted(texts)) if _share(_some(array, axes)) >= _FITS]
 
 
 def _orders(count: int) -> list[tuple[str, ...]]:
@@ -121,6 +104,7 @@ def _some(array: RawArray, axes: Axes) -> NDArray[np.complex64]:
 
 
 def _share(rows: NDArray[np.complex64]) -> float:
+    """Of the energy, in the first quarter of the delays."""
     if not len(rows):
         return 0.0
     power = np.square(np.abs(np.fft.ifft(rows, axis=-1))).sum(axis=1)
