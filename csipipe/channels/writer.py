@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +44,7 @@ class Writer:
         self._folder = folder
         self._partial = folder.with_name(f".{folder.name}.partial")
         self._open: dict[tuple[str, SetPart], dict[str, _Growing]] = {}
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}  # of environments, in the order in which they came
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -112,21 +113,21 @@ class Writer:
                 "Make room, or name a folder on another disk. Nothing was left."
             ) from error
 
-    def finish(self, describe: Any) -> Description:
+    def finish(self, describe: Callable[[tuple[Set, ...]], Description]) -> Description:
         """Complete the files, describe them and give the folder its name.
 
         Args:
             describe: from the sets to their `Description`.
         """
         sets = []
-        places = list(dict.fromkeys(environment for environment, _ in self._open))
         order = get_args(SetPart)
-        for (environment, part), grown in sorted(
-            self._open.items(), key=lambda one: (places.index(one[0][0]), order.index(one[0][1]))
+        for environment, part in sorted(
+            self._open, key=lambda key: (self._numbers[key[0]], order.index(key[1]))
         ):
+            grown = self._open[environment, part]
             rows = grown["images"].rows
             sets.append(Set(environment, part, rows, **{k: v.end() for k, v in grown.items()}))
-        description: Description = describe(tuple(sets))
+        description = describe(tuple(sets))
         description.write(self._partial)
         (self._partial / "lock").unlink()
         os.rename(self._partial, self._folder)

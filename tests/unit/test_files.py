@@ -260,8 +260,8 @@ def test_nothing_is_left_of_what_fails(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     with Writer(folder) as out:
         out.add("all", "train", images(3))
-        with pytest.raises(ZeroDivisionError):
-            out.finish(lambda sets: 1 / 0)
+        with pytest.raises(ValueError, match="angles is 0"):
+            out.finish(lambda sets: Description(angles=0, delays=1, sets=sets))
     assert not list(tmp_path.iterdir())
     with Writer(folder), pytest.raises(BlockingIOError, match="another process"), Writer(folder):
         pass
