@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +165,7 @@ def reproduce(
         plan.candidates(cell)  # so that mistakes show before anything is measured
     claim(plan, folder)
     missing = [cell for cell in cells if not _file(folder, cell).exists()]
-    shares = dict(_shares(cells, seconds * _MARGIN))
+    shares = _shares(cells, seconds * _MARGIN)
     print(describe(plan, cells, missing, folder, rounds, shares), flush=True)
     try:
         for number, cell in enumerate(missing, 1):
@@ -201,7 +201,8 @@ def measure(
         for number in range(rounds):
             before = time.monotonic()
             turns = race.round()
-            _stop_on(race, cell)
+            if race.failures:
+                raise RuntimeError(f"cell {cell.name}: " + "\n".join(race.failures.values()))
             line = {label: turn.seconds for label, turn in turns.items()}
             add_line(record, json.dumps(line))
             shown = ", ".join(f"{label} {value:.3f} s" for label, value in line.items())
@@ -227,11 +228,6 @@ def _warm_up(race: Race, room: int | None) -> None:
         turns = race.practise()
 
 
-def _stop_on(race: Race, cell: Cell) -> None:
-    if race.failures:
-        raise RuntimeError(f"cell {cell.name}: " + "\n".join(race.failures.values()))
-
-
 def describe(
     plan: Plan,
     cells: Sequence[Cell],
@@ -253,10 +249,10 @@ def describe(
     )
 
 
-def _shares(cells: Sequence[Cell], seconds: float) -> Iterator[tuple[Cell, float]]:
+def _shares(cells: Sequence[Cell], seconds: float) -> dict[Cell, float]:
     """Seconds for each cell: an iteration takes as long as it has rows."""
     total = sum(cell.batch_size for cell in cells)
-    return ((cell, seconds * cell.batch_size / total) for cell in cells)
+    return {cell: seconds * cell.batch_size / total for cell in cells}
 
 
 def claim(plan: Plan, folder: Path) -> None:

@@ -45,7 +45,7 @@ def test_cells_are_the_papers() -> None:
 
 
 def test_time_is_shared_by_rows() -> None:
-    shares = dict(table1._shares(table1.ALL, 2400))
+    shares = table1._shares(table1.ALL, 2400)
     assert sum(shares.values()) == pytest.approx(2400)
     assert shares[table1.ALL[1]] == 2 * shares[table1.ALL[0]]
 
