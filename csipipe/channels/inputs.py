@@ -139,8 +139,9 @@ def look(given: Input, plan: Plan, stack: ExitStack, scratch: Path) -> Opened:
         raise ValueError(f"{array}: {error}") from error
     is_complex = array.dtype.startswith("complex")
     if is_complex == axes.has("part"):
-        remedy = "leave the axis part out" if is_complex else "name the axis of real and imaginary "
-        remedy += "" if is_complex else "parts: part"
+        remedy = "name the axis of real and imaginary parts: part"
+        if is_complex:
+            remedy = "leave the axis part out"
         raise ValueError(f"{array}, --axes {axes.text!r}: the values are {array.dtype}; {remedy}.")
     users = math.prod(size for word, size in sizes if word == axes.identity)
     return Opened(

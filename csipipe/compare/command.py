@@ -53,11 +53,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--c", default="512,256", help="codeword sizes c1, comma-separated: 512,256"
     )
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
         "--minutes", type=float, help="train each model as long: its speed is measured first"
     )
-    budget.add_argument(
+    amount.add_argument(
         "--samples", type=int, help="train each model on as many samples, over all UEs"
     )
     parser.add_argument(

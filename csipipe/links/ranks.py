@@ -5,6 +5,7 @@ Ranks are started as DeepSpeed's launcher starts them, so that rank 0 holds the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -82,11 +83,8 @@ def train(
     Raises:
         ValueError, OSError: networks that can't be made.
     """
-    place = folder / name
-    for number in range(2, 10**6):
-        if not place.exists():
-            break
-        place = folder / f"{name}-{number}"
+    places = (folder / (f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    place = next(place for place in places if not place.exists())
     settings = replace(settings, run=replace(settings.run, dir=str(place)))
     config, log = folder / f"{place.name}.yaml", folder / f"{place.name}.log"
     write_file(config, commandline.to_yaml(settings))
