@@ -4,8 +4,9 @@ A copy is an .npy file of checked float32 rows, named after the SHA-256 of its s
 a note per source path with the size, the times and the inode for which the hash was computed, so
 that an unchanged source is not hashed again, and one of what the doctor found in it. (A file can be
 replaced by one of its size and time of modification, but not by one of its time of change, which no
-program can set.) Files are written under another name and renamed when complete; one lock per cache
-lets one process convert while the others wait.
+program can set.) Files are written under a name of the process's own and renamed when complete; one
+lock per cache lets one process convert while the others wait. Where a file system has no locks, or
+keeps them to one node, several convert, and the copies are right all the same.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +45,8 @@ _JUDGED = 2000
 """Rows of a file that are judged when it is converted."""
 _TICK_NS = 20_000_000
 """Longer than a file system takes for two changes to have the same time."""
-_PARTIAL = "converting.partial"  # one name: what an interrupted process left is overwritten
+_LEFT = 3600.0
+"""Seconds without a write after which a file that is being made is one that nobody goes on with."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,8 @@ def _published(file: Path, size: int) -> Iterator[Path]:
     Raises:
         OSError: it can't be written; gives the remedy.
     """
-    with _explained(file, size), files.whole(file, file.parent / _PARTIAL) as partial:
+    mine = file.with_name(f"converting.{uuid.uuid4().hex}.partial")
+    with _explained(file, size), files.whole(file, mine) as partial:
         yield partial
         files.flush(partial)
 
@@ -280,7 +284,16 @@ def _locked() -> Iterator[None]:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = opened.enter_context(file.open("a"))
             files.lock(lock.fileno(), wait=True)
+            _tidy(file.parent)
         yield
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what processes left that were killed while they converted."""
+    for file in folder.glob("converting.*.partial"):
+        with suppress(FileNotFoundError):  # finished, or removed by another process
+            if time.time() - file.stat().st_mtime > _LEFT:
+                file.unlink()
 
 
 def _note_file(source: Path, unbounded: bool = False) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from csifiles import images, save, save_v73
 
-from csipipe.channels import cache, matfile
+from csipipe.channels import cache, layout, matfile
 from csipipe.channels.cache import converted
 from csipipe.channels.doctor import Finding, examine
 from csipipe.channels.synthetic import SyntheticSource
@@ -188,6 +189,37 @@ def test_a_disk_that_fills_up_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(folder) == ["lock"]
+
+
+def test_without_locks_every_process_writes_a_file_of_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = images(40)[20:].reshape(20, -1)  # as large as the other
+    other = save(tmp_path / "DATA_Hvalin.mat", rows)
+    monkeypatch.setattr("csipipe.files.lock", lambda *_, **__: True)
+    check = layout.check_images
+
+    def meanwhile(file: Path, *rest: Any) -> None:
+        check(file, *rest)
+        if file == source:  # another process, on another node, converts another file
+            converted(other)
+
+    monkeypatch.setattr(cache, "check_images", meanwhile)
+    np.testing.assert_array_equal(converted(source).open(), images(20).reshape(20, -1))
+    np.testing.assert_array_equal(converted(other).open(), rows)
+
+
+def test_what_a_killed_process_left_is_removed_when_nobody_writes_to_it(
+    source: Path, folder: Path
+) -> None:
+    folder.mkdir()
+    old, new = folder / "converting.1.partial", folder / "converting.2.partial"
+    for file in (old, new):
+        file.write_text("half")
+    os.utime(old, (time.time() - 4000, time.time() - 4000))
+    converted(source)
+    assert not old.exists()
+    assert new.read_text() == "half"
 
 
 def test_a_cache_that_cannot_be_is_named_with_the_remedy(
