@@ -7,6 +7,7 @@ name that was never used before, and rank 0 answers with the number of the attem
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from csipipe.comm.texts import peek
 LOOKUP = 10.0
 """Longest wait for the address of a name, in seconds."""
 _POLL = 0.02
+_LOCAL_HOST = re.compile(r"remote=\[(127\.[\d.]+)\]")
 
 
 def resolve(name: str, limit: float = LOOKUP) -> None:
@@ -49,6 +51,19 @@ def resolve(name: str, limit: float = LOOKUP) -> None:
             "address of this node that the others reach (127.0.0.1 if there is one node), or the "
             "name to /etc/hosts."
         )
+
+
+def local_address(error: RuntimeError) -> str:
+    """Why ranks of several nodes can't connect, if it is for an address that gloo's error names."""
+    found = _LOCAL_HOST.search(str(error))
+    return (
+        f"the ranks can't connect: one gave {found[1]} as its address, which is every node's own. "
+        "That is what its node's /etc/hosts says of the node's name. Name the network interface "
+        "that the other nodes reach instead, on every node: GLOO_SOCKET_IFNAME=eth0 torchrun … "
+        "(ip -brief address lists them)."
+        if found
+        else ""
+    )
 
 
 def attempt(store: Store, rank: int, size: int, limit: float) -> int:

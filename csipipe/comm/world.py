@@ -100,6 +100,7 @@ class World(Texts):
 
         Raises:
             PeerLost: a rank is frozen.
+            OSError: ranks of a node give an address that no other node reaches.
         """
         self.attend()
         try:
@@ -114,6 +115,10 @@ class World(Texts):
             for rank in self.lifeless():
                 what, reason = "its connection", f"Timed out after {timeout:g} s"
                 raise blame.PeerLost(f"waiting for {what}", rank, what, reason) from error
+            raise
+        except RuntimeError as error:  # gloo's own
+            if self.size > self.local_size and (why := meeting.local_address(error)):
+                raise OSError(why) from error
             raise
 
     def attend(self) -> None:

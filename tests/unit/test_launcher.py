@@ -6,13 +6,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from csipipe.__main__ import main
 from csipipe.comm import blame, meeting
+from csipipe.comm.world import World
 from csipipe.settings.launcher import RANKS, TORCHRUN, launched
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +78,18 @@ def test_a_name_that_does_not_resolve_is_named_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="no answer after 0 s"):
         meeting.resolve("nowhere.invalid", limit=0)
     meeting.resolve("127.0.0.1")
+
+
+def test_an_address_that_no_other_node_reaches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed: refused, remote=[127.0.1.1]:39345$1")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    monkeypatch.setattr(World, "attend", lambda _: None)
+    with pytest.raises(OSError, match=r"gave 127\.0\.1\.1 as its address.*GLOO_SOCKET_IFNAME=eth0"):
+        World(HashStore(), 0, 2, 0, 1).connect(1.0)
+    with pytest.raises(RuntimeError, match=r"Gloo connectFullMesh failed"):  # both on one node
+        World(HashStore(), 0, 2, 0, 2).connect(1.0)
 
 
 def attempts(stores: list[PrefixStore], ranks: list[int]) -> list[int]:
