@@ -90,7 +90,7 @@ class Spec:
 
     def settings(self) -> Settings:
         """The candidate's settings."""
-        return commandline.settings(commandline.reader(), ["--config", self.config])[0]
+        return commandline.read(["--config", self.config])
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     Raises:
         ValueError, OSError: options, settings, models or data that can't be used; runs that failed.
     """
-    settings, _ = commandline.settings(commandline.reader(), rest)
+    settings = commandline.read(rest)
     sizes = _numbers(options.c)
     _check(options, settings)
     out = Path(options.out)

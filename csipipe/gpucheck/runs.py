@@ -32,7 +32,7 @@ _HOW = re.compile("are computed|kernels for|CUDA graph")
 
 def settings(folder: Path, arguments: dict[str, Any]) -> Settings:
     """What a run with those arguments has, on channels of known size."""
-    return channels.sized(commandline.settings(commandline.reader(), line(folder, arguments))[0])
+    return channels.sized(commandline.read(line(folder, arguments)))
 
 
 def private(step: Step, arguments: dict[str, Any]) -> Centralised:

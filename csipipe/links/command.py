@@ -153,7 +153,7 @@ def _settings(method: str, arguments: Sequence[str], hosts: int) -> Settings:
     """What a method's ranks train, without settings that it doesn't have; the sizes of the data."""
     tables.check("method", method)
     given = [*arguments, "--topology.placement", "apart"]
-    sections, _ = commandline.sections(commandline.reader(), given)
+    sections = commandline.sections(given)
     settings = Settings(**suited(method, sections))
     if not settings.stages:
         raise ValueError(f"{method} has no links: it trains in one process; leave it out.")

@@ -103,7 +103,7 @@ def configuration(
     """
     base = presets.load(preset).arguments if preset else ()
     words = [*base, *arguments, *presets.NO_DATA]
-    sections, _ = commandline.sections(commandline.reader(), words)
+    sections = commandline.sections(words)
     wanted, refused = dict[str, Settings](), dict[str, str]()
     aggregating = [name for name, spec in tables.METHODS.items() if spec.aggregates]
     for method in (*METHODS, *aggregating):

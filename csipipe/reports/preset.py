@@ -159,7 +159,7 @@ class Preset:
 
 @cache
 def _sections(arguments: tuple[str, ...]) -> dict[str, Any]:
-    return commandline.sections(commandline.reader(), arguments)[0]
+    return commandline.sections(arguments)
 
 
 def _parse(arguments: tuple[str, ...], method: str) -> Settings:

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
             print(f"csipipe: error: {error}", file=sys.stderr)
         return 1
     try:
-        settings, _ = commandline.settings(commandline.reader(), arguments)
+        settings = commandline.read(arguments)
         training.launch(world, settings)
         world.part()
     except Exception as error:

@@ -94,7 +94,8 @@ def in_words(start: Start, settings: Settings) -> str:
     elif start.checkpoint is not None:
         said = f"resuming after iteration {start.iteration}, from {start.checkpoint}"
     else:
-        return "the run in this directory had no checkpoint yet: it starts again" * start.exists
+        again = "the run in this directory had no checkpoint yet: it starts again"
+        return again if start.exists else ""
     asked, found = settings.run.resume, start.checkpoint and start.checkpoint.resolve()
     source = None if asked in NO_PATH else Path(asked).resolve()
     if source is None or source == found or start.folder.resolve() not in source.parents:

@@ -252,7 +252,7 @@ def plan(arguments: Sequence[str], environment: Environment) -> Path:
     Raises:
         ValueError, OSError: settings or a job that can't be used.
     """
-    settings, _ = commandline.settings(commandline.reader(), arguments)
+    settings = commandline.read(arguments)
     groups = tasks(environment, _expand)
     nodes = tuple(node for group in groups for node, _ in group)
     ranks = ranks_of(settings, groups)

@@ -271,7 +271,7 @@ def _find(folder: Path, own: Settings, weights: str) -> tuple[Path, int | None, 
 
 
 def _settings(arguments: list[str]) -> Settings:
-    settings, _ = commandline.settings(commandline.reader(), arguments)
+    settings = commandline.read(arguments)
     kind = settings.data.kind or BEFORE["data.kind"]
     return replace(settings, data=replace(settings.data, kind=kind))
 

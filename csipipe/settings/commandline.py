@@ -62,12 +62,6 @@ def parser(description: str, prog: str = TRAIN) -> ArgumentParser:
     return parser
 
 
-@functools.cache
-def reader() -> ArgumentParser:
-    """The parser of settings that nobody asks for help with: a run's, a report's."""
-    return parser("")
-
-
 class _Help(Action):
     """Print the first page, or a section, and exit."""
 
@@ -88,18 +82,33 @@ class _Help(Action):
         parser.exit()
 
 
-def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings, Namespace]:
-    """Parse arguments; returns the settings and everything that was parsed.
+def read(arguments: Sequence[str]) -> Settings:
+    """The settings that arguments give, where nobody asks for help: a run's, a report's.
 
     Raises:
         ValueError: an unknown setting, a wrong type or a value that can't be used.
     """
-    found, values = sections(parser, arguments)
+    return Settings(**sections(arguments))
+
+
+def sections(arguments: Sequence[str]) -> dict[str, Any]:
+    """As `read`, but by section, before anything is refused that doesn't suit the method."""
+    found, _ = _parsed(_reader(), arguments)
+    return found
+
+
+def settings(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Settings, Namespace]:
+    """As `read`, with a command's own parser; returns everything that was parsed, too."""
+    found, values = _parsed(parser, arguments)
     return Settings(**found), values
 
 
-def sections(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[dict[str, Any], Namespace]:
-    """As `settings`, but by section, before anything is refused that doesn't suit the method."""
+@functools.cache
+def _reader() -> ArgumentParser:
+    return parser("")
+
+
+def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[dict[str, Any], Namespace]:
     try:
         # the first page of help has no room for every setting
         if not parser.groups and not _asks_for_help(arguments):

@@ -112,7 +112,7 @@ def _more_rows(settings: Settings, training_db: float) -> str:
     """What may help a run that has learnt its training rows by heart."""
     spec = settings.spec
     own = spec.stages > 0 and "encoder" not in spec.shared and settings.topology.ues > 1
-    remedies = ["more rows"] + ["fewer UEs"] * own
+    remedies = ["more rows", "fewer UEs"] if own else ["more rows"]
     if settings.train.augment is None:
         remedies.append("--train.augment phase")
     which = " per UE" if own else ""

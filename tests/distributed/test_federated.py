@@ -383,7 +383,7 @@ def test_a_run_leaves_what_evaluate_reads(tmp_path: Path) -> None:
     ranks = run_program(3, given)
     assert [rank.code for rank in ranks] == [0] * 3, ranks
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    settings, _ = commandline.settings(commandline.reader(), given)
+    settings = commandline.read(given)
     scalars = {way: 6 * n for way, n in exchanged_per_iteration(settings).items()}
     assert summary["exchanged"]["scalars"] == scalars
     assert summary["exchanged_buffers"]["scalars"]["up"] > 0

@@ -298,7 +298,7 @@ def test_weights_and_checkpoints_have_what_all_have_in_common(
     [ended] = run_program(1, given)
     assert ended.code == 0, ended.err
     summary = json.loads((tmp_path / "summary.json").read_text())
-    settings, _ = commandline.settings(commandline.reader(), given)
+    settings = commandline.read(given)
     assert summary["exchanged"]["scalars"] == exchanged(settings)
     torch.set_num_threads(1)
     rows = testset.load(settings)

@@ -28,4 +28,4 @@ for name in MODULES:
         raise RuntimeError(f"{name}, which ranks need, can't be imported") from error
 
 commandline = importlib.import_module("csipipe.settings.commandline")
-commandline.settings(commandline.reader(), [])
+commandline.read([])

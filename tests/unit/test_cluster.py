@@ -224,7 +224,7 @@ def test_an_index_is_a_run_of_the_report(tmp_path: Path) -> None:
     wanted = array.numbered(headline.wanted(one).values())
     for index in (0, len(wanted) - 1):
         file = array.pick(one, wanted, index)
-        asked, _ = commandline.settings(commandline.reader(), ["--config", str(file)])
+        asked = commandline.read(["--config", str(file)])
         assert asked == wanted[index].settings
     assert [path.suffix for path in file.parent.iterdir()] == [".yaml"] * 2
     with pytest.raises(ValueError, match=r"index is 21, but .* 21 runs; .*--array=0-20"):

@@ -231,7 +231,7 @@ def test_what_is_collected_is_what_was_made(
     few = "--data.train_samples 60 --data.test_samples 8 --train.batch_size 8"
     words = f"{small} {few} --train.micro_batches 1".split()
     few_iterations = [*words, "--train.iterations", "3"]
-    settings, _ = commandline.settings(commandline.reader(), few_iterations)
+    settings = commandline.read(few_iterations)
     [run] = plan.runs(channels.sized(settings), ["linear"], [8], tmp_path)
     launch(World.alone(), run.settings)
     given = ["--models", "linear", "--c", "8,2", "--out", str(tmp_path), "--collect"]

@@ -85,7 +85,7 @@ def test_an_environment_by_default_is_all_of_them(tmp_path: Path) -> None:
     manifest_of(dealt, 0.1, source).write(tmp_path)
     assert Settings(data=data).data.environment == "all"
     assert Settings().data.environment == "indoor"
-    parsed, _ = commandline.settings(commandline.reader(), ["--data.source=files", "--data.path=x"])
+    parsed = commandline.read(["--data.source=files", "--data.path=x"])
     assert parsed.data.environment == "all"
     with pytest.raises(ValueError, match=r"data.environment is c; the data has a b, ü"):
         common_test(

@@ -71,7 +71,7 @@ def handed_on(folder: Path) -> Reader:
 def ended(folder: Path) -> Reader:
     folder = folder / "run"
     trainedruns.finish(folder)
-    settings, _ = commandline.settings(commandline.reader(), ["--config", str(folder / CONFIG)])
+    settings = commandline.read(["--config", str(folder / CONFIG)])
 
     def read() -> None:
         ceiling.noted(folder)

@@ -18,7 +18,7 @@ PRESETS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
 
 
 def parse(*arguments: str) -> Settings:
-    return commandline.settings(commandline.reader(), arguments)[0]
+    return commandline.read(arguments)
 
 
 def test_no_arguments_are_the_laptop_preset() -> None:
@@ -212,4 +212,4 @@ def test_null_where_there_must_be_a_value_is_refused(text: str, tmp_path: Path) 
     file = tmp_path / "config.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"(train.loss|comm|comm.codec) is null; leave it out"):
-        commandline.settings(commandline.reader(), ["--config", str(file)])
+        commandline.read(["--config", str(file)])

@@ -156,7 +156,7 @@ def test_a_name_is_found() -> None:
 @pytest.mark.parametrize("setting", TABLES)
 def test_an_unknown_name_is_told_which_there_are(setting: str) -> None:
     with pytest.raises(ValueError, match=f"{setting} is 'magic'; it must be one of") as error:
-        commandline.settings(commandline.reader(), [f"--{setting}", "magic"])
+        commandline.read([f"--{setting}", "magic"])
     assert all(name in str(error.value) for name in TABLES[setting])
     assert ("package.module:function" in str(error.value)) == (setting in tables.OWN)
 

@@ -41,8 +41,7 @@ def test_a_run_goes_on_from_them(folder: Path) -> None:
     torch.set_num_threads(1)
     changes = [f"--train.init={folder}", "--data.train_samples=20", "--data.test_samples=10"]
     changes += ["--train.batch_size=10", "--train.lr=1e-6", "--model.kernels_by=torch"]
-    parser = commandline.reader()
-    settings, _ = commandline.settings(parser, ["--config", str(folder / "config.yaml"), *changes])
+    settings = commandline.read(["--config", str(folder / "config.yaml"), *changes])
     ues, test = methods.load(settings, range(1), CPU)
     worker = Centralised(settings, ues, test, CPU, shared=False)
     source = initial.read(settings)
