@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from csipipe.gpucheck import findings, page
+from csipipe.gpucheck.runs import end
 from csipipe.gpucheck.steps import STEPS, Planned
 
 ABOUT = """Runs csipipe on this machine's GPU, checks what must hold (the same numbers as the
@@ -82,20 +82,6 @@ class Running:
             "error": error,
             **findings.read(self.folder),
         }
-
-
-def end(pid: int) -> None:
-    """Kill a process and all its descendants (torchrun's ranks have sessions of their own)."""
-    try:
-        process = psutil.Process(pid)
-        family = [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return
-    for one in family:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 def main(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.parity import small
-from csipipe.gpucheck.runs import Run, relative, same_bits, start
+from csipipe.gpucheck.runs import Run, end, relative, same_bits, start
 
 _HALF = 6
 
@@ -54,7 +54,8 @@ def faults(step: Step) -> None:
     try:
         _kill_one(step, killed)
     finally:
-        _end(killed)
+        if killed.process.poll() is None:  # it would go on for ever
+            end(killed.process.pid)
     for run, wanted in ((stop, "an error that names UE 0"), (drop, "UE 0 left out once")):
         code = run.wait(step.left - 2)
         said = " / ".join(dict.fromkeys(run.errors())) or "no error"
@@ -105,14 +106,6 @@ def _training(run: Run) -> dict[str, psutil.Process]:
         if rank is not None:
             found.setdefault(rank, process)
     return found if len(found) == run.ranks else {}
-
-
-def _end(run: Run) -> None:
-    """Whatever happened, nothing of a run that would go on for ever stays."""
-    if run.process.poll() is None:
-        for process in psutil.Process(run.process.pid).children(recursive=True):
-            process.kill()
-        run.process.kill()
 
 
 def _used(step: Step) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -141,6 +142,20 @@ class Run:
             for file in sorted((self.folder / "weights").glob("*.safetensors"))
             for name, tensor in checkpoint.read(file).items()
         }
+
+
+def end(pid: int) -> None:
+    """Kill a process and all its descendants (torchrun's ranks have sessions of their own)."""
+    try:
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for one in family:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> str:
