@@ -95,7 +95,7 @@ def examine(path: Path) -> Examined:
         what = f"{repeated:,} of {len(rows):,} rows are duplicates"
         seen.note("suspicious", what, "remove them: numpy.unique(HT, axis=0)")
     seen.images = _to_images(seen, spaced(rows, MOST_ROWS))
-    _judge_layout(seen, seen.images)
+    seen.findings += judge(seen.images)
     return seen
 
 
@@ -245,26 +245,19 @@ def suspicions(path: Path, rows: NDArray[np.float32]) -> list[Finding]:
         rows: (n, 2048) finite, some of the file's.
     """
     seen = Examined(path, low=float(rows.min()), high=float(rows.max()))
-    _judge_layout(seen, _to_images(seen, rows))
-    return seen.findings
+    images = _to_images(seen, rows)
+    return seen.findings + judge(images)
 
 
 def judge(images: Images, linear: bool = True) -> list[Finding]:
-    """What is suspicious about images of any size.
+    """Whether axes are in the wrong order, or aren't angles and delays.
 
     Args:
-        images: (n, 2, A, D) in [0, 1].
+        images: (n, 2, A, D) in [0, 1], of any size.
         linear: whether their angles are those of one line of antennas.
     """
-    seen = Examined(Path())
-    _judge_layout(seen, images, linear)
-    return seen.findings
-
-
-def _judge_layout(seen: Examined, images: Images, linear: bool = True) -> None:
-    """Note axes in the wrong order and domains that aren't angles and delays."""
     if len(images) < FEW:
-        return
+        return []
     angles, delays = images.shape[2:]
     power_BAD = np.square(images - np.float32(ZERO)).sum(axis=1)
     share_BAD = power_BAD / power_BAD.sum(axis=(1, 2), keepdims=True)
@@ -275,26 +268,21 @@ def _judge_layout(seen: Examined, images: Images, linear: bool = True) -> None:
         if np.sort(share, axis=1)[:, -max(4, share.shape[1] // 8) :].sum(axis=1).mean() < 0.5
     ]
     if spread:
-        axes = " and ".join(spread)
-        seen.note(
-            "suspicious",
-            f"energy is spread over all {axes}: a second DFT over data that was in angles and "
-            "delays, or none over antennas and subcarriers",
-            "leave the second DFT out or undo it with the inverse (numpy.fft.ifft2 of re + j im, "
-            f"or fft2 after an inverse one); then {_RESCALE}",
-        )
-        return
+        what = f"energy is spread over all {' and '.join(spread)}: a second DFT over data that was "
+        what += "in angles and delays, or none over antennas and subcarriers"
+        repair = "leave the second DFT out or undo it with the inverse (numpy.fft.ifft2 of re + j "
+        repair += f"im, or fft2 after an inverse one); then {_RESCALE}"
+        return [Finding("suspicious", what, repair)]
     if (
         linear
         and _one_sided(over_angle_BA.mean(axis=0)) > 0.3
         and _one_sided(over_delay_BD.mean(axis=0)) < 0.25
     ):
-        seen.note(
-            "suspicious",
-            "the axes look swapped, delays before angles: the first one has a delay profile",
-            f"HT.reshape(-1, 2, {delays}, {angles}).transpose(0, 1, 3, 2)"
-            f".reshape(-1, {2 * delays * angles})",
-        )
+        what = "the axes look swapped, delays before angles: the first one has a delay profile"
+        repair = f"HT.reshape(-1, 2, {delays}, {angles}).transpose(0, 1, 3, 2)"
+        repair += f".reshape(-1, {2 * delays * angles})"
+        return [Finding("suspicious", what, repair)]
+    return []
 
 
 def _one_sided(profile: Reals) -> float:
