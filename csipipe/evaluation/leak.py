@@ -145,21 +145,28 @@ def _attack(one: Trained, ue: int, steps: int) -> Row:
     victim, own = rows([ue], _VICTIM), rows(others, _OWN)
     [model] = one.models([ue])
     model.requires_grad_(False)
-    crossing = Crossing(settings, ue)
-    seen = attack.messages(model, Objective.of(settings), victim, crossing)
+    crossing, objective = Crossing(settings, ue), Objective.of(settings)
+    seen = attack.messages(model, objective, victim, crossing)
     with torch.no_grad():
         h_hat = torch.cat([model(part) for part in torch.split(victim, 128)])
+
+    def reached(ends: Autoencoder) -> dict[str, float | None]:
+        """NMSE (dB) by what is used, with decoders learnt from the messages of these ends."""
+        pairs = attack.messages(ends, objective, own, crossing)
+        found: dict[str, float | None] = dict.fromkeys(WHAT)
+        for what in WHAT if _sends_gradients(settings) else ("smashed",):
+            decoder = Decoder(pairs.of(what), own, steps)
+            found[what] = to_db(attack.nmse(decoder, seen.of(what), victim))
+        return found
+
     return Row(
         run=one.folder.resolve().name,
         noise=crossing.noise,
         codecs=_codecs(settings),
         loss=float(paper_loss(h_hat, victim).mean()),
         own=to_db(float(centred_nmse(h_hat, victim).double().nanmean())),
-        known=_reached(model, settings, own, seen, victim, crossing, steps),
-        unknown=_reached(
-            attack.shadow(settings, model.tail, own, steps),
-            *(settings, own, seen, victim, crossing, steps),
-        ),
+        known=reached(model),
+        unknown=reached(attack.shadow(settings, model.tail, own, steps)),
     )
 
 
@@ -197,24 +204,6 @@ class Crossing:
         if one.rounds:
             noise = self._rounding.noise(kind.value, 0, owners, message.numel())
         return one.decode(one.encode(message, noise)).float()
-
-
-def _reached(
-    model: Autoencoder,
-    settings: Settings,
-    own: Tensor,
-    seen: attack.Seen,
-    victim: Tensor,
-    crossing: attack.Wire,
-    steps: int,
-) -> dict[str, float | None]:
-    """NMSE (dB) by what is used, with decoders learnt from this model's messages."""
-    pairs = attack.messages(model, Objective.of(settings), own, crossing)
-    found: dict[str, float | None] = dict.fromkeys(WHAT)
-    for what in WHAT if _sends_gradients(settings) else ("smashed",):
-        decoder = Decoder(pairs.of(what), own, steps)
-        found[what] = to_db(attack.nmse(decoder, seen.of(what), victim))
-    return found
 
 
 def _sends_gradients(settings: Settings) -> bool:
