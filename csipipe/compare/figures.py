@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from csipipe import models
 from csipipe.evaluation import samples
 from csipipe.evaluation.testset import Rows
 from csipipe.export.parts import operations
+from csipipe.measure.metrics import to_db
 from csipipe.methods.cost import feedback_bits
 from csipipe.reports.runs import Run
 from csipipe.run import trained
@@ -61,7 +61,7 @@ def measure(run: Run, rows: Rows) -> Figures:
         c1=settings.model.c1,
         seed=settings.train.seed,
         iterations=summary["iterations"],
-        nmse_db=10 * math.log10(values["nmse"]),
+        nmse_db=to_db(values["nmse"]),
         rho=values["rho"],
         sgcs=values["sgcs"],
         parameters=sum(models.count_parts(settings.model).values()),

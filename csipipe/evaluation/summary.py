@@ -86,7 +86,7 @@ def _figures(mean: Tensor) -> dict[str, float | None]:
     loss, floor, nmse, rho, sgcs = mean.tolist()
     return {
         "loss": loss,
-        "nmse_db": _number(math.nan if math.isnan(nmse) else to_db(nmse)),
+        "nmse_db": _number(to_db(nmse)),
         "floor_loss": floor,
         "rho": _number(rho),
         "sgcs": _number(sgcs),

@@ -20,6 +20,7 @@ from csipipe import plotting
 from csipipe.evaluation import samples, testset
 from csipipe.evaluation.testset import Rows
 from csipipe.files import write_file, write_table
+from csipipe.measure.metrics import to_db
 from csipipe.plotting import name_of
 from csipipe.reports import budget, command, pages, runs
 from csipipe.reports.command import Report
@@ -164,7 +165,7 @@ def measure(run: Run, rows: Rows, cell: Cell) -> Reached:
         method=settings.method,
         cell=cell,
         seed=train.seed,
-        nmse_db=10 * math.log10(mean["nmse"]),
+        nmse_db=to_db(mean["nmse"]),
         rho=mean["rho"],
         sgcs=mean["sgcs"],
         ceiling_db=math.nan if known is None else known,
@@ -224,14 +225,9 @@ def _row(found: Sequence[Reached]) -> list[str]:
         statistics.median(getattr(r, name) for r in found) for name in ("rho", "sgcs", "ceiling_db")
     ]
     shown = ["" if math.isnan(x) else f"{x:.{n}f}" for x, n in zip(others, (3, 3, 2), strict=True)]
-    of = f"{round(statistics.median(r.iterations for r in found)):,}"
-    return [
-        name_of(found[0].method),
-        middle,
-        *shown,
-        of,
-        f"{round(statistics.median(r.rows for r in found)):,}",
-    ]
+    amounts = ([r.iterations for r in found], [r.rows for r in found])
+    totals = [f"{round(statistics.median(amount)):,}" for amount in amounts]
+    return [name_of(found[0].method), middle, *shown, *totals]
 
 
 def _published(cell: Cell, common: Settings) -> str:
