@@ -26,6 +26,7 @@ import psutil
 
 from csipipe.comm.topology import Topology
 from csipipe.files import DAMAGED, write_file
+from csipipe.run import lock
 from csipipe.run.naming import title
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
@@ -257,6 +258,7 @@ def plan(arguments: Sequence[str], environment: Environment) -> Path:
     nodes = tuple(node for group in groups for node, _ in group)
     ranks = ranks_of(settings, groups)
     folder = folder_of(settings, environment)
+    lock.check(folder)  # before the plan and the wish to stop of a live run are lost
     address = meeting_address([node for node, n in zip(nodes, ranks, strict=True) if n])
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -152,6 +152,20 @@ def test_the_first_attempt_wants_a_new_directory(
         slurm.folder_of(settings(), MIXED)
 
 
+def test_a_job_leaves_a_live_run_alone(tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    lock = Lock(tmp_path)
+    one = MIXED | {"SLURM_HET_SIZE": "0", "SLURM_JOB_NODELIST": "n1", "SLURM_TASKS_PER_NODE": "3"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slurm, "_expand", str.split)
+        with pytest.raises(ValueError, match=r"in use by a live run"):
+            slurm.plan(["--run.dir", str(tmp_path)], one)
+        assert (tmp_path / "stop").exists()
+        lock.release()
+        assert slurm.plan(["--run.dir", str(tmp_path)], one) == tmp_path
+    assert not (tmp_path / "stop").exists()  # asked of an earlier attempt
+
+
 def test_a_node_without_the_plan_of_this_attempt_says_so(tmp_path: Path) -> None:
     plan = Plan("12.0", ("n1",), (3,), "127.0.0.1", 1, ("--x",))
     plan.write(tmp_path)
