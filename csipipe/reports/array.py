@@ -22,6 +22,8 @@ from csipipe.run import lock
 from csipipe.settings import commandline
 
 SCRIPT = "slurm/sweep.sbatch"
+AT_ONCE = 16
+"""Jobs of an array that run at the same time, as the script has it; `--array` overrides that."""
 Wanted = Callable[[Report], Mapping[Any, Run]]
 """Which runs a report is made of."""
 
@@ -105,7 +107,8 @@ def line(report: Report, wanted: Iterable[Run], words: Sequence[str]) -> str | N
     missing = [i for i, run in enumerate(runs) if run.name not in ready and run.folder not in live]
     if not missing:
         return None
-    head = f"sbatch --array={ranges(missing)} --ntasks={report.preset.processes} {SCRIPT}"
+    limit = f"%{AT_ONCE}" if len(missing) > AT_ONCE else ""
+    head = f"sbatch --array={ranges(missing)}{limit} --ntasks={report.preset.processes} {SCRIPT}"
     return f"{head} {shlex.join(words)}"
 
 
