@@ -10,6 +10,7 @@ import sys
 import traceback
 from argparse import ArgumentError
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -25,7 +26,6 @@ that all of them do the same arithmetic. Start it with python, not torchrun."""
 
 def parser() -> ArgumentParser:
     """A parser of the settings and of the options of a benchmark."""
-
     parser = commandline.parser(ABOUT, "python -m csipipe benchmark")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--per-turn", type=int, default=1, help="iterations of a turn")
@@ -70,7 +70,6 @@ def main(arguments: list[str]) -> int:
 
 def measure(settings: Settings, options: Namespace) -> int:
     """Let the candidates take turns; 1 if one of them failed, 130 if interrupted."""
-
     settings = channels.sized(settings)
     if options.growth:
         found = growth.candidates(settings, options.ue_ranks)
@@ -96,18 +95,9 @@ def measure(settings: Settings, options: Namespace) -> int:
 
 def report(contest: race.Race, growing: bool, target: Path | None) -> None:
     """Print the tables of what was measured, and write `target`, whole or not at all."""
-
     reached = {} if growing else roofline.measure(contest)
     if contest.rounds:
-        first = contest.candidates[0]
-        shares = [table.share_table(contest, c) for c in contest.candidates if not growing]
-        parts = [
-            table.title(first.settings, first.ranks) if not growing else "",
-            table.seconds_table(contest) if not growing else growth.table(contest),
-            table.ratio_table(contest) if not growing else "",
-            *shares,
-            roofline.table(reached),
-        ]
+        parts = [growth.table(contest)] if growing else _tables(contest, reached)
         print("\n" + "\n\n".join(part for part in parts if part), flush=True)
     for why in contest.failures.values():
         print(f"\ncsipipe: error: {why}", file=sys.stderr)
@@ -115,3 +105,15 @@ def report(contest: race.Race, growing: bool, target: Path | None) -> None:
         found = table.as_json(contest) | {"roofline": reached}
         write_file(target, json.dumps(found, indent=1) + "\n")
         print(f"\nwritten: {target}")
+
+
+def _tables(contest: race.Race, reached: dict[str, dict[str, Any]]) -> list[str]:
+    """What was measured, as text; empty where there is nothing to say."""
+    first = contest.candidates[0]
+    return [
+        table.title(first.settings, first.ranks),
+        table.seconds_table(contest),
+        table.ratio_table(contest),
+        *(table.share_table(contest, candidate) for candidate in contest.candidates),
+        roofline.table(reached),
+    ]

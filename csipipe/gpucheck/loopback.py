@@ -17,14 +17,15 @@ from csipipe.comm.codec import Plain
 from csipipe.comm.ledger import Kind
 from csipipe.comm.world import World
 from csipipe.device import download, synchronize, upload
+from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.timing import milliseconds
 
 _LIMIT = 25.0
 
 
-def rates(device: torch.device, tiny: bool) -> dict[str, str]:
-    """Lines for the page: what was moved, and how fast; "failed" where a channel was silent."""
-    rows = 64 if tiny else 8000
+def rates(step: Step) -> None:
+    """Note how fast tensors move; a channel that is silent has failed."""
+    device, rows = step.device, 64 if step.tiny else 8000
     size = rows * 2048 * 4
     x = torch.randn(rows, 2048, device=device)
     host = x.cpu()
@@ -36,20 +37,21 @@ def rates(device: torch.device, tiny: bool) -> dict[str, str]:
     def up() -> None:
         upload(pinned, device)[1]()
 
-    found = {
+    ways = {
         f"{size / 2**20:.0f} MiB to the host, pinned": down,
         f"{size / 2**20:.0f} MiB from the host, pinned": up,
         f"{size / 2**20:.0f} MiB to the host, as it is": lambda: x.cpu(),
         f"{size / 2**20:.0f} MiB from the host, as it is": lambda: host.to(device, copy=True),
     }
-    lines = {
-        name: f"{size / milliseconds(way, device, 5) / 1e6:.1f} GB/s" for name, way in found.items()
-    }
+    for name, way in ways.items():
+        step.add(name, f"{size / milliseconds(way, device, 5) / 1e6:.1f} GB/s")
     cases = [(kind, rows // 2, width) for kind in _devices(device) for width in (256, 2048)]
     for (kind, high, width), rate in zip(cases, _channels(cases), strict=False):
         name = f"channel over gloo, {high} × {width} fp32 on {kind}, both ways at once"
-        lines[name] = f"{rate:.0f} MB/s each way" if rate else "failed"
-    return lines
+        if rate:
+            step.add(name, f"{rate:.0f} MB/s each way")
+        else:
+            step.add(name, "failed", "ends well", False)
 
 
 def _devices(device: torch.device) -> list[str]:
