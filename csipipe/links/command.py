@@ -109,9 +109,8 @@ def run(options: Namespace, arguments: list[str]) -> int:
             rows.append(Row(method, case.name, base, planned, found, reach.get(method)))
     text = page.text(runs, rows, options)
     print(text)
-    page.write(rows, text, out)
-    for name in ("links.md", "links.csv", *(["links.png"] if page.drawn(rows) else [])):
-        print(out / name)
+    for file in page.write(rows, text, out):
+        print(file)
     return int(any(row.found.error for row in rows))
 
 

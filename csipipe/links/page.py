@@ -143,18 +143,14 @@ def _number(value: float, form: str) -> str:
     return "—" if math.isnan(value) else format(value, form)
 
 
-def drawn(rows: Sequence[Row]) -> bool:
-    """Whether there is a picture: of several links."""
-    return len({row.links for row in rows}) > 1
-
-
-def write(rows: Sequence[Row], page: str, out: Path) -> None:
-    """`links.md`, `links.csv` and, of several links, `links.png`."""
-    write_file(out / "links.md", page)
+def write(rows: Sequence[Row], page: str, out: Path) -> list[Path]:
+    """`links.md`, `links.csv` and, of several links, `links.png`; returns these files."""
+    markdown, table, picture = files = [out / f"links.{e}" for e in ("md", "csv", "png")]
+    write_file(markdown, page)
     heads = ["method", "links", "free_s", "planned_s", "measured_s", "overhead"]
     heads += ["in_all_s", "iterations_to_loss", "s_to_loss", "error"]
     write_table(
-        out / "links.csv",
+        table,
         heads,
         [
             [
@@ -164,8 +160,14 @@ def write(rows: Sequence[Row], page: str, out: Path) -> None:
             for r in rows
         ],
     )
-    if not drawn(rows):
-        return
+    if len({row.links for row in rows}) < 2:
+        return [markdown, table]
+    plotting.save(draw(rows), picture)
+    return files
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Seconds of an iteration by link, a line per method; where known, also until the loss."""
     reach = any(row.reaches is not None for row in rows)
     figure = Figure(figsize=(4.8 * (1 + reach), 3.8), layout="constrained")
     axes = figure.subplots(1, 1 + reach, squeeze=False)[0]
@@ -186,4 +188,4 @@ def write(rows: Sequence[Row], page: str, out: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    plotting.save(figure, out / "links.png")
+    return figure
