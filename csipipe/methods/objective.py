@@ -59,12 +59,23 @@ class Objective:
         return cls(fused or loss_and_floor, instead, settings.similarity)
 
     def __call__(self, h_hat: Tensor, h: Tensor) -> Rows:
-        """Of (B, 2, A, D) reconstructions, with their graph, and originals as in `LossAndFloor`."""
+        """Of (B, 2, A, D) reconstructions, with their graph, and originals as in `LossAndFloor`.
+
+        Raises:
+            ValueError: what is minimised isn't one number per row.
+        """
         if self.minimised is None:
             minimised, floor = self.reported(h_hat, h)
             loss = minimised.detach()
         else:
             minimised = self.minimised(h_hat.float(), h.reshape(h_hat.shape))
+            if minimised.shape != h_hat.shape[:1]:
+                # the mean of anything else depends on how a mini-batch is cut
+                raise ValueError(
+                    f"the loss {getattr(self.minimised, '__name__', self.minimised)} gives "
+                    f"{tuple(minimised.shape)} for {len(h_hat)} rows; expected ({len(h_hat)},): "
+                    "one number per row, of which the mean is minimised."
+                )
             loss, floor = self.reported(h_hat.detach(), h)
         with torch.no_grad():
             sgcs = None

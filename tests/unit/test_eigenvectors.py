@@ -19,6 +19,7 @@ from csipipe.measure import metrics
 from csipipe.measure.figures import WIDTH, WORST, Figures, row_sums
 from csipipe.methods.objective import Objective
 from csipipe.settings.config import DataSettings, LossName, ModelSettings, Settings, TrainSettings
+from csipipe.settings.tables import LOSSES, LossSpec
 from csipipe.tracking import Tracker, tables
 
 CPU = torch.device("cpu")
@@ -120,6 +121,29 @@ def test_what_is_minimised_changes_nothing_that_is_reported(loss: LossName) -> N
     torch.testing.assert_close(rows.floor, metrics.floor_loss(h))
     assert rows.sgcs is not None
     torch.testing.assert_close(rows.sgcs, metrics.column_sgcs(h_hat, h))
+
+
+def one_number(h_hat: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    return (h_hat - h).abs().mean()
+
+
+def one_per_pixel(h_hat: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    return (h_hat - h).abs()
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"), [(one_number, r"\(\)"), (one_per_pixel, r"\(4, 2, 3, 5\)")]
+)
+def test_a_loss_is_one_number_per_row(
+    loss: Any, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = LossSpec(function=f"{__name__}:{loss.__name__}")
+    monkeypatch.setitem(LOSSES, "nmse", spec)
+    objective = Objective.of(Settings(train=TrainSettings(loss="nmse")))
+    h = torch.rand(4, 2, 3, 5)
+    message = rf"the loss {loss.__name__} gives {shape} for 4 rows; expected \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        objective(h, h)
 
 
 def test_the_loss_of_eigenvectors_keeps_their_length() -> None:
