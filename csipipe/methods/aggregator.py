@@ -1,7 +1,7 @@
 """The BTS half of the federated methods; `csipipe.methods.federated` has the UE half.
 
-It adds up what the UEs send and returns the mean (`csipipe.methods.exchange`), or, where they send
-gradients, Adam's step with their mean. Shapes: P scalars of the shared parts.
+It adds up what the UEs send and returns the mean (`csipipe.methods.exchange`), or what a method
+makes of the mean. Shapes: P scalars of the shared parts.
 """
 
 from __future__ import annotations
@@ -12,42 +12,45 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import checkpoint, models
-from csipipe.comm import trust
 from csipipe.measure.clock import Clock
 from csipipe.measure.figures import WIDTH, Figures
-from csipipe.methods.base import EvalRows, adam, set_rate
+from csipipe.methods.base import EvalRows
 from csipipe.methods.common import is_one_model
 from csipipe.methods.exchange import BtsExchange
 from csipipe.methods.half import Evaluation, Half
-from csipipe.methods.replica import split
 from csipipe.methods.seat import Seat
-from csipipe.methods.state import BTS, AdamMoments, NoMoments, Unit
+from csipipe.methods.state import BTS, Moments, NoMoments, Unit
 from csipipe.pipeline.schedule import Plan
 
 
 class BtsHalf(Half):
-    """The aggregator, on the one BTS stage."""
+    """The aggregator, on the one BTS stage; a method whose BTS does more than average inherits.
+
+    Attributes:
+        kept, moments: what a checkpoint holds of it besides what the exchange keeps: modules, whose
+            buffers are state, by name; and Adam's state of the parts that it steps.
+    """
+
+    keeps = False
+    """Whether it keeps the shared parts even where all UEs take part, to step them itself."""
 
     def __init__(self, seat: Seat, role: int) -> None:
         super().__init__(seat, role)
         with self.autocast():
             seat.notes += models.kernels_notes(self.settings.model, self.device)
-        steps = self.settings.spec.bts_steps
-        self.exchange = BtsExchange(self, keeps=steps)
+        self.exchange = BtsExchange(self, self.keeps)
+        self.exchange.mean_step = self.step
         self.whole, self.each = self.exchange.whole, self.exchange.each
-        self.optimizer: torch.optim.Optimizer | None = None
-        if steps:
-            parts = self.exchange.parts
-            self.optimizer = adam(
-                {name: part.parameters() for name, part in parts.items()}, self.settings.train
-            )
-            self.exchange.mean_step = self._step
+        self.kept: dict[str, nn.Module] = {}
+        self.moments: Moments = NoMoments()
+
+    def step(self, mean: Tensor) -> Tensor:
+        """(P,) mean of what the UEs sent → (P,) by how much the shared parts move, of all UEs."""
+        return mean
 
     def begin(self, iteration: int) -> None:
         self.reports.post()
         self.exchange.begin()
-        if self.optimizer is not None:
-            set_rate(self.optimizer, self.settings.train.lr_at(iteration))
 
     def execute(self, plan: Plan, clock: Clock | None = None) -> None:
         """What concerns UEs that take part."""
@@ -60,23 +63,6 @@ class BtsHalf(Half):
         self.seat.count(faults)
         self.clock.begin("wait", "wait for figures")
         return self.gather(faults)
-
-    def _step(self, mean: Tensor) -> Tensor:
-        """(P,): Adam's step with a mean gradient."""
-        assert self.optimizer is not None
-        named = [
-            (f"{part}.{name}", parameter)
-            for part, module in self.exchange.parts.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        ]
-        parameters = [parameter for _, parameter in named]
-        for parameter, gradient in zip(parameters, split(mean, list(parameters)), strict=True):
-            parameter.grad = gradient
-        trust.check_gradients("the mean over UEs of", named)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.exchange.commons[0].agreed.change()
 
     def evaluation(self, part: EvalRows) -> Evaluation:
         """Gathers figures; all UEs have those of one model where it is tested once."""
@@ -106,8 +92,7 @@ class BtsHalf(Half):
         checkpoint.save(checkpoint.tail_file(folder), {"tail": state})
 
     def units(self) -> dict[str, Unit]:
-        """What the exchange keeps, and Adam's moments."""
-        parts, exchange = self.exchange.units(), self.exchange
-        moments = NoMoments() if self.optimizer is None else AdamMoments(self.optimizer)
-        unit = Unit(parts, moments, loaded=exchange.loaded, begun=exchange.begun)
+        """What the exchange keeps, and the method."""
+        parts, exchange = self.exchange.units() | self.kept, self.exchange
+        unit = Unit(parts, self.moments, loaded=exchange.loaded, begun=exchange.begun)
         return {BTS: unit} if parts else {}

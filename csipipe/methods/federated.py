@@ -44,17 +44,20 @@ def prepare(
     rank: int,
     world_size: int,
     device: torch.device,
+    bts: type[BtsHalf] = BtsHalf,
 ) -> Builder:
     """As `csipipe.methods.prepare`.
 
     Args:
         replica: what a method does at a UE.
+        bts: what it does at the BTS.
     """
-    return ranks.prepare(partial(_role, replica), _plans, settings, rank, world_size, device)
+    return ranks.prepare(partial(_role, replica, bts), _plans, settings, rank, world_size, device)
 
 
 def _role(
     replica: type[Replica],
+    bts: type[BtsHalf],
     settings: Settings,
     topology: Topology,
     role: int,
@@ -66,7 +69,7 @@ def _role(
             f"{topology.stages}; leave topology.stages out, or set it to 1."
         )
     if topology.is_bts(role):
-        return BtsHalf
+        return bts
     ues, test = load(settings, topology.ues_of(role), device)
     return partial(UeHalf, ues=ues, test=test, replica=replica)
 

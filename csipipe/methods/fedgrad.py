@@ -1,4 +1,4 @@
-"""FedGrad, with a personal encoder too (FedGradPer), at a UE.
+"""FedGrad, with a personal encoder too (FedGradPer), at a UE and at the BTS.
 
 Shapes: P scalars of the shared parts.
 """
@@ -10,9 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from csipipe.comm import trust
 from csipipe.measure.figures import WIDTH
-from csipipe.methods import federated
-from csipipe.methods.replica import Replica, flat
+from csipipe.methods import aggregator, federated
+from csipipe.methods.base import adam, set_rate
+from csipipe.methods.replica import Replica, flat, split
+from csipipe.methods.seat import Seat
+from csipipe.methods.state import AdamMoments
 
 
 class FedGrad(Replica):
@@ -38,4 +42,41 @@ class FedGrad(Replica):
         return gradient, sums
 
 
-prepare = partial(federated.prepare, FedGrad)
+class BtsHalf(aggregator.BtsHalf):
+    """Adam with the mean gradient, on shared parts that the BTS keeps."""
+
+    keeps = True
+
+    def __init__(self, seat: Seat, role: int) -> None:
+        super().__init__(seat, role)
+        self.parts = self.exchange.parts
+        parameters = {name: part.parameters() for name, part in self.parts.items()}
+        self.optimizer = adam(parameters, self.settings.train)
+        self.moments = AdamMoments(self.optimizer)
+
+    def begin(self, iteration: int) -> None:
+        super().begin(iteration)
+        set_rate(self.optimizer, self.settings.train.lr_at(iteration))
+
+    def step(self, mean: Tensor) -> Tensor:
+        """As `aggregator.BtsHalf.step`.
+
+        Raises:
+            FloatingPointError: the mean isn't finite; nothing was changed.
+        """
+        named = [
+            (f"{part}.{name}", parameter)
+            for part, module in self.parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        parameters = [parameter for _, parameter in named]
+        for parameter, gradient in zip(parameters, split(mean, list(parameters)), strict=True):
+            parameter.grad = gradient
+        trust.check_gradients("the mean over UEs of", named)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.exchange.commons[0].agreed.change()
+
+
+prepare = partial(federated.prepare, FedGrad, bts=BtsHalf)

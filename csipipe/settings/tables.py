@@ -31,7 +31,7 @@ class MethodSpec:
     local_steps: bool = False
     """Whether a UE may take several steps of its own between two exchanges."""
     bts_steps: bool = False
-    """Whether UEs send gradients, with whose mean the BTS steps Adam; federated methods."""
+    """Whether it is the BTS that steps the shared parts, so that UEs have no moments of them."""
     shared: tuple[str, ...] = ()
     """Parts of the model that every UE has and the BTS averages; the other parts are private."""
     aggregates: int = 0

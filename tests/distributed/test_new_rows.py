@@ -12,16 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bits import assert_same
 from harness import run_world
 from runs import CPU, joined, small, splits, unsplit
 from test_evaluate import evaluate
+from test_resume import ALL, HALF, resumed, straight, together
 from torch import Tensor, nn
 
 from csipipe import channels, methods
 from csipipe.channels.source import SITES, Images, Kind, Part, Site, Source
+from csipipe.comm import ledger
 from csipipe.comm.world import World
 from csipipe.methods import federated
+from csipipe.methods.aggregator import BtsHalf
 from csipipe.methods.fedgrad import FedGrad
+from csipipe.methods.seat import Seat
 from csipipe.run import training
 from csipipe.settings.config import DataSettings, ModelSettings, Settings
 from csipipe.settings.tables import (
@@ -33,7 +38,7 @@ from csipipe.settings.tables import (
     SourceSpec,
 )
 
-# A method: the mean of the gradients' signs
+# A method: UEs send their gradients' signs, and the BTS moves by a momentum of the mean
 
 
 class FedSign(FedGrad):
@@ -42,7 +47,19 @@ class FedSign(FedGrad):
         return gradient.sign(), sums
 
 
-prepare = partial(federated.prepare, FedSign)
+class Momentum(BtsHalf):
+    def __init__(self, seat: Seat, role: int) -> None:
+        super().__init__(seat, role)
+        self.velocity = torch.zeros(self.exchange.sizes[ledger.Kind.UPDATE], device=self.device)
+        self.kept["momentum"] = nn.Module()
+        self.kept["momentum"].register_buffer("velocity", self.velocity)
+
+    def step(self, mean: Tensor) -> Tensor:
+        self.velocity.mul_(0.9).add_(mean)
+        return -1e-3 * self.velocity
+
+
+prepare = partial(federated.prepare, FedSign, bts=Momentum)
 
 # A model: two layers at the BTS
 
@@ -193,6 +210,26 @@ def test_rows_of_a_new_source_are_looked_at(zero: float, monkeypatch: pytest.Mon
         ValueError, match=r"source synthetic, test rows: unusable: values from -0.5 to"
     ):
         methods.load(settings, range(0), CPU)
+
+
+def first_half(world: World, runs: dict[str, Settings], folder: str) -> Any:
+    with registered():
+        return straight(world, runs, folder)
+
+
+def second_half(world: World, runs: dict[str, Settings], folder: str) -> Any:
+    with registered():
+        return resumed(world, runs, folder)
+
+
+def test_a_new_method_goes_on_to_the_bit(tmp_path: Path) -> None:
+    with registered():
+        train = {"iterations": 2 * HALF}
+        runs = {"": small("fedsign", topology={"stages": None}, train=train)}
+        before = run_world(3, first_half, runs, str(tmp_path))
+        after = run_world(5, second_half, runs, str(tmp_path))  # 4 UE ranks instead of 2
+    assert "bts.momentum.velocity" in together(before, "")["state"]
+    assert_same(together(before, ""), together(after, ""), *ALL)
 
 
 def train_models(world: World, models: dict[str, Settings]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from test_run import ROOT, arguments
 from csipipe import checkpoint, methods
 from csipipe.comm.world import World
 from csipipe.run.saving import Saver, restore
+from csipipe.settings import tables
 from csipipe.settings.config import CodecSettings, Placement, Settings
 
 HALF = 3
@@ -98,7 +99,8 @@ ALL = ("parameters", "state", "losses", "evaluations", "ledger")
 METHODS: dict[str, Settings] = (
     {
         name: small(name, train={"iterations": 2 * HALF}, topology={"stages": None})
-        for name in ("fedavg", "fedavgper", "fedprox", "fedproxper", "fedgrad", "fedgradper")
+        for name, spec in tables.METHODS.items()
+        if spec.shared and not spec.pipelined
     }
     | {
         name + " of some": small(

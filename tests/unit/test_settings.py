@@ -76,7 +76,10 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.local_steps", "2"], "csilocal exchanges after every step"),
         (["--train.aggregate_every", "0"], "train.aggregate_every is 0"),
         (["--train.personal_iterations", "501"], "between 0 and train.iterations 500"),
-        (["--method", "fedgrad", "--train.local_steps", "2"], "one of fedavg, fedavgper, fedprox"),
+        (
+            ["--method", "fedgrad", "--train.local_steps", "2"],
+            "leave it at 1, or use one of fedavg,",
+        ),
         (["--train.mu", "-0.1"], "train.mu is -0.1"),
         (["--train.mu", ".inf"], "train.mu is inf"),
         (["--train.personalisation", "fedper"], "train.personalisation"),
