@@ -26,9 +26,10 @@ class _Linear(Deferring):
 
     rows = 1
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kernels_by: KernelsBy) -> None:
+    def __init__(self, like: nn.Linear, of: dict[str, Tensor]) -> None:
         super().__init__()
-        self.weight, self.bias, self.kernels_by = weight, bias, kernels_by
+        self.weight, self.bias = of["weight"], of.get("bias")
+        self.kernels_by: KernelsBy = getattr(like, "kernels_by", "torch")
 
     def forward(self, x: Tensor) -> Tensor:
         return layers.apply(self, x.flatten(1, -2)).view(*x.shape[:-1], -1)
@@ -58,12 +59,12 @@ class StackedConv2d(nn.Module):
     wide = False
     like: layers.Conv2d
 
-    def __init__(self, like: layers.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, like: layers.Conv2d, of: dict[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["like"] = like  # no submodule: its weights aren't this one's
         self.kernels_by = like.kernels_by
         self.in_channels, self.out_channels = like.in_channels, like.out_channels
-        self.padding, self.weight, self.bias = like.padding, weight, bias
+        self.padding, self.weight, self.bias = like.padding, of["weight"], of.get("bias")
 
     @property
     def shape(self) -> Hashable:
@@ -210,41 +211,23 @@ def _same_for_all(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
     return like
 
 
-def _linear(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return _Linear(of["weight"], of.get("bias"), getattr(like, "kernels_by", "torch"))
+def _flatten(like: nn.Flatten, of: dict[str, Tensor]) -> nn.Module:
+    last = like.end_dim
+    return nn.Flatten(like.start_dim + 1, last if last < 0 else last + 1)
 
 
-def _convolution(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return StackedConv2d(cast(layers.Conv2d, like), of["weight"], of.get("bias"))
+def _unflatten(like: Any, of: dict[str, Tensor]) -> nn.Module:
+    return nn.Unflatten(like.dim + 1, like.unflattened_size)
 
 
-def _crblock(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return _CRBlock(cast(CRBlock, like), of)
-
-
-def _norm(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    return StackedBatchNorm2d(cast(nn.BatchNorm2d, like), of)
-
-
-def _flatten(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    flatten = cast(nn.Flatten, like)
-    last = flatten.end_dim
-    return nn.Flatten(flatten.start_dim + 1, last if last < 0 else last + 1)
-
-
-def _unflatten(like: nn.Module, of: dict[str, Tensor]) -> nn.Module:
-    unflatten = cast(Any, like)
-    return nn.Unflatten(unflatten.dim + 1, unflatten.unflattened_size)
-
-
-MAKERS: dict[type[nn.Module], Callable[[nn.Module, dict[str, Tensor]], nn.Module]] = {
-    layers.Linear: _linear,
-    nn.Linear: _linear,
-    layers.Conv2d: _convolution,
-    layers.Pointwise: _convolution,
-    CRBlock: _crblock,
-    BatchNorm2d: _norm,
-    nn.BatchNorm2d: _norm,
+MAKERS: dict[type[nn.Module], Callable[[Any, dict[str, Tensor]], nn.Module]] = {
+    layers.Linear: _Linear,
+    nn.Linear: _Linear,
+    layers.Conv2d: StackedConv2d,
+    layers.Pointwise: StackedConv2d,
+    CRBlock: _CRBlock,
+    BatchNorm2d: StackedBatchNorm2d,
+    nn.BatchNorm2d: StackedBatchNorm2d,
     nn.Flatten: _flatten,
     nn.Unflatten: _unflatten,
     nn.LeakyReLU: _same_for_all,
