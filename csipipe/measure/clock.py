@@ -15,15 +15,12 @@ class Recorder(Protocol):
 
     def begin(self, activity: str, what: str, number: int | None) -> None:
         """A span begins; the one before ends."""
-        ...
 
     def end(self) -> None:
         """The last span ends."""
-        ...
 
     def within(self, name: str, action: Callable[[], object]) -> None:
         """Run `action` under a name of its own within the span."""
-        ...
 
 
 class Clock:

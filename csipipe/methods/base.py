@@ -41,35 +41,27 @@ class Worker(Protocol):
     @property
     def has_holdout(self) -> bool:
         """Whether any UE holds out rows for choosing the best weights."""
-        ...
 
     def train_iteration(self, iteration: int) -> Figures | None:
         """One iteration; figures of the UEs' batches before the step."""
-        ...
 
     def evaluate(self, part: EvalRows) -> Figures | None:
         """Figures on `part`, BatchNorm by running statistics."""
-        ...
 
     def agree(self, decision: bool) -> bool:
         """Rank 0's decision, on every rank."""
-        ...
 
     def save_weights(self, folder: Path) -> None:
         """Write this rank's parts into `folder`."""
-        ...
 
     def units(self) -> dict[str, Unit]:
         """What a checkpoint holds of this rank, by the part's name."""
-        ...
 
     def exchanged(self) -> Ledger:
         """What crossed between UEs and BTS so far; collective."""
-        ...
 
     def restore_ledger(self, ledger: Ledger) -> None:
         """Continue counting from what `exchanged` returned on all ranks."""
-        ...
 
 
 Builder = Callable[[World], Worker]

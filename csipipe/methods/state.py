@@ -23,11 +23,9 @@ class Moments(Protocol):
 
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """`step`, `exp_avg`, `exp_avg_sq`; empty before the parameter's first step."""
-        ...
 
     def write(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Set what `read` returned; empty: as before the first step."""
-        ...
 
 
 class AdamMoments:

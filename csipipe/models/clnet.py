@@ -24,7 +24,7 @@ KERNELS: tuple[tuple[Kernel, ...], ...] = (((3, 3), (1, 3), (3, 1)), ((1, 5), (5
 
 
 class SpatialAttention(nn.Module):
-    """Every pixel by a weight, from the largest and the mean channel around it: (B, C, A, D)."""
+    """Pixels weighed by the largest and the mean channel around them: (B, C, A, D) → the same."""
 
     def __init__(self, kernels_by: KernelsBy) -> None:
         super().__init__()
@@ -35,14 +35,13 @@ class SpatialAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, A, D) → (B, C, A, D)."""
         seen = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)
         out: Tensor = x * self.weigh(seen)
         return out
 
 
 class ChannelAttention(nn.Module):
-    """Every channel by a weight, from the means of all (squeeze and excitation): (B, C, A, D)."""
+    """Channels weighed by the means of all (squeeze and excitation): (B, C, A, D) → the same."""
 
     def __init__(self, channels: int, between: int) -> None:
         super().__init__()
@@ -54,7 +53,6 @@ class ChannelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, A, D) → (B, C, A, D)."""
         out: Tensor = x * self.weigh(x.mean((2, 3)))[:, :, None, None]
         return out
 

@@ -67,7 +67,6 @@ class CRBlock(Deferring):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 2, A, D) → (B, 2, A, D)."""
         backend = kernels.choose(self, x).backend
         if backend is not None:
             return fused(self, backend, x)

@@ -35,7 +35,6 @@ class Paths(nn.Module):
         self.one, self.other = one, other
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 2, A, D) → (B, C, A, D)."""
         return torch.cat([self.one(x), self.other(x)], dim=1)
 
 

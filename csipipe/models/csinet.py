@@ -40,7 +40,6 @@ class RefineBlock(nn.Module):
         self.act = nn.LeakyReLU(_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 2, A, D) → (B, 2, A, D)."""
         out: Tensor = self.act(x + self.path(x))
         return out
 

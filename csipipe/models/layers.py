@@ -96,25 +96,21 @@ class Linear(Deferring, nn.Linear):
     kernels_by: KernelsBy = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, …, I) → (B, …, O)."""
         return apply(self, x)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Forward pass."""
         products = kernels.products(self.kernels_by, x, weight)
         if products is not None:
             return products.linear(x, weight, bias)
         return functional.linear(x, weight, bias)
 
     def input_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient at the input, shape of `x`."""
         products = kernels.products(self.kernels_by, gradient, self.weight)
         if products is not None:
             return products.input_gradient(gradient, self.weight)
         return gradient @ self.weight.to(gradient.dtype)
 
     def weight_gradients(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias."""
         x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         return gradient.t() @ x, None if self.bias is None else gradient.sum(0)
 
@@ -153,7 +149,6 @@ class Conv2d(Deferring, nn.Conv2d):
         return Conv2d(self.in_channels, self.out_channels, self.size, biased, self.kernels_by)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, I, A, D) → (B, O, A, D)."""
         backend = kernels.choose(self, x).backend
         return apply(self, x) if backend is None else fused(self, backend, x)
 

@@ -32,7 +32,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         return BatchNorm2d(self.num_features, self.eps, self.momentum)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, A, D) → (B, C, A, D)."""
         if self.training:
             backend = kernels.choose(self, x).backend
             if backend is not None:

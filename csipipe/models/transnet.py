@@ -68,7 +68,6 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) → (B, T, E)."""
         x = self.norms[0](x + self.attend(x, x))
         out: Tensor = self.norms[1](x + self.feed(x))
         return out
@@ -81,12 +80,11 @@ class Remember(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) → (B, 2, T, E)."""
         return torch.stack([x, x], dim=1)
 
 
 class DecoderLayer(nn.Module):
-    """Attention to itself, to the decoded codeword, and a feed-forward network: (B, 2, T, E)."""
+    """Attention to itself and to the codeword, a feed-forward network: (B, 2, T, E) → the same."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,7 +92,6 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, both: Tensor) -> Tensor:
-        """(B, 2, T, E) → (B, 2, T, E)."""
         x, memory = both.unbind(1)
         x = self.norms[0](x + self.attend(x, x))
         x = self.norms[1](x + self.look(x, memory))
@@ -106,7 +103,6 @@ class Forget(nn.Module):
     """The first of the two: (B, 2, T, E) → (B, T, E)."""
 
     def forward(self, both: Tensor) -> Tensor:
-        """(B, 2, T, E) → (B, T, E)."""
         return both[:, 0]
 
 
