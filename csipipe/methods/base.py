@@ -127,6 +127,17 @@ def learning(parts: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [p for part in parts for p in part.parameters() if p.requires_grad]
 
 
+def shared_tensors(parts: Iterable[nn.Module]) -> list[list[Tensor]]:
+    """What is exchanged of some parts: parameters that learn; BatchNorm's statistics, if any.
+
+    How many batches those have seen is the same at every UE and isn't exchanged.
+    """
+    parts = list(parts)
+    statistics = [b for part in parts for b in part.buffers() if b.is_floating_point()]
+    found: list[list[Tensor]] = [[*learning(parts)], statistics]
+    return [tensors for tensors in found if tensors]
+
+
 def batches_of(rows: int, batch_size: int) -> int:
     """Batches that cover `rows`, the last one padded."""
     return -(-rows // batch_size)

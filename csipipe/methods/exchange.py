@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from csipipe.comm.channel import Channel
 from csipipe.comm.codec import Residual
 from csipipe.comm.ledger import Kind
-from csipipe.methods.base import learning
+from csipipe.methods.base import shared_tensors
 from csipipe.methods.common import (
     FEEDBACK,
     MEANS,
@@ -163,7 +163,9 @@ class BtsExchange:
         self.parts: dict[str, nn.Module] = {}
         self.commons: list[Common] = []
         if some_are_absent(settings) or keeps:
-            self._keep_parts()
+            self.parts = shared_modules(settings, half.device)
+            shared = shared_tensors(self.parts.values())
+            self.commons = [Common(tensors, settings) for tensors in shared]
         self.mean_step: MeanStep | None = None
         self.whole: dict[Op, Callable[[], None]] = {Op.SEND_MEAN: self._send_mean}
         self.each: dict[Op, Callable[[int], None]] = {
@@ -175,15 +177,6 @@ class BtsExchange:
         self._totals: list[Tensor] = []
         self._vectors: list[Tensor] = []
         self._sent: list[Channel] = []
-
-    def _keep_parts(self) -> None:
-        settings = self.half.settings
-        self.parts = shared_modules(settings, self.half.device)
-        parts = self.parts.values()
-        parameters: list[Tensor] = [*learning(parts)]
-        statistics = [b for part in parts for b in part.buffers() if b.is_floating_point()]
-        kept = [tensors for tensors in (parameters, statistics) if tensors]
-        self.commons = [Common(tensors, settings) for tensors in kept]
 
     def begin(self) -> None:
         """An iteration begins; its UEs are known."""

@@ -34,12 +34,12 @@ class FedAvg(Replica):
                 sums += self.gradient(stepping)
                 self._pull()
                 self.step()
-        return self.agreed.change(), sums
+        return self.agreed[0].change(), sums
 
     def _pull(self) -> None:
         """The proximal term, towards the global model."""
         if self.mu:
-            for parameter, value in zip(self.shared, self.agreed.parts(), strict=True):
+            for parameter, value in zip(self.shared, self.agreed[0].parts(), strict=True):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - value, alpha=self.mu)
 

@@ -28,7 +28,7 @@ from csipipe.methods.base import Builder, EvalRows
 from csipipe.methods.common import MEANS, MISSED, is_one_model, some_are_absent
 from csipipe.methods.exchange import UeExchange
 from csipipe.methods.half import Evaluation, UeSide
-from csipipe.methods.replica import Agreed, Replica
+from csipipe.methods.replica import Replica
 from csipipe.methods.rows import load
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit, ue_name
@@ -99,13 +99,7 @@ class UeHalf(UeSide):
         self.replicas = {ue.number: replica(ue, settings, self.device) for ue in ues}
         for each in self.replicas.values():
             each.probe = self.probe
-        self.exchange = UeExchange(
-            self,
-            {
-                ue: [one.agreed, *([Agreed(one.statistics)] if one.statistics else [])]
-                for ue, one in self.replicas.items()
-            },
-        )
+        self.exchange = UeExchange(self, {ue: one.agreed for ue, one in self.replicas.items()})
         evaluated = seat.roster.evaluated
         self.tested = {n: self.replicas[n] for n in evaluated if n in self.replicas}
         # a model common to all is tested once: the UEs take its batches in turn
@@ -197,11 +191,8 @@ class UeHalf(UeSide):
     def units(self) -> dict[str, Unit]:
         """The whole model of every UE, which includes the agreed values."""
         self.exchange.give_back()
-        units = {}
-        for ue, replica in self.replicas.items():
-            agreed, more = self.exchange.agreed[ue], self.exchange.feedback(ue)
-            units[ue_name(ue)] = replica.unit(agreed, more)
-        return units
+        feedback = self.exchange.feedback
+        return {ue_name(ue): one.unit(feedback(ue)) for ue, one in self.replicas.items()}
 
     def _report(self, sums: list[Tensor]) -> None:
         self.report(torch.stack([figures.cpu() for figures in sums]))

@@ -8,7 +8,7 @@ shared parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from csipipe import models
 from csipipe.comm import trust
 from csipipe.device import autocast
 from csipipe.measure.probe import Probe
-from csipipe.methods.base import freeze, group, learning, set_rate
+from csipipe.methods.base import freeze, group, learning, set_rate, shared_tensors
 from csipipe.methods.objective import Objective
 from csipipe.methods.state import AdamMoments, Unit
 from csipipe.methods.ue import UserEquipment, losses
@@ -30,9 +30,8 @@ class Replica:
     Attributes:
         shared, personal: the model's parameters that learn, by where they live.
         probe: shows gradients and reconstructions, on request.
-        statistics: BatchNorm's running means and variances of the shared parts. How many batches
-            they have seen is the same at every UE and isn't exchanged.
-        agreed: the shared parts as all UEs have them, or as this one last knew them.
+        agreed: the shared parameters as all UEs have them, or as this one last knew them; and in a
+            model with BatchNorm its running statistics.
     """
 
     def __init__(self, ue: UserEquipment, settings: Settings, device: torch.device) -> None:
@@ -51,8 +50,7 @@ class Replica:
         names = settings.spec.shared
         common = [part for name, part in free.items() if name in names]
         self.shared = learning(common)
-        self.statistics = [b for part in common for b in part.buffers() if b.is_floating_point()]
-        self.agreed = Agreed(list(self.shared))
+        self.agreed = [Agreed(tensors) for tensors in shared_tensors(common)]
         self.personal = learning(part for name, part in free.items() if name not in names)
 
     def train(self) -> tuple[Tensor, Tensor]:
@@ -101,16 +99,15 @@ class Replica:
         with torch.no_grad():
             return self._losses(h_BAD)[1]
 
-    def unit(self, agreed: Sequence[Agreed], more: Mapping[str, nn.Module]) -> Unit:
+    def unit(self, more: Mapping[str, nn.Module]) -> Unit:
         """What a checkpoint holds of this UE.
 
         Args:
-            agreed: what to refresh once the tensors have been loaded.
             more: modules without parameters, by name.
         """
 
         def loaded() -> None:
-            for one in agreed:
+            for one in self.agreed:
                 one.refresh()
 
         parts: dict[str, nn.Module] = {**self.parts, **more}

@@ -21,7 +21,7 @@ from torch import nn
 
 from csipipe.comm.topology import Topology
 from csipipe.methods import csilocal, csilocal_bts, csilocal_ue
-from csipipe.methods.base import EvalRows, learning
+from csipipe.methods.base import EvalRows, shared_tensors
 from csipipe.methods.common import MEANS, MISSED, some_are_absent
 from csipipe.methods.cost import averagings, exchanged_parts
 from csipipe.methods.exchange import BtsExchange, UeExchange
@@ -56,9 +56,9 @@ class UeHalf(csilocal_ue.UeHalf):
 
     def __init__(self, seat: Seat, *arguments: Any, **named: Any) -> None:
         super().__init__(seat, *arguments, **named)
-        self.exchange = UeExchange(
-            self, {ue.number: _agreed(ue, exchanged_parts(self.settings)) for ue in self.ues}
-        )
+        names = exchanged_parts(self.settings)
+        shared = {ue.number: shared_tensors(ue.parts[name] for name in names) for ue in self.ues}
+        self.exchange = UeExchange(self, {ue: [*map(Agreed, of)] for ue, of in shared.items()})
         own = {**self.exchange.each, Op.SEND_UPDATE: self._send}
         self.each = {**self.each, **own}
         self.always |= {*own}
@@ -170,14 +170,6 @@ class BtsHalf(csilocal_bts.BtsHalf):
             own = Unit(parts, NoMoments(), loaded=exchange.loaded, begun=exchange.begun)
             found[BTS] = own
         return found
-
-
-def _agreed(ue: UserEquipment, names: Sequence[str]) -> list[Agreed]:
-    """Parameters that learn, and BatchNorm's statistics if any, of the parts that are averaged."""
-    parts = [ue.parts[name] for name in names]
-    statistics = [b for part in parts for b in part.buffers() if b.is_floating_point()]
-    values = Agreed([*learning(parts)])
-    return [values, *([Agreed(statistics)] if statistics else [])]
 
 
 class _Kept(nn.Module):

@@ -69,7 +69,7 @@ def replicas(worker: Centralised) -> dict[str, Unit]:
     for ue in worker.ues:
         replica = Replica(ue, worker.settings, CPU)
         replica.tail.load_state_dict(worker.tail.state_dict())
-        units[f"ue-{ue.number}"] = replica.unit([], {})
+        units[f"ue-{ue.number}"] = replica.unit({})
     return units
 
 
