@@ -20,7 +20,7 @@ from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.loopback import Loopback
 from csipipe.comm.topology import Topology
 from csipipe.measure.clock import Clock
-from csipipe.settings.config import CommSettings, Precision
+from csipipe.settings.config import Settings
 
 _LAST_STAGE = (Kind.OUTPUT, Kind.OUTPUT_GRADIENT)  # the other kinds end at the first stage
 
@@ -30,16 +30,13 @@ class Wire:
 
     Args:
         role: this role, see `Topology`.
-        rows: rows of one UE in one micro-batch.
-        micro_batches: micro-batches per iteration.
-        comm: how what crosses between UEs and BTS is written (figures are always float64).
-        usual: the codec of what `comm` doesn't name.
-        limit: root mean square above which what crosses isn't sound.
-        clock: counts this rank's time; None: one of the wire's own.
+        settings: of the run.
+        clock: counts this rank's time.
         loop: reaches this rank's other role, if it has one.
-        seed: of stochastic rounding.
 
     Attributes:
+        rows: rows of one UE in one micro-batch.
+        micro_batches: micro-batches per iteration.
         terms: a line for every kind of message that one of this rank's UEs, or the BTS with a UE,
             exchanges; both ends must have the same ones.
         ledger: what this role sends and receives.
@@ -50,28 +47,22 @@ class Wire:
         self,
         topology: Topology,
         role: int,
-        rows: int,
-        micro_batches: int,
-        comm: CommSettings,
-        usual: Precision,
+        settings: Settings,
         device: torch.device,
-        limit: float,
-        clock: Clock | None = None,
-        loop: Loopback | None = None,
-        seed: int = 0,
+        clock: Clock,
+        loop: Loopback,
     ) -> None:
-        self.limit = limit
+        train, self.comm = settings.train, settings.comm
         self.terms: set[str] = set()
         self.topology = topology
         self.role = role
-        self.rows = rows
-        self.micro_batches = micro_batches
-        self.comm = comm
-        self.usual = usual
-        self.rounding = Rounding(seed, comm.rounding == "stochastic")
+        self.rows = train.batch_size // train.micro_batches
+        self.micro_batches = train.micro_batches
+        self.rounding = Rounding(train.seed, self.comm.rounding == "stochastic")
         self.device = device
         self.ledger = Ledger(topology.ues)
-        self.clock = Clock() if clock is None else clock
+        self.clock = clock
+        self._usual, self._limit = train.precision, train.max_rms
         self._loop = loop
         self._present: Collection[int] = range(topology.ues)
         self._laid: list[tuple[Channel, Callable[[], list[Peer]]]] = []
@@ -193,7 +184,7 @@ class Wire:
 
     def _codec(self, kind: Kind) -> str:
         """Name of the codec of a kind of message."""
-        return codecs.chosen(self.comm, self.usual).get(kind.name.lower(), self.usual)
+        return codecs.chosen(self.comm, self._usual).get(kind.name.lower(), self._usual)
 
     def _across(self, kind: Kind, rows: int) -> list[Peer]:
         """The other side of the UE–BTS boundary, `rows` per UE that is present."""
@@ -226,7 +217,7 @@ class Wire:
             codec,
             self.device,
             self.ledger,
-            limit=self.limit,
+            limit=self._limit,
             clock=self.clock,
             rounding=self.rounding,
         )

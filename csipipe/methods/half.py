@@ -46,20 +46,7 @@ class Half:
         self.settings, self.topology = seat.settings, seat.topology
         self.world, self.device = seat.world, seat.device
         self.clock, self.probe, self.tolerant = seat.clock, seat.probe, seat.tolerant
-        train = self.settings.train
-        self.wire = Wire(
-            self.topology,
-            role,
-            train.batch_size // train.micro_batches,
-            train.micro_batches,
-            self.settings.comm,
-            train.precision,
-            self.device,
-            train.max_rms,
-            self.clock,
-            seat.loop,
-            train.seed,
-        )
+        self.wire = Wire(self.topology, role, self.settings, self.device, self.clock, seat.loop)
         self.reports = self.wire.reports(WIDTH)
         self.whole: dict[Op, Callable[[], None]] = {}
         self.each: dict[Op, Callable[[int], None]] = {}

@@ -19,11 +19,13 @@ from csipipe.comm.channel import SLOTS, Channel, Peer
 from csipipe.comm.codec import Plain
 from csipipe.comm.handshake import compare_messages
 from csipipe.comm.ledger import Kind
+from csipipe.comm.loopback import Loopback
 from csipipe.comm.topology import Topology
 from csipipe.comm.wire import Wire
 from csipipe.comm.world import World
+from csipipe.measure.clock import Clock
 from csipipe.run.handshake import compare_settings
-from csipipe.settings.config import CommSettings, Settings
+from csipipe.settings.config import Settings
 
 NAN = math.nan
 
@@ -68,7 +70,7 @@ def test_a_bad_message_is_named(values: list[float], message: str) -> None:
 def send_weights(world: World, weights: list[float]) -> list[float] | str:
     """Weights of rank 1 on rank 0."""
     world.connect(20)
-    wire = Wire(Topology(2, 1, 2), world.rank, 8, 2, CommSettings(), "fp32", CPU, limit=1e4)
+    wire = Wire(Topology(2, 1, 2), world.rank, small(), CPU, Clock(), Loopback())
     channel = wire.weights(1, len(weights))
     received: list[float] | str = []
     if world.rank:
@@ -110,8 +112,8 @@ def disagree(world: World, on: str) -> str:
     changed = {"lr": 0.5} if world.rank and on == "settings" else {}
     try:
         compare_settings(world, small(train=changed))
-        topology = Topology(2, 1, 4)
-        wire = Wire(topology, world.rank, 8, 2, CommSettings(), "fp32", CPU, 1e4)
+        settings = small(train={"batch_size": 16, "micro_batches": 2})
+        wire = Wire(Topology(2, 1, 4), world.rank, settings, CPU, Clock(), Loopback())
         wire.link(Kind.SMASHED, 24 + (world.rank and on == "messages"))
         wire.expect(Kind.OUTPUT, range(4), (8, 16), 2)
         compare_messages(world, [wire])
