@@ -5,27 +5,21 @@ Everything else is the new run's: rows, draws, Adam's moments, rates, codec, top
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from csipipe import models
-from csipipe.measure.metrics import to_db
 from csipipe.methods import Worker
 from csipipe.methods.cost import exchanged_parts
-from csipipe.methods.roster import drawn
 from csipipe.methods.state import BTS, whose
 from csipipe.run import trained
 from csipipe.run.trained import Trained
 from csipipe.settings.config import ModelSettings, Settings
 
-NEAR = 0.5
-"""dB."""
 _ENDS = "encoder", "head"
 _FREE = ("kernels_by", "start")
 """Settings of a model that may differ: they say how it is computed, and where its weights began."""
@@ -44,10 +38,18 @@ class Initial:
         return range(min(self.source.own.topology.ues, self.settings.topology.ues))
 
     @property
+    def private(self) -> list[str]:
+        """Which of encoder and head each UE has for itself; the others' start is the first UE's."""
+        if not self.settings.spec.crosses:  # in one process, one model
+            return []
+        common = exchanged_parts(self.settings)
+        return [part for part in _ENDS if part not in common]
+
+    @property
     def note(self) -> str:
         """What is taken from where, in words."""
         ues, train = self.settings.topology.ues, self.settings.train
-        private = _private(self.settings)
+        private = self.private
         words = f"weights of {self.source.folder} ({self.source.state}): the tail"
         if common := [part for part in _ENDS if part not in private]:
             words += f", {' and '.join(common)} of UE 0 for all"
@@ -115,67 +117,6 @@ class Initial:
             else tensor
             for name, tensor in every[0].items()
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined:
-    """When a UE that the other run didn't have was as good as those that it had, within `NEAR`."""
-
-    ue: int
-    iterations: int
-    """0: not yet."""
-    samples: int
-    """Rows that it had drawn by then."""
-    bytes: int | None
-    """That it had exchanged by then, up and down; None: an earlier release, which didn't note
-    them, was at work then."""
-
-
-def joined(settings: Settings, history: Sequence[Mapping[str, Any]]) -> list[Joined]:
-    """For each newcomer, the first evaluation at which its NMSE was near the others' mean.
-
-    Where UEs have no part of their own, nobody joins.
-
-    Args:
-        history: a line per evaluation, as in `history.jsonl`.
-    """
-    try:
-        source = read(settings)
-    except (ValueError, OSError):  # gone since the run began
-        return []
-    if source is None or not _private(settings):
-        return []
-    known, ues = len(source.known), settings.topology.ues
-    return [_joined(settings, history, known, ue) for ue in range(known, ues)]
-
-
-def _joined(
-    settings: Settings, history: Sequence[Mapping[str, Any]], known: int, ue: int
-) -> Joined:
-    for line in history:
-        linear = {row["ue"]: 10 ** (row["nmse_db"] / 10) for row in line["test"]["per_ue"]}
-        others = [nmse for other, nmse in linear.items() if other < known]
-        if ue not in linear or not others:  # not evaluated
-            continue
-        if to_db(linear[ue]) <= to_db(sum(others) / len(others)) + NEAR:
-            done, train = line["iteration"], settings.train
-            taken = sum(ue in drawn(settings, iteration) for iteration in range(done))
-            of_each = line.get("bytes_of_each")
-            return Joined(
-                ue=ue,
-                iterations=done,
-                samples=taken * train.local_steps * train.batch_size,
-                bytes=of_each and of_each[ue],
-            )
-    return Joined(ue=ue, iterations=0, samples=0, bytes=0)
-
-
-def _private(settings: Settings) -> list[str]:
-    """Which of encoder and head each UE has for itself; the others' start is the first UE's."""
-    if not settings.spec.crosses:  # in one process, one model
-        return []
-    common = exchanged_parts(settings)
-    return [part for part in _ENDS if part not in common]
 
 
 def as_ranged(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

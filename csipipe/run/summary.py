@@ -11,7 +11,7 @@ from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.methods import Worker
 from csipipe.methods.roster import evaluated
-from csipipe.run import ceiling, initial
+from csipipe.run import ceiling, joining
 from csipipe.settings.config import Settings
 from csipipe.tracking import Tracker, exchanged_summary
 
@@ -55,7 +55,7 @@ def content(
         "test_iteration": tracker.history[-1]["iteration"] if tracker.history else None,
         "ceiling": beside,
         "evaluated_ues": evaluated(settings),
-        "joined": [asdict(one) for one in initial.joined(settings, tracker.history)],
+        "joined": [asdict(one) for one in joining.joined(settings, tracker.history)],
         **exchanged_summary(ledger),
         "dropped": worker.dropped,
         "seconds_per_iteration": tracker.seconds_per_iteration,

@@ -17,7 +17,7 @@ from csipipe.methods import roster
 from csipipe.methods.centralised import Centralised
 from csipipe.methods.common import shared_modules
 from csipipe.methods.state import BTS, NoMoments, Unit
-from csipipe.run import initial
+from csipipe.run import initial, joining
 from csipipe.settings.config import CodecSettings, ModelSettings, Settings, TrainSettings
 
 
@@ -153,21 +153,21 @@ def test_a_newcomer_has_joined_when_it_is_near_the_others(tmp_path: Path) -> Non
         for done, mine in ((5, -1.0), (10, -3.6), (15, -4.0))
     ]
     settings = wanting(tmp_path / "run", 5)
-    [found] = initial.joined(settings, history)
-    assert found == initial.Joined(ue=4, iterations=10, samples=80, bytes=1200)
+    [found] = joining.joined(settings, history)
+    assert found == joining.Joined(ue=4, iterations=10, samples=80, bytes=1200)
     steps = small("fedavgper", topology={"ues": 5}, train={"init": str(tmp_path / "run")})
     steps = replace(steps, train=replace(steps.train, local_steps=3))
-    assert initial.joined(steps, history)[0].samples == 240
+    assert joining.joined(steps, history)[0].samples == 240
     some = replace(settings, topology=replace(settings.topology, participants=2))
     taken = sum(4 in roster.drawn(some, iteration) for iteration in range(10))
     assert taken != 10 * 2 / 5  # of the UE itself, not of all on average
-    assert initial.joined(some, history)[0].samples == taken * 8
-    [found] = initial.joined(wanting(tmp_path / "run", 5), history[:1])
+    assert joining.joined(some, history)[0].samples == taken * 8
+    [found] = joining.joined(wanting(tmp_path / "run", 5), history[:1])
     assert found.iterations == 0
-    assert initial.joined(wanting(tmp_path / "run", 4), history) == []
-    assert initial.joined(small(), history) == []
-    assert initial.joined(replace(steps, method="fedavg"), history) == []
-    assert initial.joined(wanting(tmp_path / "gone", 5), history) == []
+    assert joining.joined(wanting(tmp_path / "run", 4), history) == []
+    assert joining.joined(small(), history) == []
+    assert joining.joined(replace(steps, method="fedavg"), history) == []
+    assert joining.joined(wanting(tmp_path / "gone", 5), history) == []
 
 
 @pytest.mark.parametrize("parts", ["body", "encoder,tail,head", "", "tail, head"])
