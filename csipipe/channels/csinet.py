@@ -47,6 +47,12 @@ class CsiNetSource:
         ValueError: more angles or delays than the files hold.
     """
 
+    padded = GRID
+    """Of which `HF_all` has the first 125."""
+    environments = SITES
+    """Whether there are files or not."""
+    kind: Kind = "channel"
+
     def __init__(
         self,
         folder: Path,
@@ -68,36 +74,11 @@ class CsiNetSource:
                 )
         self._folder = folder
         self._seed = seed
-        self._angles = angles
-        self._delays = delays
+        self.size = angles, delays
+        self.array = angles, 1, 1  # a line of antennas
         self._accept = accept
         self._counts: dict[tuple[Site, Part], int] = {}
         self._copies: dict[tuple[Site, Part], list[Copy]] = {}
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Angles and delays of the rows."""
-        return self._angles, self._delays
-
-    @property
-    def padded(self) -> int:
-        """257, of which `HF_all` has the first 125."""
-        return GRID
-
-    @property
-    def environments(self) -> tuple[Site, ...]:
-        """indoor, outdoor: whether there are files or not."""
-        return SITES
-
-    @property
-    def kind(self) -> Kind:
-        """Images of the channel."""
-        return "channel"
-
-    @property
-    def array(self) -> tuple[int, int, int]:
-        """A line of antennas."""
-        return self.size[0], 1, 1
 
     def available(self, environment: Site, part: Part) -> int:
         """Rows in the files of an environment and part, from their headers."""
@@ -121,9 +102,9 @@ class CsiNetSource:
             images = copies[0].open()[start:stop].reshape(-1, 2, ANGLES, DELAYS)
         else:
             images = _gather(copies, self._order(environment, part)[start:stop])
-        if (self._angles, self._delays) == (ANGLES, DELAYS):
+        if self.size == (ANGLES, DELAYS):
             return images
-        return shrink(images, self._angles, self._delays)
+        return shrink(images, *self.size)
 
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         """The files by name, rows and SHA-256, and how the order of the rows is drawn."""
@@ -155,7 +136,7 @@ class CsiNetSource:
                 rows than the test set.
         """
         check_range(start, stop, self.available(environment, part))
-        if self._angles != ANGLES:
+        if self.size[0] != ANGLES:
             return SMALLER
         found = frequency_channels(self._folder, environment) if part == "test" else None
         if found is None:

@@ -13,7 +13,7 @@ from csipipe.channels import accepted, cache
 from csipipe.channels.doctor import Finding, judge
 from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
 from csipipe.channels.layout import ROUNDING
-from csipipe.channels.source import Images, Kind, Part, Responses, Site, check_range
+from csipipe.channels.source import Images, Part, Responses, Site, check_range
 from csipipe.channels.statistics import spaced
 from csipipe.channels.transform import ZERO, shrink
 from csipipe.settings.config import DataSettings, Verdict
@@ -70,35 +70,13 @@ class FilesSource:
                 raise ValueError(
                     f"model.{name} is {asked}; the rows of {folder} have {held}. {remedy}."
                 )
-        self._angles, self._delays = angles or said.angles, delays or said.delays
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Angles and delays of the rows."""
-        return self._angles, self._delays
-
-    @property
-    def padded(self) -> int:
-        """Points of the DFT over delay, for the cosine similarity."""
-        return self._said.subcarriers or self._said.delays
-
-    @property
-    def environments(self) -> tuple[Site, ...]:
-        """Those of the folder."""
-        return self._said.environments
-
-    @property
-    def kind(self) -> Kind:
-        """What an image holds."""
-        return self._said.kind
-
-    @property
-    def array(self) -> tuple[int, int, int]:
-        """As the folder's description says; of fewer antennas, a line of them."""
-        said = self._said
-        if said.angles != self._angles:
-            return self._angles, 1, 1
-        return said.columns, said.rows, said.polarisations
+        self.size = angles or said.angles, delays or said.delays
+        self.padded = said.subcarriers or said.delays
+        self.environments = said.environments
+        self.kind = said.kind
+        self.array = said.columns, said.rows, said.polarisations
+        if self.size[0] != said.angles:  # a line of fewer antennas
+            self.array = self.size[0], 1, 1
 
     def available(self, environment: Site, part: Part) -> int:
         """Rows of an environment and part.
@@ -156,13 +134,13 @@ class FilesSource:
         check_range(start, stop, self.available(environment, part))
         if self.kind != "channel":
             return "the rows are eigenvectors"
-        if self._angles != self._said.angles:
+        if self.size[0] != self._said.angles:
             return f"they have {self._said.angles} angles"
         one = self._sets(environment, part)[0]
         if part != "test" or one.frequency is None:
             return f"{self._folder}/{NAME} names none"
         self._check(one.frequency)
-        shape = (one.rows, self._angles, self.padded)
+        shape = (one.rows, self.size[0], self.padded)
         return open_rows(self._folder, one.frequency, "<c8", shape)[start:stop]
 
     def _sets(self, environment: Site, part: Part) -> list[Set]:

@@ -50,6 +50,10 @@ class SyntheticSource:
         ValueError: more delays than subcarriers, or more subbands than frequencies.
     """
 
+    padded = GRID
+    """Of which the first 125 are made."""
+    environments = SITES
+
     def __init__(
         self,
         seed: int,
@@ -65,35 +69,10 @@ class SyntheticSource:
             raise ValueError(
                 f"model.delays is {delays}; the channel has {most} {there}. Set it to 1 … {most}."
             )
-        self._kind = kind
         self._seed = seed
-        self._angles = angles
-        self._delays = delays
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Angles and delays of the rows."""
-        return self._angles, self._delays
-
-    @property
-    def padded(self) -> int:
-        """257, of which the first 125 are made."""
-        return GRID
-
-    @property
-    def environments(self) -> tuple[Site, ...]:
-        """indoor, outdoor."""
-        return SITES
-
-    @property
-    def kind(self) -> Kind:
-        """As it was asked for."""
-        return self._kind
-
-    @property
-    def array(self) -> tuple[int, int, int]:
-        """A line of antennas."""
-        return self.size[0], 1, 1
+        self.size = angles, delays
+        self.kind = kind
+        self.array = angles, 1, 1  # a line of antennas
 
     def available(self, environment: Site, part: Part) -> int | None:
         """None: as many rows as are asked for."""
@@ -102,7 +81,7 @@ class SyntheticSource:
     def rows(self, environment: Site, part: Part, start: int, stop: int) -> Images:
         """Rows start … stop-1 of the stream: (stop-start, 2, A, D) float32 in [0, 1]."""
         check_range(start, stop, None)
-        rows = np.empty((stop - start, 2, self._angles, self._delays), np.float32)
+        rows = np.empty((stop - start, 2, *self.size), np.float32)
         of_rays = self._eigenvectors if self._vectors else self._images
         self._fill(rows, environment, part, start, of_rays)
         return rows
@@ -120,13 +99,13 @@ class SyntheticSource:
             `images.frequencies_of_rays`); the scale is the rays', not the images'.
         """
         check_range(start, stop, None)
-        rows = np.empty((stop - start, self._angles, FREQUENCIES), np.complex64)
+        rows = np.empty((stop - start, self.size[0], FREQUENCIES), np.complex64)
         self._fill(rows, environment, part, start, self._frequencies)
         return rows
 
     def identity(self, environment: Site, part: Part) -> dict[str, Any]:
         """Version of the generator, and the stream that the rows are taken from."""
-        kind = {"kind": self._kind} if self._vectors else {}
+        kind = {"kind": self.kind} if self._vectors else {}
         return kind | {
             "generator": f"csipipe synthetic {VERSION}",
             "stream": f"seed {self._seed}, {environment}, {part}, blocks of {BLOCK} rows",
@@ -155,18 +134,18 @@ class SyntheticSource:
                 rays.gain,
                 rays.frequency,
                 rays.delay,
-                angles=self._angles,
-                delays=self._delays,
+                angles=self.size[0],
+                delays=self.size[1],
                 subcarriers=SUBCARRIERS,
             )
         )
 
     def _eigenvectors(self, rays: Rays) -> Images:
         over_antennas = np.fft.ifft(self._frequencies(rays), axis=1)  # the angle DFT undone
-        return to_image(images_of(over_antennas[:, None], self._delays))
+        return to_image(images_of(over_antennas[:, None], self.size[1]))
 
     def _frequencies(self, rays: Rays) -> NDArray[np.complex64]:
-        return frequencies_of_rays(rays.gain, rays.frequency, rays.delay, angles=self._angles)
+        return frequencies_of_rays(rays.gain, rays.frequency, rays.delay, angles=self.size[0])
 
 
 def open_source(data: DataSettings, angles: int | None, delays: int | None) -> SyntheticSource:
