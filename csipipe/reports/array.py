@@ -17,7 +17,7 @@ from csipipe.files import whole
 from csipipe.reports import command
 from csipipe.reports import runs as states
 from csipipe.reports.command import Report
-from csipipe.reports.runs import Run, State
+from csipipe.reports.runs import Run, State, named
 from csipipe.run import lock
 from csipipe.settings import commandline
 
@@ -66,8 +66,8 @@ def given(options: Namespace) -> list[str]:
 
 
 def numbered(wanted: Iterable[Run]) -> list[Run]:
-    """Runs by index, each once."""
-    return list({run.name: run for run in wanted}.values())
+    """Runs by index, each once; raises as `named`."""
+    return list(named(wanted).values())
 
 
 def pick(report: Report, wanted: Iterable[Run], index: int) -> Path:

@@ -107,10 +107,10 @@ def obtain(report: Report, wanted: Iterable[Run]) -> Found:
     """The runs that a report needs, trained if they are missing.
 
     Raises:
-        ValueError: one of their folders can't be used, or none can train on these data; nothing
-            was started.
+        ValueError: one of their folders can't be used, two runs have one name, or none can train on
+            these data; nothing was started.
     """
-    runs = {run.name: run for run in wanted}
+    runs = states.named(wanted)
     found = states.sort(runs.values())
     finished, missing = found[State.FINISHED], [*found[State.INTERRUPTED], *found[State.MISSING]]
     print(f"{report.out}: {len(finished)} of {len(runs)} runs are finished", file=sys.stderr)

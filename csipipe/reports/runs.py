@@ -168,15 +168,34 @@ def unfit(runs: Iterable[Run]) -> dict[str, str]:
     return found
 
 
+def named(runs: Iterable[Run]) -> dict[str, Run]:
+    """Runs by name, each once.
+
+    Raises:
+        ValueError: two of one name have other settings; names one of them.
+    """
+    found: dict[str, Run] = {}
+    for run in runs:
+        first = found.setdefault(run.name, run)
+        if first.settings != run.settings:
+            one, other = plain(first.settings), plain(run.settings)
+            key = next(key for key in one if one[key] != other[key])
+            raise ValueError(
+                f"two runs of this report are called {run.name}, one with {key} {one[key]!r}, one "
+                f"with {other[key]!r}, so that they would be one; name them by what they differ in."
+            )
+    return found
+
+
 def sort(runs: Iterable[Run]) -> dict[State, list[Run]]:
     """Runs by state, each folder once.
 
     Raises:
-        ValueError: naming the folders that are damaged, foreign or of other settings.
+        ValueError: naming the folders that are damaged, foreign or of other settings; as `named`.
     """
     sorted_runs: dict[State, list[Run]] = {state: [] for state in State}
     wrong = []
-    for run in {run.name: run for run in runs}.values():
+    for run in named(runs).values():
         try:
             sorted_runs[run.state()].append(run)
         except ValueError as error:

@@ -24,6 +24,7 @@ from csipipe import channels, files, models
 from csipipe.channels import command as channels_command
 from csipipe.comm.topology import Topology
 from csipipe.reports import (
+    array,
     bytes,
     command,
     curves,
@@ -114,6 +115,18 @@ def test_reports_share_runs(tmp_path: Path) -> None:
     assert len(head) == 3 * len(METHODS)
     names = [r.name for wanted in (five, six, head) for r in wanted.values()]
     assert len(set(names)) == 9 + 48 - 6 + 14  # points, panels less shared, two more seeds
+
+
+def test_runs_of_one_name_and_other_settings_are_refused(tmp_path: Path) -> None:
+    one = a_run(tmp_path)
+    other = replace(one.settings, train=replace(one.settings.train, mu=0.5))
+    both = [one, one, Run(one.name, other)]
+    named = rf"two runs of this report are called {one.name}, one with train.mu 0.01, one with 0.5"
+    with pytest.raises(ValueError, match=named):
+        command.obtain(report(tmp_path), both)
+    with pytest.raises(ValueError, match=named):
+        array.numbered(both)
+    assert array.numbered([one, one]) == [one]
 
 
 def test_a_method_gets_settings_it_can_use(tmp_path: Path) -> None:
