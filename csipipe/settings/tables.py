@@ -112,6 +112,9 @@ class LossSpec:
     """Whether it needs images of a kind with `similarity`."""
 
 
+_CROSSING = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodecSpec:
     """How scalars are written for the wire, by comm.codec.
@@ -120,11 +123,17 @@ class CodecSpec:
     """
 
     dtype: str | None = None
-    """The type, of torch, in which every scalar crosses by itself."""
+    """The type, of torch, in which every scalar crosses by itself: one of `_CROSSING`."""
     bits: int | None = None
     """Bits of a scalar that crosses as a multiple of a scale: 2, 4 or 8, which fill a byte."""
 
     def __post_init__(self) -> None:
+        if self.dtype not in (None, *_CROSSING):
+            raise ValueError(
+                f"dtype of a codec is {self.dtype!r}; it must be {', '.join(_CROSSING[:-1])} or "
+                f"{_CROSSING[-1]}: narrower types can't be checked on arrival, and wider ones hold "
+                "no more."
+            )
         if self.bits not in (None, 2, 4, 8):
             raise ValueError(
                 f"bits of a codec is {self.bits}; it must be 2, 4 or 8, so that there are levels "

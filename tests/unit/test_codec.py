@@ -32,6 +32,12 @@ def test_bits_that_make_no_levels_or_fill_no_byte_are_refused(bits: int) -> None
         CodecSpec(bits=bits)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float64", "half"])
+def test_a_type_that_cannot_cross_is_refused(dtype: str) -> None:
+    with pytest.raises(ValueError, match=f"dtype of a codec is '{dtype}'; it must be float32, bfl"):
+        CodecSpec(dtype=dtype)
+
+
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("scale", ["row", "ue"])
 def test_a_message_keeps_its_shape_and_has_the_length_announced(name: str, scale: str) -> None:
@@ -88,7 +94,7 @@ def bits_of(name: str, width: int) -> Codec:
     return codec.of_rows(name, CommSettings(topk=0.5), 2, width)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_arrives_as_none(name: str, value: float) -> None:
     sent = message(2, 8)
