@@ -89,7 +89,7 @@ train() {
     elif [ "$code" -eq 138 ]; then
         fail "USR1 was sent to torchrun, which can't save and ended; send it to this script: --signal=B:USR1@180 in
     its #SBATCH lines, or scancel --batch --signal=USR1 JOB. To resume, submit it with --run.dir $run"
-    elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ] && ! on_each_node true; then
+    elif [ "$code" -ne 0 ] && [ "${SLURM_NNODES:-1}${SLURM_HET_SIZE:-}" != 1 ] && ! on_each_node true; then
         # ranks notice a dead node sooner than SLURM, which would requeue the job for it
         [ -n "$trained" ] || fail "a node of the job doesn't answer; not requeued, since nothing was trained yet"
         [ "${SLURM_RESTART_COUNT:-0}" -lt "$CSIPIPE_REQUEUES" ] ||

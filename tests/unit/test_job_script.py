@@ -99,6 +99,23 @@ def test_a_job_that_fails_is_not_requeued(preempted: str, script: Script) -> Non
     assert script.requeued() == []
 
 
+@pytest.mark.parametrize(
+    ("nodes", "requeued"),
+    [
+        ({"SLURM_NNODES": "1"}, []),
+        ({"SLURM_NNODES": "2"}, ["36"]),
+        ({"SLURM_NNODES": "1", "SLURM_HET_SIZE": "2"}, ["36"]),  # of the first component
+    ],
+    ids=["one", "two", "components"],
+)
+def test_a_job_that_loses_a_node_is_requeued(
+    nodes: dict[str, str], requeued: list[str], script: Script
+) -> None:
+    script.program("srun", "touch run/config.yaml; exit 1")  # no node answers
+    script.train(**nodes)
+    assert script.requeued() == requeued
+
+
 def test_a_signal_to_torchrun_itself_ends_the_job_and_is_named(script: Script) -> None:
     script.program("srun", "exit 138")
     done = script.train()
