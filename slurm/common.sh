@@ -74,9 +74,11 @@ train() {
     local step code trained=''
     run=$(python -m csipipe.run.slurm plan "$@") || exit 1
     [ -z "$asked" ] || touch "$run/stop"
+    # inside salloc: without this, Ctrl-C would end the script, and the run would go on without it
+    trap 'touch "$run/stop"; echo "csipipe: interrupted: one more iteration, and all is saved" >&2' INT
     on_each_node --kill-on-bad-exit=1 python -m csipipe.run.slurm node "$run" & # a torchrun each
     step=$!
-    while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # USR1 ends the wait, not the step
+    while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done # a signal ends the wait, not the step
     wait "$step" # says once more how it ended
     code=$?
     [ "$run/config.yaml" -nt "$run/slurm.json" ] && trained=yes # written when training begins

@@ -77,6 +77,14 @@ def test_a_job_that_saved_is_requeued(script: Script) -> None:
     assert script.requeued() == ["36"]
 
 
+def test_ctrl_c_stops_the_run_and_waits_for_it(script: Script) -> None:
+    script.program("srun", """kill -INT "$SCRIPT"; sleep 0.2; echo saved; [ -e run/stop ]""")
+    done = script.train()
+    assert (done.returncode, done.stdout) == (0, "saved\n")
+    assert "interrupted: one more iteration, and all is saved" in done.stderr
+    assert script.requeued() == []
+
+
 def test_a_task_of_an_array_requeues_itself_alone(script: Script) -> None:
     script.program("srun", SAVES)
     script.shown(ARRAY)
