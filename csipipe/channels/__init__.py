@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from csipipe.channels.csinet import frequency_channels
-from csipipe.channels.load import check_values, load_test, load_ue, rows_of
+from csipipe.channels.load import check_values, load_ue, rows_of
 from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
 from csipipe.channels.split import Deal, common_test, deal
@@ -25,7 +25,6 @@ __all__ = [
     "deal",
     "dealt",
     "frequency_channels",
-    "load_test",
     "load_ue",
     "manifest_of",
     "open_source",

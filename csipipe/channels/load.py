@@ -40,15 +40,6 @@ def load_ue(source: Source, deal: Deal, ue: int, holdout: float) -> tuple[Images
     return rows_of(source, train), rows_of(source, kept)
 
 
-def load_test(source: Source, deal: Deal) -> Images:
-    """The common test set: (n, 2, A, D) float32 in [0, 1]; one environment after the other.
-
-    Raises:
-        FileNotFoundError, ValueError: the source can't give the rows.
-    """
-    return rows_of(source, deal.test)
-
-
 def hold_out(
     source: Source, spans: tuple[Span, ...], holdout: float
 ) -> tuple[tuple[Span, ...], tuple[Span, ...]]:

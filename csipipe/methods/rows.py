@@ -25,7 +25,7 @@ def load(
         train, held = channels.load_ue(source, deal, n, data.holdout)
         channels.check_values(train, f"data.source {data.source}, rows of UE {n}", data.accept)
         ues.append(UserEquipment(n, settings, train, held, device))
-    test = channels.load_test(source, deal)
+    test = channels.rows_of(source, deal.test)
     channels.check_values(test, f"data.source {data.source}, test rows", data.accept)
     return ues, torch.from_numpy(test).to(device)
 

@@ -52,7 +52,8 @@ def find(settings: Settings, test: Images | None = None) -> Ceiling | None:
     if components >= settings.model.reals:
         return None
     source, deal = channels.dealt(settings)
-    found = pca(settings, channels.load_test(source, deal) if test is None else test, [components])
+    test = channels.rows_of(source, deal.test) if test is None else test
+    found = pca(settings, test, [components])
     return Ceiling(
         components=components,
         bound=confined is not None,

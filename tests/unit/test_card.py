@@ -143,7 +143,7 @@ def test_half_the_bytes_hold_the_weights_that_the_card_speaks_of(tmp_path: Path)
         assert any(not torch.equal(rounded[name], exact[name]) for name in exact)
     told = json.loads((tmp_path / "half" / card.CARD).read_text())
     again = json.loads((tmp_path / "again" / card.CARD).read_text())
-    h = torch.from_numpy(channels.load_test(*channels.dealt(half.own)))
+    h = torch.from_numpy(channels.rows_of(*channels.tested(half.own)))
     assert told["figures"]["nmse_db"] == [nmse_db(through(m, h), h) for m in half.models()]
     assert evaluation.main([str(tmp_path / "half"), "--train.threads=1"]) == 0
     [seen] = json.loads((tmp_path / "half" / "evaluation" / "figures.json").read_text())["runs"]

@@ -18,10 +18,10 @@ from csipipe.channels import (
     Span,
     common_test,
     deal,
-    load_test,
     load_ue,
     manifest_of,
     open_source,
+    rows_of,
 )
 from csipipe.channels.format import NAME, Description, Set, Stored
 from csipipe.channels.writer import Writer
@@ -81,7 +81,7 @@ def test_an_environment_by_default_is_all_of_them(tmp_path: Path) -> None:
     source = open_source(data)
     dealt = deal(data, 4, source.available, source.environments)
     assert [sum(span.size for span in spans) for spans in dealt.ues] == [11, 11, 10, 10]
-    assert len(load_test(source, dealt)) == 10
+    assert len(rows_of(source, dealt.test)) == 10
     manifest_of(dealt, 0.1, source).write(tmp_path)
     assert Settings(data=data).data.environment == "all"
     assert Settings().data.environment == "indoor"

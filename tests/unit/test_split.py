@@ -19,7 +19,6 @@ from csipipe.channels import (
     Manifest,
     Span,
     deal,
-    load_test,
     load_ue,
     manifest_of,
     open_source,
@@ -176,7 +175,7 @@ def test_one_row_is_trained_on_and_not_held_out() -> None:
 
 def test_the_test_set_is_common_and_mixed() -> None:
     dealt = deal(settings(environment="noniid", test_samples=5), 2, endless)
-    rows = load_test(Numbered(), dealt)
+    rows = rows_of(Numbered(), dealt.test)
     assert rows[:, 0, 0, 0].tolist() == [0, 1, 2, 1000, 1001]
 
 
@@ -242,7 +241,7 @@ def test_a_manifest_repeats_the_split_of_files(tmp_path: Path) -> None:
         train, held = load_ue(source, dealt, ue, data.holdout)
         np.testing.assert_array_equal(rows_of(fresh, again.train[ue]), train)
         np.testing.assert_array_equal(rows_of(fresh, again.holdout[ue]), held)
-    np.testing.assert_array_equal(rows_of(fresh, again.test), load_test(source, dealt))
+    np.testing.assert_array_equal(rows_of(fresh, again.test), rows_of(source, dealt.test))
 
     content = json.loads((tmp_path / "manifest.json").read_text())
     counts = [(ue["rows"], ue["rows_held_out"]) for ue in content["ues"]]

@@ -31,7 +31,7 @@ def test_weights_can_be_used_as_a_run_can(folder: Path) -> None:
     assert all(file.stat().st_size <= MOST for file in folder.rglob("*") if file.is_file())
     assert f"| `{folder.name}` |" in (ZOO / "README.md").read_text()
     few = replace(run.settings, data=replace(run.settings.data, test_samples=200))
-    rows = torch.from_numpy(channels.load_test(*channels.dealt(few)))
+    rows = torch.from_numpy(channels.rows_of(*channels.tested(few)))
     [told] = json.loads((folder / card.CARD).read_text())["figures"]["nmse_db"]
     assert nmse_db(through(run.models()[0], rows), rows) == pytest.approx(told, abs=1)
 
