@@ -48,22 +48,20 @@ def faults(step: Step) -> None:
     arguments = small(step) | {"topology.stages": 1, "run.timeout": 20, "run.eval_every": 1000}
     stop = start(step, "nan-stop", 3, arguments, *spoil)
     drop = start(step, "nan-drop", 3, arguments | {"train.on_bad_ue": "drop"}, *spoil)
-    long = {"train.iterations": 1_000_000, "run.eval_every": 1_000_000}
-    long["run.save_every"] = 1_000_000
-    killed = Run(step.folder / "killed", 3, arguments | long)
+    long = ("train.iterations", "run.eval_every", "run.save_every")
+    killed = Run(step.folder / "killed", 3, arguments | dict.fromkeys(long, 1_000_000))
     try:
         _kill_one(step, killed)
     finally:
         if killed.process.poll() is None:  # it would go on for ever
             end(killed.process.pid)
-    for run, wanted in ((stop, "an error that names UE 0"), (drop, "UE 0 left out once")):
-        code = run.wait(step.left - 2)
-        said = " / ".join(dict.fromkeys(run.errors())) or "no error"
-        if run is stop:
-            step.add("NaN, stop", f"exit {code}: {said}", wanted, code != 0 and "UE 0" in said)
-        else:
-            out = run.summary["dropped"] if code == 0 else said
-            step.add("NaN, drop", f"exit {code}, left out: {out}", wanted, out == [1, 0, 0, 0])
+    code, said = _ended(step, stop)
+    good = code != 0 and "UE 0" in said
+    step.add("NaN, stop", f"exit {code}: {said}", "an error that names UE 0", good)
+    code, said = _ended(step, drop)
+    out = drop.summary["dropped"] if code == 0 else said
+    good = out == [1, 0, 0, 0]
+    step.add("NaN, drop", f"exit {code}, left out: {out}", "UE 0 left out once", good)
     if step.device.type == "cuda":
         time.sleep(1)
         after = _used(step)
@@ -84,13 +82,18 @@ def _kill_one(step: Step, run: Run) -> None:
     time.sleep(3)
     ranks["2"].kill()
     at = time.monotonic()
-    code = run.wait(step.left - 2)
+    code, said = _ended(step, run)
     seconds = time.monotonic() - at
-    said = " / ".join(dict.fromkeys(run.errors())) or "no error"
     good = code != 0 and "UE rank 2" in said
     step.add("a killed rank", f"after {seconds:.1f} s: {said}", "names UE rank 2", good)
     alive = [rank for rank in ranks.values() if rank.is_running()]
     step.add("its fellows", f"{len(alive)} of {len(ranks)} still there", "none", not alive)
+
+
+def _ended(step: Step, run: Run) -> tuple[int, str]:
+    """A run's exit code, and its errors."""
+    code = run.wait(step.left - 2)
+    return code, " / ".join(dict.fromkeys(run.errors())) or "no error"
 
 
 def _training(run: Run) -> dict[str, psutil.Process]:
