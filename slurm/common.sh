@@ -8,6 +8,8 @@ csipipe=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CSIPIPE_VENV=${CSIPIPE_VENV:-$csipipe/.venv}
 # export CSIPIPE_CACHE=$SCRATCH/csipipe     # converted data, if $HOME is small
 CSIPIPE_REQUEUES=${CSIPIPE_REQUEUES:-10}     # how often a job that loses a node is requeued
+# seconds that torchrun gives ranks that save after SIGTERM (its own: 30); SLURM ends a job when it wants the nodes back
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 # ------------------------------------------------------------------------------------------------------
 
 fail() {

@@ -85,6 +85,12 @@ def test_ctrl_c_stops_the_run_and_waits_for_it(script: Script) -> None:
     assert script.requeued() == []
 
 
+def test_ranks_have_as_long_to_save_as_slurm_gives_them(script: Script) -> None:
+    script.program("srun", 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
+    assert script.train().stdout == "300\n"
+    assert script.train(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60").stdout == "60\n"
+
+
 def test_a_task_of_an_array_requeues_itself_alone(script: Script) -> None:
     script.program("srun", SAVES)
     script.shown(ARRAY)
