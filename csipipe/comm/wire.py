@@ -7,11 +7,10 @@ crosses between a UE and the BTS is checked by the receiver (`csipipe.comm.trust
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from csipipe.comm import codec as codecs
 from csipipe.comm.channel import Channel, Peer, rows_of
@@ -158,20 +157,6 @@ class Wire:
         self.expect(kind, ues, (1, scalars), 1)
         codec = codecs.of_vector(self._codec(kind), self.comm, scalars)
         return self._crossing(kind, peers, (1, scalars), 1, codec)
-
-    def vectors(self, sizes: Mapping[Kind, int], ue: int, tolerant: bool) -> list[Tensor] | str:
-        """At the BTS: what a UE sends, (1, scalars) of each kind; or what is wrong with it.
-
-        Args:
-            tolerant: as `Channel.tolerant`; otherwise faults are errors.
-        """
-        channels = [self.vector(kind, size, range(ue, ue + 1)) for kind, size in sizes.items()]
-        for channel in channels:
-            channel.tolerant = tolerant
-            channel.post()
-        tensors = [channel.receive(0) for channel in channels]
-        faults = [text for channel in channels for text in channel.bad.values()]
-        return faults[0] if faults else tensors
 
     def unrecordable(self) -> str | None:
         """Why what is sent can't be recorded once and then only be replayed; None: it can."""

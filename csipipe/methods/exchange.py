@@ -207,12 +207,14 @@ class BtsExchange:
         return told
 
     def _receive(self, ue: int) -> None:
-        vectors = self.half.wire.vectors(self.up, ue, self.half.tolerant)
-        if isinstance(vectors, str):
-            self.faults[ue] = vectors
-            self._vectors = []
-        else:
-            self._vectors = vectors
+        wire = self.half.wire
+        channels = [wire.vector(kind, n, range(ue, ue + 1)) for kind, n in self.up.items()]
+        for channel in channels:
+            channel.tolerant = self.half.tolerant
+            channel.post()
+        self._vectors = [channel.receive(0) for channel in channels]
+        for fault in (fault for channel in channels for fault in channel.bad.values()):
+            self.faults.setdefault(ue, fault)
 
     def _add(self, ue: int) -> None:
         if ue not in self.faults:
