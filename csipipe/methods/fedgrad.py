@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csipipe.comm import trust
 from csipipe.measure.figures import WIDTH
@@ -64,19 +64,14 @@ class BtsHalf(aggregator.BtsHalf):
         Raises:
             FloatingPointError: the mean isn't finite; nothing was changed.
         """
-        named = [
-            (f"{part}.{name}", parameter)
-            for part, module in self.parts.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        ]
-        parameters = [parameter for _, parameter in named]
-        for parameter, gradient in zip(parameters, split(mean, list(parameters)), strict=True):
+        agreed = self.exchange.commons[0].agreed
+        for parameter, gradient in zip(agreed.tensors, split(mean, agreed.tensors), strict=True):
             parameter.grad = gradient
-        trust.check_gradients("the mean over UEs of", named)
+        parts = nn.ModuleDict(self.parts)
+        trust.check_gradients("the mean over UEs of", parts.named_parameters())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.exchange.commons[0].agreed.change()
+        return agreed.change()
 
 
 prepare = partial(federated.prepare, FedGrad, bts=BtsHalf)
