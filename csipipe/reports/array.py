@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def asked(options: Namespace) -> bool:
     """Whether the line or the settings of a run are wanted instead of the report."""
-    return bool(getattr(options, "sbatch", False)) or getattr(options, "pick", None) is not None
+    return options.sbatch or options.pick is not None
 
 
 def answer(options: Namespace, wanted: Wanted) -> None:

@@ -79,8 +79,7 @@ def report(options: Namespace) -> Report:
     """
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1.")
-    decided = getattr(options, "decided", ())
-    preset = presets.load(options.preset, options.quick, options.settings, decided)
+    preset = presets.load(options.preset, options.quick, options.settings, options.decided)
     if options.processes is not None:
         if options.processes < 1:
             raise ValueError(f"--processes is {options.processes}; it must be at least 1.")
@@ -93,7 +92,7 @@ def report(options: Namespace) -> Report:
             )
         preset = replace(preset, seeds=preset.seeds[: options.seeds])
     elif options.quick:
-        preset = replace(preset, seeds=preset.seeds[: getattr(options, "quick_seeds", None)])
+        preset = replace(preset, seeds=preset.seeds[: options.quick_seeds])
     data = preset.common().data
     out = Path(options.out or f"reports/{preset.name}-{_data_name(data)}")
     return Report(preset, out, options.quick, options.collect, options.jobs)

@@ -66,6 +66,8 @@ def parser() -> ArgumentParser:
         report.set_defaults(
             decided=getattr(module, "DECIDED", ()),
             quick_seeds=getattr(module, "QUICK_SEEDS", None),
+            sbatch=False,
+            pick=None,
         )
         if name in ARRAYS:
             array.add_arguments(report)

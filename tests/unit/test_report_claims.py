@@ -32,7 +32,7 @@ COMPRESSION = (16, 8, 4)
 def options(out: Path, **others: object) -> Namespace:
     """Options of a report that starts nothing."""
     usual = Namespace(preset="laptop", quick=False, collect=True, jobs=1, seeds=None, settings=[])
-    usual.processes = None
+    usual.processes, usual.decided, usual.quick_seeds = None, (), None
     return Namespace(out=str(out), **(vars(usual) | others))
 
 
