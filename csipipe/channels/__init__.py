@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from csipipe.channels.csinet import frequency_channels
 from csipipe.channels.load import check_values, load_ue, rows_of
 from csipipe.channels.manifest import Manifest, manifest_of
 from csipipe.channels.source import Source, Span
@@ -24,7 +23,6 @@ __all__ = [
     "common_test",
     "deal",
     "dealt",
-    "frequency_channels",
     "load_ue",
     "manifest_of",
     "open_source",

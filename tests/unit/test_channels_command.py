@@ -13,7 +13,8 @@ from csifiles import channels
 from matplotlib.figure import Figure
 from scipy import io
 
-from csipipe.channels import command, frequency_channels, open_source, statistics
+from csipipe.channels import command, open_source, statistics
+from csipipe.channels.csinet import frequency_channels
 from csipipe.channels.source import Images, Part, Site, check_range
 from csipipe.channels.synthetic import SyntheticSource
 from csipipe.settings.config import DataSettings

@@ -11,7 +11,8 @@ import pytest
 from csifiles import csinet, images, save, save_v73
 from numpy.typing import NDArray
 
-from csipipe.channels import frequency_channels, open_source
+from csipipe.channels import open_source
+from csipipe.channels.csinet import frequency_channels
 from csipipe.channels.layout import HT, Layout
 from csipipe.channels.matfile import count_rows, read_rows
 from csipipe.channels.transform import shrink
