@@ -51,7 +51,7 @@ on_each_node() (
 
 # What SLURM knows of this job, in one line. (A task of an array may have the id of the array: then all tasks are listed.)
 facts() {
-    scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "
+    SLURM_TIME_FORMAT=standard scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "
 }
 
 requeue() {

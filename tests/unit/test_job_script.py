@@ -24,7 +24,9 @@ class Script:
         self.folder = folder
         (folder / "run").mkdir()
         self.program("python", '[ "$3" != plan ] || echo run')
-        self.program("scontrol", '[ "$1" != show ] || cat job; echo "$*" >>asked')
+        self.program(
+            "scontrol", 'echo "$SLURM_TIME_FORMAT $*" >>asked; [ "$1" != show ] || cat job'
+        )
         self.shown()
 
     def program(self, name: str, body: str) -> None:
@@ -59,7 +61,7 @@ class Script:
         """Jobs that were requeued."""
         file = self.folder / "asked"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [line.split()[1] for line in lines if line.startswith("requeue ")]
+        return [line.split()[-1] for line in lines if " requeue " in line]
 
 
 @pytest.fixture
@@ -101,8 +103,10 @@ def test_a_task_of_an_array_requeues_itself_alone(script: Script) -> None:
 def test_a_preempted_job_is_requeued_though_torchrun_failed(script: Script) -> None:
     script.program("srun", "exit 1")
     script.shown(preempted="2026-11-28T01:44:34")
-    assert "preempted; the job is requeued" in script.train().stderr
+    done = script.train(SLURM_TIME_FORMAT="relative")  # as somebody likes squeue's
+    assert "preempted; the job is requeued" in done.stderr
     assert script.requeued() == ["36"]
+    assert (script.folder / "asked").read_text().startswith("standard show job ")
 
 
 @pytest.mark.parametrize("preempted", ["None", "2026-11-28T01:41:00"], ids=["never", "earlier"])
