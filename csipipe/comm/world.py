@@ -167,9 +167,11 @@ class World(Texts):
         """
         orphans.leave()  # a store that went with its torchrun explains this error
         text = in_words(error) or type(error).__name__
-        if not isinstance(error, ValueError | OSError):
+        # before the first iteration it is about what the user said, and says all there is to say
+        told = isinstance(error, ValueError) and self.doing in ("", self.role(self.rank))
+        if not (told or isinstance(error, OSError)):
             text = f"{type(error).__name__}: {text}"
-        if self.doing and not isinstance(error, ValueError):
+        if self.doing and not told:
             text = f"{self.doing}: {text}"
         if isinstance(error, blame.PeerLost):
             with contextlib.suppress(RuntimeError):

@@ -47,6 +47,24 @@ def shown(world: World, act: Callable[[World], Any], timeout: float) -> tuple[st
     return said.getvalue().strip(), time.monotonic() - started
 
 
+def mistaken(world: World, trains: bool) -> str:
+    """A rank that fails before it trains, or in an iteration."""
+
+    def act(world: World) -> None:
+        world.doing = world.role(world.rank) + ", iteration 3" * trains
+        raise ValueError("too many values to unpack (expected 2)")
+
+    return shown(world, act, timeout=5.0)[0]
+
+
+@pytest.mark.parametrize(
+    ("trains", "where"), [(False, ""), (True, "rank 0, iteration 3: ValueError: ")]
+)
+def test_a_value_error_in_an_iteration_has_its_place(trains: bool, where: str) -> None:
+    [said] = run_world(1, mistaken, trains)
+    assert said == f"csipipe: error: {where}too many values to unpack (expected 2)"
+
+
 def freeze(seconds: float) -> None:
     """Stop this process, as a debugger or a dying machine would, and go on in time to report."""
     subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
