@@ -123,11 +123,12 @@ def _open(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
             f"{path} is a MAT file of version 4; expected 5 or 7.3. In Octave: save -v7 FILE NAME; "
             "in MATLAB: save(FILE, 'NAME', '-v7.3')."
         )
-    pickled = head[:1] == b"\x80" or kind in (".pkl", ".pickle")
-    what = "a pickle, which can execute anything when it is read; it is never loaded" * pickled
+    what = f"of an unknown kind: it starts with {head[:12]!r}"
+    if head[:1] == b"\x80" or kind in (".pkl", ".pickle"):
+        what = "a pickle, which can execute anything when it is read; it is never loaded"
     raise Unfit(
-        f"{path} is {what or f'of an unknown kind: it starts with {head[:12]!r}'}. Expected .npy, "
-        ".npz, .mat, .h5, .csv or .pt; in Python: numpy.save('channels.npy', array)."
+        f"{path} is {what}. Expected .npy, .npz, .mat, .h5, .csv or .pt; in Python: "
+        "numpy.save('channels.npy', array)."
     )
 
 
