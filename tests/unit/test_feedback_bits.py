@@ -156,6 +156,15 @@ def test_bits_are_the_specifications() -> None:
     assert (wide.bits(one) - rest == 2 + 3 + 4 + 7 + 20 + 4 + 3).all()
 
 
+def test_combinations_are_the_specifications() -> None:
+    """L, M and K0 with 13 subbands, by Table 5.2.2.2.5-1 of TS 38.214."""
+    books = [Codebook(4, 4, 13, number) for number in range(1, 9)]
+    assert [(book.beams, book.taps, book.most) for book in books] == [
+        *((2, 4, 4), (2, 4, 8), (4, 4, 8), (4, 4, 16)),
+        *((4, 4, 24), (4, 7, 28), (6, 4, 24), (6, 4, 36)),
+    ]
+
+
 def test_taps_of_many_subbands_are_inside_a_window() -> None:
     book = Codebook(4, 1, 26, 3)
     taps = book.encode(eigenvectors(4, 1, 26)).taps
@@ -225,6 +234,10 @@ def test_pca_spends_bits_where_they_gain_most_and_the_rate_is_a_quantisers() -> 
         len(column.unique()) for column in ((coder(test) - 0.5).flatten(1) @ pca.components).T
     }
     assert max(values) >= 2 ** levels[0] / 2
+    z, z_hat = ((h.flatten(1) - pca.mean) @ pca.components for h in (test, coder(test)))
+    for k, bits in enumerate(levels):
+        wanted = pca.quantisers[bits - 1].rounded(z)[:, k]
+        torch.testing.assert_close(z_hat[:, k], wanted, atol=1e-5, rtol=0)
 
 
 def test_strongest_bins_cost_their_places_and_are_exact_without_quantisation() -> None:
