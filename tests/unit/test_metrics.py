@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from csipipe.measure.figures import Figures, row_sums
 from csipipe.measure.metrics import (
     centred_nmse,
     floor_loss,
@@ -131,3 +132,25 @@ def test_sgcs_of_single_bins_is_the_squared_cosine() -> None:
     torch.testing.assert_close(sgcs(one, other, 1), rho(one, other).square())
     many = torch.randn(2, 3, 4, 125, dtype=torch.complex64, generator=generator)
     torch.testing.assert_close(sgcs(many[0], many[1]), sgcs(many[0], many[1], 13))
+
+
+# Sums over rows, per UE
+
+
+def test_sums_are_of_each_rows_ratio_and_of_rows_that_count() -> None:
+    loss, floor = torch.tensor([0.2, 0.3, 9.0]), torch.tensor([0.4, 0.1, 0.0])
+    sums = row_sums(loss, floor, None, torch.tensor([True, True, False]))
+    assert sums.tolist() == pytest.approx([2, 0.5, 0.5 + 3, 0.5, 0])
+    assert sums.dtype == torch.float64
+
+
+def test_means_are_over_rows_then_over_ues_that_have_some() -> None:
+    sums = [[2, 0.2, 1.0, 0.8, 1.0], [4, 0.8, 6.0, 2.4, 3.0], [0, 0, 0, 0, 0]]
+    found = Figures(torch.tensor(sums, dtype=torch.float64), frozenset({2}))
+    assert found.loss == pytest.approx((0.1 + 0.2) / 2)
+    assert found.nmse_db == pytest.approx(0)  # (0.5 + 1.5) / 2, then dB
+    assert found.floor == pytest.approx((0.4 + 0.6) / 2)
+    assert found.sgcs == pytest.approx((0.5 + 0.75) / 2)
+    assert found.score(similarity=False) == pytest.approx((1, 0))
+    assert found.score(similarity=True) == pytest.approx((1, 1 - 0.625))
+    assert [row["ue"] for row in found.summary()["per_ue"]] == [0, 1]
