@@ -657,6 +657,13 @@ def test_the_better_shift_is_the_same_whatever_shift_was_taken(tmp_path: Path) -
     assert 8 <= found[0] <= 16, "the echoes from bin 40 on come first, or nearly"
 
 
+def test_of_shifts_that_lose_nearly_the_same_the_smallest_is_best() -> None:
+    profile = np.zeros(16)
+    profile[1], profile[9] = 0.4997, 0.5003  # no 4 delays hold both
+    shift, lost = converting.Tally(rows=1, profile=profile).best_shift(4)
+    assert (shift, lost) == pytest.approx((0, 0.5003))
+
+
 def test_a_file_that_changes_meanwhile_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
