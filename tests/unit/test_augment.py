@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csipipe import methods
 from csipipe.methods import augment
+from csipipe.methods.ue import UserEquipment
 from csipipe.settings.config import DataSettings, Settings, TrainSettings
 
 H = 0.5 + 0.3 * (torch.rand(64, 2, 5, 3, generator=torch.Generator().manual_seed(0)) - 0.5)
@@ -53,6 +54,9 @@ def test_a_ue_changes_what_it_draws_and_nothing_else() -> None:
     assert not torch.equal(first, second)
     norms = [(h - 0.5).flatten(1).norm(dim=1) for h in (first, second)]
     torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-5)  # the same rows
+    images = H.numpy()
+    wide = UserEquipment(0, small(train={"augment": "angle"}), images, images, CPU)
+    assert set(wide.draw(500)[1].tolist()) == set(range(5))  # angles, and not its 3 delays
 
 
 def test_the_rate_of_a_part_is_the_rate_times_its_factor() -> None:

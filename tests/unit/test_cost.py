@@ -66,6 +66,27 @@ def test_what_crosses_of_every_method() -> None:
     assert shared_parts(paper("csilocal")) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("freeze", "up", "down"),
+    [
+        ("tail", 512 + 256, 256 + 512),
+        ("encoder", 512 + 256, 256),  # the tail learns, z's gradient would be the encoder's
+        ("encoder,tail", 512, 256),
+        ("encoder,head", 512 + 256, 256),
+    ],
+)
+def test_gradients_cross_where_something_before_them_learns(
+    freeze: str, up: int, down: int
+) -> None:
+    one = paper("csilocal")
+    settings = replace(
+        one, model=replace(one.model, c2=256), train=replace(one.train, freeze=freeze)
+    )
+    assert exchanged_per_iteration(settings) == {"up": 8000 * up, "down": 8000 * down}
+    sizes = bytes_per_iteration(settings)
+    assert sizes == {"up": 4 * 8000 * up, "down": 4 * 8000 * down}
+
+
 def test_bytes_of_codecs_by_hand() -> None:
     one = CodecSettings(smashed="int8", output="int4", smashed_gradient="topk")
     settings = replace(paper("csilocal"), comm=CommSettings(codec=one, topk=0.125))
@@ -99,6 +120,8 @@ def test_who_was_absent_receives_what_it_missed() -> None:
             d, _ = shared_parts(some)
             assert exchanged(some) == {"up": 6 * d, "down": 6 * d + 4 * d}
             assert bytes_exchanged(some) == {"up": 24 * d, "down": 40 * d}
+            coarse = replace(some, train=TrainSettings(iterations=3, precision="bf16"))
+            assert bytes_exchanged(coarse) == {"up": 12 * d, "down": 20 * d}
     split = replace(paper("csilocal"), topology=TopologySettings(ues=5, participants=2))
     each = 2 * 800 * 1024
     assert exchanged_per_iteration(split) == {"up": each, "down": each}
