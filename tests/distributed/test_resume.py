@@ -172,6 +172,8 @@ def test_every_federated_method_goes_on_to_the_bit(tmp_path: Path) -> None:
     after = run_world(5, resumed, METHODS, str(tmp_path))  # 4 UE ranks instead of 2
     for name in METHODS:
         assert_same(together(before, name), together(after, name), *ALL)
+    lost = together(before, "feedback")["state"]
+    assert all(lost[f"{part}.feedback.value"].any() for part in ("bts", "ue-0", "ue-3"))
 
 
 def test_centralised_goes_on_to_the_bit(tmp_path: Path) -> None:

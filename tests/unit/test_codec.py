@@ -252,6 +252,30 @@ def test_what_is_lost_comes_with_the_next_message() -> None:
     assert torch.equal(residual.value, before)
 
 
+def test_a_channel_makes_up_for_what_is_lost_in_training_alone() -> None:
+    peer = Peer(0, slice(0, 1), (4,), loop=Loopback())
+    one, rounding = codec.of_vector("int2", CommSettings(), 4), Rounding(0, stochastic=False)
+    cpu = torch.device("cpu")
+    channel = Channel(Kind.UPDATE, [peer], (1, 4), 1, one, cpu, rounding=rounding)
+    channel.residual = Residual(4)
+    sent = torch.tensor([[4.0, 3, 1, 0.5]])
+
+    def arrived() -> torch.Tensor:
+        channel.post()
+        channel.send(0, sent)
+        return channel.receive(0).clone()
+
+    total = torch.zeros(1, 4)
+    for rounding.iteration in range(12):
+        total += arrived()
+    lost = channel.residual.value.clone()
+    torch.testing.assert_close(total + lost, 12 * sent)
+    assert lost.any()
+    rounding.iteration = None
+    torch.testing.assert_close(arrived(), one.decode(one.encode(sent)))
+    assert torch.equal(channel.residual.value, lost)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
