@@ -293,7 +293,7 @@ def test_weights_and_checkpoints_have_what_all_have_in_common(
     method: str, more: dict[str, str], tmp_path: Path
 ) -> None:
     """Of a UE too that took no part in the last iteration."""
-    some = {"topology__participants": "2", "data__holdout": "0", **more}
+    some = {"topology__participants": "2", "data__holdout": "0.1", **more}
     given = arguments(tmp_path, method=method, **some)
     [ended] = run_program(1, given)
     assert ended.code == 0, ended.err

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,9 @@ import trainedruns
 from csipipe import checkpoint, files
 from csipipe.__main__ import main
 from csipipe.comm.world import World
+from csipipe.methods import federated, splitfed
+from csipipe.methods.exchange import UeExchange
+from csipipe.methods.replica import Agreed
 from csipipe.run.folder import claim
 from csipipe.run.resuming import CONFIG, Start, decide
 from csipipe.settings.config import RunSettings, Settings
@@ -189,3 +194,15 @@ def test_weights_and_lines_name_their_file(disk: Disk) -> None:
     assert not file.exists()
     checkpoint.save(file, state)
     assert checkpoint.read(file)["head.weight"].shape == (ROOM,)
+
+
+@pytest.mark.parametrize("half", [federated.UeHalf, splitfed.UeHalf])
+def test_what_ues_are_lent_for_a_save_that_fails_is_in_no_checkpoint(half: Any) -> None:
+    own, lent = torch.zeros(3), torch.ones(3)
+    agreed = Agreed([own])
+    exchange = UeExchange.__new__(UeExchange)  # of no role
+    exchange._lent = [(agreed, agreed.lend(lent))]
+    assert torch.equal(own, lent)
+    half.units(SimpleNamespace(exchange=exchange, replicas={}, ues=[]))
+    assert torch.equal(own, torch.zeros(3))
+    assert not exchange._lent
