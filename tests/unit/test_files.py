@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,14 @@ def test_rows_come_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(train[5:9], open_source(data).rows("office", "train", 5, 9))
     hf = source.frequency_rows("office", "test", 1, 8)
     assert not isinstance(hf, str)
-    assert hf.shape == (7, A, K)
+    wanted = np.random.default_rng(2).random((8, A, K, 2)).view(complex)[..., 0].astype("c8")
+    np.testing.assert_array_equal(hf, wanted[1:])
     assert isinstance(source.frequency_rows("office", "train", 0, 1), str)
-    [file] = source.identity("office", "test")["files"]
+    identity = source.identity("office", "test")
+    assert (
+        identity["order_sha256"] == hashlib.sha256(np.arange(8, dtype="<i8").tobytes()).hexdigest()
+    )
+    [file] = identity["files"]
     content = (tmp_path / "x" / "office-test.npy").read_bytes()
     assert file["sha256"] == hashlib.sha256(content).hexdigest()
     assert np.load(tmp_path / "x" / "office-train.npy").shape == (30, 2, A, D)  # NumPy reads it
@@ -82,6 +88,10 @@ def test_an_environment_by_default_is_all_of_them(tmp_path: Path) -> None:
     dealt = deal(data, 4, source.available, source.environments)
     assert [sum(span.size for span in spans) for spans in dealt.ues] == [11, 11, 10, 10]
     assert len(rows_of(source, dealt.test)) == 10
+    for number, environment in enumerate(source.environments):
+        order = np.random.default_rng(np.random.SeedSequence((0, number))).permutation(21)
+        digest = hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
+        assert source.identity(environment, "train")["order_sha256"] == digest
     manifest_of(dealt, 0.1, source).write(tmp_path)
     assert Settings(data=data).data.environment == "all"
     assert Settings().data.environment == "indoor"
@@ -138,6 +148,12 @@ def test_values_out_of_range_need_a_setting_and_nan_is_refused(tmp_path: Path) -
         with Writer(tmp_path / name) as out:
             out.add("all", "test", rows)
             out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    with Writer(tmp_path / "low") as out:
+        out.add("all", "test", images(8) - np.float32(0.25))
+        out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    low = open_source(DataSettings(source="files", path=str(tmp_path / "low")))
+    with pytest.raises(ValueError, match=r"unusable: values lie in \[-0\.2"):
+        low.rows("all", "test", 0, 8)
     wide = DataSettings(source="files", path=str(tmp_path / "wide"))
     with pytest.raises(ValueError, match=r"unusable: values lie in.* 1\.5\].*accept to unusable"):
         open_source(wide).rows("all", "test", 0, 8)
@@ -217,6 +233,25 @@ def test_an_exchanged_file_is_never_used(tmp_path: Path) -> None:
         open_source(data).rows("office", "test", 0, 2)
 
 
+def test_exchanged_responses_or_users_are_never_used(tmp_path: Path) -> None:
+    folder, hf = tmp_path / "x", np.ones((3, A, K), "c8")
+    with Writer(folder) as out:
+        out.add("all", "train", images(6), user=np.arange(6) // 2)
+        out.add("all", "test", images(3), np.ones(3, "f4"), hf)
+        made = out.finish(lambda sets: Description(angles=A, delays=D, subcarriers=K, sets=sets))
+    source = open_source(DataSettings(source="files", path=str(folder)))
+    asked: list[tuple[Stored | None, Callable[[], object]]] = [
+        (made.of("all", "train")[0].user, lambda: source.rows("all", "train", 0, 6)),
+        (made.of("all", "test")[0].frequency, lambda: source.frequency_rows("all", "test", 0, 3)),
+    ]
+    for stored, ask in asked:
+        assert stored is not None
+        file = folder / stored.name
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+        with pytest.raises(ValueError, match=rf"{stored.name} isn't the file that channels.json"):
+            ask()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -248,7 +283,10 @@ def test_a_description_names_only_files_of_its_folder() -> None:
 
 def test_sizes_that_the_rows_do_not_have(tmp_path: Path) -> None:
     data = written(tmp_path / "x")
-    assert open_source(data, 4, 2).rows("office", "test", 0, 3).shape == (3, 2, 4, 2)
+    fewer = open_source(data, 4, 2)
+    assert fewer.rows("office", "test", 0, 3).shape == (3, 2, 4, 2)
+    assert fewer.frequency_rows("office", "test", 0, 3) == "they have 6 angles"
+    assert (fewer.array, open_source(data).array) == ((4, 1, 1), (A, 1, 1))
     with pytest.raises(ValueError, match=r"model.angles is 32; .* have 6\. Set it to 1 … 6"):
         open_source(data, 32, 4)
     data = written(tmp_path / "planar", columns=3, rows=2)
@@ -326,3 +364,10 @@ def test_rows_of_unknown_users_or_one_each_are_shuffled_alike(tmp_path: Path) ->
     np.testing.assert_array_equal(found[1], found[0])
     order = np.random.default_rng(np.random.SeedSequence((0, 0))).permutation(30)
     np.testing.assert_array_equal(found[0], images(30)[order])
+    with Writer(tmp_path / "half") as out:
+        out.add("all", "train", images(30))
+        out.add("all", "val", images(10), user=np.zeros(10, int))
+        out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    half = open_source(DataSettings(source="files", path=str(tmp_path / "half")))
+    assert half.user_borders("all", "train") is None
+    assert half.rows("all", "train", 0, 40).shape == (40, 2, A, D)
