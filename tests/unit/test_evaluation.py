@@ -68,6 +68,8 @@ def test_a_perfect_model_and_one_that_has_learnt_nothing() -> None:
     assert nothing["loss"] == pytest.approx(nothing["floor_loss"])
     assert (nothing["rho"], nothing["sgcs"]) == (0.0, 0.0)  # it points nowhere
     assert samples.ceiling(test) == pytest.approx((1, 1), abs=1e-6)
+    other = Rows(test.h_BAD, metrics.to_frequency(test.h_BAD, 20, 32), "", "", padded=32)
+    assert samples.ceiling(other) == pytest.approx((1, 1), abs=1e-6)
 
 
 def test_the_images_themselves_are_shown_where_they_have_rho_and_sgcs() -> None:
@@ -105,6 +107,8 @@ def test_means_are_over_rows_then_ues_and_linear_before_db() -> None:
 def test_percentiles_are_numpys() -> None:
     found = evaluated([Const(0.6), Const(0.4)], rows(37))
     assert {"nmse_db", "rho", "sgcs"} <= found.distribution().keys()
+    linear = found.samples[..., samples.COLUMNS.index("nmse")].flatten()
+    torch.testing.assert_close(found.pooled("nmse_db"), 10 * linear.log10())
     for name, percentiles in found.distribution().items():
         pool = found.pooled(name).numpy()
         assert len(pool) == 74
@@ -123,6 +127,7 @@ def test_rows_without_energy_are_left_out_and_counted() -> None:
         assert with_empty.mean()[name] == pytest.approx(without.mean()[name])
         assert len(with_empty.pooled(name)) == 5
     assert len(with_empty.pooled("loss")) == 6
+    assert samples.ceiling(full) == pytest.approx((1, 1), abs=1e-6)
 
 
 class FirstColumn(nn.Module):
