@@ -158,10 +158,12 @@ def check(model: ModelSettings) -> None:
     output = None if model.c2 is None else (model.c2,)
     wanted = ((model.c1,), output, row) if model.split is None else (None, None, row)
     gives = row
+    every = []
     for part, after in zip(PARTS, wanted, strict=True):
         before = gives
         try:
-            requirements.check(part, _layers_on(_where(model), part, model))
+            every.append(_layers_on(_where(model), part, model))
+            requirements.check(part, every[-1])
             gives = _shapes(part, model, before)[-1]
         except Unsplittable:
             raise
@@ -177,11 +179,11 @@ def check(model: ModelSettings) -> None:
                 f"{before}; it must be {expected}, from model.c1, model.c2, model.angles and "
                 "model.delays."
             )
-    if own is not None:
-        try:
-            requirements.check_apart(*own)
-        except ValueError as error:
-            raise ValueError(f"{_NAME} is {model.name!r}, whose {error}.") from error
+    (encoder,), tail, (head,) = every
+    try:
+        requirements.check_apart(*(own or (encoder, tail, head)))
+    except ValueError as error:
+        raise ValueError(f"{_NAME} is {model.name!r}, whose {error}.") from error
 
 
 def _own_parts(model: ModelSettings) -> Sequence[Any]:

@@ -98,6 +98,23 @@ def test_random_layers_of_a_row_are_counted_too(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def tail_of_one_block(model: ModelSettings) -> list[nn.Module]:
+    first, *_, last = part_of(1, model)
+    block = nn.Linear(40, 40)
+    return [first, block, nn.ReLU(), block, last]
+
+
+def test_a_row_whose_tail_has_a_layer_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: dict[str, Any] = {p: f"{__name__}:random_{p}" for p in ("encoder", "head")}
+    tail = f"{__name__}:tail_of_one_block"
+    row = ModelSpec(about="random", partition="uniform", own_c2=True, tail=tail, **parts)
+    monkeypatch.setitem(MODELS, "twice", row)
+    with pytest.raises(
+        ValueError, match=r"'twice', whose tail.1.weight and tail.3.weight are the same"
+    ):
+        models.check(dataclasses.replace(RANDOM, name="twice"))
+
+
 def run(layers: list[nn.Module], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer.train()(x)
