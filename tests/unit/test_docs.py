@@ -12,7 +12,7 @@ import functools
 import re
 import shlex
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +33,7 @@ from csipipe.links import command as links
 from csipipe.reports import command as reports
 from csipipe.reports import plan, reproduce
 from csipipe.run import scripts
-from csipipe.settings import commandline
+from csipipe.settings import commandline, tables
 from csipipe.settings.config import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -363,6 +363,22 @@ def test_the_table_of_settings_gives_their_defaults() -> None:
         value = SETTINGS[name]
         said = "null" if value is None else str(value).lower() if value in (True, False) else value
         assert default == str(said), f"--{name} is {said} by default"
+
+
+ROWS: dict[str, Mapping[str, object]] = {
+    "README.md": tables.METHODS,
+    "docs/methods.md": tables.METHODS,
+    "docs/models.md": tables.MODELS,
+    "docs/data.md": tables.SOURCES,
+    "csipipe/settings/sections/comm.py": tables.CODECS,  # what --help says
+}
+
+
+@pytest.mark.parametrize("page", ROWS)
+def test_every_row_of_a_table_is_in_its_page(page: str) -> None:
+    text = (ROOT / page).read_text()
+    missing = [name for name in ROWS[page] if not re.search(rf"\b{re.escape(name)}\b", text)]
+    assert not missing, f"{page} says nothing of {', '.join(missing)}"
 
 
 def test_every_link_leads_somewhere() -> None:
