@@ -101,6 +101,8 @@ def test_the_norm_finds_every_value_that_is_no_number() -> None:
                 bad = rows.clone()
                 bad.view(-1)[place] = value
                 assert not trust.sound(bad, 1e300)
+        assert trust.sound(9 * rows, 10)  # a mean: however many there are
+        assert not trust.sound(11 * rows, 10)
         short = torch.ones(7, 5, dtype=dtype)
         trust.mark(short)
         assert not trust.sound(short, 1e300)

@@ -77,6 +77,8 @@ def test_a_payload_by_hand() -> None:
     # levels 14, 0, 9, with padding to 8 of them; byte j holds levels j and j + 4
     assert payload.tolist() == [[14, 0, 9, 0, *torch.tensor([1.0]).view(torch.uint8).tolist()]]
     assert one.decode(payload).tolist() == [[7.0, -7.0, 2.0]]
+    short = codec.of_vector("int8", CommSettings(), 10)  # a group may be shorter than 256
+    assert short.shape((1, 10)) == (1, 12 + 4)
 
 
 def test_the_largest_cross_with_their_places() -> None:
@@ -84,6 +86,8 @@ def test_the_largest_cross_with_their_places() -> None:
     sent = torch.tensor([[1.0, -9, 2, 8, 3], [0, 0, 5, -6, 1]])
     assert one.decode(one.encode(sent)).tolist() == [[0, -9, 0, 8, 0], [0, 0, 5, -6, 0]]
     assert one.shape((2, 5)) == (1, 4 * 2 + 4 * 4)
+    rounded = codec.of_rows("topk", CommSettings(topk=0.3), 1, 9)  # 3 of 9; whole words of four
+    assert rounded.shape((1, 9)) == (1, 8 + 3 * 4)
     long = codec.of_vector("topk", CommSettings(topk=0.001), 100_000)
     vector = torch.zeros(1, 100_000)
     vector[0, 99_999] = 3  # a place that needs more than two bytes
