@@ -69,15 +69,13 @@ def messages(model: Autoencoder, objective: Objective, h_NAD: Tensor, wire: Wire
 
 
 def shadow(settings: Settings, tail: nn.Sequential, h_NAD: Tensor, steps: int) -> Autoencoder:
-    """An encoder and a head for this tail, trained on the attacker's rows."""
+    """An encoder and a head for this tail, which is frozen, trained on the attacker's rows."""
     model = Autoencoder(settings.model, tail)
     seeded, (entries, _) = settings.train.seed, models.widths(settings.model)
     encoder = models.build_encoder(settings.model, seeded)
     model.encoder = ranged(encoder, entries, settings.feedback_bits)
     model.head = models.build_head(settings.model, seeded)
     parts = nn.ModuleList([model.encoder, model.head])
-    before = [parameter.requires_grad for parameter in tail.parameters()]
-    tail.requires_grad_(False)
     objective = Objective.of(settings)
     _descend(
         parts,
@@ -87,8 +85,6 @@ def shadow(settings: Settings, tail: nn.Sequential, h_NAD: Tensor, steps: int) -
         settings.train.lr,
         seed=0,
     )
-    for parameter, wanted in zip(tail.parameters(), before, strict=True):
-        parameter.requires_grad_(wanted)
     return model.eval()
 
 
