@@ -17,6 +17,7 @@ from csipipe.comm.ledger import Kind
 from csipipe.evaluation import attack, leak
 from csipipe.evaluation.attack import Decoder
 from csipipe.models.ranged import levels, middles
+from csipipe.run.trained import read
 from csipipe.settings.config import CodecSettings, CommSettings, Settings
 
 
@@ -72,6 +73,8 @@ def test_messages_cross_with_the_runs_noise_and_codecs() -> None:
     steps = z.abs().amax(1, keepdim=True) / 127
     assert ((rounded(z, Kind.SMASHED) - z).abs() <= steps / 2 * 1.001).all()
     assert not torch.equal(rounded(z, Kind.SMASHED), z)
+    odd = rounded(z[:19], Kind.SMASHED)  # the last message is filled up
+    assert torch.equal(odd, rounded(z, Kind.SMASHED)[:19])
 
 
 def test_a_codeword_trained_for_its_bits_crosses_as_it_is_and_noise_is_rounded_too() -> None:
@@ -95,6 +98,29 @@ def test_a_gradient_that_is_never_sent_has_no_figures(
         assert found["gradient"] is found["both"] is None
     assert row["codecs"] == "fp32, —"
     assert capsys.readouterr().out.count("—") == 5
+
+
+def test_the_attackers_rows_are_those_of_the_other_ues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Tensor] = []
+    encoders: list[dict[str, Tensor]] = []
+    messages = attack.messages
+
+    def noted(model: Any, objective: Any, h_NAD: Tensor, wire: Any) -> attack.Seen:
+        rows.append(h_NAD.flatten(1))
+        encoders.append(model.encoder.state_dict())
+        return messages(model, objective, h_NAD, wire)
+
+    monkeypatch.setattr(attack, "messages", noted)
+    trainedruns.finish(tmp_path / "run", data={"train_samples": 80, "test_samples": 20})
+    assert leak.main([str(tmp_path / "run"), "--ue", "2", "--steps", "1"]) == 0
+    [wanted] = read(tmp_path / "run").models([2])
+    for name, weight in wanted.encoder.state_dict().items():
+        assert torch.equal(encoders[0][name], weight)
+    victim, *own = rows  # the encoder is known, then unknown
+    assert [len(victim), *map(len, own)] == [18, 54, 54]  # none of the held-out ones
+    assert all(torch.cdist(one, victim).min() > 1e-3 for one in own)
 
 
 def trained(**comm: Any) -> Settings:
