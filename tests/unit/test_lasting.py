@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from csipipe import checkpoint
 from csipipe.comm.world import World
+from csipipe.methods.state import NoMoments, Unit
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock, slurm
 from csipipe.run.folder import anywhere, claim, new_folder, reopen
@@ -83,6 +84,23 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"iteration": 7', '"iteration": 8'))
     with pytest.raises(ValueError, match=r"manifest.json was altered .* delete"):
         checkpoint.Snapshot(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer.weight": torch.zeros(2, 3)}, r"weight has shape \(2, 3\) instead of \(3, 2\)"),
+        ({"layer.bias": None}, r"layer\.bias is missing"),
+        ({"layer.more": torch.zeros(1)}, r"layer\.more belongs to no part of this run"),
+    ],
+)
+def test_a_part_of_another_model_is_refused(
+    change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    unit = Unit({"layer": torch.nn.Linear(2, 3)}, NoMoments())
+    changed = unit.state() | change
+    with pytest.raises(ValueError, match=message):
+        unit.load({name: tensor for name, tensor in changed.items() if tensor is not None})
 
 
 def test_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
