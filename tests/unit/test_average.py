@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_the_mean_moves_towards_the_weights_and_changes_no_step(tmp_path: Path) 
     wanted = weights(plain)
     for iteration in range(5):
         plain.train_iteration(iteration)
+        inner.probe.unseen = True
         both.train_iteration(iteration)
+        assert not inner.probe.unseen, "the mean sees the weights of every iteration"
         decay = min(DECAY, (1 + iteration) / (10 + iteration))
         for name, tensor in weights(plain).items():
             if tensor.is_floating_point():
@@ -58,6 +61,18 @@ def test_the_mean_moves_towards_the_weights_and_changes_no_step(tmp_path: Path) 
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-7)
     assert torch.equal(shown.sums, inner.evaluate("test").sums)
+
+
+def test_what_starts_with_other_weights_starts_its_mean_with_them_too() -> None:
+    inner, calls = worker(), list[str]()
+    both = Averaged(inner, DECAY)
+    unit = replace(inner.units()["ue-0"], begun=lambda: calls.append("the unit's own"))
+    weights = {name: 2 * t for name, t in unit.state().items() if t.is_floating_point()}
+    counters = {name: t for name, t in unit.state().items() if name not in weights}
+    both._unit("ue-0", unit).begin(weights | counters)
+    assert calls == ["the unit's own"]
+    for name, mean in both._means["ue-0"].named_buffers():
+        assert torch.equal(mean, weights[name.replace("/", ".")]), name
 
 
 def test_a_run_in_progress_is_read_by_its_mean(tmp_path: Path) -> None:
