@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,21 @@ def test_a_profile_is_measured_written_and_read_again(tmp_path: Path) -> None:
 def test_a_profile_of_something_else_is_refused(tmp_path: Path, key: str, value: object) -> None:
     file = tmp_path / "profile.json"
     balance.profile(MODEL, 6, "fp32", CPU, str(file))
+    with pytest.raises(ValueError, match=r"was measured with rows 6, this run has 5"):
+        balance.profile(MODEL, 5, "fp32", CPU, str(file))
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=rf"profile.json was measured with {key} .*delete it"):
+        balance.profile(MODEL, 6, "fp32", CPU, str(file))
+
+
+@pytest.mark.parametrize("seconds", [[0.1] * 7, [0.1] * 7 + [-0.1], [0.1] * 7 + [math.inf]])
+def test_times_that_are_none_of_this_tails_layers_are_refused(
+    tmp_path: Path, seconds: list[float]
+) -> None:
+    file = tmp_path / "profile.json"
+    balance.profile(MODEL, 6, "fp32", CPU, str(file))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": seconds}))
+    with pytest.raises(ValueError, match="expected 8 times in seconds; delete it"):
         balance.profile(MODEL, 6, "fp32", CPU, str(file))
 
 

@@ -168,6 +168,7 @@ def test_every_deepspeed_file_switches_clipping_off() -> None:
         ),
         ('{"gradient_clipping": 0.0, "wall_clock_breakdown": true}', "takes false"),
         ('{"gradient_clipping": 0.0, "steps_per_print": 0}', "an integer above 0"),
+        ('{"gradient_clipping": 0.0, "steps_per_print": 1.5}', "an integer above 0"),
         ('{"gradient_clipping": 0.0, "steps_per_print": {}}', "an integer above 0"),
         ('{"gradient_clipping": 0.0, "zero_optimization": {"stage": true}}', "takes 0 or 1"),
         (

@@ -105,3 +105,11 @@ def test_with_the_fewest_ranks_a_run_has_a_topology(
     fewest, most = Topology.ranks(settings, processes)
     for ranks in {max(fewest, min(processes, most)), fewest, most} - {1}:
         Topology.of(settings, ranks)
+
+
+def test_ue_0_is_hosted_after_the_stages_or_with_the_first_of_them() -> None:
+    hosted: tuple[tuple[Placement, int], ...] = (("apart", 2), ("together", 0))
+    for placement, rank in hosted:
+        place = TopologySettings(ues=4, stages=2, placement=placement)
+        assert Topology.first_host(Settings(topology=place), 4) == rank
+    assert Topology.first_host(Settings(method="centralised"), 1) == 0
