@@ -689,6 +689,21 @@ def test_tensors_are_read_whatever_their_type_and_view(tmp_path: Path) -> None:
             np.testing.assert_array_equal(array.cut(0, 1, 3), wanted[1:3].numpy())
 
 
+def test_text_may_have_semicolons_and_complex_numbers(tmp_path: Path) -> None:
+    texts = {"1;2\n3;4\n": [[1, 2], [3, 4]], "1+2j,3\n-1j,4\n": [[1 + 2j, 3], [-1j, 4]]}
+    for text, wanted in texts.items():
+        (tmp_path / "h.csv").write_text(text)
+        with rawarray.opened(tmp_path / "h.csv") as array:
+            assert array.cut(0, 0, 2).tolist() == wanted
+
+
+def test_an_array_without_values_is_named(tmp_path: Path) -> None:
+    for values in (np.zeros((0, 3)), np.float64(1)):
+        file = saved(tmp_path / "h.npy", values)
+        with pytest.raises(ValueError, match="holds no values"), rawarray.opened(file):
+            pass
+
+
 def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     file = tmp_path / os.fsdecode(b"\xff\xfe.npy")
     saved(file, channels(rx=1))
