@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from csipipe import checkpoint
 from csipipe.comm.world import World
 from csipipe.methods.state import NoMoments, Unit
 from csipipe.pipeline import settings as deepspeed
+from csipipe.pipeline.zero import ZeroMoments
 from csipipe.run import lock, slurm
 from csipipe.run.folder import anywhere, claim, new_folder, reopen
 from csipipe.run.resuming import DEEPSPEED, Start, decide, in_words
@@ -101,6 +103,23 @@ def test_a_part_of_another_model_is_refused(
     changed = unit.state() | change
     with pytest.raises(ValueError, match=message):
         unit.load({name: tensor for name, tensor in changed.items() if tensor is not None})
+
+
+def test_under_zero_adams_copy_begins_with_the_weights_too() -> None:
+    layer, flat = torch.nn.Linear(2, 3), torch.full((9,), 7.0)
+    for start, parameter in ((0, layer.weight), (6, layer.bias)):
+        address = SimpleNamespace(start=start, numel=parameter.numel())
+        place: Any = SimpleNamespace(
+            param_group_index=0, get_hp_fragment_address=lambda address=address: address
+        )
+        vars(parameter)["_hp_mapping"] = place
+    state = {flat: {"step": torch.tensor(3.0)}}
+    adam = SimpleNamespace(single_partition_of_fp32_groups=[flat])
+    adam.optimizer = SimpleNamespace(state=state)
+    weights = {"layer.weight": torch.arange(6.0).view(3, 2), "layer.bias": torch.arange(6.0, 9.0)}
+    Unit({"layer": layer}, ZeroMoments(adam)).begin(weights)
+    assert flat.tolist() == list(range(9))
+    assert not state
 
 
 def test_the_newest_whole_ones_are_kept(tmp_path: Path) -> None:
