@@ -69,7 +69,8 @@ def script(tmp_path: Path) -> Script:
     return Script(tmp_path)
 
 
-SAVES = """kill -USR1 "$SCRIPT"; sleep 0.2; echo '{"status": "stopped"}' >run/summary.json"""
+ASKED = "until [ -e run/stop ]; do sleep 0.01; done"
+SAVES = f"""kill -USR1 "$SCRIPT"; {ASKED}; echo '{{"status": "stopped"}}' >run/summary.json"""
 
 
 def test_a_job_that_saved_is_requeued(script: Script) -> None:
@@ -80,7 +81,7 @@ def test_a_job_that_saved_is_requeued(script: Script) -> None:
 
 
 def test_ctrl_c_stops_the_run_and_waits_for_it(script: Script) -> None:
-    script.program("srun", """kill -INT "$SCRIPT"; sleep 0.2; echo saved; [ -e run/stop ]""")
+    script.program("srun", f"""kill -INT "$SCRIPT"; {ASKED}; echo saved""")
     done = script.train()
     assert (done.returncode, done.stdout) == (0, "saved\n")
     assert "interrupted: one more iteration, and all is saved" in done.stderr
