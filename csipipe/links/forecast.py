@@ -17,7 +17,8 @@ from csipipe.comm.ledger import Kind
 from csipipe.comm.topology import Topology
 from csipipe.links.network import Link
 from csipipe.methods.cost import message_bytes
-from csipipe.pipeline.schedule import Op, federated_training, split_training, with_averaging
+from csipipe.pipeline.rounds import federated_training, with_averaging
+from csipipe.pipeline.schedule import Op, split_training
 from csipipe.settings.config import Settings
 
 FRAME = 1514 / 1448

@@ -33,7 +33,7 @@ from csipipe.methods.rows import load
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import Unit, ue_name
 from csipipe.methods.ue import UserEquipment
-from csipipe.pipeline import schedule
+from csipipe.pipeline import rounds
 from csipipe.pipeline.schedule import Attempts, Instruction, Op, Plan
 from csipipe.settings.config import Settings
 
@@ -76,7 +76,7 @@ def _role(
 
 def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
     hosted = [topology.ues_of(role) for role in topology.ue_roles]
-    return schedule.federated_training(hosted, some_are_absent(settings))
+    return rounds.federated_training(hosted, some_are_absent(settings))
 
 
 class UeHalf(UeSide):

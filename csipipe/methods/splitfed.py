@@ -30,7 +30,7 @@ from csipipe.methods.replica import Agreed
 from csipipe.methods.seat import Seat
 from csipipe.methods.state import BTS, NoMoments, Unit, ue_name
 from csipipe.methods.ue import UserEquipment
-from csipipe.pipeline import schedule
+from csipipe.pipeline import rounds
 from csipipe.pipeline.schedule import Attempts, Instruction, Op
 from csipipe.settings.config import Settings
 
@@ -38,7 +38,7 @@ from csipipe.settings.config import Settings
 def _plans(settings: Settings, topology: Topology) -> list[Attempts[Instruction]]:
     hosted = [topology.ues_of(role) for role in topology.ue_roles]
     plans, absent = csilocal.plans(settings, topology), some_are_absent(settings)
-    return schedule.with_averaging(plans, topology.stages, hosted, absent)
+    return rounds.with_averaging(plans, topology.stages, hosted, absent)
 
 
 def _note(settings: Settings) -> str:

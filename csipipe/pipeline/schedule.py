@@ -2,7 +2,8 @@
 
 The UEs are the two ends of one pipeline: encoder → tail stages → head, and back. A
 schedule is the list of instructions of one rank; `execute` runs it. Every send has its receive on
-the neighbour, in the same order: `tests/unit/test_schedule.py` pairs them.
+the neighbour, in the same order: `tests/unit/test_schedule.py` pairs them. Lists of the federated
+methods, which are cut by UE, are in `csipipe.pipeline.rounds`.
 
 A backward pass is split in two: BACKWARD computes the gradient at a stage's input, for which the
 previous rank waits; WEIGHTS computes the gradients of the weights, for which nobody waits. In every
@@ -12,8 +13,8 @@ and results don't depend on the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -59,6 +60,17 @@ class Instruction:
     op: Op
     micro_batch: int | None = None
 
+
+OF_A_MICRO_BATCH = [
+    Op.RECEIVE_FORWARD,
+    Op.FORWARD,
+    Op.SEND_FORWARD,
+    Op.RECEIVE_BACKWARD,
+    Op.BACKWARD,
+    Op.SEND_BACKWARD,
+    Op.WEIGHTS,
+]
+"""What a BTS stage does with every micro-batch in training, in this order."""
 
 Plan = Iterable[Instruction]
 """One rank's instructions, in order."""
@@ -131,7 +143,7 @@ class Attempts(Generic[Piece]):
     Where UEs aren't dropped, all of it is one attempt.
 
     Attributes:
-        before, after: executed in some iterations only, cut by UE: see `with_averaging`.
+        before, after: executed in some iterations only, cut by UE: see `rounds.with_averaging`.
         once: executed first; a repetition reuses its results.
         attempt: everything that crosses; at its end all ranks know whether it is valid.
         end: executed after the valid attempt; changes weights.
@@ -185,11 +197,45 @@ def _without(plan: Attempts[Instruction], ops: Collection[Op]) -> Attempts[Instr
 def _all_learn(
     name: ScheduleName, stages: int, hosts: int, micro_batches: int, drop: bool
 ) -> list[Attempts[Instruction]]:
-    plans = [list(TRAINING[name](stage, stages, micro_batches)) for stage in range(stages)]
+    plans = [stage_training(name, stage, stages, micro_batches) for stage in range(stages)]
     if drop:
         first = [stage_attempts(plan, stage, stages) for stage, plan in enumerate(plans)]
         return first + [ue_attempts(micro_batches)] * hosts
     return [one_attempt(plan) for plan in plans] + [one_attempt(ue_training(micro_batches))] * hosts
+
+
+def stage_training(
+    name: ScheduleName, stage: int, stages: int, micro_batches: int
+) -> list[Instruction]:
+    """A stage's training plan.
+
+    Raises:
+        ValueError: it would compute something else than the other schedules, in silence: something
+            is missing, done twice or in another order.
+    """
+    plan = list(TRAINING[name](stage, stages, micro_batches))
+    ops: dict[int | None, list[Op]] = {m: [] for m in (*range(micro_batches), None)}
+    for instruction in plan:
+        ops.setdefault(instruction.micro_batch, []).append(instruction.op)
+    where = f"train.schedule {name}, stage {stage} of {stages}"
+    for m, found in ops.items():
+        expected = [Op.STEP] if m is None else OF_A_MICRO_BATCH if m < micro_batches else []
+        if found != expected:
+            what = "the whole mini-batch" if m is None else f"micro-batch {m} of {micro_batches}"
+            raise ValueError(f"{where}: {what} has {_words(found)}; expected {_words(expected)}.")
+    for op in OF_A_MICRO_BATCH:
+        order = [i.micro_batch for i in plan if i.op is op]
+        if order != [*range(micro_batches)]:
+            raise ValueError(
+                f"{where}: {op.value} takes micro-batches {order}; expected ascending."
+            )
+    if plan[-1].op is not Op.STEP:
+        raise ValueError(f"{where}: ends with {plan[-1].op.value}; expected {Op.STEP.value}.")
+    return plan
+
+
+def _words(ops: Iterable[Op]) -> str:
+    return ", ".join(op.value for op in ops) or "nothing"
 
 
 def stage_attempts(plan: Plan, stage: int, stages: int) -> Attempts[Instruction]:
@@ -263,63 +309,6 @@ def ue_decoding(micro_batches: int, send_back: bool = False) -> Iterator[Instruc
         yield Instruction(Op.HEAD, m)
         if send_back:
             yield Instruction(Op.SEND_BACKWARD, m)
-
-
-def ue_round(ues: Iterable[int], absent: bool = False) -> Iterator[Instruction]:
-    """A federated iteration at the UEs of one rank.
-
-    Args:
-        absent: UEs may have been; what concerns one that is absent isn't executed.
-    """
-    for ue in ues:
-        if absent:
-            yield Instruction(Op.RECEIVE_MISSED, ue)
-        yield Instruction(Op.LOCAL_STEPS, ue)
-        yield Instruction(Op.SEND_UPDATE, ue)
-    for ue in ues:
-        yield Instruction(Op.RECEIVE_MEAN, ue)
-        yield Instruction(Op.APPLY, ue)
-
-
-def aggregation(ues: Sequence[int], absent: bool = False) -> Iterator[Instruction]:
-    """A federated iteration at the BTS; one UE's update is held at a time; as `ue_round`."""
-    for ue in ues if absent else ():
-        yield Instruction(Op.SEND_MISSED, ue)
-    for ue in ues:
-        yield Instruction(Op.RECEIVE_UPDATE, ue)
-        yield Instruction(Op.AGGREGATE, ue)
-    yield Instruction(Op.SEND_MEAN)
-
-
-def federated_training(
-    hosted: Sequence[range], absent: bool = False
-) -> list[Attempts[Instruction]]:
-    """A federated iteration for every role: the aggregator, then hosts of the UEs `hosted`."""
-    everyone = range(sum(map(len, hosted)))
-    rounds = [ue_round(ues, absent) for ues in hosted]
-    return [one_attempt(plan) for plan in (aggregation(everyone, absent), *rounds)]
-
-
-def with_averaging(
-    plans: Sequence[Attempts[Instruction]], stages: int, hosted: Sequence[range], absent: bool
-) -> list[Attempts[Instruction]]:
-    """CSILocal's iteration for every role, and around it what averages the UEs' parts.
-
-    It is a federated iteration without local steps, with the first stage as the aggregator. Whoever
-    was absent first hears what it missed, before anything else.
-    """
-    federated = federated_training(hosted, absent)
-    idle = one_attempt([])
-    rounds = [federated[0], *[idle] * (stages - 1), *federated[1:]]
-    missed = (Op.SEND_MISSED, Op.RECEIVE_MISSED)
-    return [
-        replace(
-            plan,
-            before=[i for i in round_.attempt if i.op in missed],
-            after=[i for i in round_.attempt if i.op not in (*missed, Op.LOCAL_STEPS)],
-        )
-        for plan, round_ in zip(plans, rounds, strict=True)
-    ]
 
 
 def bubble(stages: int, micro_batches: int) -> float:

@@ -8,18 +8,16 @@ import pytest
 
 from csipipe.comm.topology import Topology
 from csipipe.pipeline.order import Part, merge, of_rank
+from csipipe.pipeline.rounds import aggregation, ue_round, with_averaging
 from csipipe.pipeline.schedule import (
     TRAINING,
     Instruction,
     Op,
-    aggregation,
     held,
     split_training,
     stage_attempts,
     ue_attempts,
-    ue_round,
     ue_training,
-    with_averaging,
 )
 from csipipe.settings.config import ScheduleName
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from csipipe.measure.clock import Clock
@@ -11,6 +13,7 @@ from csipipe.pipeline.schedule import (
     Op,
     execute,
     held,
+    split_training,
     stage_attempts,
     stage_evaluation,
     ue_attempts,
@@ -138,6 +141,48 @@ def test_gradients_are_summed_in_ascending_order(
         assert micro_batches_of(plan, Op.BACKWARD) == list(range(size))
         assert micro_batches_of(plan, Op.WEIGHTS) == list(range(size))
     assert micro_batches_of(list(ue_training(size)), Op.HEAD) == list(range(size))
+
+
+Change = Callable[[list[Instruction]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.pop(), "the whole mini-batch has nothing; expected step"),
+        (lambda plan: plan.insert(0, plan[-1]), "has step, step; expected step"),
+        (lambda plan: plan.insert(0, plan.pop()), "ends with weight gradients; expected step"),
+        (
+            lambda plan: plan.remove(Instruction(Op.WEIGHTS, 1)),
+            "micro-batch 1 of 3 has .*, send backward; expected .*, weight gradients",
+        ),
+        (
+            lambda plan: plan.insert(0, Instruction(Op.WEIGHTS, 2)),
+            "micro-batch 2 of 3 has weight gradients, receive forward.*; expected receive forward",
+        ),
+        (
+            lambda plan: plan.insert(0, Instruction(Op.WEIGHTS, 3)),
+            "micro-batch 3 of 3 has weight gradients; expected nothing",
+        ),
+        (
+            lambda plan: plan.insert(-1, plan.pop(plan.index(Instruction(Op.WEIGHTS, 0)))),
+            r"weight gradients takes micro-batches \[1, 2, 0\]; expected ascending",
+        ),
+    ],
+)
+def test_a_schedule_that_would_train_wrongly_in_silence_is_refused(
+    change: Change, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(stage: int, stages: int, size: int) -> Iterator[Instruction]:
+        plan = list(right(stage, stages, size))
+        if stage == 1:
+            change(plan)
+        return iter(plan)
+
+    right = TRAINING["1f1b"]
+    monkeypatch.setitem(TRAINING, "1f1b", changed)
+    with pytest.raises(ValueError, match=f"^train.schedule 1f1b, stage 1 of 2: .*{message}"):
+        split_training("1f1b", 2, 1, 3, drop=False)
 
 
 @every_depth
