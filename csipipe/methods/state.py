@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from csipipe.settings.config import PARTS
+from csipipe.settings.tables import PARTS
 
 PARTS_OF_A_UNIT = (*PARTS, "layer")
 """Names of modules that hold weights; others are what a codec remembers, or a mean."""

@@ -23,8 +23,8 @@ from csipipe.models.kernels import describe, plain_layers, why_not
 from csipipe.models.layers import Conv2d, Linear
 from csipipe.models.norm import BatchNorm2d
 from csipipe.models.stacked import Unstackable, check_stackable
-from csipipe.settings.config import PARTS, ModelSettings
-from csipipe.settings.tables import MODELS, found, is_own
+from csipipe.settings.config import ModelSettings
+from csipipe.settings.tables import MODELS, PARTS, found, is_own
 
 _NAME = "model.name"
 _NOWHERE = torch.device("meta")

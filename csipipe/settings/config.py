@@ -16,7 +16,6 @@ from csipipe.settings.sections.comm import CodecSettings, CommSettings
 from csipipe.settings.sections.data import DataSettings, Environment, Kind, Verdict
 from csipipe.settings.sections.model import (
     CRNET_KERNELS,
-    PARTS,
     HeadName,
     Kernel,
     KernelsBy,
@@ -35,7 +34,6 @@ from csipipe.settings.tables import CODECS, KINDS, LOSSES, METHODS, MODELS, SOUR
 
 __all__ = [
     "CRNET_KERNELS",
-    "PARTS",
     "CodecSettings",
     "CommSettings",
     "DataSettings",

@@ -13,6 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+PARTS = ("encoder", "tail", "head")
+"""Parts of a model."""
+_SPLIT = ("smashed", "output", "output_gradient", "smashed_gradient")
+_AVERAGED = ("update", "mean_update")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
@@ -39,6 +44,14 @@ class MethodSpec:
     the user can't say, after every one if anything is shared."""
     crosses: tuple[str, ...] = ()
     """What crosses between UEs and BTS, as comm.codec has it."""
+
+    def __post_init__(self) -> None:
+        for fact, words in (("shared", PARTS), ("crosses", (*_SPLIT, *_AVERAGED))):
+            if unknown := [word for word in getattr(self, fact) if word not in words]:
+                raise ValueError(
+                    f"{fact} of the method {self.about!r} has {unknown[0]!r}; it must be of "
+                    f"{', '.join(words)}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +160,12 @@ def _federated(about: str, prepare: str, **facts: Any) -> MethodSpec:
         prepare=prepare,
         cost="csipipe.methods.cost:shared_parts",
         stages=1,
-        crosses=("update", "mean_update"),
+        crosses=_AVERAGED,
         **facts,
     )
 
 
-_WHOLE, _PERSONAL = ("encoder", "tail", "head"), ("tail", "head")
-_SPLIT = ("smashed", "output", "output_gradient", "smashed_gradient")
+_PERSONAL = ("tail", "head")
 
 METHODS: dict[str, MethodSpec] = {
     "csilocal": MethodSpec(
@@ -172,7 +184,7 @@ METHODS: dict[str, MethodSpec] = {
         pipelined=True,
         shared=("encoder", "head"),
         aggregates=10,
-        crosses=(*_SPLIT, "update", "mean_update"),
+        crosses=(*_SPLIT, *_AVERAGED),
     ),
     "centralised": MethodSpec(
         about="the unsplit model on all data, in one process",
@@ -184,7 +196,7 @@ METHODS: dict[str, MethodSpec] = {
         "the whole model on every UE, and the mean of the models",
         "csipipe.methods.fedavg:prepare_fedavg",
         local_steps=True,
-        shared=_WHOLE,
+        shared=PARTS,
     ),
     "fedavgper": _federated(
         "fedavg, with a personal encoder at every UE",
@@ -196,7 +208,7 @@ METHODS: dict[str, MethodSpec] = {
         "fedavg with a pull towards the mean (train.mu)",
         "csipipe.methods.fedavg:prepare_fedprox",
         local_steps=True,
-        shared=_WHOLE,
+        shared=PARTS,
     ),
     "fedproxper": _federated(
         "fedprox, with a personal encoder at every UE",
@@ -208,7 +220,7 @@ METHODS: dict[str, MethodSpec] = {
         "the whole model on every UE, and the mean of the gradients",
         "csipipe.methods.fedgrad:prepare",
         bts_steps=True,
-        shared=_WHOLE,
+        shared=PARTS,
     ),
     "fedgradper": _federated(
         "fedgrad, with a personal encoder at every UE",

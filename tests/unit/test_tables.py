@@ -16,7 +16,7 @@ from torch import nn
 from csipipe import models
 from csipipe.settings import commandline, tables
 from csipipe.settings.config import ModelSettings, Settings
-from csipipe.settings.tables import METHODS, TABLES, check, found, listed
+from csipipe.settings.tables import METHODS, TABLES, MethodSpec, check, found, listed
 
 ROOT = Path(__file__).parents[2]
 NAMES = {name for table in TABLES.values() for name in table} - {"files", "linear"}
@@ -48,6 +48,21 @@ def test_every_row_names_code_that_is_there() -> None:
     names = sorted(set(dotted()))
     assert len(names) >= 3 + len(METHODS)
     assert all(callable(found(name)) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fact", "word", "words"),
+    [
+        ("shared", "encodr", "encoder, tail, head"),
+        ("crosses", "updates", "smashed, output, .*, update, mean_update"),
+    ],
+)
+def test_a_word_of_a_method_that_there_is_not_is_named(fact: str, word: str, words: str) -> None:
+    row = METHODS["fedavgper"]
+    with pytest.raises(
+        ValueError, match=f"^{fact} of the method 'fedavg, with .*'{word}'.*{words}.$"
+    ):
+        MethodSpec(**vars(row) | {fact: (*getattr(row, fact), word)})
 
 
 def test_settings_load_nothing_heavy_and_no_row_loads_deepspeed() -> None:

@@ -10,8 +10,6 @@ from csipipe.settings import tables
 from csipipe.settings.sections.checks import at_least
 from csipipe.settings.tables import MODELS
 
-PARTS = ("encoder", "tail", "head")
-"""Parts of a model."""
 Kernel = tuple[int, int]
 """Height (angles) and width (delays) of a convolution kernel."""
 CRNET_KERNELS: tuple[tuple[Kernel, ...], ...] = (

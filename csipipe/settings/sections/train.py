@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from csipipe.settings.sections.checks import at_least
-from csipipe.settings.sections.model import PARTS
+from csipipe.settings.tables import PARTS
 
 AUGMENTATIONS = ("angle", "phase")
 Precision = Literal["fp32", "bf16"]
