@@ -141,6 +141,11 @@ class CodecSpec:
     """Bits of a scalar that crosses as a multiple of a scale: 2, 4 or 8, which fill a byte."""
 
     def __post_init__(self) -> None:
+        if self.dtype is not None and self.bits is not None:
+            raise ValueError(
+                f"a codec has dtype {self.dtype!r} and bits {self.bits}, but a scalar crosses in a "
+                "type or as a multiple of a scale; leave one of them out."
+            )
         if self.dtype not in (None, *_CROSSING):
             raise ValueError(
                 f"dtype of a codec is {self.dtype!r}; it must be {', '.join(_CROSSING[:-1])} or "

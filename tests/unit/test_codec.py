@@ -32,6 +32,11 @@ def test_bits_that_make_no_levels_or_fill_no_byte_are_refused(bits: int) -> None
         CodecSpec(bits=bits)
 
 
+def test_a_type_and_bits_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="has dtype 'float32' and bits 8, but"):
+        CodecSpec(dtype="float32", bits=8)
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float64", "half"])
 def test_a_type_that_cannot_cross_is_refused(dtype: str) -> None:
     with pytest.raises(ValueError, match=f"dtype of a codec is '{dtype}'; it must be float32, bfl"):
