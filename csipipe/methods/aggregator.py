@@ -31,14 +31,11 @@ class BtsHalf(Half):
             buffers are state, by name; and Adam's state of the parts that it steps.
     """
 
-    keeps = False
-    """Whether it keeps the shared parts even where all UEs take part, to step them itself."""
-
     def __init__(self, seat: Seat, role: int) -> None:
         super().__init__(seat, role)
         with self.autocast():
             seat.notes += models.kernels_notes(self.settings.model, self.device)
-        self.exchange = BtsExchange(self, self.keeps)
+        self.exchange = BtsExchange(self)
         self.exchange.mean_step = self.step
         self.whole, self.each = self.exchange.whole, self.exchange.each
         self.kept: dict[str, nn.Module] = {}

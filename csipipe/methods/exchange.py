@@ -137,7 +137,6 @@ class BtsExchange:
 
     Args:
         half: the first stage's, which the UEs reach.
-        keeps: whether it keeps the shared parts even where all UEs take part.
 
     Attributes:
         parts: the shared parts that it keeps, by name.
@@ -146,7 +145,7 @@ class BtsExchange:
         whole, each: what is done at instructions without and with a UE.
     """
 
-    def __init__(self, half: Half, keeps: bool = False) -> None:
+    def __init__(self, half: Half) -> None:
         self.half, settings = half, half.settings
         ues = range(half.topology.ues)
         self.sizes = sizes(settings)
@@ -162,7 +161,7 @@ class BtsExchange:
         self._peers = [channel.peers for channel in self.down.values()]
         self.parts: dict[str, nn.Module] = {}
         self.commons: list[Common] = []
-        if some_are_absent(settings) or keeps:
+        if some_are_absent(settings) or settings.spec.bts_steps:
             self.parts = shared_modules(settings, half.device)
             shared = shared_tensors(self.parts.values())
             self.commons = [Common(tensors, settings) for tensors in shared]

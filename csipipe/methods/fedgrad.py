@@ -45,8 +45,6 @@ class FedGrad(Replica):
 class BtsHalf(aggregator.BtsHalf):
     """Adam with the mean gradient, on shared parts that the BTS keeps."""
 
-    keeps = True
-
     def __init__(self, seat: Seat, role: int) -> None:
         super().__init__(seat, role)
         self.parts = self.exchange.parts

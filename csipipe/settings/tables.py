@@ -36,7 +36,7 @@ class MethodSpec:
     local_steps: bool = False
     """Whether a UE may take several steps of its own between two exchanges."""
     bts_steps: bool = False
-    """Whether it is the BTS that steps the shared parts, so that UEs have no moments of them."""
+    """Whether it is the BTS that keeps and steps the shared parts; UEs have no moments of them."""
     shared: tuple[str, ...] = ()
     """Parts of the model that every UE has and the BTS averages; the other parts are private."""
     aggregates: int = 0
