@@ -15,10 +15,11 @@ from csipipe.files import write_file, write_table
 from csipipe.links.ranks import Found
 from csipipe.plotting import name_of
 from csipipe.reports import curves, pages
-from csipipe.reports.preset import argument, plain
+from csipipe.reports.preset import plain
 from csipipe.run import trained
 from csipipe.run.resuming import FREE, OF_THE_DATA
 from csipipe.settings import commandline
+from csipipe.settings.commandline import argument
 from csipipe.settings.config import Settings
 
 _OWN = (

@@ -6,7 +6,6 @@ ratios, c1 = c2 = 2·A·D / ratio, so that another input size keeps the paper's 
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -259,10 +258,5 @@ def _flat(settings: dict[str, Any]) -> list[str]:
     return [
         word
         for key, value in commandline.dotted(settings).items()
-        for word in (f"--{key}", argument(value))
+        for word in (f"--{key}", commandline.argument(value))
     ]
-
-
-def argument(value: Any) -> str:
-    """A setting's value as an argument of `csipipe train`."""
-    return value if isinstance(value, str) else json.dumps(value)

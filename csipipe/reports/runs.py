@@ -19,10 +19,11 @@ from csipipe.channels import manifest, split
 from csipipe.files import DAMAGED, in_words
 from csipipe.reports import curves
 from csipipe.reports.curves import REMEDY, Curve
-from csipipe.reports.preset import DECIDED, Preset, argument, plain
+from csipipe.reports.preset import DECIDED, Preset, plain
 from csipipe.run import lock, slurm, stopping
 from csipipe.run.resuming import BEFORE, FREE, OF_THE_DATA
 from csipipe.settings import commandline
+from csipipe.settings.commandline import argument
 from csipipe.settings.config import Environment, Settings
 
 _BEFORE = {lock.NAME, stopping.STOP_FILE, slurm.FILE}
@@ -123,8 +124,8 @@ class Run:
             if key in ("method", *DECIDED):
                 remedy = "move the folder away"
             raise ValueError(
-                f"{self.folder} was made with {key} {value!r}, this report needs "
-                f"{wanted[key]!r}; {remedy}, or choose another --out."
+                f"{self.folder} was made with {key} {argument(value)}, this report needs "
+                f"{argument(wanted[key])}; {remedy}, or choose another --out."
             )
 
     def _check_rows(self) -> None:

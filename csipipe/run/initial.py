@@ -18,6 +18,7 @@ from csipipe.methods.cost import exchanged_parts
 from csipipe.methods.state import BTS, whose
 from csipipe.run import trained
 from csipipe.run.trained import Trained
+from csipipe.settings.commandline import argument
 from csipipe.settings.config import ModelSettings, Settings
 
 _ENDS = "encoder", "head"
@@ -157,6 +158,6 @@ def _check(theirs: ModelSettings, ours: ModelSettings, folder: Path) -> None:
         same = models.widths(theirs) == models.widths(ours) if name == "c2" else found == wanted
         if not same and name not in _FREE:
             raise ValueError(
-                f"train.init {folder} holds a model with model.{name} {found}, this run's has "
-                f"{wanted}. Give the same, or another train.init."
+                f"train.init {folder} holds a model with model.{name} {argument(found)}, this "
+                f"run's has {argument(wanted)}. Give the same, or another train.init."
             )

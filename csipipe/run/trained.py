@@ -23,6 +23,7 @@ from csipipe.models.ranged import ranged
 from csipipe.run import card
 from csipipe.run.resuming import BEFORE, CONFIG, ended
 from csipipe.settings import commandline
+from csipipe.settings.commandline import argument
 from csipipe.settings.config import ModelSettings, Settings
 
 LAST, BEST = "last", "best"
@@ -140,7 +141,10 @@ class Trained:
             changed = [n for n in mine if mine[n] != own[n] and n != "kernels_by"]
             if not changed:
                 raise
-            words = "; ".join(f"model.{n} is {mine[n]}, but the run has {own[n]}" for n in changed)
+            words = "; ".join(
+                f"model.{n} is {argument(mine[n])}, but the run has {argument(own[n])}"
+                for n in changed
+            )
             raise ValueError(
                 f"{self.folder} was trained as another model: {words}. Leave out what differs."
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
@@ -246,6 +247,11 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple
     for key in dict.fromkeys([*wanted, *found]):
         if found.get(key) != wanted.get(key):
             yield key, found.get(key), wanted.get(key)
+
+
+def argument(value: Any) -> str:
+    """A setting's value as it is typed on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(value: Any) -> Any:

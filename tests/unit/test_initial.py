@@ -129,6 +129,7 @@ def test_another_model_is_refused_by_its_first_difference(tmp_path: Path) -> Non
         ({"c1": 12}, r"holds a model with model.c1 24, this run's has 12\. Give the same"),
         ({"angles": 16}, r"model.angles 8, this run's has 16"),
         ({"name": "crnet", "c2": 16}, "model.name csilocal, this run's has crnet"),
+        ({"c2": None}, r"model.c2 16, this run's has null\."),
         ({"head": "crblock"}, "model.head linear, this run's has crblock"),
     ):
         with pytest.raises(ValueError, match=message):

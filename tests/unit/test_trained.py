@@ -134,9 +134,10 @@ def test_what_can_be_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no best weights"):
         trained.read(folder, weights="best")
     trainedruns.end(folder, worker)
-    changes = ["--model.c1", "8", "--model.kernels_by", "torch"]
+    changes = ["--model.c1", "8", "--model.c2", "null", "--model.kernels_by", "torch"]
     differs = (
-        r"run was trained as another model: model.c1 is 8, but the run has 24\. Leave out what"
+        "run was trained as another model: model.c1 is 8, but the run has 24; "
+        r"model.c2 is null, but the run has 16\. Leave out what"
     )
     with pytest.raises(ValueError, match=differs):
         trained.read(folder, changes).models()
