@@ -252,10 +252,10 @@ def verdict(curves: Curves, tried: list[Tried], seeds: int, notes: str) -> str:
     else:
         parts += [
             f"The given loss is **{loss:.3e}**, by the headline's rule from the runs in fp32 of "
-            f"{' and '.join(map(name_of, CODINGS))}; {seeds} seeds. A codec counts if every seed "
-            f"reaches it and its loss at the end is at most {CLOSE} times fp32's (medians; the end "
-            "is the mean of the last three evaluations). Seconds are of the bytes alone, on one "
-            "link that the UEs share, without computing and protocols.",
+            f"{' and '.join(map(name_of, CODINGS))}; {pages.seeds(seeds)}. A codec counts if every "
+            f"seed reaches it and its loss at the end is at most {CLOSE} times fp32's (medians; "
+            "the end is the mean of the last three evaluations). Seconds are of the bytes alone, "
+            "on one link that the UEs share, without computing and protocols.",
             pages.table(
                 [
                     "method",
@@ -284,7 +284,9 @@ def _row(one: Tried, tried: list[Tried]) -> list[str]:
     return [
         name_of(one.method),
         one.coding,
-        "never" if size is None else f"{size / 1e6:.2f} ({len(one.until)} of {one.seeds} seeds)",
+        "never"
+        if size is None
+        else f"{size / 1e6:.2f} ({len(one.until)} of {pages.seeds(one.seeds)})",
         "" if over is None else f"{over:.3f}",
         f"{one.end:.3e}",
         f"{one.over_fp32:.3f}",

@@ -154,8 +154,8 @@ def verdict(report: Report, curves: Curves, notes: str) -> str:
     return pages.page(
         f"CSILocal's gap to centralised training ({panel_name(PANEL)})",
         f"{train.iterations:,} iterations of {_samples(report)} samples in all; medians over "
-        f"{len(report.preset.seeds)} seeds, and from the lowest to the highest; the end is the "
-        f"mean of the last three evaluations, which are over {EVALUATED} UEs at most.",
+        f"{pages.seeds(len(report.preset.seeds))}, and from the lowest to the highest; the end is "
+        f"the mean of the last three evaluations, which are over {EVALUATED} UEs at most.",
         pages.table(head, lines),
         notes,
     )

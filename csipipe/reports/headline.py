@@ -197,7 +197,8 @@ def claims(curves: Curves, given: float | None, seeds: int) -> list[Claim]:
         ours = (
             "a method has no run, or learnt nothing"
             if median is None
-            else f"{median:.2f} times (median of {len(found)} of {seeds} seeds: {_listed(found)})"
+            else f"{median:.2f} times (median of {len(found)} of {pages.seeds(seeds)}: "
+            f"{_listed(found)})"
         )
         judged += [
             Claim(

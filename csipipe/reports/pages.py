@@ -42,6 +42,11 @@ def page(title: str, *parts: str) -> str:
     return "\n\n".join([f"# {title}", *(part for part in parts if part)]) + "\n"
 
 
+def seeds(number: int) -> str:
+    """So many seeds, in words."""
+    return f"{number} seed{'' if number == 1 else 's'}"
+
+
 def every(judged: Iterable[bool | None]) -> bool | None:
     """Whether all hold: False if one doesn't; otherwise None if one can't be judged."""
     seen = list(judged)

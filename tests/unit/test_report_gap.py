@@ -44,6 +44,9 @@ def test_the_gap_by_hand(tmp_path: Path) -> None:
     found = report.gaps(curves)
     assert found[2000, 8] == pytest.approx([1.2, 1.6])
     page = report.verdict(one, curves, "")
+    assert "; medians over 3 seeds, and" in page
+    single = replace(one, preset=replace(one.preset, seeds=(0,)))
+    assert "; medians over 1 seed, and" in report.verdict(single, curves, "")
     assert "| 2,000 | 8 | 250 | 5.600e-01 | 1.400 (1.200 … 1.600) |" in page
     (line,) = report.draw(curves).axes[0].get_lines()[:1]
     points = np.asarray(line.get_xydata())
