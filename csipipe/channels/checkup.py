@@ -16,6 +16,7 @@ from csipipe.channels.csinet import SUFFIX, frequency_channels
 from csipipe.channels.doctor import Examined, Finding, examine
 from csipipe.channels.format import Description
 from csipipe.channels.source import Images, Part, Site, Source
+from csipipe.channels.split import owners
 from csipipe.channels.statistics import MOST_ROWS, bars, four_fifths, measure, spaced
 from csipipe.measure.metrics import rho, to_frequency
 
@@ -214,9 +215,9 @@ def converted_report(
     for verdict, what, repair in said.made["findings"]:
         yield f"  {verdict}: {what}"
         yield f"    repair: {repair}"
-    several = " --data.environment NAME" if len(said.environments) > 1 else ""
+    ues = f" --topology.ues {len(said.environments)}" if owners(said.environments) else ""
     yield f"written: {folder}"
     yield (
         f"train:   torchrun --nproc_per_node=4 launch/train.py --data.source files --data.path "
-        f"{shlex.quote(str(folder))}{several}"
+        f"{shlex.quote(str(folder))}{ues}"
     )

@@ -61,7 +61,7 @@ def deal(
             f"{total} training row(s) for {ues} UEs; each needs at least one. Raise "
             "data.train_samples (or add data) or lower topology.ues."
         )
-    if data.where == ALL and _owners(environments):
+    if data.where == ALL and owners(environments):
         per_site = _own(train, ues)
     elif data.where == NONIID and data.alpha is not None:
         per_site = _drawn(train, ues, data.alpha, data.seed)
@@ -152,7 +152,7 @@ def _proportional(part: Part, asked: int | None, limits: dict[Site, int]) -> dic
     return {site: stop - start for site, (start, stop) in zip(limits, pairwise(upto), strict=True)}
 
 
-def _owners(environments: Sequence[Site]) -> bool:
+def owners(environments: Sequence[Site]) -> bool:
     """Whether the environments are UEs: ue-0, ue-1 …"""
     return set(environments) == {own_environment(ue) for ue in range(len(environments))}
 

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from scipy import io
 
 from csipipe.channels import convert as converting
-from csipipe.channels import eigenvectors, inputs, open_source, rawarray, statistics, transform
+from csipipe.channels import (
+    dealt,
+    eigenvectors,
+    inputs,
+    open_source,
+    rawarray,
+    statistics,
+    transform,
+)
 from csipipe.channels.axes import parse
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
@@ -29,6 +37,7 @@ from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.reading import example, guess
 from csipipe.channels.source import Part, Source
 from csipipe.measure import metrics
+from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings
 
 PARTS: tuple[Part, ...] = ("train", "test")
@@ -383,7 +392,13 @@ def test_an_environment_called_like_a_generated_file_name_gets_a_file_of_its_own
     assert len({s.images.name for s in said.sets}) == 2
 
 
-def test_sets_environments_and_ues(tmp_path: Path) -> None:
+def test_sets_environments_and_ues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def trained() -> list[int]:
+        """Rows of each UE by the line that is printed last."""
+        line = capsys.readouterr().out.splitlines()[-1]
+        deal = dealt(commandline.read(shlex.split(line.partition("launch/train.py ")[2])))[1]
+        return [sum(span.size for span in spans) for spans in deal.ues]
+
     files = [saved(tmp_path / f"{n}.npy", channels(20 + n, 1, seed=n)) for n in range(3)]
     axes = ["--axes", "sample rx tx subcarrier"]
     sets = ["--sets", "train val test", "--environments", "street street street"]
@@ -403,8 +418,10 @@ def test_sets_environments_and_ues(tmp_path: Path) -> None:
         for place, rows in (("3.5GHz", 20), ("6.7GHz", 21))
         for part in ("train", "test")
     ]
+    assert sum(trained()) == 20 + 21
     assert run(*files, tmp_path / "b", *axes, "--ues", "true", "--split", "0.5/0.5") == 0
     assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
+    assert trained() == [10, 10, 11]
 
 
 def test_variables_of_one_file_become_sets(
