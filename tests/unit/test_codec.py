@@ -158,6 +158,35 @@ def test_stochastic_rounding_is_right_in_the_mean(name: str) -> None:
     assert (nearest.abs() > 0.1 * step).any()
 
 
+@pytest.mark.parametrize("name", LEVELS)
+def test_no_rounding_takes_the_largest_of_a_group_beyond_the_levels(name: str) -> None:
+    """A level of -128 would be read as +128."""
+    one = codec.of_rows(name, CommSettings(), 1, 1)  # x / scale may be an ulp above the highest
+    for sign, noise in ((-1, 0.0), (1, 1 - 2**-24)):
+        sent = sign * message(2000, 1).abs()
+        found = one.decode(one.encode(sent, torch.full_like(sent, noise)))
+        torch.testing.assert_close(found, sent, rtol=1e-6, atol=0)
+
+
+def test_rounding_and_noise_draw_from_generators_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds: list[int] = []
+    seeded = torch.Generator.manual_seed
+
+    class Noted(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            seeds.append(seed)
+            return seeded(self, seed)
+
+    monkeypatch.setattr(torch, "Generator", Noted)
+    one = Rounding(3, stochastic=True)
+    for one.iteration in range(4):
+        one.noise(1, 0, [0, 1], 5)
+        one.blur(torch.ones(2, 5), 0.5, 1, 0, [0, 1])
+    assert len(seeds) == len(set(seeds)) == 16
+
+
 def test_noise_depends_on_kind_iteration_micro_batch_and_ue_alone() -> None:
     one, other = (Rounding(3, stochastic=True) for _ in range(2))
     assert one.noise(1, 0, [0], 5) is None  # evaluation

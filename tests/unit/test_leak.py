@@ -11,7 +11,7 @@ import pytest
 import torch
 import trainedruns
 from runs import small
-from torch import Tensor
+from torch import Tensor, nn
 
 from csipipe.comm.ledger import Kind
 from csipipe.evaluation import attack, leak
@@ -58,6 +58,17 @@ def test_the_network_finds_what_least_squares_miss() -> None:
 
     linear = attack.nmse(Decoder(x, bent(x), 1), test_x, bent(test_x))
     assert attack.nmse(Decoder(x, bent(x), 150), test_x, bent(test_x)) < 0.5 * linear
+
+
+def test_a_network_that_learns_its_rows_by_heart_is_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 6, generator=generator)
+    h = torch.rand(100, 2, 4, 4, generator=generator)  # nothing to do with x
+    decoder = Decoder(x, h, 20)
+    found = attack.nmse(decoder, x[90:], h[90:])  # what it doesn't learn from
+    for value in decoder.rest[-1].parameters():
+        nn.init.zeros_(value)
+    assert found <= attack.nmse(decoder, x[90:], h[90:])
 
 
 def test_messages_cross_with_the_runs_noise_and_codecs() -> None:
@@ -113,13 +124,14 @@ def test_the_attackers_rows_are_those_of_the_other_ues(
         return messages(model, objective, h_NAD, wire)
 
     monkeypatch.setattr(attack, "messages", noted)
+    monkeypatch.setattr(leak, "_OWN", 30)  # of three UEs
     trainedruns.finish(tmp_path / "run", data={"train_samples": 80, "test_samples": 20})
     assert leak.main([str(tmp_path / "run"), "--ue", "2", "--steps", "1"]) == 0
     [wanted] = read(tmp_path / "run").models([2])
     for name, weight in wanted.encoder.state_dict().items():
         assert torch.equal(encoders[0][name], weight)
     victim, *own = rows  # the encoder is known, then unknown
-    assert [len(victim), *map(len, own)] == [18, 54, 54]  # none of the held-out ones
+    assert [len(victim), *map(len, own)] == [18, 30, 30]  # none of the held-out ones
     assert all(torch.cdist(one, victim).min() > 1e-3 for one in own)
 
 
