@@ -580,6 +580,16 @@ def test_plurals_are_the_same_words() -> None:
     assert parse("samples tx subcarriers").groups == parse("sample tx subcarrier").groups
 
 
+def test_a_piece_of_an_array_says_whose_its_rows_are() -> None:
+    both = parse("sample user tx subcarrier")  # with users, samples are rows of theirs
+    assert both.users((4, 3, 8, 16), 1, 1, 3).ravel().tolist() == [1, 2]
+    assert both.users((4, 3, 8, 16), 0, 1, 3).ravel().tolist() == [0, 1, 2]
+    twice = parse("user user rx rx tx subcarrier")
+    assert twice.users((2, 3, 1, 1, 8, 16), 1, 1, 3).ravel().tolist() == [1, 2, 4, 5]
+    assert twice.streamed((2, 3, 1, 1, 8, 16)) == 1
+    assert twice.streamed((2, 3, 1, 1, 8, 16), in_order=True) == 0
+
+
 def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
     h = channels(rx=1)[:, 0]
     good = saved(folder / "good.npy", h)
