@@ -14,7 +14,7 @@ from csipipe import methods
 from csipipe.methods.average import Averaged
 from csipipe.methods.centralised import Centralised
 from csipipe.run import trained
-from csipipe.settings.config import TrainSettings
+from csipipe.settings.config import Settings, TopologySettings, TrainSettings
 
 DECAY = 0.3
 
@@ -97,3 +97,11 @@ def test_a_run_in_progress_is_read_by_its_mean(tmp_path: Path) -> None:
 def test_a_decay_lies_between_0_and_1(decay: float) -> None:
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
         TrainSettings(average=decay)
+
+
+def test_what_ues_have_in_common_has_a_mean_where_all_take_part() -> None:
+    train = TrainSettings(average=DECAY)
+    all_four = Settings(method="fedavg", train=train, topology=TopologySettings(participants=4))
+    assert all_four.participants == all_four.topology.ues
+    with pytest.raises(ValueError, match="that takes no part has no mean"):
+        replace(all_four, topology=TopologySettings(participants=3))

@@ -104,6 +104,7 @@ def test_losses_are_compared_ue_by_ue_over_the_first_iterations() -> None:
     assert race.difference(wanted, wanted) == 0.0
     assert race.difference([*wanted, [5.0, 5.0]], [*wanted, [1.0, 1.0]]) == 0.0
     assert race.difference([[1.0, float("nan")]], [[1.0, 2.0]]) == float("inf")
+    assert race.difference([[1e-9]], [[0.0]]) == float("inf")
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -114,6 +115,61 @@ def test_ratios_are_taken_round_by_round() -> None:
     lines = table.seconds_table(contest).splitlines()
     assert lines[1].split()[:4] == ["ours", "1.000", "2.000", "3.000"]
     assert lines[2].endswith("the same, to the bit")
+
+
+class Asleep:
+    """A candidate that computes nothing; `orders` are those of all."""
+
+    def __init__(self, label: str, loss: float, orders: list[tuple[str, Order]]) -> None:
+        self.label, self.loss, self.orders = label, loss, orders
+        self.ended = False
+
+    def turn(self, order: Order) -> Turn:
+        self.orders.append((self.label, order))
+        return Turn(1.0, [[self.loss]], [{}], [0], [2**30])
+
+    def end(self, patience: float) -> None:
+        self.ended = True
+
+
+def asleep(**losses: float) -> tuple[race.Race, dict[str, Asleep], list[tuple[str, Order]]]:
+    """A race of candidates with those losses, and the orders that they get."""
+    contest = race.Race(candidates.line_up(Settings(), 2, list(losses), ("ours",)))
+    orders: list[tuple[str, Order]] = []
+    residents = {label: Asleep(label, loss, orders) for label, loss in losses.items()}
+    contest._residents.update(residents)  # type: ignore[arg-type]  # no processes
+    return contest, residents, orders
+
+
+def test_nobody_always_follows_the_same_candidate() -> None:
+    contest, _, orders = asleep(ours=1, deepspeed=1, **{"torch-1f1b": 1})
+    for _ in range(3):
+        contest.round()
+    firsts = [label for label, _ in orders[::3]]
+    assert firsts == ["ours", "deepspeed", "torch-1f1b"]
+
+
+@pytest.mark.parametrize(("gib", "crowded"), [(3.01, False), (2.99, True), (None, False)])
+def test_where_memory_is_short_each_returns_its_own_and_settles_again(
+    gib: float | None, crowded: bool
+) -> None:
+    contest, _, orders = asleep(ours=1, deepspeed=1)  # a GiB each, and one must stay free
+    contest.warm_up(None if gib is None else int(gib * 2**30))
+    assert contest.crowded == crowded
+    orders.clear()
+    contest.round()
+    assert {order for _, order in orders} == {Order(1, untimed=2 * crowded, release=crowded)}
+
+
+def test_whoever_computes_something_else_is_ended_and_not_timed() -> None:
+    contest, residents, _ = asleep(ours=1, deepspeed=1 + 0.9e-4, **{"torch-1f1b": 1})
+    contest.round()
+    assert not contest.failures
+    contest.losses["torch-1f1b"] = [[1 + 1.1e-4]]
+    contest.round()
+    assert list(contest.failures) == ["torch-1f1b"]
+    assert residents["torch-1f1b"].ended
+    assert [sorted(turns) for turns in contest.rounds] == [["deepspeed", "ours"]] * 2
 
 
 def test_a_round_without_a_failed_candidate_counts_for_the_others() -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 import trainedruns
 from torch import nn
 
@@ -18,11 +19,12 @@ from csipipe.channels.source import Span
 from csipipe.comm.world import World
 from csipipe.compare import command, figures, page, plan
 from csipipe.compare.figures import Figures
-from csipipe.evaluation import testset
+from csipipe.evaluation import samples, testset
+from csipipe.export.parts import operations
 from csipipe.models.ceiling import confined
 from csipipe.reports import budget
 from csipipe.reports.runs import placed
-from csipipe.run import ceiling
+from csipipe.run import ceiling, trained
 from csipipe.run.training import launch
 from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings, ModelSettings, Settings, TopologySettings
@@ -213,15 +215,33 @@ def test_what_cannot_be_compared_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_codewords_are_told_apart_where_something_else_crosses(tmp_path: Path) -> None:
+def test_figures_are_of_the_whole_model_and_the_whole_training(tmp_path: Path) -> None:
+    """Of a run cut before the encoder's linear layer, where something else than c1 crosses."""
     folder = tmp_path / "runs" / "run"
-    split = {"split": (4, 6), "kernels_by": "torch"}  # before the encoder's linear layer
-    settings = trainedruns.finish(folder, "centralised", model=split).settings
+    split = {"split": (4, 6), "kernels_by": "torch"}
+    worker = trainedruns.finish(folder, "centralised", model=split)
+    settings, ue = worker.settings, worker.ues[0]
     summary = json.loads((folder / "summary.json").read_text()) | {"seconds_per_iteration": 0.5}
     (folder / "summary.json").write_text(json.dumps(summary))
     assert models.widths(settings.model)[0] != settings.model.c1
-    found = figures.measure(placed("run", settings, tmp_path), testset.load(settings))
-    assert found.c1 == settings.model.c1
+    rows = testset.load(settings)
+    found = figures.measure(placed("run", settings, tmp_path), rows)
+    assert (found.c1, found.iterations) == (settings.model.c1, 10)
+    assert found.seconds == pytest.approx(5)
+    parts = nn.ModuleList([ue.encoder, worker.tail, ue.head])
+    assert found.parameters == sum(p.numel() for p in parts.parameters())
+    parts.eval()
+    with torch.no_grad():
+        y = worker.tail(ue.encoder(rows.h_BAD))
+        h_hat = ue.head(y)
+    convolution = 2 * 2 * 9 * 8 * 8  # all that the encoder multiplies
+    assert found.macs_at_ue == convolution + operations(ue.head, y)
+    values = samples.means(trained.read(folder), rows)
+    assert (found.rho, found.sgcs) == (values["rho"], values["sgcs"])
+    assert found.rho != found.sgcs
+    error = (h_hat - rows.h_BAD).square().sum((1, 2, 3))
+    nmse = (error / (rows.h_BAD - 0.5).square().sum((1, 2, 3))).mean()
+    assert found.nmse_db == pytest.approx(10 * math.log10(nmse), abs=1e-4)
 
 
 def test_what_is_collected_is_what_was_made(

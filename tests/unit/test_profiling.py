@@ -70,6 +70,7 @@ def test_a_reset_forgets_what_was_begun() -> None:
 
 def test_spans_cross_as_one_line_of_text() -> None:
     spans = [span(1, 2), Span("wait", "wait for figures", None, 7, 3, 4)]
+    assert spans[1].shifted(-5) == Span("wait", "wait for figures", None, 7, -2, -1)
     text = to_json(spans)
     assert len(text.splitlines()) == 1
     assert from_json(text) == spans

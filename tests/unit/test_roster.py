@@ -17,6 +17,7 @@ from csipipe.methods.rank import Rank
 from csipipe.methods.roster import averages, drawn, evaluated, returning
 from csipipe.pipeline.schedule import Instruction, Op
 from csipipe.settings.config import RunSettings, Settings, TopologySettings, TrainSettings
+from csipipe.settings.tables import METHODS
 
 
 def settings(ues: int, participants: int | None, seed: int = 0) -> Settings:
@@ -76,7 +77,7 @@ def evaluating(ues: int | None, seed: int = 0) -> Settings:
 
 
 def test_evaluations_are_over_ues_of_their_own_draw() -> None:
-    assert evaluated(evaluating(None)) == list(range(50))
+    assert evaluated(evaluating(None)) == evaluated(evaluating(50)) == list(range(50))
     chosen = evaluated(evaluating(5))
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 5
@@ -110,6 +111,13 @@ def test_a_period_has_the_same_ues_and_ends_with_an_averaging() -> None:
     assert {k for k, ues in enumerate(behind) if ues} == {4, 8}
     assert behind[4] == sorted({*every[4]} - {*every[0]})
     assert behind[8] == sorted({*range(20)} - {*every[4]})  # all have the last mean
+
+
+def test_a_period_is_the_methods_own_unless_it_is_said() -> None:
+    assert Settings(method="splitfed").aggregate_every == METHODS["splitfed"].aggregates > 1
+    train = TrainSettings(aggregate_every=3)
+    assert Settings(method="splitfed", train=train).aggregate_every == 3
+    assert Settings().aggregate_every == 1
 
 
 def test_a_section_without_work_is_not_executed() -> None:

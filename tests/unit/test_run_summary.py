@@ -12,13 +12,13 @@ from runs import CPU, small
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from csipipe import methods
-from csipipe.comm.ledger import Ledger
+from csipipe.comm.ledger import Kind, Ledger
 from csipipe.comm.world import World
 from csipipe.measure.figures import Figures
 from csipipe.methods.centralised import Centralised
 from csipipe.run import summary
 from csipipe.settings.config import Settings
-from csipipe.tracking import Tracker
+from csipipe.tracking import Tracker, exchanged_summary
 from csipipe.tracking.tables import closing_table
 
 
@@ -126,6 +126,21 @@ def test_a_stopped_run_says_of_which_iteration_its_figures_are(tmp_path: Path) -
     found = summary.content(worker, settings, tracker, ledger, 4, 1, None)
     assert (found["iterations"], found["test_iteration"]) == (4, 2)
     assert "after iteration 2: the last evaluation\n" in closing_table(found, settings, tmp_path)
+
+
+def test_what_was_exchanged_is_counted_by_phase_kind_and_direction() -> None:
+    ledger = Ledger(2)
+    for ledger.phase, times in (("training", 1), ("evaluation", 7)):
+        for n, kind in enumerate((Kind.SMASHED, Kind.OUTPUT, Kind.STATISTICS)):
+            ledger.count(kind, range(2), times * 10 * 2**n, times * 40 * 2**n)
+    assert exchanged_summary(ledger) == {
+        "exchanged": {"scalars": {"up": 10, "down": 20}, "bytes": {"up": 40, "down": 80}},
+        "exchanged_buffers": {"scalars": {"up": 40, "down": 0}, "bytes": {"up": 160, "down": 0}},
+        "exchanged_evaluation": {
+            "scalars": {"up": 70, "down": 140},
+            "bytes": {"up": 280, "down": 560},
+        },
+    }
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -97,6 +97,14 @@ def test_null_takes_what_there_is_and_evenly_in_the_mixture() -> None:
     assert [span.size for span in mixed.test] == [9, 9]
 
 
+def test_rows_of_several_environments_leave_no_ue_two_rows_behind_another() -> None:
+    counts = {(site, "train"): rows for site, rows in zip("abc", (7, 6, 5), strict=True)}
+    counts |= {(site, "test"): 1 for site in "abc"}
+    dealt = deal(settings(source="files", path="x"), 4, have(counts), ["a", "b", "c"])
+    found = [counts_of(dealt, site, 4) for site in "abc"]
+    assert found == [[2, 2, 2, 1], [2, 1, 1, 2], [1, 2, 1, 1]]
+
+
 @pytest.mark.parametrize("environment", ["outdoor", "noniid"])
 def test_synthetic_defaults(environment: Any) -> None:
     dealt = deal(settings(environment=environment), 4, endless)
