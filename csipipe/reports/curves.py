@@ -98,8 +98,10 @@ def read(folder: Path) -> Curve:
         raise ValueError(
             f"{looked_at}: a figure is missing or of the wrong type ({error}); {REMEDY}."
         ) from error
-    ascending = all(a < b for a, b in pairwise(curve.iterations))
-    if not ascending or (curve.iterations[-1], curve.loss[-1]) != (finished, loss):
+    for before, after in pairwise(curve.iterations):
+        if after <= before:
+            raise ValueError(f"{file} has iteration {after} after {before}; {REMEDY}.")
+    if (curve.iterations[-1], curve.loss[-1]) != (finished, loss):
         raise ValueError(
             f"{file} ends at iteration {curve.iterations[-1]} with test loss {curve.loss[-1]:.6g}, "
             f"summary.json at {finished} with {loss:.6g}; {REMEDY}."

@@ -368,7 +368,8 @@ def test_another_method_has_no_period_and_no_ranges() -> None:
 
 def test_another_method_takes_what_is_its_own() -> None:
     codecs = CodecSettings(smashed="int8", update="int4")
-    sections = vars(Settings(comm=CommSettings(codec=codecs, error_feedback=True)))
+    sections = vars(Settings(comm=CommSettings(codec=codecs, error_feedback=True, noise=0.5)))
     split, federated = (suited(method, sections)["comm"] for method in ("csilocal", "fedavg"))
     assert (split.codec, split.error_feedback) == (CodecSettings(smashed="int8"), False)
     assert (federated.codec, federated.error_feedback) == (CodecSettings(update="int4"), True)
+    assert (split.noise, federated.noise) == (0.5, 0)

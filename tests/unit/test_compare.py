@@ -190,6 +190,10 @@ def test_runs_differ_in_model_and_codeword_alone(tmp_path: Path) -> None:
     assert wanted[0].folder == tmp_path / "runs" / "crnet-c8"
     twice = plan.runs(Settings(model=SMALL), ["crnet", "linear", "crnet"], [8, 4, 8], tmp_path)
     assert twice == wanted
+    with pytest.raises(ValueError, match=r"model\.split is \[1, 9\]"):  # of linear alone
+        plan.runs(
+            Settings(model=replace(SMALL, split=(1, 9))), ["csilocal", "linear"], [8], tmp_path
+        )
     seeds = plan.runs(Settings(model=SMALL), ["linear"], [8], tmp_path, 2)
     assert [(run.name, run.settings.train.seed) for run in seeds] == [
         ("linear-c8", 0),

@@ -84,8 +84,12 @@ def again(folder: Path, part: str, planar: tuple[int, int, int] | None = None) -
     return np.fft.fft(np.roll(full, -said.shift, axis=-1), axis=-1)
 
 
-def test_every_step_but_the_truncation_can_be_undone(tmp_path: Path) -> None:
+def test_every_step_but_the_truncation_can_be_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "BLOCK", 40_000)  # several blocks
     h = channels(rx=1)[:, 0]
+    h[0] *= 3  # the largest is in the first
     file = saved(tmp_path / "h.npy", h)
     for number, extra in enumerate(([], ["--shift", "5"], ["--scaling", "set"])):
         out = tmp_path / f"out{number}"

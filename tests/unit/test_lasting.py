@@ -88,6 +88,23 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
         checkpoint.Snapshot(file.parent)
 
 
+def test_a_manifest_of_another_format_is_refused_an_older_one_too(tmp_path: Path) -> None:
+    file = snapshot(tmp_path, 7) / "manifest.json"
+    text = file.read_text()
+    for version in (1, 3):
+        file.write_text(text.replace('"format": 2', f'"format": {version}'))
+        with pytest.raises(ValueError, match=f"has format {version}, this csipipe reads 2"):
+            checkpoint.Snapshot(file.parent)
+
+
+def test_a_snapshot_takes_the_place_of_an_earlier_attempts(tmp_path: Path) -> None:
+    snapshot(tmp_path, 7)
+    lr = Settings(train=TrainSettings(lr=0.5))
+    found = checkpoint.Snapshot(snapshot(tmp_path, 7, lr))
+    assert found.content["settings"]["train"]["lr"] == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["7"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

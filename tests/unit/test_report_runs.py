@@ -285,7 +285,7 @@ def test_runs_may_differ_in_where_they_were_computed(tmp_path: Path) -> None:
         ("summary.json", ('"iterations": 20', '"iterations": 30'), "ends at iteration 20"),
         ("history.jsonl", ('{"iteration": 20', '{"iteration'), "history.jsonl, line 2 isn't JSON"),
         ("history.jsonl", ('"exchanged"', '"sent"'), "a figure is missing.*exchanged"),
-        ("history.jsonl", ('"iteration": 20', '"iteration": 10'), "ends at iteration 10"),
+        ("history.jsonl", ('"iteration": 20', '"iteration": 10'), "has iteration 10 after 10"),
     ],
 )
 def test_damaged_and_foreign_runs_are_named(

@@ -47,6 +47,14 @@ def test_the_closing_table_says_over_whom_its_mean_is(tmp_path: Path) -> None:
     assert "the mean is without UEs 1, 2, for bad values (train.on_bad_ue)" in text
     assert "run.eval_ues" not in text
     assert "the last evaluation" not in text
+    assert "buffers" not in text
+
+
+def test_what_batchnorm_exchanges_is_shown_in_both_ways_together(tmp_path: Path) -> None:
+    buffers = {"scalars": {"up": 3, "down": 4}, "bytes": {"up": 12, "down": 16}}
+    ended = {**finished(), "evaluated_ues": [0, 3], "exchanged_buffers": buffers}
+    [line] = [x for x in closing_table(ended, small(), tmp_path).splitlines() if "buffers" in x]
+    assert line.split()[:3] == ["buffers", "7", "28"]
 
 
 _START = "more iterations, or --model.start pca --train.lr 1e-4"

@@ -117,6 +117,8 @@ def test_defaults_that_follow_from_others() -> None:
     assert Settings(topology=TopologySettings(stages=3)).stages == 3
     assert Settings(train=TrainSettings(iterations=5)).eval_every == 1
     assert Settings(train=TrainSettings(iterations=500)).eval_every == 50
+    assert Settings(train=TrainSettings(iterations=5)).save_every == 1
+    assert Settings(train=TrainSettings(iterations=500)).save_every == 50
     assert math.isfinite(DataSettings().holdout)
 
 
