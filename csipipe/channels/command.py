@@ -129,7 +129,7 @@ def check(
 
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or a converted one; an array's file,
-            or a folder of them; or synthetic, or a source of your own that reads no folder.
+            or a folder of them; or synthetic, or a source of your own, as NAME or NAME:DIR.
         environment: indoor or outdoor, or one of a converted folder; by default all of them.
         beside: another folder of either kind, or such a source, whose statistics go beside: of the
             same environment, or of all that it has.
@@ -268,7 +268,7 @@ def look(
 
     Args:
         source: folder with DATA_Htrainin.mat and its siblings, or a converted one; or synthetic, or
-            a source of your own that reads no folder.
+            a source of your own, as NAME or NAME:DIR.
         output: the PNG file to write; an existing one is replaced.
         environment: indoor or outdoor, or one of a converted folder; by default all of them.
         seed: seed of synthetic channels.

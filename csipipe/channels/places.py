@@ -1,5 +1,4 @@
-"""What `check` and `look` accept: a folder of CsiNet's files or a converted one, or a built-in
-source."""
+"""What `check` and `look` accept: a folder of CsiNet's files or a converted one, or a source."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ from csipipe.settings.tables import KINDS, SOURCES, SourceSpec
 
 
 def built_in(source: str) -> bool:
-    """Whether it names a source that reads no folder, which may be given instead of one."""
-    return source in SOURCES and not SOURCES[source].folder
+    """Whether it names a source: NAME, or NAME:DIR of one that reads a folder."""
+    name, colon, _ = source.partition(":")
+    return name in SOURCES and SOURCES[name].folder == bool(colon)
 
 
 def is_converted(source: str) -> bool:
@@ -41,7 +41,7 @@ def axes(source: str) -> tuple[str, str]:
     if is_converted(source):
         return profileplot.labels(Description.read(Path(source)))
     if built_in(source):
-        return KINDS[kind(source)].axes or SOURCES[source].axes
+        return KINDS[kind(source)].axes or SOURCES[source.partition(":")[0]].axes
     return SourceSpec.axes
 
 
@@ -76,7 +76,8 @@ def checked(source: str, site: Site, seed: int) -> checkup.Checked:
 
 def _opened(source: str, seed: int = 0) -> Source:
     """A built-in source, in its own size."""
-    return channels.open_source(DataSettings(source=source, seed=seed))
+    name, _, folder = source.partition(":")
+    return channels.open_source(DataSettings(source=name, path=folder or None, seed=seed))
 
 
 def sets(source: str, site: Site, seed: int) -> tuple[Images, Images] | None:

@@ -322,27 +322,33 @@ class Hall(SyntheticSource):
 
 
 def open_hall(data: DataSettings, angles: int | None, delays: int | None) -> Hall:
+    assert data.path is None or Path(data.path).is_dir()
     return Hall(data.seed, angles or 8, delays or 4)
 
 
+@pytest.mark.parametrize("folder", [False, True])
 def test_a_source_of_ones_own_is_shown_as_what_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     axes = "beam {}", "tap"
-    row = SourceSpec(about="thrown away", open=f"{__name__}:open_hall", folder=False, axes=axes)
+    row = SourceSpec(about="thrown away", open=f"{__name__}:open_hall", folder=folder, axes=axes)
     monkeypatch.setitem(SOURCES, "mine", row)
+    mine = f"mine:{tmp_path}" if folder else "mine"
     labels: set[str] = set()
     monkeypatch.setattr(
         Figure,
         "savefig",
         lambda figure, *_, **__: labels.update(axis.get_xlabel() for axis in figure.axes),
     )
-    assert run("look", "mine", "--output", tmp_path / "channels.png") == 0
-    assert "hall (mine, 12 test rows)" in capsys.readouterr().out
+    assert run("look", mine, "--output", tmp_path / "channels.png") == 0
+    assert f"hall ({mine}, 12 test rows)" in capsys.readouterr().out
     assert labels - {""} == {"beam 8", "tap"}
-    assert run("check", "mine", "--beside", "mine") == 0
+    assert run("check", mine, "--beside", mine) == 0
     said = capsys.readouterr().out
-    assert "beside: mine hall" in said
+    assert f"beside: {mine} hall" in said
     assert re.search(r"rows looked at +30 +30", said)
 
 
