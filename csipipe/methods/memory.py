@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from csipipe.methods.common import some_are_absent
 from csipipe.methods.cost import exchanged_parts
-from csipipe.models import count_parts, count_statistics, widths
+from csipipe.models import count_frozen, count_parts, count_statistics, widths
 from csipipe.settings.config import Settings
 
 _MIB = 2**20
@@ -15,8 +15,8 @@ def of_a_ue(settings: Settings) -> dict[str, int]:
     """Bytes of a UE's `weights` and `moments`, and of what the `bts` keeps for it; where they are
     kept, of the weights' `mean`, and of what updates lost at their codec (`feedback`).
 
-    Weights include BatchNorm's statistics, the ranges of codeword entries (`comm.scale range`) and,
-    in the federated methods, what all UEs agreed on.
+    Weights include those that never learn, BatchNorm's statistics, the ranges of codeword entries
+    (`comm.scale range`) and, in the federated methods, what all UEs agreed on.
     Gradients and activations aren't included: only UEs of the iteration have some.
     """
     spec, sizes = settings.spec, count_parts(settings.model)
@@ -27,7 +27,8 @@ def of_a_ue(settings: Settings) -> dict[str, int]:
     elsewhere = [*settings.train.frozen, *(shared if spec.bts_steps else [])]
     stepped = sum(sizes[part] for part in parts if part not in elsewhere)
     ranges = 2 * widths(settings.model)[0] if settings.feedback_bits else 0  # centre and spread
-    own = sum(sizes[part] + statistics[part] for part in parts) + ranges
+    frozen = count_frozen(settings.model)
+    own = sum(sizes[part] + frozen[part] + statistics[part] for part in parts) + ranges
     update = sum(sizes[part] for part in shared)
     return {
         "weights": 4 * (own + agreed),

@@ -304,6 +304,15 @@ def count_parts(model: ModelSettings) -> dict[str, int]:
     return {part: count_parameters(layers(part, model)) for part in PARTS}
 
 
+def count_frozen(model: ModelSettings) -> dict[str, int]:
+    """Scalars of `encoder`, `tail` and `head` that the model itself keeps from learning."""
+    return {
+        part: sum(p.numel() for x in layers(part, model) for p in x.parameters())
+        - count_parameters(layers(part, model))
+        for part in PARTS
+    }
+
+
 def count_statistics(model: ModelSettings) -> dict[str, int]:
     """BatchNorm's running means and variances in `encoder`, `tail` and `head`, in scalars."""
     return {

@@ -82,6 +82,23 @@ def test_it_is_what_the_tensors_of_a_ue_take(method: str, moments: Moments) -> N
     assert f"{size([*mean.buffers()]) / 2**20:.2f} of the weights' mean" in memory.note(averaged)
 
 
+@pytest.mark.parametrize("method", ["csilocal", "fedavgper"])
+def test_layers_that_a_model_itself_freezes_take_memory(method: str) -> None:
+    plain = setting(method)
+    model = replace(plain.model, name="frozenmodel:build")
+    settings = replace(plain, model=model, train=replace(plain.train, average=0.9))
+    rows = np.zeros((1, 2, 8, 8), np.float32)
+    ue = UserEquipment(0, settings, rows, rows[:0], CPU)
+    parts, agreed = dict(ue.parts), list[Agreed]()
+    if settings.spec.shared:
+        replica = FedAvg(ue, settings, CPU)
+        parts, agreed = replica.parts, replica.agreed
+    weights = [t for part in parts.values() for t in (*part.parameters(), *part.buffers())]
+    held = memory.of_a_ue(settings)
+    assert held["weights"] == size([*weights, *(one.value for one in agreed)])
+    assert held["mean"] == size([*Mean(parts).buffers()])
+
+
 def test_ranges_of_the_codeword_are_weights_that_dont_move() -> None:
     plain = setting("csilocal")
     codec = replace(plain.comm.codec, smashed="int4")
