@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from csipipe.bench.peerstage import PeerStage
 from csipipe.methods.base import adam
 from csipipe.pipeline import settings as deepspeed_settings
+from csipipe.pipeline.engine import TailStage
 
 
 class _Module(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
@@ -32,6 +34,12 @@ class _Module(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
+class _Engine(PipelineEngine):  # type: ignore[misc]
+    """What `deepspeed.initialize` makes, but for weights without dimensions."""
+
+    _broadcast_model = TailStage._broadcast_model
+
+
 class StockStage(PeerStage):
     """One stage, as DeepSpeed's documentation shows it."""
 
@@ -41,12 +49,20 @@ class StockStage(PeerStage):
             self.parts, layers, num_stages=self.settings.stages, loss_fn=self._scaled_loss
         )
         keys = deepspeed_settings.load(train.deepspeed, train.precision)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+        config, mpu = (
+            deepspeed_settings.with_batches(keys, self.rows, self.micro_batches),
+            module.mpu(),
+        )
+        self.engine = _Engine(
+            args=None,
             model=module,
             optimizer=adam({"tail": module.parameters()}, train),
-            config=deepspeed_settings.with_batches(keys, self.rows, self.micro_batches),
+            mpu=mpu,
             dist_init_required=False,
+            config=config,
+            config_class=DeepSpeedConfig(config, mpu),
         )
+        self.optimizer = self.engine.optimizer
         self.labels = torch.zeros(1, device=self.device)  # the labels are at the UEs
 
     def iterate(self) -> None:

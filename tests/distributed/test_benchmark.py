@@ -88,6 +88,17 @@ def test_all_candidates_do_the_same_arithmetic(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_deepspeed_trains_a_model_of_ones_own_with_a_weight_without_dimensions() -> None:
+    whole = tiny()
+    model = replace(whole.model, name="randommodel:build")
+    settings = replace(whole, model=model, topology=replace(whole.topology, partition=None))
+    contest = race.Race(candidates.line_up(settings, 1, ("ours", "deepspeed"), ("ours",)))
+    race.run(contest, 1, conductor=forked(), say=quiet)
+    assert not contest.failures
+    assert contest.beside["deepspeed"] == 0.0  # to the bit
+
+
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which(candidates.compiler()) is None, reason="no C++ compiler")
 def test_a_compiled_tail_does_the_same_arithmetic() -> None:
     contest = line_up("one-process", "one-compiled")
