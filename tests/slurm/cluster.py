@@ -146,10 +146,6 @@ class Cluster:
         """A node dies: every process on it, at once."""
         self._tell(f"kill {node}")
 
-    def revive(self, node: str) -> None:
-        """The node's daemon is started again."""
-        self._tell(f"start {node}")
-
     def _tell(self, line: str) -> None:
         assert self._keeper.stdin is not None
         assert self._keeper.stdout is not None
@@ -176,7 +172,7 @@ class Keeper:
             self._start()
             for line in sys.stdin:
                 word, _, node = line.strip().partition(" ")
-                {"wait": self._wait, "kill": self._kill, "start": self._node}[word](node)
+                {"wait": self._wait, "kill": self._kill}[word](node)
                 print("done", flush=True)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one more would cut this short
@@ -262,7 +258,7 @@ class Keeper:
             self.nodes[node] = self._daemon("slurmd", "-D", "-N", node)
             return
         mine = self.folder / "spool" / node / "private"  # a place that only this node sees
-        mine.mkdir(exist_ok=True)
+        mine.mkdir()
         shared = self.folder / "unshared"
         shared.mkdir(exist_ok=True)
         # the interface is put into the namespace as soon as that exists
