@@ -370,9 +370,9 @@ def test_a_rank_that_is_silent_is_waited_for_a_while(
 ) -> None:
     monkeypatch.setattr("csipipe.profiling.session.LEAST", 0.1)
     monkeypatch.setattr(alignment, "offset", lambda *_: alignment.Offset(0, 0))
-    run = Session(tmp_path / "run", settings(timeout=0.1, profile_after=2), ranks=2)
+    run = Session(tmp_path / "run", settings(timeout=3.0, profile_after=2), ranks=2)
     run.world.store.set("events/1/1", "3")  # the last word of rank 1
-    with pytest.raises(PeerLost, match=r"for its word \(spans\) from rank 1") as found:
+    with pytest.raises(PeerLost, match=r"for its text \(spans\) from rank 1") as found:
         run.until(4)
     assert found.value.peer == 1
     assert not found.value.gone

@@ -83,7 +83,8 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.mu", "-0.1"], "train.mu is -0.1"),
         (["--train.mu", ".inf"], "train.mu is inf"),
         (["--train.personalisation", "fedper"], "train.personalisation"),
-        (["--run.timeout", "0"], "run.timeout is 0"),
+        (["--run.timeout", "2.9"], "run.timeout is 2.9; it must be finite, and at least 3 s"),
+        (["--run.timeout", ".inf"], "run.timeout is inf"),
         (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
     ],
 )

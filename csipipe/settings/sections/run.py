@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from csipipe.settings.sections.checks import at_least
 
+_SHORTEST = 3.0
+"""Seconds: signs of life come every second and are looked for as often, so that one that has just
+been missed is seen two seconds later."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -29,7 +33,8 @@ class RunSettings:
     """UEs that evaluations are over, drawn by train.seed, the same throughout the run: what is
     shown, and the choice of the best weights. null: all."""
     timeout: float = 60.0
-    """Longest wait for a peer inside an iteration, in seconds, on every process group."""
+    """Longest wait for a peer inside an iteration, in seconds, on every process group; at least
+    3."""
     profile: bool = False
     """Record some iterations on every rank: traces for TensorBoard and Perfetto in profile/, and a
     picture of the pipeline, timeline.png."""
@@ -47,7 +52,8 @@ class RunSettings:
         at_least("run.profile_iterations", self.profile_iterations, 1)
         if not self.resume:
             raise ValueError("run.resume is empty; it must be auto, never or a path.")
-        if not 0 < self.timeout < math.inf:
+        if not _SHORTEST <= self.timeout < math.inf:
             raise ValueError(
-                f"run.timeout is {self.timeout}; it must be a positive, finite number of seconds."
+                f"run.timeout is {self.timeout}; it must be finite, and at least {_SHORTEST:g} "
+                "seconds: a rank that is alive says so every second."
             )
