@@ -66,12 +66,14 @@ import contextlib, os, pathlib, signal, sys, time
 from torch.distributed import HashStore
 from csipipe.run import stopping
 from csipipe.comm.world import World
-stopping.GRACE = 0.3
-number = getattr(signal, sys.argv[3])
+number, unhurried = getattr(signal, sys.argv[3]), sys.argv[2] == "unhurried"
+stopping.GRACE = 60.0  # a busy machine may take its time for the rest
 with stopping.Stopping(World(HashStore(), 0, 1, 0, 1), pathlib.Path(sys.argv[1])) as listening:
     os.kill(os.getpid(), number)
-    with listening.unhurried() if sys.argv[2] == "unhurried" else contextlib.nullcontext():
-        time.sleep(1.5)
+    with listening.unhurried() if unhurried else contextlib.nullcontext():
+        stopping.GRACE = 0.3
+        time.sleep(1 if unhurried else 30)
+        stopping.GRACE = 60.0
     assert listening.after(1) is False  # one more iteration, which all ranks do
     assert listening.after(2) is True
 """
