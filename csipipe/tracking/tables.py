@@ -88,16 +88,20 @@ def _not_everyone(summary: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _hardly_learnt(summary: dict[str, Any], settings: Settings, training_db: float) -> list[str]:
-    """What may help a finished run that has hardly learnt anything; of eigenvectors, whose phases
-    are free, NMSE doesn't say so, and where PCA does no better, only more rows help."""
+def _advice(summary: dict[str, Any], settings: Settings, training_db: float) -> list[str]:
+    """What may help a finished run that has learnt its training rows by heart, or hardly anything;
+    of eigenvectors, whose phases are free, NMSE doesn't say so, and where PCA does no better, only
+    more rows help."""
     mean, pca = summary["test"]["nmse_db"], summary["ceiling"]
     beyond = pca is not None and pca["nmse_db"] is not None and pca["nmse_db"] > _HARDLY
-    if summary["status"] != "finished" or settings.similarity or mean <= _HARDLY:
+    by_heart, hardly = training_db < mean - _BY_HEART, mean > _HARDLY
+    if summary["status"] != "finished" or settings.similarity:
         return []
-    if training_db < mean - _BY_HEART:
+    if by_heart:
         remedy = _more_rows(settings, training_db)
-    elif beyond:
+        if not hardly:
+            return [remedy]
+    elif beyond or not hardly:
         return []
     elif settings.model.start == "pca":
         remedy = "a lower --train.lr"
@@ -141,7 +145,7 @@ def closing_table(
         notes = (
             *_earlier(summary),
             *_not_everyone(summary),
-            *_hardly_learnt(summary, settings, training_db),
+            *_advice(summary, settings, training_db),
         )
         lines = ["", test_table(summary["test"], summary["ceiling"])]
         lines += [f"{'':>10}  {note}" for note in notes]

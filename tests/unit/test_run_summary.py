@@ -114,6 +114,18 @@ def test_a_run_that_has_learnt_its_rows_by_heart_is_told_so(
     assert settings.train.augment is None or "--train.augment" not in note
 
 
+@pytest.mark.parametrize(("training_db", "said"), [(-11.9, False), (-12.1, True)])
+def test_so_is_one_that_has_learnt_more_besides(
+    training_db: float, said: bool, tmp_path: Path
+) -> None:
+    ended = {**finished(-9.0), "evaluated_ues": [0, 3], "ceiling": _pca(-15.6)}
+    lines = closing_table(ended, small(), tmp_path, training_db).splitlines()
+    notes = [line.strip() for line in lines if "training rows at" in line]
+    assert [note.startswith("training rows at -12.1 dB, too few per UE;") for note in notes] == (
+        [True] if said else []
+    )
+
+
 def test_the_last_iteration_tells_whether_rows_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
