@@ -22,7 +22,7 @@ from csipipe.models.kernels.llvm.steps import forward_taps
 
 AVX512 = Machine("x86_64-unknown-linux-gnu", "skylake-avx512", "-prefer-256-bit", 16, 32)
 IMAGE = Image(5, 21)
-FORWARD = (IMAGE, "active", 7, (3, 5), 7, True)
+FORWARD = (IMAGE, "active", 7, (3, 5), 7, False, True)
 WEIGHTS = (IMAGE, "active", 7, (3, 5), "normed", 7)
 """Constants of a kernel each."""
 

@@ -213,7 +213,7 @@ def test_each_thread_of_a_team_has_its_share(together: bool) -> None:
     x, frames = torch.rand(5, 2, 3, 5) + 1, torch.zeros(2, frame.size)
     arrays = {"x": x, "frame": frames, "out z": torch.empty(5, 2, 3, 5)}
     arrays |= {"weights": torch.rand(2, 2, 3, 3), "bias": torch.zeros(2)}
-    constants = image, "stored", 2, (3, 3), 2, False
+    constants = image, "stored", 2, (3, 3), 2, True, False
     names = {name: name for name in arrays}
     step = Step(stages.convolution, constants, names, taps=forward_taps(frame))
     program, before = (

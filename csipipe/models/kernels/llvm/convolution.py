@@ -63,7 +63,7 @@ def weight_gradients(layer: Conv2d, x: Tensor, dy: Tensor) -> list[Tensor]:
 def _forward(image: Image, inputs: int, size: Size, outputs: int) -> Program:
     arrays = {name: name for name in ("x", "out z", "weights", "bias")}
     return Program(
-        library(), [steps.forward(image, "stored", inputs, size, outputs, False, arrays)]
+        library(), [steps.forward(image, "stored", inputs, size, outputs, True, False, arrays)]
     )
 
 

@@ -74,7 +74,7 @@ def forward(block: CRBlock, x: Tensor, training: bool) -> tuple[Tensor, Arrays]:
         _count(join_norm)
     constants = training, join_norm.eps, cast(float, join_norm.momentum)
     program = _forward(block.shape, image, *constants)
-    program.run(len(x), arrays | {"sums": _sums(x, 2)})
+    program.run(len(x), arrays | ({"sums": _sums(x, 2)} if training else {}))
     return out, arrays
 
 
@@ -137,13 +137,13 @@ def _forward(paths: Paths, image: Image, training: bool, eps: float, momentum: f
         source, arrays = c.input
         arrays |= {"out z": f"z {c.place}", "weights": f"weight {c.place}", "sums": "sums"}
         program += [
-            steps.forward(image, source, c.inputs, c.size, CHANNELS, True, arrays),
+            steps.forward(image, source, c.inputs, c.size, CHANNELS, False, training, arrays),
             norm(c.place, CHANNELS),
         ]
     arrays = _ends(paths) | {"z": f"z {JOIN}", "sums": "sums"}
     residual = {"z": f"z {JOIN}", "norm": f"norm {JOIN}", "x": "x", "out": "out"}
     program += [
-        Step(stages.join, (image, len(paths), CHANNELS), arrays),
+        Step(stages.join, (image, len(paths), CHANNELS, training), arrays),
         norm(JOIN, 2),
         Step(stages.residual, (image,), residual),
     ]

@@ -36,9 +36,16 @@ def pieces(rows: Number) -> Number:
 
 
 def convolution(
-    f: Function, image: Image, source: Source, channels: int, size: Size, outputs: int, normed: bool
+    f: Function,
+    image: Image,
+    source: Source,
+    channels: int,
+    size: Size,
+    outputs: int,
+    biased: bool,
+    moments: bool,
 ) -> None:
-    """z = convolution(source): with its moments (B, 2, C, L) for a BatchNorm, or with a bias."""
+    """z = convolution(source), with a bias or not; and with its `moments` (B, 2, C, L) or not."""
     frame = Frame(image, channels, size, f.lanes)
     with f.shared(f.rows) as b:
         here = Images(f, image, channels, "", b)
@@ -52,15 +59,15 @@ def convolution(
             channels * size[0] * size[1],
             lambda o, i, value, lanes: z.store(o * image.size + i, value, lanes),
             [*here.source_ahead(source), *there.ahead("z", written=True)],
-            not normed,
+            biased,
         )
-        if normed:
+        if moments:
             sums = f.array("sums").at(b * (2 * outputs * f.lanes))
             images.moments(f, image, outputs, z, sums)
 
 
-def join(f: Function, image: Image, paths: int, channels: int) -> None:
-    """The 1×1 convolution of all paths' activations to z (B, 2, A, D), and its moments."""
+def join(f: Function, image: Image, paths: int, channels: int, moments: bool) -> None:
+    """The 1×1 convolution of all paths' activations to z (B, 2, A, D); moments as `convolution`."""
     with f.shared(f.rows) as b:
         z = Images(f, image, 2, "", b).array("z", 0)
         for part in image.parts(f):
@@ -76,7 +83,8 @@ def join(f: Function, image: Image, paths: int, channels: int) -> None:
             for o in range(2):
                 for n, (i, lanes) in enumerate(part):
                     z.store(o * image.size + i, cells[o][n].value, lanes)
-        images.moments(f, image, 2, z, f.array("sums").at(b * (2 * 2 * f.lanes)))
+        if moments:
+            images.moments(f, image, 2, z, f.array("sums").at(b * (2 * 2 * f.lanes)))
 
 
 def residual(f: Function, image: Image) -> None:

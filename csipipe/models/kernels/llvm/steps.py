@@ -25,12 +25,13 @@ def forward(
     inputs: int,
     size: Size,
     outputs: int,
-    normed: bool,
+    biased: bool,
+    moments: bool,
     arrays: Mapping[str, str],
 ) -> Step:
     """`stages.convolution`."""
     frame = _frame(image, inputs, size)
-    constants = (image, source, inputs, size, outputs, normed)
+    constants = (image, source, inputs, size, outputs, biased, moments)
     return Step(stages.convolution, constants, arrays, {"frame": frame}, forward_taps(frame))
 
 
