@@ -103,8 +103,9 @@ class Axes:
             )
         found = []
         for size, group in zip(shape, self.groups, strict=True):
-            if math.prod(given for _, given in _sized(group, size)) != size:
-                names = " ".join(f"{word}={given}" if given else word for word, given in group)
+            rest = size // math.prod(n for _, n in group if n)
+            if math.prod(n or rest for _, n in group) != size:
+                names = " ".join(f"{word}={n}" if n else word for word, n in group)
                 raise ValueError(
                     f"--axes {self.text!r}: ({names}) doesn't multiply to {size} of {shape}."
                 )
@@ -118,11 +119,13 @@ class Axes:
         return found
 
     def arrange(self, values: NDArray[Any]) -> NDArray[np.complex64]:
-        """An array as (user…, sample…, time, bts, rx, ports, frequencies) complex64.
+        """An array whose sizes fit, or a piece of it, as complex64 (user…, sample…, time, bts, rx,
+        ports, frequencies).
 
         Axes that don't occur have size 1; repeated words are one axis, in C order.
         """
-        sizes = self.sizes(values.shape)
+        groups = zip(values.shape, self.groups, strict=True)
+        sizes = [sized for size, group in groups for sized in _sized(group, size)]
         words = [word for word, _ in sizes]
         flat = values.reshape([size for _, size in sizes])
         order: list[int] = []
@@ -182,7 +185,11 @@ def parse(text: str) -> Axes:
 
 
 def _sized(group: tuple[tuple[str, int], ...], size: int) -> list[tuple[str, int]]:
-    """A group's words, the one without a size with what is left."""
+    """A group's words, the one without a size with what is left; a word alone with all there is,
+    which may be a piece of its axis.
+    """
+    if len(group) == 1:
+        return [(group[0][0], size)]
     rest = size // math.prod(given for _, given in group if given)
     return [(word, given or rest) for word, given in group]
 

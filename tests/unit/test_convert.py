@@ -214,7 +214,7 @@ def test_receive_antennas_and_time(tmp_path: Path) -> None:
     ("axes", "order", "options"),
     [
         ("rx sample tx subcarrier", (1, 0, 2, 3), ["--receive", "strongest"]),
-        ("time sample tx subcarrier", (1, 0, 2, 3), ["--time", "first"]),
+        ("time sample=4 tx subcarrier", (1, 0, 2, 3), ["--time", "first"]),
         ("sample tx subcarrier rx", (0, 2, 3, 1), ["--eigenvectors", "true", "--subbands", 4]),
         (f"(rx={9 * N} sample) tx subcarrier", (1, 0, 2, 3), ["--receive", "strongest"]),
     ],
