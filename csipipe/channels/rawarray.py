@@ -260,10 +260,11 @@ def _text(stack: ExitStack, path: Path) -> RawArray:
         file.seek(0)
         lines = sum(1 for line in file if line.strip())
     mark = "," if "," in first else ";" if ";" in first else None
-    names = [cell for cell in first.split(mark) if not _is_number(cell)]
+    names = [cell.strip() for cell in first.split(mark) if not _is_number(cell)]
     if names:
         raise Unfit(
-            f"{path} starts with {first.strip()[:60]!r}; expected numbers only. Remove the header: "
+            f"{path} starts with {first.strip()[:60]!r}, where {names[0][:20]!r} is no number; "
+            "expected numbers only. If that is a header, remove it: "
             f"tail -n +2 {path.name} > plain.csv"
         )
     width = len(first.split(mark))
@@ -281,11 +282,13 @@ def _text(stack: ExitStack, path: Path) -> RawArray:
                 _some(stream[0], stop - start),
                 np.complex64 if is_complex else np.float32,
                 delimiter=mark,
+                comments=None,  # a line that is one was counted as numbers
                 ndmin=2,
             )
         except (ValueError, UnicodeDecodeError) as error:
+            reason = str(error).partition(";")[0].rstrip(".")  # then NumPy's advice to us
             raise ValueError(
-                f"{path}, lines {start + 1} to {stop}: {error}; expected {width} numbers in each."
+                f"{path}, lines {start + 1} to {stop}: {reason}; expected {width} numbers in each."
             ) from error
         if values.shape != (stop - start, width):
             raise ValueError(

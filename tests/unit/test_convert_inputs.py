@@ -264,6 +264,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
     (folder / "p.pkl").write_bytes(b"\x80\x04K\x01.")
     (folder / "head.csv").write_text("re,im\n1,2\n")
     (folder / "short.csv").write_text("1,2\n3,4\n5\n")
+    (folder / "remark.csv").write_text("1,2\n# 3,4\n5,6\n")
+    pairs = ["--axes", "sample (part=2 tx=1 subcarrier)"]
     (folder / "x.dat").write_bytes(b"abcdefghijklmnop")
     axes = ["--axes", "sample tx subcarrier"]
     return {
@@ -300,11 +302,9 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "ports": ([good, *axes, "--array", "3x2"], "--array 3x2x1 has 6 ports; the data has 8"),
         "array": ([good, *axes, "--array", "8"], "expected columns x rows"),
         "order": ([good, *axes, "--ports", "row column"], "the order of ports is"),
-        "header": ([folder / "head.csv", *axes], "Remove the header"),
-        "ragged csv": (
-            [folder / "short.csv", "--axes", "sample (part=2 tx=1 subcarrier)"],
-            "lines 1 to 3.*expected 2",
-        ),
+        "header": ([folder / "head.csv", *axes], "'re' is no number.*If that is a header"),
+        "ragged csv": ([folder / "short.csv", *pairs], "lines 1 to 3.* at row 3; expected 2"),
+        "remark in csv": ([folder / "remark.csv", *pairs], "string '# 3' .*1; expected 2"),
         "unknown": ([folder / "x.dat", *axes], "of an unknown kind"),
         "missing": ([folder / "nowhere.npy", *axes], "doesn't exist"),
         "split": ([good, *axes, "--split", "0.8/0.3"], "--split is '0.8/0.3'"),
