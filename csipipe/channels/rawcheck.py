@@ -6,8 +6,6 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from csipipe.channels import doctor, rawarray
 from csipipe.channels.filesource import PARTS, FilesSource
 from csipipe.channels.format import NAME, Description
@@ -95,7 +93,4 @@ def converted_findings(folder: Path, rows: tuple[Images, Images]) -> list[doctor
     if common:
         what = f"{common:,} of {len(rows[1]):,} test rows are also training rows"
         found.append(doctor.Finding("suspicious", what, "convert with --split, by user"))
-    outside = [np.isnan(part).any() or part.min() < 0 or part.max() > 1 for part in rows]
-    if any(outside):
-        found.append(doctor.Finding("unusable", "values outside of [0, 1]", "convert again"))
     return found

@@ -145,6 +145,11 @@ def test_check_says_how_to_convert_and_what_was(
     assert "all: GOOD" in said
     assert "energy in the first 4" in said
     assert main(["check", str(file)]) == 1
+    twice = [file, file, tmp_path / "twice", "--axes", "sample rx tx subcarrier"]
+    assert run(*twice, "--sets", "train test") == 0
+    assert main(["check", str(tmp_path / "twice")]) == 1
+    said = capsys.readouterr().out
+    assert "SUSPICIOUS\n  suspicious: 200 of 200 test rows are also training rows" in said
 
 
 def test_check_says_how_to_convert_each_array_of_a_file(
