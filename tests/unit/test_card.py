@@ -156,7 +156,7 @@ def test_half_the_bytes_hold_the_weights_that_the_card_speaks_of(tmp_path: Path)
     with pytest.raises(
         ValueError, match=r"a has weights up to 1e\+05, float16 ends at 65,504; keep"
     ):
-        checkpoint.halved({"a": torch.full((1, 1), -1e5)})
+        checkpoint.halved({"a": torch.tensor([[1.0, -1e5]])})
 
 
 def test_a_card_says_what_a_run_went_on_from(packed: Path, tmp_path: Path) -> None:

@@ -276,15 +276,17 @@ def test_untruncated_channels_are_read(tmp_path: Path, write: Any) -> None:
         np.testing.assert_array_equal(found, made)
 
 
-@pytest.mark.parametrize("rows", [5, 7])
-def test_untruncated_channels_of_other_rows_than_the_test_set_are_refused(
-    tmp_path: Path, rows: int
-) -> None:
+def test_untruncated_channels_are_those_of_the_test_rows(tmp_path: Path) -> None:
     save(tmp_path / "DATA_Htestin.mat", images(6).reshape(6, -1))
-    save(tmp_path / "DATA_HtestFin_all.mat", frequencies(rows), "HF_all")
-    source = open_source(csinet(tmp_path))
-    with pytest.raises(ValueError, match=f"HF_all has {rows} indoor rows, the test set 6"):
-        source.frequency_rows("indoor", "test", 0, 5)
+    for rows in (6, 5, 7):
+        save(tmp_path / "DATA_HtestFin_all.mat", frequencies(rows), "HF_all")
+        source = open_source(csinet(tmp_path))
+        if rows == 6:
+            found = source.frequency_rows("indoor", "test", 1, 4)
+            np.testing.assert_array_equal(found, frequencies(6)[1:4])
+            continue
+        with pytest.raises(ValueError, match=f"HF_all has {rows} indoor rows, the test set 6"):
+            source.frequency_rows("indoor", "test", 0, 5)
 
 
 @pytest.mark.parametrize(

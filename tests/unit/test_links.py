@@ -105,6 +105,17 @@ def test_an_averaging_follows_the_iteration() -> None:
     assert planned == pytest.approx([split + ends, split + ends / 2, split], rel=1e-6)
 
 
+def test_cases_have_a_link_for_each_ue_rank() -> None:
+    words = ["--up", "1mbit,2mbit", "3mbit", "--delay", "20"]
+    first, second = command._cases(
+        command.parser().parse_args([*words, "--down", "8mbit", "9mbit"])
+    )
+    assert first.links == [Link(1e6, 8e6, 0.02), Link(2e6, 8e6, 0.02)]
+    assert second.links == [Link(3e6, 9e6, 0.02)] * 2
+    both = [case.links for case in command._cases(command.parser().parse_args(words))]
+    assert both == [[Link(1e6, 1e6, 0.02), Link(2e6, 2e6, 0.02)], [Link(3e6, 3e6, 0.02)] * 2]
+
+
 def test_trouble_is_read() -> None:
     assert Trouble.read("1:10:20", 2) == Trouble(1, 10, 20)
     assert Trouble.read("0:1:2:100kbit", 2) == Trouble(0, 1, 2, 1e5)

@@ -103,6 +103,16 @@ def test_the_quantiser_that_is_exported_is_the_one_of_training(bits: int) -> Non
     z_BC = run(model.encoder, images())
     torch.testing.assert_close(quantiser.from_bits(sent), z_BC, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(run(pair.decoder, sent), run(model, images()), rtol=1e-4, atol=1e-5)
+    plain = Pair.of(model)  # whose codeword crosses as it was before it was rounded
+    assert isinstance(model.encoder, Ranged)
+    u_BC = model.encoder.unrounded(images()).detach().clamp(-end_of(bits), end_of(bits))
+    torch.testing.assert_close(run(plain.encoder, images()), u_BC)
+
+
+def test_a_codec_alone_trains_no_ranges() -> None:
+    int8 = CodecSettings(smashed="int8")
+    assert Settings(comm=CommSettings(codec=int8)).feedback_bits is None
+    assert Settings(comm=CommSettings(codec=int8, scale="range")).feedback_bits == 8
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,8 @@ def test_the_headline_by_hand(tmp_path: Path) -> None:
     assert common == 0.4  # CSILocal and FedAvg, first seed
     loss = headline.given_loss(curves, common)
     assert loss == pytest.approx(FLOOR - 0.9 * (FLOOR - 0.4))  # 0.46
+    other = replace(curves["fedavg", 0], floor=FLOOR + 1)
+    assert headline.floor([*curves.values(), other]) == FLOOR  # the lowest
     # CSILocal: 200 + 100 · 0.14/0.2 = 270 and 200 + 100 · 0.04/0.2 = 220
     assert headline.ratios(curves, "csilocal", loss) == pytest.approx([1, 1])
     # FedAvg: 500, and 500 + 500 · 0.34/0.6; FedProx: 100 + 100 · 0.44/0.8, and 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -209,6 +210,17 @@ def test_a_batchnorm_takes_over_the_leakyrelu_and_no_bit_changes(training: bool)
     assert norm.slope == SLOPE
     assert norm.shape == norm.fresh().shape == (2, SLOPE)  # the kernels are tried with it
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_batchnorm_keeps_its_own_momentum_and_eps() -> None:
+    h, _ = rows(2, 0)
+    norms = [nn.BatchNorm2d(2, eps=0.5, momentum=0.3) for _ in range(2)]
+    stack = Stack([nn.Sequential(copy.deepcopy(norm)) for norm in norms])
+    wanted = torch.stack([norm(x) for norm, x in zip(norms, h, strict=True)])
+    torch.testing.assert_close(stack(h), wanted)
+    for module, norm in zip(stack.modules, norms, strict=True):
+        for name, buffer in norm.named_buffers():
+            torch.testing.assert_close(module.get_buffer(f"0.{name}"), buffer)
 
 
 def test_only_the_leakyrelu_directly_behind_is_taken_over() -> None:
