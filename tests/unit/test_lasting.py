@@ -81,6 +81,17 @@ def test_parts_are_safetensors_files(tmp_path: Path) -> None:
     assert record == checkpoint.Record(file.stat().st_size, sha256)
 
 
+def test_a_state_crosses_as_one_vector_and_no_count_is_rounded() -> None:
+    norm = torch.nn.BatchNorm2d(3)
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.fill_(2**24 + 1)
+    torch.nn.init.normal_(norm.weight)
+    found = checkpoint.unflatten(checkpoint.flatten(norm), torch.nn.BatchNorm2d(3))
+    for name, tensor in norm.state_dict().items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
 def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
     file = snapshot(tmp_path, 7) / "manifest.json"
     file.write_text(file.read_text().replace('"iteration": 7', '"iteration": 8'))

@@ -289,6 +289,8 @@ def test_the_size_is_said_before_and_keeps_its_word(session: tuple[Path, Session
         plain = len(trace.read())
     # while it is written, the plain trace lies there as well
     assert written + plain <= needed < 3 * (written + plain)
+    spans = [e for e in unpacked(files[1])["traceEvents"] if e["ph"] == "X"]
+    assert needed / 650 == pytest.approx(len(spans), rel=0.1)  # of both iterations
     assert "holds old.pt.trace.json" in foreign
     assert "iterations 6 to 7" in after
     assert f"{written:,} bytes" in after

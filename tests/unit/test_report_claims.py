@@ -203,6 +203,9 @@ def test_the_headline_by_hand(tmp_path: Path) -> None:
     claims = headline.claims(curves, loss, seeds=2)
     assert [claim.holds for claim in claims] == [True, True, False, False]
     assert {claim.holds for claim in headline.claims(curves, loss, seeds=3)} == {None}
+    # FedProx needs 112.5 until 0.8, and in the other seed as much as CSILocal: not in every seed
+    assert headline.ratios(curves, "fedprox", 0.8) == pytest.approx([1.125, 1])
+    assert headline.claims(curves, 0.8, seeds=2)[2].holds is False
     assert claims[0].ours == "2.71 times (median of 2 of 2 seeds: 1.85, 3.56)"
     page = headline.verdict(curves, common, 2, None, "")
     assert "The given loss is **4.600e-01**" in page
