@@ -274,7 +274,9 @@ def test_ranks_share_the_work_of_one_process() -> None:
     assert one.flop > 0
 
 
-def test_what_ranks_reach_stands_beside_the_machines_peaks() -> None:
+def test_what_ranks_reach_stands_beside_the_machines_peaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     contest = finished(ours=[2.0, 4.0], deepspeed=[1.0, 1.0])
     contest.parts["ours"] = [0, 5, 8]
     model = ModelSettings(angles=32, delays=32)
@@ -284,13 +286,17 @@ def test_what_ranks_reach_stands_beside_the_machines_peaks() -> None:
     for turns in contest.rounds:
         compute = {"compute": turns["ours"].seconds / 2}
         turns["ours"] = replace(turns["ours"], spent=[compute] * 4)
+    monkeypatch.setattr(roofline, "_fastest", lambda run: 2.0)  # seconds
     found = roofline.measure(contest)
     assert list(found) == ["ours"]  # the other has no clock
     stage = found["ours"]["ranks"]["stage 0"]
     assert stage["seconds"] == 1.5
     assert stage["gflops"] == pytest.approx(stage["gflop"] / 1.5)
-    assert found["ours"]["peak_gflops"] > 0
-    assert found["ours"]["peak_gbytes"] > 0
+    work = roofline.of_rank(contest.candidates[0], [0, 5, 8], 0)
+    assert stage["gbytes"] == pytest.approx(1e-9 * work.bytes / 1.5)
+    assert found["ours"]["peak_gflops"] == pytest.approx(1e-9 * 2 * 1024**3 / 2)
+    # 64 MiB are read and written
+    assert found["ours"]["peak_gbytes"] == pytest.approx(1e-9 * 2 * 2**26 / 2)
     lines = roofline.table(found).splitlines()
     assert len(lines) == 7
     share = stage["gflops"] / found["ours"]["peak_gflops"]

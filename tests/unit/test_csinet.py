@@ -47,6 +47,14 @@ def test_training_and_validation_files_are_joined_and_shuffled_by_seed(folder: P
     assert not np.array_equal(other, rows)
 
 
+def test_files_that_have_grown_since_they_were_counted_are_refused(folder: Path) -> None:
+    source = open_source(csinet(folder), 32, 32)
+    assert source.available("indoor", "train") == 12
+    save(folder / "DATA_Hvalin.mat", images(4, 1).reshape(4, -1))
+    with pytest.raises(ValueError, match="indoor train files had 12 rows and now have 13"):
+        source.rows("indoor", "train", 0, 12)
+
+
 def test_test_rows_come_in_file_order_and_four_axes_are_accepted(folder: Path) -> None:
     rows = open_source(csinet(folder), 32, 32).rows("indoor", "test", 1, 4)
     np.testing.assert_array_equal(rows, images(4, 2)[1:])

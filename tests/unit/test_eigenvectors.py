@@ -63,6 +63,12 @@ def test_one_antenna_and_one_subcarrier_give_the_channels_conjugate() -> None:
     np.testing.assert_allclose(images_of(h, 1)[0, :, 0], [0.6j, 0.8], atol=1e-7)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_a_channels_scale_makes_no_difference(scale: float) -> None:
+    h = channels(2, 5, 4).astype(np.complex128)
+    np.testing.assert_allclose(images_of(h * scale, 2), images_of(h, 2), atol=1e-6)
+
+
 def test_an_image_holds_the_vector() -> None:
     v = images_of(channels(1, 5, 4), 4)
     image = to_image(v)

@@ -352,6 +352,13 @@ def test_a_pair_that_does_something_else_is_refused() -> None:
     found = check.compare(pair, lambda rows: run(pair.encoder, rows) * (1 + 1e-4), off, h)
     with pytest.raises(RuntimeError, match="exported encoder"):
         found.check("pt2")
+
+    def one_entry_off(rows: torch.Tensor) -> torch.Tensor:
+        z = run(pair.encoder, rows)
+        z[3, 5] += 1e-3 * z.abs().max()
+        return z
+
+    assert check.compare(pair, one_entry_off, off, h).encoder == pytest.approx(1e-3, rel=1e-2)
     with pytest.raises(RuntimeError, match="exported encoder"):
         check.Difference(float("nan"), 0.0, (0, 0), 0.0).check("pt2")
     quantised = Pair.of(Autoencoder(settings.model, tail).eval(), learn(run(pair.encoder, h), 4))
@@ -360,6 +367,14 @@ def test_a_pair_that_does_something_else_is_refused() -> None:
     )
     assert flipped.bits[0] == flipped.bits[1] == 9 * 24 * 4
     assert flipped.encoder > 0.01
+
+
+def test_what_each_bit_gains_by_hand() -> None:
+    points = [curve.Point(1, 4, -3.0), curve.Point(2, 8, -9.5)]
+    _, one, two, whole = curve.table(points, -10.0).splitlines()
+    assert one.split() == ["1", "4", "-3.00", "7.00"]
+    assert two.split() == ["2", "8", "-9.50", "0.50"]
+    assert whole.split()[-3:] == ["128", "-10.00", "0.00"]  # 4 entries of 32 bits
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from randommodel import build
 from torch import Tensor, nn
 
 from csipipe import models
-from csipipe.models.draws import COUNT, Watch
+from csipipe.models.draws import COUNT, Reseed, Watch
 from csipipe.settings.config import ModelSettings
 from csipipe.settings.tables import MODELS, ModelSpec
 
@@ -67,6 +67,9 @@ def test_only_random_layers_are_counted() -> None:
     models.check(RANDOM)
     counted = [COUNT in dict(layer.named_buffers()) for layer in tail()]
     assert counted == [False, False, True, True, False, False]
+    hooks = [hook for layer in tail() for hook in layer._forward_pre_hooks.values()]
+    seeds = [hook.key for hook in hooks if isinstance(hook, Reseed)]
+    assert len(seeds) == len(set(seeds)) == 2  # no two draw the same
     encoder, head = models.build_encoder(RANDOM, 0), models.build_head(RANDOM, 0)
     assert COUNT in encoder.state_dict()
     assert COUNT in head.state_dict()

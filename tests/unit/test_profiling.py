@@ -7,8 +7,10 @@ import json
 import sys
 import time
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +156,19 @@ def test_merged_traces_have_a_process_per_rank_on_one_clock(tmp_path: Path) -> N
     assert {e["pid"] for e in events} == set(names.values())  # no process of Kineto's own
     order = [e["args"]["sort_index"] for e in events if e["name"] == "process_sort_index"]
     assert order == sorted(order)
+
+
+def test_half_a_trace_is_none_though_torch_says_nothing(tmp_path: Path) -> None:
+    recorder = Recorder(CPU)
+    for end, there in (('"traceName": "x"}', True), ('"trace', False)):
+        export = SimpleNamespace(
+            export_chrome_trace=lambda file, end=end: Path(file).write_text("[" * 9999 + end)
+        )
+        recorder._profiler = export  # type: ignore[assignment]
+        with nullcontext() if there else pytest.raises(OSError, match="not written completely"):
+            traces.write(recorder, tmp_path / "trace.gz")
+        assert (tmp_path / "trace.gz").exists() == there
+        (tmp_path / "trace.gz").unlink(missing_ok=True)
 
 
 def test_half_a_merged_trace_is_none(tmp_path: Path) -> None:

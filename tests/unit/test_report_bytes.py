@@ -64,6 +64,17 @@ def test_a_worse_end_does_not_count(tmp_path: Path) -> None:
     assert not any(claim.holds for claim in report.claims(tried))
 
 
+def test_a_codec_with_which_a_seed_never_gets_there_does_not_count(tmp_path: Path) -> None:
+    curves = {**found(tmp_path, SIZES | RIVALS)}
+    key = ("csilocal", "int8, scale ue", 1)
+    curves[key] = replace(curves[key], loss=[0.8, 0.7, 0.6, 0.6, 0.6])
+    tried = {(one.method, one.coding): one for one in report.judge(curves)}
+    assert tried[key[:2]].over_fp32 == 1  # the median
+    assert not tried[key[:2]].counts
+    assert tried["csilocal", "int4, scale ue"].counts
+    assert [claim.holds for claim in report.claims([*tried.values()])] == [False] * 3 + [True] * 3
+
+
 def test_nothing_is_judged_without_the_runs_in_fp32(tmp_path: Path) -> None:
     curves = found(tmp_path, SIZES)
     assert report.loss_of(curves) is None

@@ -205,8 +205,17 @@ def test_the_headline_by_hand(tmp_path: Path) -> None:
     assert {claim.holds for claim in headline.claims(curves, loss, seeds=3)} == {None}
     # FedProx needs 112.5 until 0.8, and in the other seed as much as CSILocal: not in every seed
     assert headline.ratios(curves, "fedprox", 0.8) == pytest.approx([1.125, 1])
-    assert headline.claims(curves, 0.8, seeds=2)[2].holds is False
+    _, _, more, papers = headline.claims(curves, 0.8, seeds=2)
+    assert more.holds is papers.holds is False
     assert claims[0].ours == "2.71 times (median of 2 of 2 seeds: 1.85, 3.56)"
+    headline.write_csv(tmp_path / "headline.csv", curves, common)
+    lines = csv.DictReader((tmp_path / "headline.csv").read_text().splitlines())
+    line = next(
+        x for x in lines if (x["method"], x["seed"], x["share"]) == ("csilocal", "0", "0.9")
+    )
+    until = [float(line[f"{unit}_until"]) for unit in ("scalars", "bytes")]
+    assert until == pytest.approx([270, 4 * 270])
+    assert [float(line["loss"]), float(line["lowest_loss"])] == pytest.approx([0.46, 0.4])
     page = headline.verdict(curves, common, 2, None, "")
     assert "The given loss is **4.600e-01**" in page
     assert "| FedAvg | 2.39 times" not in page

@@ -47,6 +47,15 @@ def test_yaml_goes_there_and_back(tmp_path: Path) -> None:
     assert parse("--config", str(file)) == settings
 
 
+def test_differences_are_those_of_both_sides() -> None:
+    found, wanted = {"a": 1, "b": 2, "d": 4}, {"b": 2, "c": 3, "d": 5}
+    assert list(commandline.differences(found, wanted)) == [
+        ("c", None, 3),
+        ("d", 4, 5),
+        ("a", 1, None),
+    ]
+
+
 def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train: {lr: 1.0, seed: 7}")

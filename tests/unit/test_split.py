@@ -267,12 +267,16 @@ def test_a_manifest_repeats_the_split_of_files(tmp_path: Path) -> None:
 
 
 def test_the_order_of_files_is_drawn_as_the_manifest_says(tmp_path: Path) -> None:
-    save(tmp_path / "DATA_Htrainin.mat", images(7).reshape(7, -1))
-    source = open_source(csinet(tmp_path, seed=3), 32, 32)
-    said = source.identity("indoor", "train")
-    order = eval(said["order"], {"numpy": np})
-    np.testing.assert_array_equal(source.rows("indoor", "train", 0, 7), images(7)[order])
-    assert said["order_sha256"] == hashlib.sha256(order.tobytes()).hexdigest()
+    orders = []
+    for site, name in (("indoor", "in"), ("outdoor", "out")):
+        save(tmp_path / f"DATA_Htrain{name}.mat", images(7).reshape(7, -1))
+        source = open_source(csinet(tmp_path, seed=3), 32, 32)
+        said = source.identity(site, "train")
+        order = eval(said["order"], {"numpy": np})
+        np.testing.assert_array_equal(source.rows(site, "train", 0, 7), images(7)[order])
+        assert said["order_sha256"] == hashlib.sha256(order.tobytes()).hexdigest()
+        orders.append(order.tolist())
+    assert orders[0] != orders[1]
 
 
 def test_a_manifest_repeats_the_split_of_generated_rows(tmp_path: Path) -> None:

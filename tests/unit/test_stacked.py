@@ -92,6 +92,7 @@ def trained(
             loss = paper_loss(h_hat.flatten(0, 1), h[taking, part].flatten(0, 1))
             torch.autograd.backward(loss.sum())
             assert leaf.grad is not None
+        assert pending, "whoever takes part"
         models.accumulate(models.joined(pending))
         pending.clear()
         dz = torch.randn(z.shape, generator=torch.Generator().manual_seed(step))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from csipipe.comm.topology import Topology
@@ -70,6 +72,23 @@ def test_shares_and_roles_stand_beside_the_rows() -> None:
     assert seen.count(f"{1 - busy / len(plan):.0%}") == 2
     assert {"BTS stage 0", "UE rank 1 (UEs 0-3)", "bubble", "a title\nof two lines"} <= set(seen)
     assert {"forward", "backward", "weight gradients", "send", "wait"} <= set(seen)
+
+
+def test_time_counts_from_the_first_span() -> None:
+    shown = example(2, 2)
+    later = [Row(one.role, [span.shifted(10**18) for span in one.spans]) for one in shown.rows]
+    axes = timeline.draw(replace(shown, rows=later)).axes[0]
+    last = max(span.end for one in shown.rows for span in one.spans)
+    assert axes.get_xlim() == pytest.approx((0, last / MS))
+    boxes = [patch.get_bbox() for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert (min(box.x0 for box in boxes), max(box.x1 for box in boxes)) == axes.get_xlim()
+
+
+def test_bubbles_are_of_all_iterations_and_the_picture_of_one() -> None:
+    busy, waiting = Span("compute", "step", None, 1, 0, 10), Span("wait", "dz", None, 2, 20, 50)
+    shown = timeline.Timeline.of([Row("stage 0", [busy, waiting])], 1, "", "")
+    assert shown.bubbles == [0.75]
+    assert shown.rows == [Row("stage 0", [busy])]
 
 
 def test_kinds_differ_in_grey() -> None:
