@@ -229,6 +229,16 @@ def test_with_bits_the_codeword_is_packed_bits(
     h_hat = np.fromfile(out / "back", np.float32).reshape(16, 2, 8, 8)
     np.testing.assert_allclose(h_hat, run(pair.decoder, quantiser.from_bits(code)), atol=1e-6)
 
+    weak = 0.5 + 0.02 * (torch.rand(16, 2, 8, 8) - 0.5)  # the error is larger
+    weak.numpy().tofile(out / "samples.f32")
+    with torch.no_grad():
+        script([])
+        code = quantiser.to_bits(run(pair.encoder, weak))
+    db = nmse_db(run(pair.decoder, quantiser.from_bits(code)), weak)
+    [said] = capsys.readouterr().out.splitlines()
+    assert said == f"16 channels, 8 bytes of feedback each, NMSE {db:.2f} dB"
+    assert abs(db) > 0.1
+
     lines = (out / "bits.csv").read_text().splitlines()
     assert [line.split(",")[:2] for line in lines[1:]] == [
         [str(b), str(21 * b)] for b in range(1, 11)

@@ -130,6 +130,14 @@ def test_many_sizes_and_scales(
     any_size(paths, rows, angles, delays, scale, seed)
 
 
+def test_one_value_has_no_variance() -> None:
+    block = random_block(CRNET, 0)
+    assert llvm.reason(block, torch.randn(2, 2, 1, 1)) is None
+    assert llvm.reason(block, torch.randn(1, 2, 1, 1)) == (
+        "BatchNorm needs more than one value per channel"
+    )
+
+
 def test_no_number_in_no_number_out() -> None:
     block, x = random_block(CRNET, 0), torch.randn(4, 2, 32, 32)
     x[1, 0, 5, 7] = torch.nan

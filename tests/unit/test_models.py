@@ -25,7 +25,16 @@ def test_parameters_are_the_papers(c: int, encoder: int, tail: int, head: int, w
 
 
 def test_a_crblock_has_1425_parameters() -> None:
-    assert models.count_parameters([models.CRBlock(ModelSettings().kernels)]) == 1425
+    block = models.CRBlock(ModelSettings().kernels)
+    assert models.count_parameters([block]) == 1425
+    block.join.requires_grad_(False)  # 2 · 14 weights, 2 · 2 of the norm
+    assert models.count_parameters([block]) == 1425 - 32
+
+
+def test_statistics_are_means_and_variances_alone() -> None:
+    kernels = (((3, 3), (1, 9)), ((5, 5),))
+    found = models.count_statistics(ModelSettings(angles=6, delays=4, c1=8, kernels=kernels))
+    assert found == {"encoder": 2 * 2, "tail": 2 * 2 * (3 * 7 + 2), "head": 0}  # of two CRBlocks
 
 
 def test_transnet_begins_near_the_middle() -> None:

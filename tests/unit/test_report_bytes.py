@@ -11,6 +11,7 @@ from reportruns import FLOOR, finish
 
 from csipipe.reports import bytes as report
 from csipipe.reports.command import Report
+from csipipe.reports.plan import LINKS
 from csipipe.reports.reproduce import REPORTS
 
 ENDS = [0.8, 0.6, 0.5, 0.5, 0.5]
@@ -48,6 +49,8 @@ def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
         dict.fromkeys(range(3), 2.5 * 400)
     )
     assert report.seconds(2.5e6, 10) == 2.0
+    assert report._seconds(2.5) == report.seconds(2.5e6, LINKS[0])  # the picture's other axis
+    assert report._megabytes(report._seconds(2.5)) == 2.5
     goals = [claim.holds for claim in report.claims([*tried.values()])]
     # int8: 0.25 of its own, 0.1 of FedAvg's, 0.5 of FedAvg's best; int4: half of each
     assert goals == [True, True, True, True, True, True]

@@ -297,7 +297,7 @@ def test_the_worst_and_the_median_sample_are_picked() -> None:
 
 
 def test_a_picture_shows_each_bin_at_its_place_and_level() -> None:
-    h, h_hat = images([1.0, 0.01])  # the worst: nothing left; the median: a tenth too weak
+    h, h_hat = images([1.0, 0.01, 0.0])  # the worst: nothing left; the median: a tenth too weak
     h[:, 1, 3, 7] += 0.05  # -20 dB
     image = np.asarray(draw(h, h_hat, "UE 0", SourceSpec.axes))
     zoom, left, top = 32, 78, 46 + 34
@@ -309,6 +309,9 @@ def test_a_picture_shows_each_bin_at_its_place_and_level() -> None:
     assert (bins == 255).sum() == 4 * 8 - 2
     right = image[top : top + 4 * zoom, left + 8 * zoom + 34 :][:, : 8 * zoom]
     assert right[zoom // 2 :: zoom, zoom // 2 :: zoom].min() == 255  # nothing was reconstructed
+    weaker = image[top + 4 * zoom + 74 + 34 :, left + 8 * zoom + 34 :]
+    # below the original's peak, not its own
+    assert weaker[2 * zoom + zoom // 2, 2 * zoom + zoom // 2] == int(255 * 20 * -np.log10(0.9) / 30)
 
 
 def test_pictures_come_from_ue_0_a_few_times_and_at_the_end(tmp_path: Path) -> None:
