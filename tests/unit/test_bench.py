@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from csipipe import models
-from csipipe.bench import candidates, growth, memory, plain, race, roofline, table
+from csipipe.bench import candidates, growth, memory, plain, race, rank, roofline, table
 from csipipe.bench.conductor import Turn
 from csipipe.bench.rank import END, Order
+from csipipe.measure.clock import Clock
 from csipipe.pipeline.schedule import bubble
 from csipipe.settings.config import ModelSettings, Settings, TopologySettings, TrainSettings
 
@@ -95,6 +99,28 @@ def test_plain_layers_compute_the_same() -> None:
         assert (a - b).norm() <= 1e-5 * b.norm()
     for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(a, b)  # running statistics
+
+
+def test_a_turn_is_measured_per_iteration_without_the_untimed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, done, times = Clock(), list[int](), iter([10.0, 16.0])
+
+    def iterate(iteration: int) -> SimpleNamespace:
+        done.append(iteration)
+        clock.seconds["compute"] += 1.5
+        return SimpleNamespace(loss_per_ue=[float(iteration)])
+
+    trainer: Any = SimpleNamespace(clock=clock, train_iteration=iterate)
+    monkeypatch.setattr(rank, "dist", SimpleNamespace(barrier=lambda: None))
+    monkeypatch.setattr(rank, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    found = rank._take_turn(trainer, 4, Order(3, untimed=2), torch.device("cpu"))
+    assert done == [4, 5, 6, 7, 8]
+    assert found == {
+        "seconds": 2.0,
+        "losses": [[4.0], [5.0], [6.0], [7.0], [8.0]],
+        "spent": {"compute": 1.5, "send": 0.0, "wait": 0.0},
+    }
 
 
 def test_losses_are_compared_ue_by_ue_over_the_first_iterations() -> None:
@@ -220,6 +246,18 @@ def test_orders_cross_the_store_as_text() -> None:
     order = Order(3, untimed=1, release=True)
     assert Order.read(order.write()) == order
     assert Order.read(END) is None
+
+
+def test_what_a_container_leaves_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = memory.available()
+    assert whole is not None
+    monkeypatch.setattr(memory, "_LIMIT", tmp_path)
+    (tmp_path / "memory.current").write_text("400\n")
+    for most, wanted in (("1000", 600), (str(2**60), None), ("max", None)):
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        found = memory.available()
+        assert found is not None
+        assert found == wanted if wanted else found > 1e6
 
 
 def test_the_peak_of_memory_starts_anew() -> None:

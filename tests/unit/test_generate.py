@@ -16,7 +16,7 @@ from csipipe.channels.command import main
 from csipipe.channels.eigenvectors import images_of, to_image
 from csipipe.channels.filesource import FilesSource
 from csipipe.channels.format import Description
-from csipipe.channels.scenario import SCENARIOS, draw_rays
+from csipipe.channels.scenario import BIN_NS, LIGHT_M_PER_NS, SCENARIOS, draw_rays
 from csipipe.channels.scene import BLOCK, Scene, stream
 
 
@@ -106,13 +106,32 @@ def test_polarisations_have_one_power_and_fade_on_their_own() -> None:
     assert along > 0.4  # neighbours in a column see the same rays
 
 
-def test_rows_of_a_planar_array_see_elevation() -> None:
-    """Down from a high BTS, in a narrow cone: the mean phase step is that of a few degrees."""
-    scene = Scene(columns=1, rows=8, subcarriers=4)
+def step(scene: Scene) -> Any:
+    """(B,) mean phase step from antenna to antenna, in cycles."""
     h = planar.block(scene, "outdoor", 0)[:, 0, 0]
-    step = np.angle((h[:, 1:] * h[:, :-1].conj()).sum(axis=(1, 2))) / np.pi
-    down = -np.rad2deg(np.arcsin(step))
-    assert 3 < np.median(down) < 20
+    return np.angle((h[:, 1:] * h[:, :-1].conj()).sum(axis=(1, 2))) / (2 * np.pi)
+
+
+def test_rows_see_elevation_and_columns_azimuth_half_a_wavelength_apart() -> None:
+    """Down from a high BTS, in a narrow cone around the UE's direction."""
+    rays = draw_rays(SCENARIOS["outdoor"], BLOCK, np.random.default_rng(0))
+    distance = rays.delay.min(axis=1) * BIN_NS * LIGHT_M_PER_NS
+    down = -np.rad2deg(np.arcsin(2 * step(Scene(columns=1, rows=8, subcarriers=64))))
+    assert np.median(np.abs(down - np.rad2deg(np.arctan(23.5 / distance)))) < 1.5
+    turns = np.exp(2j * np.pi * rays.frequency)  # hardly less at so low an elevation
+    wanted = np.angle((np.abs(rays.gain) ** 2 * turns).sum(axis=1)) / (2 * np.pi)
+    found = step(Scene(columns=8, subcarriers=64))
+    assert np.median(np.abs(found - wanted)) < 0.02
+
+
+def test_snapshots_differ_by_what_users_move() -> None:
+    """1 m/s at most, 10 Hz at 3 GHz: phases turn by 2 pi f cos, of mean square f^2 / 6."""
+    scene = Scene(
+        columns=4, subcarriers=16, snapshots=2, interval_ms=2, speed_kmh=3.6, carrier_ghz=2.99792458
+    )
+    h = np.concatenate([planar.block(scene, "outdoor", seed) for seed in range(8)])[:, :, 0]
+    moved = (np.abs(h[:, 1] - h[:, 0]) ** 2).sum(axis=(1, 2)) / (np.abs(h[:, 0]) ** 2).sum((1, 2))
+    assert np.sqrt(moved.mean()) == pytest.approx(2 * np.pi * 10 * 2e-3 / np.sqrt(6), rel=0.3)
 
 
 def test_a_users_channels_are_the_same_however_many_are_asked_for() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from csipipe import models
+from csipipe.models.initial import xavier
 from csipipe.settings.config import ModelSettings
 
 
@@ -60,6 +61,17 @@ def test_a_head_with_a_crblock_begins_where_the_linear_one_does() -> None:
     assert ours(y).shape == (8, 2, 32, 32)
     with pytest.raises(ValueError, match=r"model\.head is crblock, but crnet has a decoder head"):
         replace(beyond, name="crnet")
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_published_models_begin_in_xaviers_range(biases: bool) -> None:
+    torch.manual_seed(0)
+    one, other = torch.nn.Linear(10, 30), torch.nn.Conv2d(2, 7, 3)
+    xavier(torch.nn.Sequential(one, other), biases)
+    for weight, ends in ((one.weight, 10 + 30), (other.weight, 9 * (2 + 7))):
+        assert 0.95 < float(weight.detach().abs().max()) / (6 / ends) ** 0.5 <= 1
+    assert other.bias is not None
+    assert [not bias.any() for bias in (one.bias, other.bias)] == [biases] * 2
 
 
 def test_sizes_and_kernels_are_settings() -> None:

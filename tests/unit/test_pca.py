@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from csipipe import models
+from csipipe.models import pca
 from csipipe.models.pca import components
 from csipipe.run import training
 from csipipe.settings.config import (
@@ -54,6 +55,32 @@ def test_it_reconstructs_as_pca_does(c2: int | None, training: bool) -> None:
     error = away(by_pca.view_as(unseen), unseen)
     assert 1e-3 < error < 0.5
     assert away(found, unseen) == pytest.approx(error, rel=0.05)
+
+
+def test_components_are_those_of_most_variance_though_it_falls_slowly() -> None:
+    rows = torch.randn(400, 100, generator=torch.Generator().manual_seed(0)) + 3
+    mean, basis, variance = components(rows, 8)
+    torch.testing.assert_close(mean, rows.mean(0))
+    exact = torch.linalg.eigvalsh(torch.cov(rows.t(), correction=0)).flip(0)[:8]
+    torch.testing.assert_close(variance, exact, rtol=5e-3, atol=0)
+    code = (rows - mean) @ basis
+    torch.testing.assert_close(code.var(0, correction=0), variance, rtol=5e-3, atol=0)
+
+
+def test_of_many_rows_some_are_taken_evenly_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pca, "ROWS", 40)
+    rows = channels(100, 0).flatten(1)
+    torch.testing.assert_close(components(rows, 8)[0], rows[::3].mean(0))
+
+
+def test_codewords_are_of_one_size_however_many_entries_they_have() -> None:
+    rows = channels(500, 0)
+    for c1 in (8, 24):
+        model = replace(MODEL, c1=c1)
+        encoder, head = models.build_encoder(model, 0), models.build_head(model, 0)
+        models.start(model, encoder, head, [rows])
+        with torch.no_grad():
+            assert float(encoder.eval()(rows).square().mean().sqrt()) == pytest.approx(0.3, 0.05)
 
 
 def test_parts_on_another_device_than_the_rows_are_set() -> None:

@@ -14,7 +14,12 @@ from csipipe.reports.command import Report
 from csipipe.reports.reproduce import ARRAYS, REPORTS
 
 LOSSES = [0.8, 0.6, 0.5, 0.5, 0.5]
-SIZES = {"CSILocal (never)": 100, "SplitFed, E = 1": 800, "FedAvg": 1000, "centralised": 0}
+SIZES = {
+    "CSILocal (never)": 100_000,
+    "SplitFed, E = 1": 800_000,
+    "FedAvg": 1_000_000,
+    "centralised": 0,
+}
 
 
 def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
@@ -33,14 +38,14 @@ def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
     assert report.loss_of(curves, 300) == pytest.approx(FLOOR - 0.9 * 0.5)
     page = report.verdict(one, curves, "")
     # half of the third interval is 2.5 of them, of 4 bytes each
-    assert "| SplitFed, E = 1 | 0.0 | 0.0 (3 of 3) | 5.000e-01 | 1.250 |" in page
+    assert "| SplitFed, E = 1 | 16.0 | 8.0 (3 of 3) | 5.000e-01 | 1.250 |" in page
     lines = report.draw(curves, 300).axes[0].get_lines()
     assert {str(line.get_label()) for line in lines} == {*SIZES} - {"centralised"}
     few = {key: curve for key, curve in curves.items() if key[0] != "FedAvg"}
     assert report.loss_of(few, 300) is None
     page = report.verdict(one, few, "")
     assert "There is no given loss, so nothing is compared by it: CSILocal and FedAvg must" in page
-    assert "| SplitFed, E = 1 | 0.0 | — | 5.000e-01 | 1.250 |" in page
+    assert "| SplitFed, E = 1 | 16.0 | — | 5.000e-01 | 1.250 |" in page
     above = replace(curves["FedAvg", 2], loss=[FLOOR, *[2 * FLOOR] * 4])
     flat = {**curves, ("FedAvg", 2): above}
     assert report.loss_of(flat, 300) is None

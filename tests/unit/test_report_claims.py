@@ -124,6 +124,12 @@ def test_fig6_against_the_paper_does_not_hold(tmp_path: Path) -> None:
     spreads = SPREADS | {"e": 0.03, "f": 0.04}
     found = panels(tmp_path / "again", paper_like(LIKE_THE_PAPER), **spreads)
     assert holds([*fig6_claims(found)])[2:8] == [True, True, True, True, True, False]
+    # non-IID has to be above both others, and rivals that end lower to have exchanged more
+    high = replace(found["e", "csilocal"], loss=[2.0] * len(found["e", "csilocal"].loss))
+    less = replace(found["f", "fedavg"], scalars=[1] * len(found["f", "fedavg"].scalars))
+    changed = {**found, ("e", "csilocal"): high, ("f", "fedavg"): less}
+    assert [holds([*fig6_claims(found)])[n] for n in (4, 8)] == [True, True]
+    assert [holds([*fig6_claims(changed)])[n] for n in (4, 8)] == [False, False]
 
 
 def test_fig6_names_who_is_lower_at_the_same_exchange(tmp_path: Path) -> None:

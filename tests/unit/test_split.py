@@ -97,6 +97,16 @@ def test_null_takes_what_there_is_and_evenly_in_the_mixture() -> None:
     assert [span.size for span in mixed.test] == [9, 9]
 
 
+@pytest.mark.parametrize("ues", [2, 4])
+def test_other_ues_than_have_files_of_their_own_are_refused(ues: int) -> None:
+    sites = ["ue-0", "ue-1", "ue-2"]
+    counts = {(site, part): 9 for site in sites for part in ("train", "test")}
+    data = settings(source="files", path="x")
+    assert [counts_of(deal(data, 3, have(counts), sites), s, 3) for s in sites[:1]] == [[9, 0, 0]]
+    with pytest.raises(ValueError, match=f"topology.ues is {ues}; .* each of 3 UEs"):
+        deal(data, ues, have(counts), sites)
+
+
 def test_rows_of_several_environments_leave_no_ue_two_rows_behind_another() -> None:
     counts = {(site, "train"): rows for site, rows in zip("abc", (7, 6, 5), strict=True)}
     counts |= {(site, "test"): 1 for site in "abc"}

@@ -364,6 +364,10 @@ def test_a_log_gets_a_line_at_first_and_then_every_half_minute(
     assert lines[0] == "training 1/100: loss 1e-3"
     assert [re.findall(r"\d+", line)[0] for line in lines] == ["1", "32", "50", "81"]
     assert lines[2] == "iteration 50/100: test loss 2e-3, 00:50 left"
+    resumed = Screen(100, 50)
+    clock["s"] += 20.0
+    resumed.progress(60, "test loss 1e-3")  # ten iterations in 20 s
+    assert capsys.readouterr().err == "iteration 60/100: test loss 1e-3, 01:20 left\n"
 
 
 def test_a_terminal_gets_a_bar_and_no_lines_of_training(
