@@ -100,6 +100,9 @@ def run(options: Namespace, arguments: list[str]) -> int:
     for method, settings in runs.items():
         # computing, and what handing messages over costs on this machine
         free = ranks.train(settings, [_FREELY] * options.hosts, out / "runs", f"{method}-free")
+        if free.error:  # nothing that the links could be compared with
+            rows.append(Row(method, "none", math.nan, math.nan, free, None))
+            continue
         base = free.seconds
         for case in cases:
             planned = forecast.seconds(settings, case.links, base)

@@ -109,7 +109,7 @@ def text(runs: Mapping[str, Settings], rows: Sequence[Row], options: Namespace) 
         trouble = (
             f"Trouble: --trouble {options.trouble}, run.timeout {first.run.timeout:g} s. Median "
             "seconds don't show it; seconds in all: "
-            + "; ".join(f"{r.method} {r.links}: {r.found.in_all:.1f}" for r in rows)
+            + "; ".join(f"{r.method} {r.links}: {_number(r.found.in_all, '.1f')}" for r in rows)
             + "."
         )
     periods = any(settings.aggregate_every > 1 for settings in runs.values())
@@ -131,8 +131,9 @@ def text(runs: Mapping[str, Settings], rows: Sequence[Row], options: Namespace) 
 
 def _cells(row: Row, reach: bool) -> list[str]:
     ratio = row.found.seconds / row.planned
-    cells = [name_of(row.method), row.links, f"{row.free:.3f}", f"{row.planned:.3f}"]
-    cells += [_number(row.found.seconds, ".3f"), _number(ratio, ".2f")]
+    seconds = (row.free, row.planned, row.found.seconds)
+    cells = [name_of(row.method), row.links, *(_number(value, ".3f") for value in seconds)]
+    cells += [_number(ratio, ".2f")]
     cells += [_number(row.found.overhead, ".3f")]
     if reach:
         cells.append("—" if row.iterations is None else f"{row.iterations:,}")

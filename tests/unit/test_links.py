@@ -9,16 +9,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trainedruns
 
 from csipipe import channels
-from csipipe.links import command, forecast, network, page
+from csipipe.links import command, forecast, network, page, ranks
 from csipipe.links.network import Link, Network
 from csipipe.links.ranks import Found, Trouble
 from csipipe.methods.cost import shared_parts
 from csipipe.reports import preset
+from csipipe.settings.config import Settings
 
 FREE = Link(1e15, 1e15)
 NO_ROOT = os.geteuid() != 0 or shutil.which("tc") is None
@@ -169,11 +171,37 @@ def test_the_page_says_what_was_measured_and_what_failed(tmp_path: Path) -> None
     assert "| FedAvg | 1mbit | 0.500 | 10.000 | 11.000 | 1.10 | 1.050 |" in text
     assert "| FedAvg | 2mbit | 0.500 | 5.000 | — | — | — |" in text
     assert "- fedavg, 2mbit: nobody answers (see a log)" in text
+    assert "fedavg 1mbit: 120.0; fedavg 2mbit: —." in text
     assert fine.reaches == 440
     page.write(rows, text, tmp_path)
     assert (tmp_path / "links.png").stat().st_size > 1000
     assert (tmp_path / "links.csv").read_text().count("\n") == 3
     assert (tmp_path / "links.md").read_text() == text
+
+
+def test_a_method_that_fails_without_links_isnt_tried_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = []
+
+    def train(settings: Settings, *rest: Any) -> Found:
+        trained.append(settings.method)
+        if settings.method == "fedavg":
+            return Found(math.nan, math.nan, math.nan, "out of memory (see a log)")
+        return Found(2.0, 20.0, 1.05)
+
+    monkeypatch.setattr(ranks, "train", train)
+    monkeypatch.setattr(network, "check_machine", lambda: None)
+    monkeypatch.setattr(network, "clean", lambda: [])
+    words = ["--up", "1mbit", "2mbit", "--methods", "fedavg", "csilocal"]
+    assert command.main([*words, "--out", str(tmp_path)]) == 1
+    assert trained == ["fedavg", *["csilocal"] * 3]
+    text = capsys.readouterr().out
+    assert "| FedAvg | none | — | — | — | — | — |" in text
+    assert "- fedavg, none: out of memory (see a log)" in text
+    assert "nan" not in text
+    assert "| CSILocal | 2mbit | 2.000 |" in text
+    assert (tmp_path / "links.png").is_file()
 
 
 PRESET = """--model.angles 16 --model.delays 8 --model.c1 64 --model.c2 64
