@@ -17,6 +17,7 @@ from csifiles import images, save
 from numpy.typing import NDArray
 from scipy import io
 
+from csipipe.channels import rawarray
 from csipipe.channels.layout import HT, Layout
 from csipipe.channels.matfile import count_rows, read_rows
 
@@ -75,6 +76,25 @@ def test_it_is_found_among_others(deflated: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.mat"
     io.savemat(path, {**others, "HT": ROWS, "z": np.eye(3)}, do_compression=deflated)
     np.testing.assert_array_equal(read_all(path), ROWS)
+
+
+def test_it_is_found_behind_a_string_of_matlabs(tmp_path: Path) -> None:
+    kind = element("<", 6, struct.pack("<II", 17, 0))  # neither dimensions nor a name of its own
+    string = kind + b"".join(element("<", 1, word) for word in (b"s", b"MCOS", b"string"))
+    path = written(tmp_path / "a.mat", ROWS)
+    data = path.read_bytes()
+    path.write_bytes(data[:128] + element("<", 14, string) + data[128:])
+    np.testing.assert_array_equal(read_all(path), ROWS)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("unit", [1, 1 + 2j])
+def test_arrays_of_an_odd_number_of_values(unit: complex, deflated: bool, tmp_path: Path) -> None:
+    values = (unit * np.arange(15)).reshape(3, 5)
+    values = values.astype(np.complex64 if unit.imag else np.float32)
+    io.savemat(tmp_path / "a.mat", {"H": values}, do_compression=deflated)
+    with rawarray.opened(tmp_path / "a.mat") as array:
+        np.testing.assert_array_equal(array.cut(1, 2, 5), values[:, 2:])
 
 
 @pytest.mark.parametrize("deflated", [False, True])
