@@ -80,19 +80,29 @@ def test_the_weights_are_those_that_were_best_on_held_out_rows(
     folder = tmp_path / "runs" / "run"
     worker = trainedruns.finish(folder, data={"holdout": holdout})
     summary = json.loads((folder / "summary.json").read_text()) | {"seconds_per_iteration": 0.5}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    pca = {"components": 16, "rows": 72, "nmse_db": -9.0, "bound": not holdout}
+    (folder / "summary.json").write_text(json.dumps(summary | {"ceiling": pca}))
     last = trained_runs.read(folder)
     worker.train_iteration(0)
     worker.save_weights(folder / "checkpoints" / "best")
     rows = testset.load(last.settings)
     weights = last if not holdout else trained_runs.read(folder, weights="best")
-    found = accuracy.measure(runs.placed("run", worker.settings, tmp_path), rows, ("indoor", 24))
+    settings = worker.settings
+    settings = replace(
+        settings,
+        topology=replace(settings.topology, participants=3),
+        train=replace(settings.train, batch_size=8, micro_batches=2),
+    )
+    found = accuracy.measure(runs.placed("run", settings, tmp_path), rows, ("indoor", 24))
     other = samples.means(
         trained_runs.read(folder, weights="best" if not holdout else "last"), rows
     )
     assert found.nmse_db == 10 * math.log10(samples.means(weights, rows)["nmse"])
     assert found.nmse_db != 10 * math.log10(other["nmse"])
     assert found.seconds == 0.5 * 10
+    assert found.rows == 10 * 3 * 8
+    # PCA of few rows is no ceiling of a model that can beat it
+    assert found.ceiling_db == -9 if not holdout else math.isnan(found.ceiling_db)
 
 
 def test_what_needs_more_iterations_or_rows_than_a_probe_has_is_left_out(tmp_path: Path) -> None:
@@ -123,6 +133,17 @@ def test_a_number_is_a_number_of_iterations(tmp_path: Path) -> None:
     report = Report(reportruns.preset(), tmp_path, quick=False, collect=False, jobs=1)
     found = accuracy.parse("50")(two(tmp_path), report)
     assert [run.settings.train.iterations for run in found] == [50, 50]
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("90s", 1.5), ("30m", 30), ("2h", 120)])
+def test_a_time_has_a_unit(
+    text: str, minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(budget, "within", lambda asked, minutes, *_: given.append(minutes))
+    report = Report(reportruns.preset(), tmp_path, quick=False, collect=False, jobs=1)
+    accuracy.parse(text)([], report)
+    assert given == [minutes]
 
 
 @pytest.mark.parametrize("text", ["", "0", "0m", "-3m", "3d", "m", "1e3"])

@@ -56,6 +56,7 @@ def test_a_ceiling_is_the_narrowest_of_the_last_linear_layers(
 def test_a_wide_layer_is_no_ceiling() -> None:
     assert confined([nn.Linear(4, 8), nn.ReLU(), nn.Linear(9, 8)]) is None
     assert confined([nn.Linear(10, 100), nn.Linear(100, 8)]) is None
+    assert confined([nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 16), nn.Tanh()]) == 8
 
 
 def some(model: str, c1: int, seed: int = 0, **values: float) -> Figures:

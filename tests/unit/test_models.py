@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from csipipe import models
+from csipipe.models.crblock import SLOPE
 from csipipe.models.initial import xavier
 from csipipe.settings.config import ModelSettings
 
@@ -58,7 +60,12 @@ def test_a_head_with_a_crblock_begins_where_the_linear_one_does() -> None:
     y = torch.rand(8, 20)
     ours, theirs = models.build_head(beyond, 3), models.build_head(linear, 3)
     assert torch.equal(ours.state_dict()["0.weight"], theirs.state_dict()["0.weight"])
-    assert ours(y).shape == (8, 2, 32, 32)
+    y[0] *= 100  # beyond the values at first
+    linear_layer, unflatten, _ = theirs.children()
+    image = functional.leaky_relu(unflatten(linear_layer(y)), SLOPE)
+    torch.testing.assert_close(ours(y), functional.hardsigmoid(image))
+    for name, parameter in theirs.named_parameters():  # a tenth of PyTorch's usual range
+        assert 0.9 < float(parameter.detach().abs().max()) * 10 * 20**0.5 <= 1, name
     with pytest.raises(ValueError, match=r"model\.head is crblock, but crnet has a decoder head"):
         replace(beyond, name="crnet")
 

@@ -126,13 +126,15 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 def test_draws_depend_on_seed_layer_ue_and_count_alone() -> None:
     x = torch.ones(5, 12)
-    one, same, other = tail(), tail(), tail(ue=1)
+    one, same, other, another = tail(), tail(), tail(ue=1), tail(ue=2)
     torch.manual_seed(1)
     first, second = run(one, x), run(one, x)
     torch.manual_seed(2)
     assert torch.equal(run(same, x), first)
     assert not torch.equal(second, first)
-    assert not torch.equal(run(other, x), first)
+    theirs = run(other, x)
+    assert not torch.equal(theirs, first)
+    assert not torch.equal(theirs, run(another, x))
     again = tail()
     for layer, trained in zip(again, same, strict=True):
         layer.load_state_dict(trained.state_dict())

@@ -279,6 +279,11 @@ def test_runs_may_differ_in_where_they_were_computed(tmp_path: Path) -> None:
     [
         ("config.yaml", ("batch_size: 106", "batch_size: 8"), r"train.batch_size 8, .* needs 106"),
         ("config.yaml", ("seed: 0\n  average", "seed: 3\n  average"), "train.seed 3"),
+        (
+            "config.yaml",
+            ("eval_ues: null", "eval_ues: 2"),
+            "run.eval_ues 2, this report needs ",
+        ),
         ("config.yaml", ("method: csilocal", "- 1"), "holds no settings of a run"),
         ("config.yaml", ("model:", "modell:"), "modell.angles, which is not a setting"),
         ("summary.json", ("finished", "finished\n"), "summary.json can't be read"),

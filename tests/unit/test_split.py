@@ -115,6 +115,14 @@ def test_rows_of_several_environments_leave_no_ue_two_rows_behind_another() -> N
     assert found == [[2, 2, 2, 1], [2, 1, 1, 2], [1, 2, 1, 1]]
 
 
+def test_fewer_rows_than_there_are_come_from_environments_in_proportion() -> None:
+    counts = {("a", "train"): 12, ("b", "train"): 6, ("a", "test"): 4, ("b", "test"): 8}
+    data = settings(source="files", path="x", train_samples=9, test_samples=6)
+    dealt = deal(data, 1, have(counts), ["a", "b"])
+    assert [span.size for span in dealt.ues[0]] == [6, 3]
+    assert [span.size for span in dealt.test] == [2, 4]
+
+
 @pytest.mark.parametrize("environment", ["outdoor", "noniid"])
 def test_synthetic_defaults(environment: Any) -> None:
     dealt = deal(settings(environment=environment), 4, endless)

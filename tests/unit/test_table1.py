@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -48,6 +51,40 @@ def test_time_is_shared_by_rows() -> None:
     shares = table1._shares(table1.ALL, 2400)
     assert sum(shares.values()) == pytest.approx(2400)
     assert shares[table1.ALL[1]] == 2 * shares[table1.ALL[0]]
+
+
+def test_a_turn_lasts_a_second_at_least() -> None:
+    seconds = 0.3
+
+    def turns(*_: object) -> dict[str, SimpleNamespace]:
+        return {"ours": SimpleNamespace(seconds=0.1), "other": SimpleNamespace(seconds=seconds)}
+
+    race: Any = SimpleNamespace(warm_up=turns, practise=turns, crowded=False, iterations=1)
+    table1._warm_up(race, None)
+    assert race.iterations == 4  # of the slowest
+    race.iterations, seconds = 1, 2.0
+    table1._warm_up(race, None)
+    assert race.iterations == 1
+
+
+def test_a_cell_has_three_rounds_whatever_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def round_() -> dict[str, SimpleNamespace]:
+        rounds.append(1)
+        return {"ours": SimpleNamespace(seconds=0.5)}
+
+    rounds: list[int] = []
+    race = SimpleNamespace(start=lambda _: None, round=round_, failures={})
+    monkeypatch.setattr(table1, "Race", lambda _: race)
+    monkeypatch.setattr(table1, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(table1, "as_json", lambda _: {"found": len(rounds)})
+    (tmp_path / "cells").mkdir()
+    nobody: Any = nullcontext()
+    for share, wanted in ((0.0, 3), (1e6, 7)):
+        rounds.clear()
+        found = table1.measure(table1.Plan(), table1.ALL[0], tmp_path, 7, share, nobody)
+        assert found["found"] == wanted
 
 
 def test_options_that_cannot_be_used(tmp_path: Path) -> None:
