@@ -13,7 +13,7 @@ from csifiles import SITES, csinet
 from csipipe.channels import open_source
 from csipipe.channels.images import frequencies_of_rays, images_of_rays
 from csipipe.channels.source import Images, Part, Site
-from csipipe.channels.statistics import measure, pca_db
+from csipipe.channels.statistics import by_components, measure, pca_db
 from csipipe.channels.synthetic import BLOCK, SyntheticSource, generator
 from csipipe.channels.transform import shrink, to_complex, to_unit
 from csipipe.settings.config import DataSettings
@@ -245,3 +245,25 @@ def test_cost_2100_files(site: Site, cost2100: Path) -> None:
     by_delay = list(made.first_delays.values())
     np.testing.assert_allclose(by_delay, expected["by_delay"], atol=0.03)
     assert made.power == pytest.approx(expected["power"], rel=0.1)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("rows", [20, 60], ids=["fewer rows than reals", "more"])
+def test_principal_components_are_those_of_an_svd(rows: int, weighted: bool) -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(0.01, 0.3, (rows + 9, 1))  # rows of unequal energy
+    images = 0.5 + sizes * (rng.standard_normal((rows + 9, 32)) @ np.diag(np.geomspace(1, 0.1, 32)))
+    train, test = images[:rows].astype(np.float32), images[rows:].astype(np.float32)
+    weight = (
+        1 / np.linalg.norm(train - 0.5, axis=1, keepdims=True) if weighted else np.ones((rows, 1))
+    )
+    mean = (weight**2 * train).sum(0) / (weight**2).sum()
+    basis = np.linalg.svd((train - mean) * weight, full_matrices=False)[2][:5]
+    shape = (-1, 2, 4, 4)
+    [(n, found, of)] = by_components(
+        train.reshape(shape), test.reshape(shape), (5,), weighted=weighted
+    )
+    assert n == 5
+    np.testing.assert_array_equal(of, test.reshape(shape))
+    wanted = mean + (test - mean) @ basis.T @ basis
+    np.testing.assert_allclose(found, wanted.reshape(shape), atol=1e-4)

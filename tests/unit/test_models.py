@@ -11,6 +11,7 @@ from torch.nn import functional
 from csipipe import models
 from csipipe.models.crblock import SLOPE
 from csipipe.models.initial import xavier
+from csipipe.models.transnet import Attention
 from csipipe.settings.config import ModelSettings
 
 
@@ -49,6 +50,13 @@ def test_transnet_begins_near_the_middle() -> None:
     assert any(
         isinstance(layer, torch.nn.LayerNorm) and (layer.weight == 1).all() for layer in narrow
     )
+
+
+def test_attention_begins_as_one_matrix_for_queries_keys_and_values() -> None:
+    torch.manual_seed(0)
+    one = Attention(32)
+    for layer in (one.query, one.memory):
+        assert 0.99 < float(layer.weight.detach().abs().max()) / (6 / (32 + 96)) ** 0.5 <= 1
 
 
 def test_a_head_with_a_crblock_begins_where_the_linear_one_does() -> None:
