@@ -334,7 +334,7 @@ def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     debug = "--debug" in arguments
     try:
-        values = parser().parse_args(arguments)
+        values = parser().parse_args([word for word in arguments if word != "--debug"])
         name = values.subcommand
         return 0 if COMMANDS[name](**values[name].as_dict()) else 1
     except (ArgumentError, OSError, TypeError, ValueError) as error:
