@@ -76,7 +76,7 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--topology.partition", "type:["], r"topology\.partition is 'type:\['; after type:"),
         (["--topology.partition", "halves"], "'halves'; expected uniform, parameters"),
         (["--data.source", "csinet"], "csinet and files need a folder in data.path"),
-        (["--data.path", "x"], "synthetic takes none"),
+        (["--data.path", "x"], r"synthetic takes none \(null\)"),
         (["--data.holdout", "1"], r"must lie in \[0, 1\)"),
         (["--data.train_samples", "0"], "data.train_samples is 0"),
         (["--train.lr", ".inf"], "train.lr is inf"),
@@ -94,6 +94,18 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.personalisation", "fedper"], "train.personalisation"),
         (["--run.timeout", "2.9"], "run.timeout is 2.9; it must be finite, and at least 3 s"),
         (["--run.timeout", ".inf"], "run.timeout is inf"),
+        (["--run.resume", ""], "run.resume is empty"),
+        (["--train.warmup", "2"], r"train.warmup is 2\.0; it must lie in \[0, 1\]"),
+        (["--train.max_rms", ".nan"], "train.max_rms is nan; it must be a positive number"),
+        (
+            ["--data.environment=noniid", "--data.alpha=0"],
+            r"data.alpha is 0\.0; it must be positive",
+        ),
+        (["--data.environment", "mars"], "'mars'; it must be one of indoor, outdoor, noniid"),
+        (
+            ["--method=fedavg", "--train.average=0.9", "--topology.participants=1"],
+            "1 of 4 UEs, with method fedavg: a UE that takes no part has no mean",
+        ),
         (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
     ],
 )

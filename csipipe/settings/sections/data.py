@@ -56,7 +56,7 @@ class DataSettings:
             takes = [name for name, source in SOURCES.items() if not source.folder]
             raise ValueError(
                 f"data.source is {self.source} and data.path is {self.path}; {' and '.join(needs)} "
-                f"need a folder in data.path, {', '.join(takes)} takes none."
+                f"need a folder in data.path, {', '.join(takes)} takes none (null)."
             )
         known = SOURCES[self.source].environments
         if known and self.where not in known:
