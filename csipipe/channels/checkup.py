@@ -158,8 +158,7 @@ def report(checked: Checked) -> Iterator[str]:
     """Lines about each file: what it contains, and the verdict."""
     for part, file in checked.files.items():
         yield f"{file.path.name}: {file.verdict.upper()}"
-        if file.path.is_file():
-            yield f"  SHA-256 {digest(file.path)}"
+        yield f"  SHA-256 {digest(file.path)}"
         if file.name:
             yield f"  {file.name} {file.shape} {file.dtype}, from {file.low:.4g} to {file.high:.4g}"
         if file.images is not None:

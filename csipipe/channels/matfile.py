@@ -65,10 +65,6 @@ def read_rows(
 
 
 def _format(path: Path, layout: Layout) -> Literal["v5", "v7.3"]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; expected a .mat file with {layout.expected}."
-        )
     with path.open("rb") as file:
         head = file.read(128)
     if hdf5.is_hdf5(head):

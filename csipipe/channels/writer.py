@@ -85,7 +85,7 @@ class Writer:
         """Append rows to a set: the same files as at the first time.
 
         Args:
-            images: (B, 2, A, D) in [0, 1].
+            images: (B, 2, A, D) in [0, 1], one at least.
             scale: (B,), see `format.Set`.
             frequency: (B, A, K).
             user: (B,), see `format.Set`.
@@ -156,9 +156,8 @@ class _Growing:
 
     def append(self, rows: NDArray[Any]) -> None:
         assert rows.shape[1:] == self._row, (rows.shape, self._row)
-        if len(rows):
-            files.write_all(self._file, np.ascontiguousarray(rows, self._dtype).data.cast("B"))
-            self.rows += len(rows)
+        files.write_all(self._file, np.ascontiguousarray(rows, self._dtype).data.cast("B"))
+        self.rows += len(rows)
 
     def end(self) -> Stored:
         """Write the number of rows, and flush to disk."""

@@ -19,7 +19,7 @@ from csipipe.comm.topology import Topology
 from csipipe.measure.probe import Probe
 from csipipe.methods.base import adam_of_ues, set_rate
 from csipipe.methods.ue import UserEquipment
-from csipipe.models.stacked import Stack, Unstackable, check_stackable
+from csipipe.models.stacked import Stack
 from csipipe.settings.config import HeadName, ModelSettings, Settings, TrainSettings
 from csipipe.settings.tables import is_own
 
@@ -88,22 +88,8 @@ def _on_a_gpu(model: ModelSettings) -> Way:
 
 
 def ends(ues: Sequence[UserEquipment], probe: Probe, settings: Settings, way: Way) -> Ends:
-    """What computes the UEs of a rank.
-
-    Raises:
-        ValueError: they are to be stacked, and their models differ.
-    """
-    if not way.stacked:
-        return Singly(ues, probe, settings.train)
-    try:
-        return Stacked(ues, probe, settings.train)
-    except Unstackable as error:
-        if settings.train.stacked == "always":
-            raise ValueError(
-                f"train.stacked is always, but the UEs' models can't be stacked: {error}. Use "
-                "train.stacked auto or never."
-            ) from error
-        return Singly(ues, probe, settings.train)
+    """What computes the UEs of a rank."""
+    return (Stacked if way.stacked else Singly)(ues, probe, settings.train)
 
 
 class Ends(Protocol):
@@ -228,18 +214,12 @@ class Singly(_Both):
 
 
 class Stacked(_Both):
-    """All at once; a UE that is left out is computed all the same, and nothing of it is changed.
-
-    Raises:
-        Unstackable: their model holds layers that aren't known, or their models differ.
-    """
+    """All at once; a UE that is left out is computed all the same, and nothing of it is changed."""
 
     def __init__(self, ues: Sequence[UserEquipment], probe: Probe, train: TrainSettings) -> None:
-        encoders, heads = [ue.encoder for ue in ues], [ue.head for ue in ues]
-        for modules in (encoders, heads):  # before anything is changed
-            check_stackable(modules)
         super().__init__(ues, probe, train)
-        self._encoders, self._heads = Stack(encoders), Stack(heads)
+        self._encoders = Stack([ue.encoder for ue in ues])
+        self._heads = Stack([ue.head for ue in ues])
         if "head" not in train.frozen:
             self._heads.put_off(self._pending)
         self._z_UBC: Tensor | None = None
