@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -46,7 +47,7 @@ def run(step: Step) -> None:
         and not torch.backends.cuda.matmul.allow_tf32
         and torch.backends.cudnn.deterministic,
     )
-    step.add("compilers", f"cc {_first_line('cc')}; nvcc {_first_line('nvcc')}")
+    step.add("compilers", f"{_compiler('cc')}; {_compiler('nvcc')}")
     code = "import csipipe.run.training, csipipe.pipeline.engine, csipipe.run.trained"
     environment = {**os.environ, "DS_ACCELERATOR": step.device.type}
     done = subprocess.run(
@@ -76,16 +77,21 @@ def _memory() -> str:
 
 def _smi() -> str:
     query = "driver_version,compute_mode,persistence_mode,power.limit,clocks.sm,clocks.mem"
-    return _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+    return (
+        "; ".join(_said(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])) or "none"
+    )
 
 
-def _first_line(compiler: str) -> str:
-    return _output([compiler, "--version"])
+def _compiler(name: str) -> str:
+    """What it says of its version: not in the same line as every other one."""
+    lines = (line for line in _said([name, "--version"]) if re.search(r"\d\.\d", line))
+    return next(lines, f"no {name}")
 
 
-def _output(line: list[str]) -> str:
+def _said(words: list[str]) -> list[str]:
+    """The lines that a program prints; none where it isn't there."""
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return "none"
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "none"
+        return []
+    return done.stdout.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from csipipe.gpucheck import command, compiling
+from csipipe.gpucheck import command, compiling, versions
 from csipipe.gpucheck.findings import Step
 from csipipe.gpucheck.runs import settings
 from csipipe.gpucheck.steps import STEPS, Planned
@@ -96,3 +97,21 @@ def test_files_that_a_step_keeps_lie_beside_the_page(tmp_path: Path) -> None:
     Step(torch.device("cpu"), folder, 5.0).keep(made)
     check.write()
     assert (tmp_path / "out" / "history.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("cc (Debian 12.2.0-14) 12.2.0\nThis is free software.\nThere is NO warranty.\n", 0),
+        ("nvcc: NVIDIA (R)\nBuilt on Aug_20\nrelease 13.0, V13.0.88\nBuild cuda_13.0\n", 2),
+    ],
+)
+def test_a_compilers_version_is_the_line_that_has_one(
+    said: str, wanted: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    compiler.chmod(0o755)
+    assert versions._compiler("cc") == said.splitlines()[wanted]
+    assert versions._compiler("no-such-compiler") == "no no-such-compiler"
