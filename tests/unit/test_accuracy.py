@@ -123,6 +123,8 @@ def test_what_needs_more_iterations_or_rows_than_a_probe_has_is_left_out(tmp_pat
 def test_a_budget_shorter_than_an_iteration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget of 3 s is shorter than one iteration"):
         budget.within(two(tmp_path), 0.05, tmp_path, trained(4.0, []))  # type: ignore[arg-type]
+    found = budget.within(two(tmp_path), 0.1, tmp_path, lambda _: None)  # 6 s; measured already
+    assert [run.settings.train.iterations for run in found] == [1, 1]
 
 
 def test_runs_that_were_not_measured_are_left_out(tmp_path: Path) -> None:

@@ -252,6 +252,10 @@ def test_a_piece_of_an_array_says_whose_its_rows_are() -> None:
     assert twice.users((2, 3, 1, 1, 8, 16), 1, 1, 3).ravel().tolist() == [1, 2, 4, 5]
     assert twice.streamed((2, 3, 1, 1, 8, 16)) == 1
     assert twice.streamed((2, 3, 1, 1, 8, 16), in_order=True) == 0
+    with pytest.raises(
+        ValueError, match=r"part \(real, imaginary\) has 3 entries in \(9, 8, 3, 4\)"
+    ):
+        parse("sample tx part subcarrier").sizes((9, 8, 3, 4))
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from csipipe.links import command, forecast, network, page, ranks
 from csipipe.links.network import Link, Network
 from csipipe.links.ranks import Found, Trouble
 from csipipe.methods.cost import shared_parts
-from csipipe.reports import preset
+from csipipe.reports import curves, preset
+from csipipe.run import trained
 from csipipe.settings.config import Settings
 
 FREE = Link(1e15, 1e15)
@@ -246,6 +248,26 @@ def test_a_curve_is_read_only_if_it_is_of_the_same_task(tmp_path: Path) -> None:
     ours = replace(ours, data=replace(ours.data, seed=ours.data.seed + 1))
     with pytest.raises(ValueError, match=r"run was trained with data\.seed \d, links trains with"):
         page.times_to([str(tmp_path / "run")], {"csilocal": ours}, None)
+
+
+def test_the_loss_is_reached_at_the_first_evaluation_that_is_no_higher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = {"csilocal": [0.8, 0.5, 0.4], "fedavg": [0.9, 0.6, 0.5]}
+    runs = {method: command._settings(method, [], 2) for method in losses}
+    monkeypatch.setattr(page, "_check_curve", lambda *_: None)
+    monkeypatch.setattr(trained, "read", lambda folder: SimpleNamespace(settings=runs[folder.name]))
+    monkeypatch.setattr(
+        curves,
+        "read",
+        lambda folder: SimpleNamespace(
+            iterations=[10, 20, 30], loss=losses[folder.name], lowest=min(losses[folder.name])
+        ),
+    )
+    # the lowest that both reach is FedAvg's
+    assert page.times_to([*losses], runs, None) == {"csilocal": 20, "fedavg": 30}
+    assert page.times_to([*losses], runs, 0.6) == {"csilocal": 20, "fedavg": 20}
+    assert page.times_to([*losses], runs, 0.45) == {"csilocal": 30, "fedavg": None}
 
 
 def names() -> set[str]:

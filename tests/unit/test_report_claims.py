@@ -62,6 +62,20 @@ def test_fig5_as_in_the_paper_holds(tmp_path: Path) -> None:
     assert holds([*fig5.claims(found, COMPRESSION)]) == [True] * 4
 
 
+def test_a_line_of_fig5_by_hand(tmp_path: Path) -> None:
+    run = runs.make(reportruns.preset(), tmp_path, "csilocal", "indoor", 16, 0)
+    finish(run, [0.8, 0.6, 0.4, 0.2], spread=0.1)
+    fig5.write_csv(tmp_path / "fig5.csv", {("indoor", 16): run}, {("indoor", 16): run.curve()})
+    [line] = csv.DictReader((tmp_path / "fig5.csv").read_text().splitlines())
+    figures = {name: float(value) for name, value in line.items() if name != "environment"}
+    assert figures == pytest.approx(
+        {
+            **{"c": 8, "compression_ratio": 1 / 16, "test_loss": 0.4, "nmse_db": -4},
+            **{"floor_loss": 1, "lowest_ue_loss": 0.15, "highest_ue_loss": 0.25},
+        }
+    )
+
+
 def test_fig5_against_the_paper_does_not_hold(tmp_path: Path) -> None:
     found = points(
         tmp_path,
