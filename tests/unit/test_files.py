@@ -24,7 +24,7 @@ from csipipe.channels import (
     open_source,
     rows_of,
 )
-from csipipe.channels.format import NAME, Description, Set, Stored
+from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
 from csipipe.channels.writer import Writer
 from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings, Settings
@@ -371,3 +371,22 @@ def test_rows_of_unknown_users_or_one_each_are_shuffled_alike(tmp_path: Path) ->
     half = open_source(DataSettings(source="files", path=str(tmp_path / "half")))
     assert half.user_borders("all", "train") is None
     assert half.rows("all", "train", 0, 40).shape == (40, 2, A, D)
+
+
+def test_a_file_of_another_type_than_described_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(3, dtype=np.int32))
+    stored = Stored("x.npy", (tmp_path / "x.npy").stat().st_size, "")
+    assert open_rows(tmp_path, stored, "<i4", (3,)).tolist() == [0, 1, 2]
+    for dtype, shape in (("<f4", (3,)), ("<i4", (1, 3))):
+        with pytest.raises(ValueError, match=r"x\.npy: it holds int32 \(3,\); channels"):
+            open_rows(tmp_path, stored, dtype, shape)
+
+
+def test_a_set_that_is_described_twice_is_refused() -> None:
+    one = Set("all", "train", 3, Stored("x.npy", 9, ""))
+    two = Set("all", "test", 3, Stored("y.npy", 9, ""))
+    assert not Description(angles=4, delays=4, sets=(one, two)).planar
+    crossed = Description(angles=4, delays=4, columns=2, polarisations=2, sets=(one, two))
+    assert crossed.planar  # two polarisations of one line
+    with pytest.raises(ValueError, match="all train is described twice"):
+        Description(angles=4, delays=4, sets=(one, one))

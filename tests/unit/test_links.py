@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import os
 import shutil
@@ -22,7 +24,7 @@ from csipipe.links.ranks import Found, Trouble
 from csipipe.methods.cost import shared_parts
 from csipipe.reports import curves, preset
 from csipipe.run import trained
-from csipipe.settings.config import Settings
+from csipipe.settings.config import DataSettings, Settings
 
 FREE = Link(1e15, 1e15)
 NO_ROOT = os.geteuid() != 0 or shutil.which("tc") is None
@@ -177,7 +179,9 @@ def test_the_page_says_what_was_measured_and_what_failed(tmp_path: Path) -> None
     assert fine.reaches == 440
     page.write(rows, text, tmp_path)
     assert (tmp_path / "links.png").stat().st_size > 1000
-    assert (tmp_path / "links.csv").read_text().count("\n") == 3
+    line, _ = csv.DictReader((tmp_path / "links.csv").read_text().splitlines())
+    names = ("free_s", "planned_s", "measured_s", "overhead", "in_all_s", "s_to_loss")
+    assert [float(line[name]) for name in names] == [0.5, 10, 11, 1.05, 120, 440]
     assert (tmp_path / "links.md").read_text() == text
 
 
@@ -248,6 +252,25 @@ def test_a_curve_is_read_only_if_it_is_of_the_same_task(tmp_path: Path) -> None:
     ours = replace(ours, data=replace(ours.data, seed=ours.data.seed + 1))
     with pytest.raises(ValueError, match=r"run was trained with data\.seed \d, links trains with"):
         page.times_to([str(tmp_path / "run")], {"csilocal": ours}, None)
+
+
+def test_bytes_on_the_links_are_compared_with_all_that_the_ledger_counts(tmp_path: Path) -> None:
+    parts = ("exchanged", "exchanged_buffers", "exchanged_evaluation")
+    counted = {part: {"bytes": {"up": n, "down": 10 * n}} for n, part in enumerate(parts, 1)}
+    summary = counted | {"seconds_per_iteration": 0.5, "seconds_total": 60}
+    (tmp_path / "log").write_text("csipipe: error: nobody answers\n")
+    found = ranks._found(tmp_path, tmp_path / "log", 132)
+    assert found.error.startswith("nobody answers")
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert ranks._found(tmp_path, tmp_path / "log", 132) == Found(0.5, 60, 2.0)
+
+
+def test_curves_of_other_files_are_refused() -> None:
+    here, there = (
+        Settings(data=DataSettings(source="files", path=place)) for place in ("here", "there")
+    )
+    with pytest.raises(ValueError, match=r"run was trained with data\.path there, links trains"):
+        page._check_curve("run", there, here)
 
 
 def test_the_loss_is_reached_at_the_first_evaluation_that_is_no_higher(

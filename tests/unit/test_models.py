@@ -52,6 +52,12 @@ def test_transnet_begins_near_the_middle() -> None:
     )
 
 
+def test_clnets_decoder_begins_as_a_deconvolution() -> None:
+    model = ModelSettings(name="clnet", c1=12, angles=6, delays=4)
+    weight = models.build_tail(model, 0)[0].get_parameter("weight")
+    assert 0.99 < float(weight.detach().abs().max()) * model.reals**0.5 <= 1
+
+
 def test_attention_begins_as_one_matrix_for_queries_keys_and_values() -> None:
     torch.manual_seed(0)
     one = Attention(32)

@@ -47,6 +47,16 @@ def test_yaml_goes_there_and_back(tmp_path: Path) -> None:
     assert parse("--config", str(file)) == settings
 
 
+def test_the_ends_of_a_range_are_in_it() -> None:
+    train = TrainSettings(iterations=9, personal_iterations=9, betas=(0.0, 0.0), warmup=1.0, mu=0.0)
+    assert train.lr_at(8) == train.lr
+
+
+def test_rates_are_of_encoder_tail_and_head() -> None:
+    train = TrainSettings(rates=(1.0, 2.0, 3.0))
+    assert [train.rate_of(part) for part in ("encoder", "tail", "head")] == [1, 2, 3]
+
+
 def test_differences_are_those_of_both_sides() -> None:
     found, wanted = {"a": 1, "b": 2, "d": 4}, {"b": 2, "c": 3, "d": 5}
     assert list(commandline.differences(found, wanted)) == [
