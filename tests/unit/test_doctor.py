@@ -168,6 +168,13 @@ def test_range_zero_and_columns(tmp_path: Path, rows: Images) -> None:
     path = tmp_path / "DATA_Htrainin.mat"
     assert "expected [0, 1] with 0.5" in words(examine(save(path, flat(rows) * 255)))
     assert "median" in words(examine(save(path, flat(rows) * 0.6)))
+    said = words(examine(save(path, around_zero(rows) * 1.2)))  # beyond a radius of 0.5
+    assert "add 0.5 to every value" not in said
+    assert "divide each row by twice its peak magnitude" in said
+    seen = examine(save(path, complex_values(rows) * (0.9 + 0.1j)))
+    values = complex_values(rows) * (0.9 + 0.1j)
+    parts = np.stack([values.real, values.imag])
+    assert (seen.low, seen.high) == pytest.approx((parts.min(), parts.max()))
     seen = examine(save(path, flat(rows).T))
     assert "samples are columns -> save HT.' instead" in words(seen)
     assert len(seen.findings) == 1

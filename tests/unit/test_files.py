@@ -25,7 +25,7 @@ from csipipe.channels import (
     rows_of,
 )
 from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
-from csipipe.channels.writer import Writer
+from csipipe.channels.writer import Writer, file_name
 from csipipe.settings import commandline
 from csipipe.settings.config import DataSettings, Settings
 
@@ -390,3 +390,15 @@ def test_a_set_that_is_described_twice_is_refused() -> None:
     assert crossed.planar  # two polarisations of one line
     with pytest.raises(ValueError, match="all train is described twice"):
         Description(angles=4, delays=4, sets=(one, one))
+
+
+def test_files_and_sets_come_in_the_order_of_their_environments(tmp_path: Path) -> None:
+    assert file_name("a" * 99, 3, "val", "images") == f"{'a' * 99}-val.npy"
+    assert file_name("a" * 100, 3, "val", "scale") == "environment-3-val-scale.npy"
+    with Writer(tmp_path / "out") as out:
+        out.add("b", "test", images(2))
+        out.add("a", "train", images(2))
+        out.add("b", "train", images(2))
+        said = out.finish(lambda sets: Description(angles=A, delays=D, sets=sets))
+    found = [(one.environment, one.part) for one in said.sets]
+    assert found == [("b", "train"), ("b", "test"), ("a", "train")]

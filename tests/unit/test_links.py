@@ -122,6 +122,35 @@ def test_cases_have_a_link_for_each_ue_rank() -> None:
     assert both == [[Link(1e6, 1e6, 0.02), Link(2e6, 2e6, 0.02)], [Link(3e6, 3e6, 0.02)] * 2]
 
 
+def test_a_troubled_link_is_whole_again_after_a_while() -> None:
+    link, done = Link(1e6, 2e6, 0.1), list[tuple[object, ...]]()
+    net: Any = SimpleNamespace(
+        links=[link, link],
+        connect=lambda host, whole: done.append((host, whole)),
+        shape=lambda host, new: done.append((host, new)),
+    )
+    for trouble in (Trouble(1, 10, 20), Trouble(1, 10, 20, 5e4)):
+        steps = list(ranks._steps(net, trouble))
+        assert [at for at, _ in steps] == [10, 30]
+        for _, step in steps:
+            step()
+    assert done == [(1, False), (1, True), (1, Link(5e4, 5e4, 0.1)), (1, link)]
+
+
+def test_a_link_is_shaped_at_both_ends_with_bursts_in_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(network, "_tc", lambda *words: told.append(" ".join(words[1:])))
+    link = Link(8e7, 8e6, 0.02)
+    Network([link]).shape(0, link, "add")
+    up, later, down, later_too = told
+    assert "dev csi0 root handle 1: tbf rate 80000000bit burst 20000b" in up  # 2 ms of it
+    assert "dev ue0 root handle 1: tbf rate 8000000bit burst 5000b" in down  # whole frames
+    assert "netem delay 20.000ms" in later
+    assert "netem delay 20.000ms" in later_too
+
+
 def test_trouble_is_read() -> None:
     assert Trouble.read("1:10:20", 2) == Trouble(1, 10, 20)
     assert Trouble.read("0:1:2:100kbit", 2) == Trouble(0, 1, 2, 1e5)

@@ -50,6 +50,9 @@ def test_yaml_goes_there_and_back(tmp_path: Path) -> None:
 def test_the_ends_of_a_range_are_in_it() -> None:
     train = TrainSettings(iterations=9, personal_iterations=9, betas=(0.0, 0.0), warmup=1.0, mu=0.0)
     assert train.lr_at(8) == train.lr
+    assert TrainSettings(warmup=0.0).lr_at(0) == train.lr
+    with pytest.raises(ValueError, match=r"train\.max_rms is nan"):
+        TrainSettings(max_rms=math.nan)
 
 
 def test_rates_are_of_encoder_tail_and_head() -> None:

@@ -279,9 +279,23 @@ def test_a_manifest_repeats_the_split_of_files(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="the manifest's indoor train rows come from"):
         again.check(open_source(replace(data, seed=6), 32, 32))
+    tested = tmp_path / "DATA_Htestin.mat"
+    kept = tested.read_bytes()
+    save(tested, images(8, 99).reshape(8, -1))
+    with pytest.raises(ValueError, match="the manifest's indoor test rows come from"):
+        again.check(open_source(data, 32, 32))
+    tested.write_bytes(kept)
     save(file, images(20, 99).reshape(20, -1))
     with pytest.raises(ValueError, match="the manifest's outdoor train rows come from"):
         again.check(open_source(data, 32, 32))
+
+
+def test_a_manifest_counts_rows_of_all_spans(tmp_path: Path) -> None:
+    held = (Span("indoor", "train", 3, 5),)
+    several = (Span("indoor", "train", 0, 3), Span("indoor", "train", 5, 6))
+    Manifest(train=(several,), holdout=(held,), test=held, streams={}).write(tmp_path)
+    [ue] = json.loads((tmp_path / "manifest.json").read_text())["ues"]
+    assert (ue["rows"], ue["rows_held_out"]) == ({"indoor": 4}, {"indoor": 2})
 
 
 def test_the_order_of_files_is_drawn_as_the_manifest_says(tmp_path: Path) -> None:

@@ -192,6 +192,17 @@ def test_the_verdict_says_what_is_within_the_noise() -> None:
     assert "noise of this machine" not in text
 
 
+def test_time_is_lost_where_the_quartiles_say_so() -> None:
+    slower = Row("indoor", 256, 800, 10, [1.3, 1.2, 1.1], [1.0, 1.0, 1.0])
+    text = table1_output.verdict([slower, row()], 0.25, 2, 2)
+    assert "Time is lost in: indoor, c 256, B 800." in text
+    assert "include 0" not in text
+    perhaps = Row("indoor", 256, 800, 10, [1.3, 1.05, 0.8], [1.0, 1.0, 1.0])
+    text = table1_output.verdict([perhaps, row()], 0.25, 2, 2)
+    assert "Time is lost" not in text
+    assert "The quartiles include 0" in text
+
+
 def test_the_verdict_says_that_more_than_the_bound_is_noise() -> None:
     text = table1_output.verdict([row(saved=0.265)], 0.25, 2, 2)
     assert "reaches 106% of the bound. What is above the bound is noise of this machine" in text
