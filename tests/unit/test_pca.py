@@ -152,3 +152,9 @@ def test_a_rate_that_loses_the_start_is_said() -> None:
     assert "train.lr 0.002: such steps lose" in training.start_notes(quick)[0]
     assert training.start_notes(slow) == []
     assert training.start_notes(Settings()) == []
+
+
+def test_as_many_components_as_a_row_has_reals_are_allowed_and_no_more() -> None:
+    models.check(replace(MODEL, c1=128))
+    with pytest.raises(ValueError, match=r"model\.c1 129, but a row has 128 reals"):
+        models.check(replace(MODEL, c1=129))

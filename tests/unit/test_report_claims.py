@@ -334,10 +334,14 @@ def test_the_plan_leaves_out_methods_that_settings_do_not_suit() -> None:
 
 def test_the_plan_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.run(Namespace(preset="paper", out=str(tmp_path), settings=[])) == 0
-    assert "| CSILocal | 8,192,000 | 32,768,000 | 163,840,000,000 |" in capsys.readouterr().out
+    line = "| CSILocal | 8,192,000 | 32,768,000 | 163,840,000,000 | 655.360 |"
+    assert line in capsys.readouterr().out
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert [row["method"] for row in rows] == [*METHODS, "splitfed"]
-    assert len(list(csv.reader((tmp_path / "plan.csv").open()))) == 2 + len(METHODS)
+    ours, *others = csv.DictReader((tmp_path / "plan.csv").open())
+    assert len(others) == len(METHODS)
+    assert (ours["scalars"], ours["bytes"]) == ("163840000000", "655360000000")
+    assert float(ours["seconds_at_1000_mbit_per_s"]) == pytest.approx(655.36 * 8)
 
 
 @pytest.mark.parametrize("panel", ["b", "d", "f"])
@@ -400,6 +404,16 @@ def test_an_unfinished_search_leaves_the_rates_alone(tmp_path: Path) -> None:
     assert searching(tmp_path / "out", rates, {"fedgrad": (0.1, None, 0.3)}) == 1
     assert rates.read_text() == "fedavg: 0.5\n"
     assert "| FedGrad | **1.000e-01** | missing |" in (tmp_path / "out" / "search.md").read_text()
+
+
+def test_a_rate_is_judged_by_the_last_evaluations_and_the_median_seed() -> None:
+    nothing, loss = [0] * 4, [1.0] * 4
+    holdout = [None, 0.9, 0.6, 0.3]
+    curve = Curve([1, 2, 3, 4], nothing, nothing, loss, [[1.0]] * 4, loss, holdout, FLOOR)
+    assert search._end("run", curve) == pytest.approx(0.6)
+    asked = presets.Search(panel="f", grid=(1e-3,), seeds=(0, 1, 2), iterations=4, holdout=0.1)
+    losses = {("fedavg", 1e-3, seed): value for seed, value in enumerate((0.5, 0.1, 0.2))}
+    assert search.medians(losses, "fedavg", asked) == {1e-3: 0.2}
 
 
 def test_a_rate_that_diverged_loses(tmp_path: Path) -> None:

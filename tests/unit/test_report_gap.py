@@ -28,6 +28,7 @@ def test_the_same_rows_and_samples_whoever_has_them(tmp_path: Path) -> None:
         assert settings.data.train_samples == rows
         assert settings.train.seed == seed
         assert settings.train.batch_size * ues == 416  # of 424, what 16 UEs can share
+        assert settings.run.eval_ues == (4 if ues > 4 else None)
     assert {rows for _, rows, _, _ in asked} == {8000, 2000}
     assert "gap" in REPORTS
     assert ARRAYS["gap"] is report.wanted
@@ -37,7 +38,9 @@ def test_the_gap_by_hand(tmp_path: Path) -> None:
     one = made(tmp_path)
     for (method, rows, ues, seed), run in report.wanted(one).items():
         if rows == 2000 and seed < 2:
-            end = 0.4 if method == "centralised" else 0.4 + ues * (0.01 + 0.02 * seed)
+            unsplit = 0.4 + 0.1 * seed
+            gap = 1 + ues * (0.025 + 0.05 * seed)
+            end = unsplit if method == "centralised" else unsplit * gap
             finish(run, [0.8, *[end] * 3])
     asked = report.wanted(one)
     curves = {key: run.curve() for key, run in asked.items() if run.folder.exists()}
@@ -47,7 +50,7 @@ def test_the_gap_by_hand(tmp_path: Path) -> None:
     assert "; medians over 3 seeds, and" in page
     single = replace(one, preset=replace(one.preset, seeds=(0,)))
     assert "; medians over 1 seed, and" in report.verdict(single, curves, "")
-    assert "| 2,000 | 8 | 250 | 5.600e-01 | 1.400 (1.200 … 1.600) |" in page
+    assert "| 2,000 | 8 | 250 | 6.400e-01 | 1.400 (1.200 … 1.600) |" in page
     (line,) = report.draw(curves).axes[0].get_lines()[:1]
     points = np.asarray(line.get_xydata())
     wanted = [(1.0, 1.05), (2.0, 1.1), (4.0, 1.2), (8.0, 1.4), (16.0, 1.8)]
