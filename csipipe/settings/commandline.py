@@ -72,7 +72,7 @@ class _Help(Action):
         if values is None:
             parser.print_help()
         elif values == "all":
-            print("\n\n".join(map(manual.page, manual.SECTIONS)))
+            print(manual.everything())
         elif values in manual.SECTIONS:
             print(manual.page(values))
         else:

@@ -34,8 +34,18 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def overview() -> str:
     """What the first page says about the settings."""
     rows = [(name, section.__doc__ or "") for name, section in SECTIONS.items()]
-    lines = ["settings:", *_columns(_settings(Settings, "", ["method"])), ""]
-    return "\n".join([*lines, "sections with more settings (--help SECTION):", *_columns(rows)])
+    return "\n".join(
+        [_no_section(), "", "sections with more settings (--help SECTION):", *_columns(rows)]
+    )
+
+
+def everything() -> str:
+    """Every setting: those in no section, then the page of each section."""
+    return "\n\n".join([_no_section(), *map(page, SECTIONS)])
+
+
+def _no_section() -> str:
+    return "\n".join(["settings:", *_columns(_settings(Settings, "", ["method"]))])
 
 
 def page(name: str) -> str:
