@@ -26,37 +26,49 @@ NEEDED = {"gradient_clipping": 0.0}
 COMPUTED = ("losses", "parameters", "evaluations")
 
 
-def entries() -> dict[str, dict[str, Any]]:
-    """A file for each allowed value, by key and value; ZeRO's with ZeRO switched on."""
-    found = {}
-    for key, values in deepspeed.ALLOWED.items():
+def file_of(values: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds for values by dotted key."""
+    keys: dict[str, Any] = dict(NEEDED)
+    for key, value in values.items():
         outer, _, inner = key.partition(".")
-        for value in (1, 10**9) if isinstance(values, str) else values:
-            switched = {"stage": 1} if outer == "zero_optimization" else {}
-            keys = NEEDED | {outer: {**switched, inner: value} if inner else value}
-            # autocast is bf16, which a file of fp32 refuses (see test_parity.py)
-            if (key, value) != ("torch_autocast.enabled", True):
-                found[f"{key} {value}"] = keys
-    return found
+        if inner:
+            keys.setdefault(outer, {})[inner] = value
+        else:
+            keys[outer] = value
+    return keys
+
+
+def of_all_keys(i: int, stage: int) -> dict[str, Any]:
+    """A file with the value `i` of every allowed key, and with this stage of ZeRO."""
+    values = {
+        key: ((1, 10**9) if isinstance(allowed, str) else allowed)[i]
+        for key, allowed in deepspeed.ALLOWED.items()
+    }
+    # autocast is bf16, which a file of fp32 refuses (see test_parity.py)
+    return file_of(
+        values | {"torch_autocast.enabled": False, "zero_optimization.stage": stage},
+    )
 
 
 def test_every_allowed_key_computes_the_same(tmp_path: Path) -> None:
+    """Each with every value, and all keys at once: one that changed anything would be seen."""
+    contents = {"plain": NEEDED, "zero": file_of({"zero_optimization.stage": 1})} | {
+        f"{name} {i}": of_all_keys(i, stage)
+        for name, stage in (("plain", 0), ("zero", 1))
+        for i in (0, -1)
+    }
     runs = {}
-    for i, (name, keys) in enumerate(entries().items()):
-        file = tmp_path / f"{i}.json"
+    for name, keys in contents.items():
+        file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(keys))
         runs[name] = small(train={"deepspeed": str(file), "iterations": 3})
     ranks = run_world(3, splits, runs)
-    plain, zero = (
-        joined([rank[name] for rank in ranks])
-        for name in ("gradient_clipping 0.0", "zero_optimization.stage 1")
-    )
+    found = {name: joined([rank[name] for rank in ranks]) for name in runs}
     for name in runs:
-        switched = name.startswith("zero_optimization") and not name.endswith("stage 0")
-        found = joined([rank[name] for rank in ranks])
-        assert_same(zero if switched else plain, found, *COMPUTED)
+        assert_same(found[name.split()[0]], found[name], *COMPUTED)
     # ZeRO's Adam steps a stage as one vector: other last bits
-    torch.testing.assert_close(torch.tensor(zero["losses"]), torch.tensor(plain["losses"]))
+    losses = [torch.tensor(found[name]["losses"]) for name in ("zero", "plain")]
+    torch.testing.assert_close(*losses)
 
 
 def test_all_other_keys_of_deepspeed_are_refused(tmp_path: Path) -> None:

@@ -29,11 +29,12 @@ def csilocal(
     schedule: str = "zerobubble",
     placement: str = "apart",
     kernels_by: str = "torch",
+    iterations: int = 6,
 ) -> dict[str, Any]:
     settings = small(
         model={"kernels_by": kernels_by},
         topology={"stages": stages, "partition": partition, "placement": placement},
-        train={"micro_batches": micro_batches, "schedule": schedule},
+        train={"micro_batches": micro_batches, "schedule": schedule, "iterations": iterations},
     )
     ranks = ue_ranks + (stages if placement == "apart" else 0)
     return joined(run_world(ranks, split, settings))
@@ -144,9 +145,9 @@ def test_stages_partition_and_placement_change_no_bit(
 def test_schedules_change_no_bit(placement: str, stages: int, micro_batches: int) -> None:
     """With fewer micro-batches than stages too; 8 go around the ring of buffers more than once."""
     plans = [
-        csilocal(stages, 1, micro_batches, "uniform"),
+        csilocal(stages, 1, micro_batches, "uniform", iterations=3),
         *(
-            csilocal(stages, stages, micro_batches, "uniform", name, placement)
+            csilocal(stages, stages, micro_batches, "uniform", name, placement, iterations=3)
             for name in ("gpipe", "1f1b", "zerobubble")
         ),
     ]

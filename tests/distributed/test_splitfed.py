@@ -22,7 +22,7 @@ from csipipe.comm.world import World
 from csipipe.methods.cost import exchanged
 from csipipe.settings.config import CodecSettings, Settings
 
-ITERATIONS = 6
+ITERATIONS = 4
 RESULTS = ("parameters", "losses", "evaluations", "files")
 
 
