@@ -41,7 +41,7 @@ class _Engine(PipelineEngine):  # type: ignore[misc]
 
 
 class StockStage(PeerStage):
-    """One stage, as DeepSpeed's documentation shows it."""
+    """One stage of the tutorial; its engine is built by hand, as `deepspeed.initialize` does it."""
 
     def build(self, layers: list[nn.Module]) -> None:
         train = self.settings.train

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def small(method: str = "csilocal", **sections: Any) -> Settings:
-    """A run that takes a moment: 8 angles × 8 delays, 4 UEs × 8 rows, 6 iterations.
+    """A run that takes a moment: 8 angles × 8 delays, 4 UEs × 8 rows, 10 iterations.
 
     PyTorch's layers compute it: every rank would compile the kernels, for longer than it trains.
     """
@@ -40,7 +40,7 @@ def small(method: str = "csilocal", **sections: Any) -> Settings:
         model=ModelSettings(c1=24, c2=16, angles=8, delays=8, kernels_by="torch"),
         topology=TopologySettings(ues=4, stages=2, partition="uniform"),
         data=DataSettings(train_samples=80, test_samples=20, holdout=0.1),
-        train=TrainSettings(iterations=6, batch_size=8, micro_batches=4, warmup=0.2),
+        train=TrainSettings(iterations=10, batch_size=8, micro_batches=4, warmup=0.2),
         run=RunSettings(timeout=20.0),
     )
     return replace(
