@@ -29,7 +29,7 @@ def csilocal(
     schedule: str = "zerobubble",
     placement: str = "apart",
     kernels_by: str = "torch",
-    iterations: int = 6,
+    iterations: int = 10,
 ) -> dict[str, Any]:
     settings = small(
         model={"kernels_by": kernels_by},
