@@ -1,5 +1,5 @@
-"""What all commands have in common: the shell's words, threads that leave cores to others, and a
-screen that may not take everything.
+"""What all commands have in common: the shell's words, refusals, threads that leave cores to
+others, and a screen that may not take everything.
 
 A screen that can't take what is printed costs characters or lines, never a result.
 """
@@ -11,8 +11,15 @@ import errno
 import io
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
+
+from csipipe.files import in_words
+
+_Command = Callable[[list[str]], int]
+"""Takes the arguments, returns the exit code."""
 
 _SPINS = "10000"
 """Looks of an OpenMP thread at what it waits for, a fraction of a millisecond, before it sleeps:
@@ -40,7 +47,7 @@ class _Raw(io.FileIO):
         return len(data)
 
 
-def start(main: Callable[[list[str]], int]) -> int:
+def start(main: _Command) -> int:
     """Run a command with this process's arguments; returns its exit code, whatever the screen.
 
     Characters that the screen's encoding doesn't have are replaced. After Ctrl-C it is 130.
@@ -69,6 +76,28 @@ def start(main: Callable[[list[str]], int]) -> int:
             raise
         print("\ninterrupted", file=sys.stderr)
         return 130
+
+
+def refusing(*errors: type[Exception]) -> Callable[[_Command], _Command]:
+    """Makes a command say these errors in a line and return 1; with `--debug` they are raised."""
+
+    def around(main: _Command) -> _Command:
+        @wraps(main)
+        def refusing_main(arguments: list[str]) -> int:
+            try:
+                return main(arguments)
+            except errors as error:
+                if "--debug" in arguments:
+                    raise
+                said = in_words(error)
+                if isinstance(error, ArgumentError):  # jsonargparse's are broken into lines
+                    said = " ".join(said.split())
+                print(f"csipipe: error: {said}", file=sys.stderr)
+                return 1
+
+        return refusing_main
+
+    return around
 
 
 def _expanded(word: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from csipipe import channels
 from csipipe.bench import candidates, growth, race, roofline, table
-from csipipe.files import in_words, write_file
+from csipipe.entry import refusing
+from csipipe.files import write_file
 from csipipe.settings import commandline
 from csipipe.settings.config import Settings
 
@@ -52,20 +52,14 @@ def parser() -> ArgumentParser:
     return parser
 
 
+@refusing(ArgumentError, OSError, ValueError)
 def main(arguments: list[str]) -> int:
     """Run the benchmark; returns its exit code."""
-    debug = "--debug" in arguments
-    try:
-        settings, options = commandline.settings(parser(), arguments)
-        for name in ("rounds", "per-turn"):
-            if (value := options[name.replace("-", "_")]) < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1.")
-        return measure(settings, options)
-    except (ArgumentError, OSError, ValueError) as error:
-        if debug:
-            traceback.print_exception(error)
-        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
-        return 1
+    settings, options = commandline.settings(parser(), arguments)
+    for name in ("rounds", "per-turn"):
+        if (value := options[name.replace("-", "_")]) < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1.")
+    return measure(settings, options)
 
 
 def measure(settings: Settings, options: Namespace) -> int:

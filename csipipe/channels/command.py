@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
-import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -24,7 +22,7 @@ from csipipe.channels.scene import Scene
 from csipipe.channels.source import Site
 from csipipe.channels.split import own_environment
 from csipipe.channels.transform import Geometry
-from csipipe.files import in_words
+from csipipe.entry import refusing
 
 Place = Literal["indoor", "outdoor"]
 ABOUT = "Generates, converts, examines and draws CSI data, in one process."
@@ -330,15 +328,9 @@ def parser() -> ArgumentParser:
     return parser
 
 
+@refusing(ArgumentError, OSError, TypeError, ValueError)
 def main(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
-    debug = "--debug" in arguments
-    try:
-        values = parser().parse_args([word for word in arguments if word != "--debug"])
-        name = values.subcommand
-        return 0 if COMMANDS[name](**values[name].as_dict()) else 1
-    except (ArgumentError, OSError, TypeError, ValueError) as error:
-        if debug:
-            traceback.print_exception(error)
-        print(f"csipipe: error: {' '.join(in_words(error).split())}", file=sys.stderr)
-        return 1
+    values = parser().parse_args([word for word in arguments if word != "--debug"])
+    name = values.subcommand
+    return 0 if COMMANDS[name](**values[name].as_dict()) else 1

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from csipipe import channels, plotting
 from csipipe.compare import figures, page, plan
+from csipipe.entry import refusing
 from csipipe.evaluation import testset
-from csipipe.files import in_words, write_file
+from csipipe.files import write_file
 from csipipe.reports import budget
 from csipipe.reports.runs import Run, State, sort
 from csipipe.run import ceiling
@@ -27,6 +28,7 @@ picture.png in --out. Started again, it continues. All other arguments are setti
 example --data.source csinet --data.path DIR."""
 
 
+@refusing(OSError, ValueError)
 def main(arguments: list[str]) -> int:
     """Compare; returns the exit code."""
     options, rest = parser().parse_known_args(arguments)
@@ -35,11 +37,6 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
-        return 1
     return 0
 
 

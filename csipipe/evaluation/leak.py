@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,10 @@ from csipipe.comm import codec
 from csipipe.comm.codec import Rounding
 from csipipe.comm.ledger import Kind
 from csipipe.device import set_threads
+from csipipe.entry import refusing
 from csipipe.evaluation import attack
 from csipipe.evaluation.attack import WHAT, Decoder
-from csipipe.files import in_words, write_file
+from csipipe.files import write_file
 from csipipe.measure.metrics import centred_nmse, paper_loss, to_db
 from csipipe.methods.cost import message_bytes
 from csipipe.methods.objective import Objective
@@ -58,18 +58,13 @@ class Row:
     unknown: dict[str, float | None]
 
 
+@refusing(OSError, ValueError)
 def main(arguments: list[str]) -> int:
     """Attack runs; returns the exit code."""
     parser = commandline.RunParser("python -m csipipe leak", ABOUT)
     add_arguments(parser)
-    try:
-        options, changes = parser.parse(arguments)
-        run(options, changes)
-    except (OSError, ValueError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
-        return 1
+    options, changes = parser.parse(arguments)
+    run(options, changes)
     return 0
 
 

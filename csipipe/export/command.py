@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from csipipe import __version__, channels
 from csipipe.device import set_threads
+from csipipe.entry import refusing
 from csipipe.export import bits as curve
 from csipipe.export import check, folder, formats
 from csipipe.export.learning import learn
 from csipipe.export.pack import pack
 from csipipe.export.parts import Pair, nmse_db, operations, run, trained_for, unrounded
 from csipipe.export.quantiser import BITS, Quantiser
-from csipipe.files import in_words
 from csipipe.models import count_parameters, widths
 from csipipe.run import ceiling, trained
 from csipipe.run.trained import Autoencoder, Trained
@@ -40,18 +39,13 @@ _SCRIPTS = {
 }
 
 
+@refusing(OSError, RuntimeError, ValueError)
 def main(arguments: list[str]) -> int:
     """Write one export; returns the exit code."""
     parser = commandline.RunParser("python -m csipipe export", ABOUT)
     add_arguments(parser)
-    try:
-        options, settings = parser.parse(arguments)
-        export(options, settings)
-    except (OSError, RuntimeError, ValueError) as error:
-        if "--debug" in arguments:
-            raise
-        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
-        return 1
+    options, settings = parser.parse(arguments)
+    export(options, settings)
     return 0
 
 

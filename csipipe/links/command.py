@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csipipe import channels
-from csipipe.files import in_words
+from csipipe.entry import refusing
 from csipipe.links import forecast, network, page, ranks
 from csipipe.links.network import Link
 from csipipe.links.page import Row
@@ -27,16 +27,11 @@ _FREELY = Link(1e11, 1e11)
 """A link that takes no time."""
 
 
+@refusing(OSError, ValueError)
 def main(arguments: list[str]) -> int:
     """Train over links; returns the exit code."""
     options, settings = parser().parse_known_args(arguments)
-    try:
-        return run(options, settings)
-    except (OSError, ValueError) as error:
-        if options.debug:
-            raise
-        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
-        return 1
+    return run(options, settings)
 
 
 def parser() -> ArgumentParser:

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from types import ModuleType
 
-from csipipe.files import in_words
+from csipipe.entry import refusing
 from csipipe.reports import (
     accuracy,
     array,
@@ -75,6 +75,7 @@ def parser() -> ArgumentParser:
     return parser
 
 
+@refusing(OSError, RuntimeError, ValueError)
 def main(arguments: list[str]) -> int:
     """Make one report; returns the exit code."""
     options, settings = parser().parse_known_args(arguments)
@@ -89,8 +90,3 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 130
-    except (OSError, RuntimeError, ValueError) as error:
-        if options.debug:
-            raise
-        print(f"csipipe: error: {in_words(error)}", file=sys.stderr)
-        return 1

@@ -1,4 +1,4 @@
-"""What a shell and a screen do to a command; a launcher that dies."""
+"""What a shell and a screen do to a command; refusals; a launcher that dies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_control_c_ends_any_command_without_a_traceback(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["csipipe", "--debug"])
     with pytest.raises(KeyboardInterrupt):
         entry.start(interrupted)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("first\n  second"), "first\n  second"),
+        (ArgumentError(None, "first\n  second"), "first second"),
+    ],
+)
+def test_a_refusal_is_a_line_or_a_traceback_on_demand(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @entry.refusing(ArgumentError, ValueError)
+    def main(arguments: list[str]) -> int:
+        raise error if "--lookup" not in arguments else LookupError
+
+    assert main([]) == 1
+    assert capsys.readouterr().err == f"csipipe: error: {said}\n"
+    with pytest.raises(type(error)):
+        main(["--debug"])
+    with pytest.raises(LookupError):
+        main(["--lookup"])
 
 
 LAUNCHER = """

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 # a room imports rooms of lower levels only; rooms on one level don't import each other
 LEVELS = [
-    {"branches", "entry", "files", "__version__"},
-    {"settings", "measure", "checkpoint", "plotting"},
+    {"branches", "files", "__version__"},
+    {"entry", "settings", "measure", "checkpoint", "plotting"},
     {"models", "channels", "device"},
     {"comm"},
     {"pipeline", "tracking"},
