@@ -214,9 +214,12 @@ def converted_report(
     for verdict, what, repair in said.made["findings"]:
         yield f"  {verdict}: {what}"
         yield f"    repair: {repair}"
-    ues = f" --topology.ues {len(said.environments)}" if owners(said.environments) else ""
+    ranks, ues = 4, ""
+    if owners(said.environments):
+        number = len(said.environments)
+        ranks, ues = min(4, 2 + number), f" --topology.ues {number}"  # a UE rank has a UE at least
     yield f"written: {folder}"
     yield (
-        f"train:   torchrun --nproc_per_node=4 launch/train.py --data.source files --data.path "
-        f"{shlex.quote(str(folder))}{ues}"
+        f"train:   torchrun --nproc_per_node={ranks} launch/train.py --data.source files "
+        f"--data.path {shlex.quote(str(folder))}{ues}"
     )

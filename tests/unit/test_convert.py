@@ -23,6 +23,7 @@ from csipipe.channels.command import main
 from csipipe.channels.format import Description
 from csipipe.channels.inputs import Input, Plan
 from csipipe.channels.source import Part
+from csipipe.comm.topology import Topology
 from csipipe.measure import metrics
 from csipipe.settings import commandline
 
@@ -268,8 +269,10 @@ def test_sets_environments_and_ues(tmp_path: Path, capsys: pytest.CaptureFixture
     def trained() -> list[int]:
         """Rows of each UE by the line that is printed last."""
         line = capsys.readouterr().out.splitlines()[-1]
-        deal = dealt(commandline.read(shlex.split(line.partition("launch/train.py ")[2])))[1]
-        return [sum(span.size for span in spans) for spans in deal.ues]
+        ranks, _, words = line.partition("--nproc_per_node=")[2].partition(" launch/train.py ")
+        settings = commandline.read(shlex.split(words))
+        Topology.of(settings, int(ranks))
+        return [sum(span.size for span in spans) for spans in dealt(settings)[1].ues]
 
     files = [saved(tmp_path / f"{n}.npy", channels(20 + n, 1, seed=n)) for n in range(3)]
     axes = ["--axes", "sample rx tx subcarrier"]
@@ -294,6 +297,8 @@ def test_sets_environments_and_ues(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(*files, tmp_path / "b", *axes, "--ues", "true", "--split", "0.5/0.5") == 0
     assert Description.read(tmp_path / "b").environments == ("ue-0", "ue-1", "ue-2")
     assert trained() == [10, 10, 11]
+    assert run(files[0], tmp_path / "d", *axes, "--ues", "true", "--split", "0.5/0.5") == 0
+    assert trained() == [10]
 
 
 def test_eigenvectors_over_all_receive_antennas(tmp_path: Path) -> None:
