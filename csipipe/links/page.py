@@ -162,9 +162,10 @@ def write(rows: Sequence[Row], page: str, out: Path) -> list[Path]:
             for r in rows
         ],
     )
-    if len({row.links for row in rows}) < 2:
+    over_links = [row for row in rows if not math.isnan(row.planned)]
+    if len({row.links for row in over_links}) < 2:
         return [markdown, table]
-    plotting.save(draw(rows), picture)
+    plotting.save(draw(over_links), picture)
     return files
 
 

@@ -237,6 +237,9 @@ def test_a_method_that_fails_without_links_isnt_tried_with_them(
     assert "nan" not in text
     assert "| CSILocal | 2mbit | 2.000 |" in text
     assert (tmp_path / "links.png").is_file()
+    shutil.rmtree(tmp_path)  # over one link there is no picture, and "none" is no other one
+    assert command.main([*words, "--up", "1mbit", "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "links.png").exists()
 
 
 PRESET = """--model.angles 16 --model.delays 8 --model.c1 64 --model.c2 64
