@@ -16,7 +16,7 @@ _HARDLY = -0.5
 """NMSE in dB; a run that ends above it is hardly better than a constant."""
 _BY_HEART = 3.0
 """A run whose NMSE on training rows is so many dB below that on the test set has learnt its rows by
-heart."""
+heart, or is tested on others: a UE whose own encoder has only seen its own place, for example."""
 _FORMS = {"loss": "{:>10.3e}", "nmse_db": "{:>10.2f}", "sgcs": "{:>10.4f}"}
 
 
@@ -120,7 +120,10 @@ def _more_rows(settings: Settings, training_db: float) -> str:
     if settings.train.augment is None:
         remedies.append("--train.augment phase")
     which = " per UE" if own else ""
-    return f"training rows at {training_db:.1f} dB, too few{which}; {', or '.join(remedies)}"
+    return (
+        f"training rows at {training_db:.1f} dB, too few{which} or unlike the test set's; "
+        f"{', or '.join(remedies)}"
+    )
 
 
 def _may_start_by_pca(settings: Settings) -> bool:
