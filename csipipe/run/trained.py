@@ -236,7 +236,10 @@ def read(folder: Path, changes: Sequence[str] = (), weights: str = LAST) -> Trai
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no {CONFIG}.")
     mine = ["--config", str(folder / CONFIG)]
-    own = _settings(mine)
+    try:
+        own = _settings(mine)
+    except ValueError as error:  # says which setting, but not whose
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     # the GPU that trained it need not be here
     here = [] if torch.cuda.is_available() else ["--train.device", "auto"]
     settings = _settings([*mine, *here, *changes])

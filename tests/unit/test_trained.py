@@ -141,8 +141,13 @@ def test_what_can_be_wrong_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=differs):
         trained.read(folder, changes).models()
-    with pytest.raises(ValueError, match=r"data\.bogus"):
+    with pytest.raises(ValueError, match=r"^unrecognized arguments: --data\.bogus"):
         trained.read(folder, ["--data.bogus", "8"])
+    theirs = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(f"{theirs}older: 8\n")
+    with pytest.raises(ValueError, match=r"run/config\.yaml: Option 'older' is not accepted"):
+        trained.read(folder)
+    (folder / "config.yaml").write_text(theirs)
     file = folder / "weights" / "ue-2.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     trained.read(folder).models([0])
