@@ -87,5 +87,5 @@ def test_the_report_names_cuts_times_and_imbalance() -> None:
 
 
 def test_a_profile_without_measuring_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match=r"topology\.profile is 'x', but .* measures nothing"):
+    with pytest.raises(ValueError, match=r"'x', but topology\.partition null measures nothing"):
         TopologySettings(profile="x")

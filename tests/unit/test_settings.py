@@ -88,7 +88,10 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--topology.stages", "0"], "topology.stages is 0"),
         (["--topology.partition", "type:["], r"topology\.partition is 'type:\['; after type:"),
         (["--topology.partition", "halves"], "'halves'; expected uniform, parameters"),
-        (["--data.source", "csinet"], "csinet and files need a folder in data.path"),
+        (
+            ["--data.source", "csinet"],
+            "csinet and data.path is null; csinet and files need a folder in it",
+        ),
         (["--data.path", "x"], r"synthetic takes none \(null\)"),
         (["--data.holdout", "1"], r"must lie in \[0, 1\)"),
         (["--data.train_samples", "0"], "data.train_samples is 0"),

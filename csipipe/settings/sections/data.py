@@ -54,9 +54,10 @@ class DataSettings:
         if SOURCES[self.source].folder != (self.path is not None):
             needs = [name for name, source in SOURCES.items() if source.folder]
             takes = [name for name, source in SOURCES.items() if not source.folder]
+            path = "null" if self.path is None else self.path
             raise ValueError(
-                f"data.source is {self.source} and data.path is {self.path}; {' and '.join(needs)} "
-                f"need a folder in data.path, {', '.join(takes)} takes none (null)."
+                f"data.source is {self.source} and data.path is {path}; {' and '.join(needs)} "
+                f"need a folder in it, {', '.join(takes)} takes none (null)."
             )
         known = SOURCES[self.source].environments
         if known and self.where not in known:

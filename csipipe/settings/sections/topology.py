@@ -59,6 +59,6 @@ class TopologySettings:
                 ) from error
         if self.profile is not None and self.partition != "measured":
             raise ValueError(
-                f"topology.profile is {self.profile!r}, but topology.partition {self.partition!r} "
+                f"topology.profile is {self.profile!r}, but topology.partition {cut or 'null'} "
                 "measures nothing; use measured, or leave the profile out."
             )
