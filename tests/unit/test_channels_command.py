@@ -208,6 +208,9 @@ def test_check_shows_a_converted_folder_beside_another_source(
     assert "its images are of kind eigenvectors, those of" in said
     assert "give a folder of the same kind" in said
     assert "nowhere doesn't exist" in said
+    monkeypatch.chdir(tmp_path)  # a folder may be called as a source is that reads one
+    run("check", "csinet")
+    assert "DATA_Htrainin.mat: GOOD" in capsys.readouterr().out
 
 
 def test_check_of_what_isnt_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
