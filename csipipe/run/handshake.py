@@ -13,6 +13,7 @@ from csipipe.comm.topology import Topology
 from csipipe.comm.world import World
 from csipipe.pipeline import settings as deepspeed
 from csipipe.settings import commandline
+from csipipe.settings.commandline import argument
 from csipipe.settings.config import Settings
 
 
@@ -55,6 +56,7 @@ def compare_settings(world: World, settings: Settings) -> None:
     theirs = json.loads(world.shared("settings", json.dumps(mine)))
     for key, there, here in commandline.differences(theirs, mine):
         raise ValueError(
-            f"rank {world.rank} was started with {key} {here!r}, rank 0 with {there!r}; start "
-            "every node with the same settings and the same DeepSpeed file."
+            f"rank {world.rank} was started with {key} {argument(here)}, rank 0 with "
+            f"{argument(there)}; start every node with the same settings and the same "
+            "DeepSpeed file."
         )

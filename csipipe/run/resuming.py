@@ -21,6 +21,7 @@ from csipipe.methods.roster import averages, drawn, returning
 from csipipe.pipeline import settings as deepspeed
 from csipipe.run import lock
 from csipipe.settings import commandline
+from csipipe.settings.commandline import argument
 from csipipe.settings.config import Settings, TopologySettings
 
 FREE = (
@@ -250,8 +251,8 @@ def _check_deepspeed(found: dict[str, Any], wanted: dict[str, Any], source: Path
     """Refuse to resume with a DeepSpeed file that holds something else, whatever its name."""
     for key, before, now in commandline.differences(found, wanted):
         raise ValueError(
-            f"{source} was made with {key} {before!r} in the file of {_FILE}, this "
-            f"run has {now!r}: the result would be neither of the two. Give a file "
+            f"{source} was made with {key} {argument(before)} in the file of {_FILE}, this "
+            f"run has {argument(now)}: the result would be neither of the two. Give a file "
             f"with the same {key}, or choose another run.dir."
         )
 
@@ -267,10 +268,10 @@ def _check_cut(theirs: dict[str, Any], settings: Settings, stage: int, source: P
     for name, (found, wanted) in cuts.items():
         if found != wanted:
             raise ValueError(
-                f"{source} was made with topology.{name} {found!r}, this run has {wanted!r}: with "
-                f"ZeRO stage {stage} in the file of {_FILE}, Adam steps a BTS stage's parameters "
-                f"as one vector, and another cut changes the last bits. Give the same "
-                f"topology.{name}, or choose another run.dir."
+                f"{source} was made with topology.{name} {argument(found)}, this run has "
+                f"{argument(wanted)}: with ZeRO stage {stage} in the file of {_FILE}, Adam steps a "
+                "BTS stage's parameters as one vector, and another cut changes the last bits. Give "
+                f"the same topology.{name}, or choose another run.dir."
             )
 
 
@@ -292,7 +293,7 @@ def _check_settings(
             else ""
         )
         raise ValueError(
-            f"{where} was made with {key} {before!r}, this run has {now!r}"
-            f"{reason}: the result would be neither of the two. Give the same {key}, or choose "
-            "another run.dir."
+            f"{where} was made with {key} {argument(before)}, this run has "
+            f"{argument(now)}{reason}: the result would be neither of the two. Give the "
+            f"same {key}, or choose another run.dir."
         )

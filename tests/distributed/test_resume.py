@@ -462,8 +462,8 @@ def test_a_damaged_checkpoint_is_named(damage: str, stopped: Path, tmp_path: Pat
     ("settings", "message"),
     [
         ({"model__c1": "16"}, "was made with model.c1 24, this run has 16"),
-        ({"run__eval_ues": "2"}, "was made with run.eval_ues None, this run has 2"),
-        long({"method": "fedavg"}, "was made with method 'csilocal', this run has 'fedavg'"),
+        ({"run__eval_ues": "2"}, "was made with run.eval_ues null, this run has 2"),
+        long({"method": "fedavg"}, "was made with method csilocal, this run has fedavg"),
         ({"train__iterations": "8"}, "the rates of train.lr_schedule cosine depend on it"),
         long({"run__resume": "never"}, "already holds a run, and run.resume is never"),
         long({"run__resume": "/nowhere"}, "/nowhere is neither a checkpoint nor the directory"),

@@ -50,7 +50,7 @@ def with_file(file: Path, **zero: Any) -> Settings:
 def test_deepspeed_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     one = with_file(tmp_path / "one.json", stage=1)
     compare(one, with_file(tmp_path / "two.json", stage=1))
-    with pytest.raises(ValueError, match=r"rank 1 was started with .*'stage': 1.*'stage': 0"):
+    with pytest.raises(ValueError, match=r'rank 1 was started with .*"stage": 1.*"stage": 0'):
         compare(one, with_file(tmp_path / "two.json", stage=0))
 
 

@@ -211,6 +211,7 @@ def test_where_a_run_is_computed_may_change(tmp_path: Path) -> None:
     [
         (Settings(train=TrainSettings(lr=1e-3)), "train.lr 0.002, this run has 0.001"),
         (Settings(train=TrainSettings(seed=1)), "train.seed 0, this run has 1"),
+        (Settings(run=RunSettings(eval_ues=2)), "run.eval_ues null, this run has 2"),
         (Settings(topology=TopologySettings(ues=5)), "topology.ues 4, this run has 5"),
         (Settings(train=TrainSettings(iterations=600)), "cosine depend on it"),
     ],
@@ -278,7 +279,7 @@ def with_file(file: Path, content: dict[str, Any], **topology: Any) -> Settings:
     ("topology", "message"),
     [
         ({"stages": 1}, r"topology\.stages 2, this run has 1: with ZeRO stage 1"),
-        ({"partition": "uniform"}, r"partition 'type:CRBlock', this run has 'uniform': with ZeRO"),
+        ({"partition": "uniform"}, r"partition type:CRBlock, this run has uniform: with ZeRO"),
     ],
 )
 def test_under_zero_the_tail_stays_cut_as_it_is(
@@ -302,7 +303,7 @@ def test_a_deepspeed_file_is_what_it_holds(tmp_path: Path) -> None:
     moved = with_file(tmp_path / "two.json", ZERO)
     assert decide(moved, folder, again=False).checkpoint == source
     edited = with_file(tmp_path / "one.json", {"gradient_clipping": 0.0})
-    with pytest.raises(ValueError, match=r"zero_optimization \{'stage': 1\} in the file of"):
+    with pytest.raises(ValueError, match=r'zero_optimization \{"stage": 1\} in the file of'):
         decide(edited, folder, again=False)
 
 
