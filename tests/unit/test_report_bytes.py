@@ -50,6 +50,8 @@ def test_bytes_until_the_given_loss_by_hand(tmp_path: Path) -> None:
     )
     one = report.Tried("csilocal", "fp32", {0: 2.5e6, 2: 2.5e6}, 3, 0.5, 1.0)
     assert report._row(one, [one])[2] == "2.50 (2 of 3 seeds)"
+    alone = report.Tried("csilocal", "fp32", {0: 2.5e6}, 1, 0.5, 1.0)
+    assert report._row(alone, [alone])[2] == "2.50 (1 of 1 seed)"
     assert report.seconds(2.5e6, 10) == 2.0
     assert report._seconds(2.5) == report.seconds(2.5e6, LINKS[0])  # the picture's other axis
     assert report._megabytes(report._seconds(2.5)) == 2.5

@@ -282,7 +282,7 @@ def test_runs_may_differ_in_where_they_were_computed(tmp_path: Path) -> None:
         (
             "config.yaml",
             ("eval_ues: null", "eval_ues: 2"),
-            "run.eval_ues 2, this report needs ",
+            "run.eval_ues 2, this report needs null",
         ),
         ("config.yaml", ("method: csilocal", "- 1"), "holds no settings of a run"),
         ("config.yaml", ("model:", "modell:"), "modell.angles, which is not a setting"),
