@@ -181,8 +181,9 @@ def convert(
         axes: a word per axis, of user sample time bts rx tx angle subcarrier delay part, such as
             'sample rx tx subcarrier'; several in one axis with sizes, 'sample (part angle=32
             delay=32)'. null: guessed, or refused.
-        key: the variable of a file that holds several; for several files a word per file, or one
-            for all. A file may be given once for each of its variables.
+        key: the variable of a file that holds several, in a group of HDF5 group/name; for several
+            files a word per file, or one for all. A file may be given once for each of its
+            variables.
         sets: a word per file, of train val test: files that are sets already.
         environments: a word per file, its environment; null: all.
         ues: each file holds the channels of one UE, in the order given.
@@ -312,12 +313,12 @@ COMMANDS: dict[str, Callable[..., bool]] = {
 def parser() -> ArgumentParser:
     """A parser of all commands, from their signatures and docstrings."""
     prog = "python -m csipipe channels"
-    parser = ArgumentParser(prog=prog, description=ABOUT, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=ABOUT, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         about = (function.__doc__ or "").split("Args:")[0].strip()
-        command = ArgumentParser(description=about, exit_on_error=False)
+        command = ArgumentParser(description=about, allow_abbrev=False, exit_on_error=False)
         several = "files" in signature(function).parameters
         if several:
             command.add_argument("files", nargs="+", help="the files, and last the folder to write")

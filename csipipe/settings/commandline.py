@@ -10,6 +10,7 @@ import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import yaml
@@ -45,6 +46,7 @@ def parser(description: str, prog: str = TRAIN) -> ArgumentParser:
         formatter_class=manual.Formatter,
         epilog=manual.overview(),
         add_help=False,
+        allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument(
@@ -118,8 +120,18 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[dict[str,
         _refuse_null(Settings, parsed)
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{error}\nRun with --help for the settings.") from error
+        near = f"\nDid you mean {known}?" if (known := _nearest(str(error))) else ""
+        raise ValueError(f"{error}{near}\nRun with --help for the settings.") from error
     return {f.name: _at_home(f.name, values[f.name]) for f in fields(Settings)}, values
+
+
+def _nearest(refusal: str) -> str:
+    """The settings whose names are nearest to those that a parser didn't recognise."""
+    _, found, words = refusal.partition("unrecognized arguments:")
+    wrong = [w.split("=")[0].lstrip("-") for w in words.split() if w.startswith("--")]
+    names = list(dotted(plain(Settings()))) if found else []
+    near = [get_close_matches(name, names, 1) for name in wrong]
+    return " ".join(f"--{name}" for names in near for name in names)
 
 
 def _refuse_null(section: Any, parsed: Any, prefix: str = "") -> None:

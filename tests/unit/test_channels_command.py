@@ -126,6 +126,7 @@ def test_a_failed_write_leaves_nothing(
         (("--seed", -1), r"seed is -1"),
         (("--environment", "attic"), r"environment.*attic"),
         (("--trian", 3), r"trian"),
+        (("--env", "outdoor"), r"--env"),
     ],
 )
 def test_arguments_that_cant_be_used(

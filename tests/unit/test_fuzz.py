@@ -75,7 +75,7 @@ def test_settings_are_read_or_refused(cases: int) -> None:
         except (ValueError, OSError) as refusal:
             said(refusal)
             return
-        except SystemExit:  # an abbreviation of --help
+        except SystemExit:  # --help
             return
         again, _ = commandline.settings(PARSER, ["--config", commandline.to_yaml(found)])
         assert again == found

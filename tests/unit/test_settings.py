@@ -80,6 +80,8 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--train.learning_rate", "1"], "train.learning_rate"),
+        (["--train.iteration", "1"], r"iteration 1\nDid you mean --train\.iterations\?"),
+        (["--methd=fedavg"], r"Did you mean --method\?"),
         (["--train.lr", "fast"], "train.lr"),
         (["--topology.ues", "2.5"], "topology.ues"),
         (["--method", "magic"], "magic"),
