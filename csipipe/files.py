@@ -16,6 +16,7 @@ from typing import IO
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What may come of looking into JSON or YAML that isn't what was written."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,8 +48,16 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def in_words(error: BaseException) -> str:
-    """An error for the screen; of a full disk with the room that is left, and the remedy."""
-    if not (isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename):
+    """An error for the screen, with the remedy; of a full disk with the room that is left."""
+    if not (isinstance(error, OSError) and error.filename):
+        return str(error)
+    if error.errno in _NOT_OURS:
+        able = "written" if error.errno == errno.EROFS else "read or written"
+        return (
+            f"{os.fsdecode(error.filename)} can't be {able}: {error.strerror}. Choose another "
+            "place, or change the permissions there."
+        )
+    if error.errno not in _NO_ROOM:
         return str(error)
     file = Path(os.fsdecode(error.filename)).absolute()
     folder = next(place for place in file.parents if place.is_dir())

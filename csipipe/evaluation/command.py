@@ -190,8 +190,11 @@ def _report(
             feedback.write(points, rows.name, out)
         write_file(out / "figures.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        text = in_words(error).rstrip(".")
-        raise OSError(f"{out} can't be written: {text}; choose another --out.") from error
+        reason = error.strerror or error
+        raise OSError(
+            f"{out} can't be written: {reason}. Make room there if it is full, or choose another "
+            "--out."
+        ) from error
     print(f"\nwritten:      {out}/{', '.join(written)}", flush=True)
 
 

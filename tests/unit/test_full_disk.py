@@ -8,6 +8,7 @@ of its own with a little room left. What training does then is in
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -194,6 +195,13 @@ def test_weights_and_lines_name_their_file(disk: Disk) -> None:
     assert not file.exists()
     checkpoint.save(file, state)
     assert checkpoint.read(file)["head.weight"].shape == (ROOM,)
+
+
+def test_a_place_that_isnt_ours_is_named_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    for number, able in ((errno.EROFS, "written"), (errno.EACCES, "read or written")):
+        said = files.in_words(OSError(number, os.strerror(number), str(file)))
+        assert said.startswith(f"{file} can't be {able}: {os.strerror(number)}. Choose another")
 
 
 @pytest.mark.parametrize("half", [federated.UeHalf, splitfed.UeHalf])
