@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,8 +143,8 @@ def _export(options: Namespace, source: Trained) -> None:
             text += "\n\n" + curve.table(points, whole)
         (place / folder.MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
     print(text)
-    scripts = " or ".join(f"python {out}/{_SCRIPTS[kind][1]}" for kind in options.formats)
-    print(f"\nwritten:      {out}\ntry it:       {scripts}", flush=True)
+    scripts = [shlex.join(["python", str(out / _SCRIPTS[kind][1])]) for kind in options.formats]
+    print(f"\nwritten:      {out}\ntry it:       {' or '.join(scripts)}", flush=True)
 
 
 def _test_rows(source: Trained) -> Tensor:

@@ -9,8 +9,10 @@ imaginary part, angles, delays), in [0, 1] with 0.5 for zero. FEEDBACK holds a c
 ENTRIES float32, or, with BITS per entry, packed bits, each codeword padded to whole bytes.
 """
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -23,6 +25,15 @@ BITS = 0
 HERE = Path(__file__).parent
 Reals = NDArray[np.float32]
 Feedback = NDArray[np.float32] | NDArray[np.uint8]
+
+
+def read(file: str | Path, kind: str, *row: int) -> NDArray[Any]:
+    """All rows of a raw file, (n, *row)."""
+    values = np.fromfile(file, "u1")
+    least = math.prod(row) * np.dtype(kind).itemsize
+    if not values.size or values.size % least:
+        sys.exit(f"{file} has {values.size:,} bytes; expected {least:,} for each channel.")
+    return values.view(kind).reshape(-1, *row)
 
 
 def run(name: str, values: Feedback) -> Feedback:
@@ -51,9 +62,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     if arguments[:1] == ["decode"]:
         kind, width = ("u1", -(-ENTRIES * BITS // 8)) if BITS else ("<f4", ENTRIES)
-        decode(np.fromfile(arguments[1], kind).reshape(-1, width)).tofile(arguments[2])
+        decode(read(arguments[1], kind, width)).tofile(arguments[2])
         return
-    h = np.fromfile(arguments[1] if arguments else HERE / "samples.f32", "<f4").reshape(-1, *ROW)
+    h = read(arguments[1] if arguments else HERE / "samples.f32", "<f4", *ROW)
     feedback = encode(h)
     if arguments:
         feedback.tofile(arguments[2])

@@ -14,6 +14,7 @@ isn't the one below is refused, and you need to trust only this script.
 
 import hashlib
 import io
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,12 @@ def load(name: str) -> Callable[[Tensor], Tensor]:
     return program
 
 
-def read(file: str | Path, dtype: torch.dtype) -> Tensor:
-    """All values of a raw file."""
-    count = Path(file).stat().st_size // dtype.itemsize
-    return torch.from_file(str(file), size=count, dtype=dtype)
+def read(file: str | Path, dtype: torch.dtype, *row: int) -> Tensor:
+    """All rows of a raw file, (n, *row)."""
+    size, least = Path(file).stat().st_size, math.prod(row) * dtype.itemsize
+    if not size or size % least:
+        sys.exit(f"{file} has {size:,} bytes; expected {least:,} for each channel.")
+    return torch.from_file(str(file), size=size // dtype.itemsize, dtype=dtype).reshape(-1, *row)
 
 
 def write(file: str | Path, values: Tensor) -> None:
@@ -75,9 +78,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     if arguments[:1] == ["decode"]:
         kind, width = (torch.uint8, -(-ENTRIES * BITS // 8)) if BITS else (torch.float32, ENTRIES)
-        write(arguments[2], decode(read(arguments[1], kind).reshape(-1, width)))
+        write(arguments[2], decode(read(arguments[1], kind, width)))
         return
-    h = read(arguments[1] if arguments else HERE / "samples.f32", torch.float32).reshape(-1, *ROW)
+    h = read(arguments[1] if arguments else HERE / "samples.f32", torch.float32, *ROW)
     feedback = encode(h)
     if arguments:
         write(arguments[2], feedback)

@@ -212,11 +212,12 @@ def test_a_codeword_that_was_trained_for_its_bits_goes_out_with_them(tmp_path: P
 def test_with_bits_the_codeword_is_packed_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainedruns.finish(tmp_path / "run", model={"c1": 21})  # 63 bits: not whole bytes
-    export(tmp_path / "run", "--ue", 1, "--bits", 3, "--formats", "pt2")
+    trainedruns.finish(tmp_path / "a run", model={"c1": 21})  # 63 bits: not whole bytes
+    export(tmp_path / "a run", "--ue", 1, "--bits", 3, "--formats", "pt2")
     printed = capsys.readouterr().out
-    out = tmp_path / "run" / "export" / "ue-1-3bit"
-    pair, _, z = wanted(tmp_path / "run", 1)
+    out = tmp_path / "a run" / "export" / "ue-1-3bit"
+    assert f"try it:       python '{out}/feedback.py'" in printed
+    pair, _, z = wanted(tmp_path / "a run", 1)
     ue = trainedruns.begin(tmp_path / "again", model={"c1": 21}).ues[1]
     quantiser = learn(run(pair.encoder, ue.rows), 3)  # from the UE's training rows, no others
     code = quantiser.to_bits(z)
@@ -228,6 +229,11 @@ def test_with_bits_the_codeword_is_packed_bits(
     np.testing.assert_array_equal(np.unpackbits(sent, axis=1, count=63), code)
     h_hat = np.fromfile(out / "back", np.float32).reshape(16, 2, 8, 8)
     np.testing.assert_allclose(h_hat, run(pair.decoder, quantiser.from_bits(code)), atol=1e-6)
+
+    (out / "short").write_bytes(b"x" * 9)
+    for way, size in (("encode", 512), ("decode", 8)):
+        with pytest.raises(SystemExit, match=f"short has 9 bytes; expected {size} for each"):
+            script([way, str(out / "short"), str(out / "none")])
 
     weak = 0.5 + 0.02 * (torch.rand(16, 2, 8, 8) - 0.5)  # the error is larger
     weak.numpy().tofile(out / "samples.f32")
@@ -266,6 +272,11 @@ def test_onnx_does_the_same_without_torch(bits: int | None, tmp_path: Path) -> N
     for arguments in (("encode", out / "samples.f32", "up"), ("decode", "up", "back")):
         ended = alone(out / "feedback_onnx.py", ("torch",), *arguments)
         assert ended.returncode == 0, ended.stderr
+    (out / "short").write_bytes(b"x" * 9)
+    for way in ("encode", "decode"):
+        ended = alone(out / "feedback_onnx.py", ("torch",), way, out / "short", "none")
+        assert ended.returncode == 1
+        assert ended.stderr.startswith(f"{out / 'short'} has 9 bytes; expected ")
     assert (out / "up").stat().st_size == 16 * (21 * 4 if bits is None else 8)  # 63 bits
     h_hat = torch.from_numpy(np.fromfile(out / "back", np.float32)).reshape(h.shape)
     content = json.loads((out / "export.json").read_text())
