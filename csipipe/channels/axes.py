@@ -173,7 +173,7 @@ def parse(text: str) -> Axes:
     if not {"user", "sample"} & set(words):
         raise ValueError(
             f"--axes is {text!r}; expected an axis `user` or `sample`, for example "
-            "'sample rx tx subcarrier'."
+            "'sample rx tx subcarrier'. Of one user's measurements over time, call time sample."
         )
     for one, other in (("tx", "angle"), ("subcarrier", "delay")):
         if (one in words) == (other in words):

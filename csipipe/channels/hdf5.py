@@ -111,6 +111,19 @@ def is_own(h5py: Any, file: Any, key: str) -> bool:
     return not (isinstance(stored, h5py.Dataset) and (stored.external or stored.is_virtual))
 
 
+def own_arrays(h5py: Any, file: Any) -> list[str]:
+    """The datasets that are in a file itself, in any group of it: `group/name`."""
+    found: list[str] = []
+
+    def note(name: str, stored: Any) -> None:  # never called for a link to another file
+        own = isinstance(stored, h5py.Dataset) and not (stored.external or stored.is_virtual)
+        if own and not name.startswith("#"):  # MATLAB's own
+            found.append(name)
+
+    file.visititems(note)
+    return found
+
+
 def is_octaves(group: Any) -> bool:
     """Whether a group is a variable as Octave's `save -hdf5` writes it."""
     return {"type", "value"} <= set(group)

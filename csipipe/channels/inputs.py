@@ -187,9 +187,11 @@ def _check_finite(array: RawArray, values: NDArray[Any], axis: int, start: int) 
         return
     place = np.argwhere(~np.isfinite(values))[0]
     place[axis] += start
+    inner = (*range(1, values.ndim),)
     raise ValueError(
         f"{array} holds NaN or infinite values, first at {tuple(map(int, place))} (counted from "
-        "0). Remove such samples or generate them again; a link that is blocked may be all zero."
+        "0). Remove such samples or generate them again; a link that is blocked may be all zero. "
+        f"In Python, with samples first: array[numpy.isfinite(array).all({inner})]"
     )
 
 

@@ -221,15 +221,9 @@ def _mat5(stack: ExitStack, path: Path, key: str | None, scratch: Path | None) -
 def _hdf5(stack: ExitStack, path: Path, key: str | None) -> RawArray:
     h5py = hdf5.library(path)
     file = stack.enter_context(h5py.File(path, "r", locking=False))
-    names: dict[str, str] = {}
-    for name in file:
-        if not name.startswith("#") and hdf5.is_own(h5py, file, name):
-            if isinstance(file[name], h5py.Dataset):
-                names[name] = name
-            elif "value" in file[name] and hdf5.is_own(h5py, file[name], "value"):  # Octave
-                names[name] = f"{name}/value"
-    name = _choose(path, key, names)
-    stored = file[names[name]]
+    places = {_variable(place): place for place in hdf5.own_arrays(h5py, file)}
+    name = _choose(path, key, places)
+    stored = file[places[name]]
     if stored.dtype.hasobject or h5py.check_ref_dtype(stored.dtype):
         raise Unfit(
             f"{path}: {name} is a cell array or a struct of references; expected a plain array of "
@@ -239,7 +233,7 @@ def _hdf5(stack: ExitStack, path: Path, key: str | None) -> RawArray:
     paired = dtype.names if dtype.names in (("real", "imag"), ("r", "i")) else None
     _check_numbers(path, name, dtype[paired[0]] if paired else dtype)
     hdf5.check_storage(stored)
-    turned = "MATLAB_class" in stored.attrs or names[name] != name
+    turned = "MATLAB_class" in stored.attrs or places[name] != name
     axes = len(stored.shape)
 
     def cut(axis: int, start: int, stop: int) -> NDArray[Any]:
@@ -252,6 +246,12 @@ def _hdf5(stack: ExitStack, path: Path, key: str | None) -> RawArray:
     note = "its axes are in MATLAB's order, which HDF5 reverses" if turned else ""
     shape = tuple(stored.shape[::-1] if turned else stored.shape)
     return RawArray(path, name, shape, "complex" if paired else dtype.name, cut, note=note)
+
+
+def _variable(place: str) -> str:
+    """The name of a dataset; Octave's variables are groups, with the array as `value`."""
+    group, _, last = place.partition("/")
+    return group if last == "value" else place
 
 
 def _text(stack: ExitStack, path: Path) -> RawArray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from csipipe.channels import doctor, rawarray
 from csipipe.channels.filesource import PARTS, FilesSource
 from csipipe.channels.format import NAME, Description
-from csipipe.channels.reading import example, guess
+from csipipe.channels.reading import example, guess, lacks_parts
 from csipipe.channels.source import Images, Site
 from csipipe.channels.statistics import MOST_ROWS, four_fifths
 
@@ -54,6 +54,8 @@ def _array_report(file: Path, key: str | None = None) -> Iterator[str]:
                 yield f"  the values say that the axes are: {text}"
             except ValueError as error:
                 yield f"  {str(error).removeprefix(f'{array}: ')}"
+                if lacks_parts(array):
+                    return
     except rawarray.SeveralError:
         raise
     except (ValueError, OSError) as error:

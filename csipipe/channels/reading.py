@@ -50,6 +50,12 @@ def guess(array: RawArray) -> Axes:
         raise ValueError(
             f"{array}: {len(found)} readings of its axes fit: {fits}. Give the right one."
         )
+    if lacks_parts(array):
+        raise ValueError(
+            f"{array}: its values are real, and no axis of 2 holds real and imaginary parts. Where "
+            "they are two arrays, join them, in Python: numpy.save('channels.npy', re + 1j * im). "
+            "Where one axis holds both, say so with --axes: 'sample (part=2 tx) subcarrier'."
+        )
     raise ValueError(
         f"{array}: no reading of its axes fits. Say what they are, for example --axes "
         f"{example(array)!r} (words: user sample time bts rx tx angle subcarrier delay part)."
@@ -111,6 +117,12 @@ def _share(rows: NDArray[np.complex64]) -> float:
     power /= power.sum(axis=1, keepdims=True)
     quarter = max(1, power.shape[1] // 4)
     return float(power[:, :quarter].sum(axis=1).mean())
+
+
+def lacks_parts(array: RawArray) -> bool:
+    """Whether an array of reals over three axes or more has none for real and imaginary part."""
+    axes = array.shape
+    return len(axes) > 2 and 2 not in axes and not array.dtype.startswith("complex")
 
 
 def example(array: RawArray) -> str:

@@ -36,6 +36,9 @@ def forms(h: Any, folder: Path) -> dict[str, tuple[Path, list[str]]]:
     save_v73(folder / "v73.mat", h, "X_train", chunks=(5, P, R, 7))
     with h5py.File(folder / "a.h5", "w") as file:
         file["H"] = h
+    with h5py.File(folder / "groups.h5", "w") as file:
+        file["of/one/H"], file["of/rate"] = h, 20.0
+        file["of/loop"] = file["of"]
     with h5py.File(folder / "octave.h5", "w") as file:
         turned = np.empty(h.T.shape, [("real", "f8"), ("imag", "f8")])
         turned["real"], turned["imag"] = h.T.real, h.T.imag
@@ -59,6 +62,7 @@ def forms(h: Any, folder: Path) -> dict[str, tuple[Path, list[str]]]:
         "MAT v5, samples last": (folder / "last.mat", ["--axes", "rx tx subcarrier sample"]),
         "MAT v7.3": (folder / "v73.mat", usual),
         "HDF5": (folder / "a.h5", usual),
+        "HDF5, in groups": (folder / "groups.h5", [*usual, "--key", "of/one/H"]),
         "Octave": (folder / "octave.h5", usual),
         "csv": (
             folder / "a.csv",
@@ -208,6 +212,17 @@ def test_axes_that_could_be_either_are_refused(
     assert "--axes 'sample tx subcarrier'" in said
 
 
+def test_real_and_imaginary_parts_in_two_arrays_are_to_be_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h = channels(rx=1)[:, 0]
+    np.savez(tmp_path / "h.npz", re=h.real, im=h.imag)
+    assert main(["check", str(tmp_path / "h.npz")]) == 1
+    said = capsys.readouterr().out
+    assert said.count("numpy.save('channels.npy', re + 1j * im)") == 2
+    assert "convert it" not in said
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "float32"])
 def test_the_axes_that_are_suggested_can_be_those_of_the_array(dtype: str, tmp_path: Path) -> None:
     for count in range(2, 8):
@@ -225,6 +240,7 @@ def test_the_axes_that_are_suggested_can_be_those_of_the_array(dtype: str, tmp_p
         ("sample tx", "either subcarrier or delay"),
         ("sample tx angle subcarrier", "either tx or angle"),
         ("tx subcarrier", "user` or `sample"),
+        ("time tx subcarrier", "over time, call time sample"),
         ("sample tx carrier", "'carrier' is no axis; the words are user, sample"),
         ("sample antennas subcarrier", r"'antennas' is no axis \(antennas of the BTS: tx, of a UE"),
         ("sample antenna=4 subcarrier", r"'antenna=4' is no axis \(antennas of the BTS: tx"),
@@ -280,7 +296,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
     return {
         "axes": ([good, "--axes", "sample rx tx subcarrier"], r"names 4 axes.*\(60, 8, 48\)"),
         "part": ([good, "--axes", "sample part subcarrier"], "either tx or angle"),
-        "finite": ([saved(folder / "n.npy", nan), *axes], r"first at \(17, 2, 5\)"),
+        "finite": (
+            [saved(folder / "n.npy", nan), *axes],
+            r"first at \(17, 2, 5\).*all\(\(1, 2\)\)\]",
+        ),
         "objects": (
             [saved(folder / "o.npy", ragged), *axes],
             "Python objects, a pickle; it is never",
