@@ -114,6 +114,7 @@ def convert(
         if plan.subbands is None:
             looked_at = np.concatenate(tally.looked_at)
             findings = doctor.judge(looked_at, linear=not plan.geometry.planar)
+            findings += doctor.uneven(looked_at)
         described = out.finish(
             lambda sets: Description(
                 angles=ports,

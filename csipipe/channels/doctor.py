@@ -25,6 +25,8 @@ from csipipe.settings.config import Verdict
 
 _GRID = f"{ANGLES} angles x {DELAYS} delays"
 _RESCALE = f"divide each row by twice its peak magnitude (the largest |re + j im|) and add {ZERO}"
+_FAINT = 0.01
+"""Of the largest peak: 40 dB."""
 FEW = 64
 """With fewer rows, mean profiles say too little about the layout."""
 
@@ -247,6 +249,17 @@ def suspicions(path: Path, rows: NDArray[np.float32]) -> list[Finding]:
     seen = Examined(path, low=float(rows.min()), high=float(rows.max()))
     images = _to_images(seen, rows)
     return seen.findings + judge(images)
+
+
+def uneven(images: Images) -> list[Finding]:
+    """Whether rows of one scale are so unequal that the weakest of them are hardly there."""
+    peaks = np.sqrt(np.square(images - np.float32(ZERO)).sum(axis=1).max(axis=(1, 2)))
+    weak = float(np.quantile(peaks, 0.05))
+    if weak > _FAINT * peaks.max():
+        return []
+    what = f"5 % of the rows have peaks below {weak:.2g}, the largest has {peaks.max():.2g}: to a "
+    what += "model they are 0.5 throughout, though each counts as much as others in the NMSE"
+    return [Finding("suspicious", what, "convert the channels with --scaling sample")]
 
 
 def judge(images: Images, linear: bool = True) -> list[Finding]:

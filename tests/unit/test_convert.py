@@ -18,7 +18,7 @@ from convertruns import K, N, P, R, error, everything, run, saved, source
 from csifiles import channels
 
 from csipipe.channels import convert as converting
-from csipipe.channels import dealt, eigenvectors, inputs, statistics
+from csipipe.channels import dealt, eigenvectors, inputs, open_source, statistics
 from csipipe.channels.command import main
 from csipipe.channels.format import Description
 from csipipe.channels.inputs import Input, Plan
@@ -26,6 +26,7 @@ from csipipe.channels.source import Part
 from csipipe.comm.topology import Topology
 from csipipe.measure import metrics
 from csipipe.settings import commandline
+from csipipe.settings.config import DataSettings
 
 PARTS: tuple[Part, ...] = ("train", "test")
 
@@ -377,3 +378,21 @@ def test_one_conversion_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert source(tmp_path / "o").available("all", "train")
     assert "nothing is overwritten" in error(capsys, file, tmp_path / "o", *axes)
     assert json.loads((tmp_path / "o" / "channels.json").read_text())["made"]["users"] == N
+
+
+def test_rows_that_one_scale_leaves_hardly_anything_of_are_suspicious(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h = channels(100)
+    h[::10] *= 1e-3
+    file = saved(tmp_path / "h.npy", h)
+    axes = ["--axes", "sample rx tx subcarrier"]
+    for scaling, verdict in (("sample", "GOOD"), ("set", "SUSPICIOUS")):
+        assert run(file, tmp_path / scaling, *axes, "--scaling", scaling) == 0
+        said = capsys.readouterr().out
+        assert ("--scaling sample" in said) == (scaling == "set")
+        data = DataSettings(source="files", path=str(tmp_path / scaling))
+        open_source(data).rows("all", "train", 0, 9)
+        assert ("have peaks below" in capsys.readouterr().err) == (scaling == "set")
+        assert main(["check", str(tmp_path / scaling)]) == (scaling == "set")
+        assert f"all: {verdict}" in capsys.readouterr().out
