@@ -11,6 +11,7 @@ from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import yaml
@@ -27,6 +28,8 @@ PATHS = {
     "run": ("dir", "resume"),
 }
 """Settings that are paths, by section."""
+_ALIKE = 0.8
+"""Of two names of settings, of which one may be the other mistyped; 1 is the same."""
 TRAIN = "torchrun --nproc_per_node=4 -m csipipe train"
 
 
@@ -121,8 +124,22 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[dict[str,
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError) as error:
         near = f"\nDid you mean {known}?" if (known := _nearest(str(error))) else ""
-        raise ValueError(f"{error}{near}\nRun with --help for the settings.") from error
+        file = _refused_file(parser, arguments)
+        said = f"{file}: {error}" if file and file not in str(error) else f"{error}"
+        raise ValueError(f"{said}{near}\nRun with --help for the settings.") from error
     return {f.name: _at_home(f.name, values[f.name]) for f in fields(Settings)}, values
+
+
+def _refused_file(parser: ArgumentParser, arguments: Sequence[str]) -> str:
+    """The first `--config` that can't be read, which an error doesn't name; empty: none."""
+    words = [part for word in _with_shipped(arguments) for part in word.split("=", 1)]
+    files = [file for option, file in pairwise(words) if option == "--config"]
+    for file in filter(os.path.isfile, files):
+        try:
+            parser.parse_args(["--config", file])
+        except (ArgumentError, TypeError):
+            return file
+    return ""
 
 
 def _nearest(refusal: str) -> str:
@@ -130,7 +147,7 @@ def _nearest(refusal: str) -> str:
     _, found, words = refusal.partition("unrecognized arguments:")
     wrong = [w.split("=")[0].lstrip("-") for w in words.split() if w.startswith("--")]
     names = list(dotted(plain(Settings()))) if found else []
-    near = [get_close_matches(name, names, 1) for name in wrong]
+    near = [get_close_matches(name, names, 1, _ALIKE) for name in wrong]
     return " ".join(f"--{name}" for names in near for name in names)
 
 

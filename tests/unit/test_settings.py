@@ -82,6 +82,7 @@ def test_later_arguments_win_over_a_file(tmp_path: Path) -> None:
         (["--train.learning_rate", "1"], "train.learning_rate"),
         (["--train.iteration", "1"], r"iteration 1\nDid you mean --train\.iterations\?"),
         (["--methd=fedavg"], r"Did you mean --method\?"),
+        (["--modls", "linear"], r"modls linear\nRun with --help"),
         (["--train.lr", "fast"], "train.lr"),
         (["--topology.ues", "2.5"], "topology.ues"),
         (["--method", "magic"], "magic"),
@@ -134,9 +135,11 @@ def test_mistakes_are_named(arguments: list[str], message: str) -> None:
 
 def test_a_misspelt_key_in_a_file_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {learning_rate: 1.0}")
-    with pytest.raises(ValueError, match="learning_rate"):
-        parse("--config", str(file))
+    (fine := tmp_path / "fine.yaml").write_text("train: {lr: 1.0}")
+    for text in ("train: {learning_rate: 1.0}", "train: {lr: [1.0\n", "train: {lr: fast}", "csi"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"^\S*/mine\.yaml: ."):
+            parse("--config", str(fine), f"--config={file}")
 
 
 def test_the_rate_warms_up_and_decays() -> None:
