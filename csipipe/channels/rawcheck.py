@@ -42,7 +42,7 @@ def _array_report(file: Path, key: str | None = None) -> Iterator[str]:
     """
     try:
         with rawarray.opened(file, key) as array:
-            text = example(array)
+            text, how = example(array), "convert it, once its axes are right"
             yield f"  {array.key or 'array'} {array.dtype} {array.shape}" + (
                 f"; {array.note}" if array.note else ""
             )
@@ -50,7 +50,7 @@ def _array_report(file: Path, key: str | None = None) -> Iterator[str]:
                 yield "  no channels: those have at least a sample axis and another one"
                 return
             try:
-                text = guess(array).text
+                text, how = guess(array).text, "convert it"
                 yield f"  the values say that the axes are: {text}"
             except ValueError as error:
                 yield f"  {str(error).removeprefix(f'{array}: ')}"
@@ -62,7 +62,7 @@ def _array_report(file: Path, key: str | None = None) -> Iterator[str]:
         yield f"  {error}"
         return
     words = ["python", "-m", "csipipe", "channels", "convert", str(file), "DIR", "--axes", text]
-    yield f"  convert it: {shlex.join([*words, *(['--key', key] if key else [])])}"
+    yield f"  {how}: {shlex.join([*words, *(['--key', key] if key else [])])}"
 
 
 def is_converted(place: Path) -> bool:

@@ -210,6 +210,8 @@ def test_axes_that_could_be_either_are_refused(
     said = error(capsys, saved(tmp_path / "n.npy", noise), tmp_path / "o")
     assert "no reading of its axes fits" in said
     assert "--axes 'sample tx subcarrier'" in said
+    assert main(["check", str(tmp_path / "n.npy")]) == 1
+    assert "  convert it, once its axes are right: python -m" in capsys.readouterr().out
 
 
 def test_real_and_imaginary_parts_in_two_arrays_are_to_be_joined(
