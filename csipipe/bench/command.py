@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
         "--only",
         type=str | None,
         default=None,
-        help=f"some of {','.join(candidates.ABOUT)}; null: all except ours-<schedule>",
+        help=f"some of {','.join(candidates.ABOUT)}; null: {','.join(candidates.USUAL)}",
     )
     parser.add_argument(
         "--layers",

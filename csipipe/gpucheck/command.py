@@ -110,6 +110,7 @@ def main(arguments: list[str]) -> int:
         check.wait()
     finally:
         check.stop()
+        print(check.page)
     return int(any(r.state != "done" for r in check.running) or not check.all_hold)
 
 
@@ -124,6 +125,7 @@ class Check:
 
     def __init__(self, out: Path, work: Path, device: str, seconds: float) -> None:
         self.out = out
+        self.page = out / "page.md"
         self.device = device
         self.deadline = time.monotonic() + seconds
         self.running: list[Running] = []
@@ -186,4 +188,4 @@ class Check:
         for kept in self.work.glob(f"*/{findings.KEPT}/*"):
             shutil.copy(kept, self.out)
         title = "csipipe on a GPU" if self.device == "cuda" else "Rehearsal on a CPU: no figures"
-        (self.out / "page.md").write_text(page.page(title, steps))
+        self.page.write_text(page.page(title, steps))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from csipipe import models
-from csipipe.bench import candidates, growth, memory, plain, race, rank, roofline, table
+from csipipe.bench import candidates, command, growth, memory, plain, race, rank, roofline, table
 from csipipe.bench.conductor import Turn
 from csipipe.bench.rank import END, Order
 from csipipe.measure.clock import Clock
@@ -66,6 +66,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
         candidates.line_up(Settings(), 5, ["ours"], ("ours",))
     with pytest.raises(ValueError, match="method is centralised"):
         candidates.line_up(Settings(method="centralised"), 1, ["ours"], ("ours",))
+
+
+def test_help_names_the_usual_candidates() -> None:
+    [only] = [a for a in command.parser()._actions if "--only" in a.option_strings]
+    assert str(only.help).endswith(f"null: {','.join(candidates.choose(None))}")
 
 
 def test_torch_compile_takes_part_on_request_and_where_there_is_a_compiler(

@@ -88,6 +88,15 @@ def test_what_there_is_no_time_for_is_on_the_page(tmp_path: Path) -> None:
     assert "## A late step: no time was left" in (tmp_path / "out" / "page.md").read_text()
 
 
+def test_the_command_says_where_its_page_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command.main(["--device", "cpu", "--minutes", "0", "--out", str(out)])
+    assert capsys.readouterr().out == f"{out / 'page.md'}\n"
+    assert (out / "page.md").is_file()
+
+
 def test_files_that_a_step_keeps_lie_beside_the_page(tmp_path: Path) -> None:
     check = command.Check(tmp_path / "out", tmp_path / "work", "cpu", 60.0)
     folder = tmp_path / "work" / "curve"
