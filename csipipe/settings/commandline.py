@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
@@ -245,9 +246,20 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
     return any(a.split("=")[0] in ("-h", "--help") for a in arguments)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 1e-3 too, which are numbers to jsonargparse, but not in YAML 1.1."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
+
+
 def to_yaml(settings: Settings) -> str:
     """Complete settings as YAML, to be read with `--config`."""
-    return yaml.safe_dump(plain(settings), sort_keys=False)
+    return yaml.dump(plain(settings), Dumper=_Dumper, sort_keys=False)
 
 
 def plain(settings: Settings) -> dict[str, Any]:

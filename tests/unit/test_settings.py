@@ -40,8 +40,9 @@ def test_the_paper_preset_is_the_paper() -> None:
     assert (paper.data.train_samples, paper.data.test_samples) == (130_000, 20_000)
 
 
-def test_yaml_goes_there_and_back(tmp_path: Path) -> None:
-    settings = parse("--model.c1", "64", "--train.betas", "[0.8, 0.9]", "--run.dir", "somewhere")
+@pytest.mark.parametrize("folder", ["somewhere", "1e-3", "1.5e3"])
+def test_yaml_goes_there_and_back(folder: str, tmp_path: Path) -> None:
+    settings = parse("--model.c1", "64", "--train.betas", "[0.8, 0.9]", "--run.dir", folder)
     file = tmp_path / "config.yaml"
     file.write_text(commandline.to_yaml(settings))
     assert parse("--config", str(file)) == settings
