@@ -12,7 +12,9 @@ from torch import Tensor
 
 from csipipe.measure.figures import WIDTH
 from csipipe.methods import federated
+from csipipe.methods.aggregator import BtsHalf
 from csipipe.methods.replica import Replica
+from csipipe.methods.seat import Seat
 from csipipe.methods.ue import UserEquipment
 from csipipe.settings.config import Settings
 
@@ -55,5 +57,17 @@ class FedProx(FedAvg):
         self.mu = settings.train.mu
 
 
+class _Aggregator(BtsHalf):
+    """FedAvg's, which says where FedProx is no more than FedAvg."""
+
+    def __init__(self, seat: Seat, role: int) -> None:
+        super().__init__(seat, role)
+        if seat.settings.train.local_steps == 1:
+            seat.notes.append(
+                "FedProx with train.local_steps 1 is FedAvg: its term is zero in the first local "
+                "step; 2 or more tell them apart"
+            )
+
+
 prepare_fedavg = partial(federated.prepare, FedAvg)
-prepare_fedprox = partial(federated.prepare, FedProx)
+prepare_fedprox = partial(federated.prepare, FedProx, bts=_Aggregator)

@@ -92,7 +92,6 @@ def _launch(world: World, settings: Settings) -> None:
             *([] if begun is None else [begun.note]),
             *worker.notes,
             *precision_notes(settings.train.precision, device),
-            *method_notes(settings),
             *start_notes(settings),
             *thread_notes(world.local_size),
         ):
@@ -145,17 +144,6 @@ def _introduce(
         )
     if begun := in_words(start, settings):
         tracker.say(begun)
-
-
-def method_notes(settings: Settings) -> list[str]:
-    """Where a method is another one with these settings."""
-    method, train = settings.method, settings.train
-    if not method.startswith("fedprox") or train.local_steps > 1:
-        return []
-    return [
-        f"{method} with train.local_steps 1 is {method.replace('prox', 'avg')}: its term is zero "
-        "in the first local step; train.local_steps 2 or more tells them apart"
-    ]
 
 
 def start_notes(settings: Settings) -> list[str]:

@@ -207,6 +207,20 @@ def test_fedprox_is_fedavg_without_a_proximal_term() -> None:
     assert_same(runs["fedavg"], runs["fedprox, mu 0"], "parameters")
     assert_same(runs["fedavg, 1 step"], runs["fedprox, 1 step"], "parameters")
     assert difference(runs["fedavg"]["parameters"], runs["fedprox"]["parameters"])
+    names = [name for name in RUNS if "prox" in name]
+    bts, _ = run_world(2, notes, [RUNS[name] for name in names])
+    said = [name for name, lines in zip(names, bts, strict=True) if "is FedAvg" in str(lines)]
+    assert said == ["fedprox, 1 step"]
+
+
+def notes(world: World, runs: list[Settings]) -> list[list[str]]:
+    """What a rank says of each run before it trains."""
+    builders = [methods.prepare(settings, world.rank, world.size, CPU) for settings in runs]
+    world.ready("data")
+    world.connect(20.0)
+    found = [build(world).notes for build in builders]
+    world.leave()
+    return found
 
 
 class ByUe(Centralised):

@@ -19,8 +19,7 @@ from csipipe.methods.base import EvalRows
 from csipipe.methods.centralised import Centralised
 from csipipe.run.resuming import Start
 from csipipe.run.saving import Saver, restore
-from csipipe.run.training import method_notes, run
-from csipipe.settings.config import Settings, TrainSettings
+from csipipe.run.training import run
 from csipipe.tracking import RankTracker, Tracker
 
 Score = tuple[int, float]
@@ -103,10 +102,3 @@ def test_the_last_iteration_is_evaluated_and_saved(
     two, four = (checkpoint.Snapshot(newest.with_name(name)).content for name in ("2", "4"))
     assert (two["best"], two["best_without"]) == (None, None)  # JSON has no infinity
     assert (four["best"], four["best_without"]) == (pytest.approx(-3.0103, abs=1e-4), 0)
-
-
-def test_fedprox_of_one_local_step_is_said_to_be_fedavg() -> None:
-    [note] = method_notes(Settings(method="fedproxper"))
-    assert note.startswith("fedproxper with train.local_steps 1 is fedavgper")
-    assert not method_notes(Settings(method="fedprox", train=TrainSettings(local_steps=2)))
-    assert not method_notes(Settings(method="fedavg"))
