@@ -122,7 +122,7 @@ def test_a_failing_rank_fails_the_job(jobs: dict[str, Job]) -> None:
     ("name", "message"),
     [
         ("few", "2 task(s) are too few for topology.stages 2: 2 BTS rank(s) and at least one UE"),
-        ("typo", "train.rate"),
+        ("typo", "unrecognized arguments: --train.rate "),
         ("bare", "has no Python with csipipe"),
         ("unshared", "doesn't see what the job's first node wrote into"),
         ("nameless", "the name of node n9 doesn't resolve on node n8"),
