@@ -113,8 +113,7 @@ def convert(
         findings = []  # what the doctor knows is about angles and delays
         if plan.subbands is None:
             looked_at = np.concatenate(tally.looked_at)
-            findings = doctor.judge(looked_at, linear=not plan.geometry.planar)
-            findings += doctor.uneven(looked_at)
+            findings = doctor.judge_converted(looked_at, linear=not plan.geometry.planar)
         described = out.finish(
             lambda sets: Description(
                 angles=ports,

@@ -251,7 +251,12 @@ def suspicions(path: Path, rows: NDArray[np.float32]) -> list[Finding]:
     return seen.findings + judge(images)
 
 
-def uneven(images: Images) -> list[Finding]:
+def judge_converted(images: Images, linear: bool = True) -> list[Finding]:
+    """What is suspicious about rows of a converted folder; arguments as `judge`."""
+    return [*judge(images, linear), *_uneven(images)]
+
+
+def _uneven(images: Images) -> list[Finding]:
     """Whether rows of one scale are so unequal that the weakest of them are hardly there."""
     peaks = np.sqrt(np.square(images - np.float32(ZERO)).sum(axis=1).max(axis=(1, 2)))
     weak = float(np.quantile(peaks, 0.05))

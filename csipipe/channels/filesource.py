@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csipipe.channels import accepted, cache
-from csipipe.channels.doctor import Finding, judge, uneven
+from csipipe.channels.doctor import Finding, judge_converted
 from csipipe.channels.format import NAME, Description, Set, Stored, open_rows
 from csipipe.channels.layout import ROUNDING
 from csipipe.channels.source import Images, Part, Responses, Site, check_range
@@ -193,8 +193,7 @@ class FilesSource:
             what = f"values lie in [{low:.4g}, {high:.4g}]; expected [0, 1] with 0.5 for zero"
             found.append(Finding("unusable", what, "convert the channels again"))
         if self.kind == "channel":
-            some = spaced(rows, _LOOKED_AT)
-            found += [*judge(some, linear=not self._said.planar), *uneven(some)]
+            found += judge_converted(spaced(rows, _LOOKED_AT), linear=not self._said.planar)
         return found
 
     def _check(self, stored: Stored) -> None:

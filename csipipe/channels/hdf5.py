@@ -108,7 +108,12 @@ def is_own(h5py: Any, file: Any, key: str) -> bool:
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         return False
     stored = file[key]
-    return not (isinstance(stored, h5py.Dataset) and (stored.external or stored.is_virtual))
+    return not isinstance(stored, h5py.Dataset) or _is_inside(stored)
+
+
+def _is_inside(array: Any) -> bool:
+    """Whether the values of a dataset are in its file, not in others."""
+    return not (array.external or array.is_virtual)
 
 
 def own_arrays(h5py: Any, file: Any) -> list[str]:
@@ -116,9 +121,8 @@ def own_arrays(h5py: Any, file: Any) -> list[str]:
     found: list[str] = []
 
     def note(name: str, stored: Any) -> None:  # never called for a link to another file
-        own = isinstance(stored, h5py.Dataset) and not (stored.external or stored.is_virtual)
-        if own and not name.startswith("#"):  # MATLAB's own
-            found.append(name)
+        if isinstance(stored, h5py.Dataset) and _is_inside(stored) and not name.startswith("#"):
+            found.append(name)  # what begins so is MATLAB's own
 
     file.visititems(note)
     return found

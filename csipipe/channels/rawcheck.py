@@ -89,7 +89,7 @@ def converted_findings(folder: Path, rows: tuple[Images, Images]) -> list[doctor
     said = Description.read(folder)
     if said.kind != "channel":
         return []
-    found = [*doctor.judge(rows[0], linear=not said.planar), *doctor.uneven(rows[0])]
+    found = doctor.judge_converted(rows[0], linear=not said.planar)
     known = {row.tobytes() for row in rows[0]}
     common = sum(row.tobytes() in known for row in rows[1])
     if common:

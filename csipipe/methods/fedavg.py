@@ -1,4 +1,4 @@
-"""FedAvg and FedProx, each with a personal encoder too (…Per), at a UE.
+"""FedAvg and FedProx, each with a personal encoder too (…Per): what a UE does.
 
 Shapes: P scalars of the shared parts.
 """
@@ -58,7 +58,7 @@ class FedProx(FedAvg):
 
 
 class _Aggregator(BtsHalf):
-    """FedAvg's, which says where FedProx is no more than FedAvg."""
+    """FedProx's BTS, which averages, and says where FedProx computes what FedAvg does."""
 
     def __init__(self, seat: Seat, role: int) -> None:
         super().__init__(seat, role)

@@ -4,6 +4,7 @@ imports this module first."""
 import importlib
 
 MODULES = (
+    "bits",
     "csipipe.__main__",
     "csipipe.bench.rank",
     "csipipe.methods.csilocal_bts",
@@ -16,7 +17,6 @@ MODULES = (
     "csipipe.run.command",
     "csipipe.run.training",
     "deepspeed.module_inject.auto_ep_layer",
-    "bits",
     "encodings.idna",
     "harness",
     "pytest",
