@@ -15,7 +15,7 @@ import pytest
 from faults import Fault
 from harness import ROOT, Program, errors, run_world
 from runs import CPU, small
-from test_resume import whole
+from test_interrupted_runs import whole
 from test_run import arguments
 
 from csipipe import checkpoint, methods

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from harness import Program, errors
-from test_resume import whole
+from test_interrupted_runs import whole
 from test_run import arguments
 
 from csipipe.comm.ledger import Kind

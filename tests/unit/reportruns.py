@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from csipipe.reports import preset as presets
+from csipipe.reports import runs
 from csipipe.reports.preset import Preset
 from csipipe.reports.runs import Run
 from csipipe.settings import commandline
@@ -57,3 +60,14 @@ def finish(
     (run.folder / "history.jsonl").write_text(text)
     summary = {"status": "finished", "iterations": 10 * len(losses), "test": lines[-1]["test"]}
     (run.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def a_run(out: Path, method: str = "csilocal", seed: int = 0) -> Run:
+    return runs.make(preset(), out, method, "outdoor", 4, seed)
+
+
+def options(out: Path, **others: object) -> Namespace:
+    """Options of a report that starts nothing."""
+    usual = Namespace(preset="laptop", quick=False, collect=True, jobs=1, seeds=None, settings=[])
+    usual.processes, usual.decided, usual.quick_seeds = None, (), None
+    return Namespace(out=str(out), **(vars(usual) | others))

@@ -1,40 +1,26 @@
-"""Figures and verdicts of the reports, from runs made by hand; plan and search by arithmetic."""
+"""Figures and verdicts of the reports, from runs made by hand."""
 
 from __future__ import annotations
 
 import csv
-import json
-import math
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import reportruns
-import yaml
-from reportruns import FLOOR, finish
+from reportruns import FLOOR, finish, options
 
-from csipipe.methods.cost import shared_parts
-from csipipe.models import count_parts, widths
-from csipipe.reports import fig5, fig6, headline, plan, runs, search
+from csipipe.reports import fig5, fig6, headline, runs
 from csipipe.reports import preset as presets
-from csipipe.reports.command import Found, Report
 from csipipe.reports.curves import Curve
 from csipipe.reports.fig6_claims import Panels
 from csipipe.reports.fig6_claims import claims as fig6_claims
-from csipipe.reports.preset import METHODS, PANELS, PRESETS, REFERENCE
+from csipipe.reports.preset import METHODS, PANELS, REFERENCE
 from csipipe.settings.config import Environment
 
 ROOT = Path(__file__).parents[2]
 COMPRESSION = (16, 8, 4)
-
-
-def options(out: Path, **others: object) -> Namespace:
-    """Options of a report that starts nothing."""
-    usual = Namespace(preset="laptop", quick=False, collect=True, jobs=1, seeds=None, settings=[])
-    usual.processes, usual.decided, usual.quick_seeds = None, (), None
-    return Namespace(out=str(out), **(vars(usual) | others))
 
 
 def holds(claims: list[object]) -> list[bool | None]:
@@ -265,174 +251,3 @@ def test_the_headline_is_not_judged_without_its_methods_or_without_learning(
 
 def test_the_papers_ratios() -> None:
     assert [round(headline.paper_ratio(m), 2) for m in ("fedavg", "fedprox")] == [2.39, 1.95]
-
-
-# plan
-
-
-@pytest.mark.parametrize(
-    ("method", "iterations", "billions"),
-    [("csilocal", 1200, 19.6608), ("fedavg", 560, 47.0664), ("fedprox", 455, 38.2414)],
-)
-def test_the_plan_counts_as_the_paper(method: str, iterations: int, billions: float) -> None:
-    asked = ["--model.c1", "512", "--model.c2", "512", "--train.iterations", str(iterations)]
-    rows = {row.method: row for row in plan.plan(plan.configuration("paper", asked)[0])}
-    assert rows[method].scalars / 1e9 == pytest.approx(billions, abs=5e-5)  # as printed
-    assert rows[method].bytes == 4 * rows[method].scalars
-    assert rows[method].seconds[100] == pytest.approx(rows[method].bytes * 8 / 1e8)
-
-
-def test_the_plan_says_where_csilocal_stops_being_cheaper(tmp_path: Path) -> None:
-    model = ["--model.angles", "8", "--model.delays", "8", "--model.c1", "16", "--model.c2", "16"]
-    for rows, cheaper in ((356, "CSILocal"), (357, "FedAvg")):
-        settings, _ = plan.configuration(
-            None, [*model, "--train.batch_size", str(rows), "--train.micro_batches", "1"]
-        )
-        row = plan.plan(settings)[1]
-        assert row.break_even == 11410 / 32  # 356.6 samples
-        assert row.scalars_per_iteration == 4 * 2 * 11410
-        assert f"| FedAvg | 356.6 | {rows} | {cheaper} |" in plan.page(settings, [row])
-        csilocal = plan.plan(settings)[0].scalars_per_iteration
-        assert (csilocal < row.scalars_per_iteration) == (cheaper == "CSILocal")
-
-
-def test_the_plan_counts_what_who_is_back_receives() -> None:
-    """2 of 5 UEs, seed 0: in 3 iterations 4 are back, beside the 6 turns up and down."""
-    given = ["--topology.ues", "5", "--topology.participants", "2", "--train.iterations", "3"]
-    settings, _ = plan.configuration(None, given)
-    rows = {row.method: row for row in plan.plan(settings)}
-    d, _ = shared_parts(settings["fedavg"])
-    assert rows["fedavg"].scalars == (6 + 6 + 4) * d
-    c1, c2 = widths(settings["csilocal"].model)
-    assert rows["csilocal"].scalars == 2 * 6 * 32 * (c1 + c2)
-    assert rows["fedavg"].break_even == 16 * d / (12 * (c1 + c2))
-    assert "\n2 of 5 UEs" in plan.page(settings, list(rows.values()))
-
-
-def test_local_steps_count_where_they_are_taken() -> None:
-    settings, _ = plan.configuration(
-        None, ["--train.local_steps", "3", "--train.precision", "bf16"]
-    )
-    page = plan.page(settings, plan.plan(settings))
-    cells = [line.split(" | ") for line in page.splitlines() if "|" in line]
-    here = {line[0]: line[2] for line in cells}
-    assert (here["| FedAvg"], here["| FedGrad"]) == ("96", "32")
-    assert plan.plan(settings)[0].bytes == 2 * plan.plan(settings)[0].scalars
-
-
-def test_the_plan_leaves_out_methods_that_settings_do_not_suit() -> None:
-    """SplitFed exchanges encoder and head alone; the others train on."""
-    frozen = ["--train.freeze", "encoder,head", "--train.stacked", "always"]
-    wanted, refused = plan.configuration("laptop", frozen)
-    assert list(wanted) == list(METHODS)
-    assert list(refused) == ["splitfed"]
-    page = plan.page(wanted, plan.plan(wanted), refused)
-    assert "SplitFed is left out: train.freeze is encoder,head, which are all the parts" in page
-    with pytest.raises(ValueError, match=r"run\.eval_ues is 9"):
-        plan.configuration(None, ["--run.eval_ues", "9"])
-
-
-def test_the_plan_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.run(Namespace(preset="paper", out=str(tmp_path), settings=[])) == 0
-    line = "| CSILocal | 8,192,000 | 32,768,000 | 163,840,000,000 | 655.360 |"
-    assert line in capsys.readouterr().out
-    rows = json.loads((tmp_path / "plan.json").read_text())
-    assert [row["method"] for row in rows] == [*METHODS, "splitfed"]
-    ours, *others = csv.DictReader((tmp_path / "plan.csv").open())
-    assert len(others) == len(METHODS)
-    assert (ours["scalars"], ours["bytes"]) == ("163840000000", "655360000000")
-    assert float(ours["seconds_at_1000_mbit_per_s"]) == pytest.approx(655.36 * 8)
-
-
-@pytest.mark.parametrize("panel", ["b", "d", "f"])
-def test_the_laptop_has_the_papers_ratio_of_samples_to_parameters(panel: str) -> None:
-    """B against d/(c1 + c2), which decides the comparison."""
-    share = {}
-    for name in ("paper", "laptop"):
-        preset = presets.load(name, user=["--data.source", "csinet", "--data.path", "x"])
-        settings = preset.settings("csilocal", *PANELS[panel], 0)
-        d = sum(count_parts(settings.model).values())
-        share[name] = settings.train.batch_size * sum(widths(settings.model)) / d
-    assert share["laptop"] == pytest.approx(share["paper"], rel=0.02)
-
-
-# the search
-
-
-def searching(out: Path, rates: Path, losses: Mapping[str, tuple[float | None, ...]]) -> int:
-    """A search over runs with these held-out losses by method and rate; None: no run."""
-    preset = yaml.safe_load((PRESETS / "laptop.yaml").read_text())
-    grid = [1e-3, 2e-3, 4e-3]
-    preset |= {"rates": str(rates)}
-    preset["search"] |= {"grid": grid, "seeds": [0], "iterations": 120, "holdout": 0.1}
-    file = out / "small.yaml"
-    out.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(preset))
-    wanted = presets.load(str(file), user=["--train.iterations", "120", "--data.holdout", "0.1"])
-    assert wanted.search is not None
-    asked = search.wanted(Report(wanted, out, False, True, 1), wanted.search)
-    for (method, rate, _), run in asked.items():
-        value = losses.get(method, (0.3, 0.2, 0.3))[grid.index(rate)]
-        if value is not None:
-            finish(run, [0.9, 0.8], holdout=value)
-    return search.run(options(out, preset=str(file)))
-
-
-def test_the_search_takes_the_best_rate_on_held_out_rows(tmp_path: Path) -> None:
-    rates = tmp_path / "rates.yaml"
-    assert searching(tmp_path / "out", rates, {"fedavg": (0.1, 0.2, 0.3)}) == 0
-    found = yaml.safe_load(rates.read_text())
-    assert found == dict.fromkeys([*METHODS, REFERENCE], 2e-3) | {"fedavg": 1e-3}
-    page = (tmp_path / "out" / "search.md").read_text()
-    assert "| FedAvg | **1.000e-01** | 2.000e-01 | 3.000e-01 |" in page
-    assert "At the edge of the grid: FedAvg." in page
-    preset = presets.load(str(tmp_path / "out" / "small.yaml"))
-    assert preset.settings("fedavg", "outdoor", 4, 0).train.lr == 1e-3
-
-
-def test_a_search_takes_so_many_seeds_of_the_preset(tmp_path: Path) -> None:
-    assert searching(tmp_path / "out", tmp_path / "rates.yaml", {}) == 0
-    file = str(tmp_path / "out" / "small.yaml")
-    assert search.run(options(tmp_path / "out", preset=file, seeds=1)) == 0
-    assert search.run(options(tmp_path / "out", preset=file, seeds=2)) == 1  # runs are missing
-    assert "2 seed(s)" in (tmp_path / "out" / "search.md").read_text()
-
-
-def test_an_unfinished_search_leaves_the_rates_alone(tmp_path: Path) -> None:
-    rates = tmp_path / "rates.yaml"
-    rates.write_text("fedavg: 0.5\n")
-    assert searching(tmp_path / "out", rates, {"fedgrad": (0.1, None, 0.3)}) == 1
-    assert rates.read_text() == "fedavg: 0.5\n"
-    assert "| FedGrad | **1.000e-01** | missing |" in (tmp_path / "out" / "search.md").read_text()
-
-
-def test_a_rate_is_judged_by_the_last_evaluations_and_the_median_seed() -> None:
-    nothing, loss = [0] * 4, [1.0] * 4
-    holdout = [None, 0.9, 0.6, 0.3]
-    curve = Curve([1, 2, 3, 4], nothing, nothing, loss, [[1.0]] * 4, loss, holdout, FLOOR)
-    assert search._end("run", curve) == pytest.approx(0.6)
-    asked = presets.Search(panel="f", grid=(1e-3,), seeds=(0, 1, 2), iterations=4, holdout=0.1)
-    losses = {("fedavg", 1e-3, seed): value for seed, value in enumerate((0.5, 0.1, 0.2))}
-    assert search.medians(losses, "fedavg", asked) == {1e-3: 0.2}
-
-
-def test_a_rate_that_diverged_loses(tmp_path: Path) -> None:
-    run = runs.make(reportruns.preset(), tmp_path, "fedavg", "outdoor", 4, 0)
-    reason = "the loss of UE 0 is nan at iteration 3; a lower train.lr usually helps. (see log)"
-    found = Found({}, {run.name: reason}, failed=True)
-    assert search.held_out({("fedavg", 1.0, 0): run}, found) == {("fedavg", 1.0, 0): math.inf}
-    assert search.held_out({("fedavg", 1.0, 0): run}, Found({}, {run.name: "killed"}, True)) == {}
-
-
-def test_the_search_has_nothing_to_do_for_the_paper(tmp_path: Path) -> None:
-    asked = options(tmp_path, preset="paper", settings=["--data.path", "x"])
-    with pytest.raises(ValueError, match="nothing to search"):
-        search.run(asked)
-
-
-def test_rates_that_are_no_rates_are_named(tmp_path: Path) -> None:
-    (tmp_path / "rates.yaml").write_text("fedsomething: 1")
-    file = tmp_path / "mine.yaml"
-    file.write_text("{processes: 3, compression: [4], seeds: [0], rates: rates.yaml}")
-    with pytest.raises(ValueError, match=r"rates.yaml isn't a table of learning rates"):
-        presets.load(str(file))
