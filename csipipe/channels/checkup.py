@@ -214,11 +214,15 @@ def converted_report(
     for verdict, what, repair in said.made["findings"]:
         yield f"  {verdict}: {what}"
         yield f"    repair: {repair}"
+    yield f"written: {folder}"
+    there = {one.part for one in said.sets}
+    if absent := [part for part in ("train", "test") if part not in there]:
+        yield f"no training yet: there are no {' or '.join(absent)} rows"
+        return
     ranks, ues = 4, ""
     if owners(said.environments):
         number = len(said.environments)
         ranks, ues = min(4, 2 + number), f" --topology.ues {number}"  # a UE rank has a UE at least
-    yield f"written: {folder}"
     yield (
         f"train:   torchrun --nproc_per_node={ranks} launch/train.py --data.source files "
         f"--data.path {shlex.quote(str(folder))}{ues}"

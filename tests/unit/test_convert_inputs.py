@@ -128,6 +128,9 @@ def test_variables_of_one_file_become_sets(
     assert [(s.part, s.rows) for s in said.sets] == [("train", 20), ("test", 30)]
     assert run(file, file, tmp_path / "b", *sets, "--key", "H_test") == 0  # one word for all
     assert [s.rows for s in Description.read(tmp_path / "b").sets] == [30, 30]
+    assert "launch/train.py" in capsys.readouterr().out
+    assert run(file, tmp_path / "half", *axes, "--sets", "test", "--key", "H_test") == 0
+    assert capsys.readouterr().out.endswith("no training yet: there are no train rows\n")
     words = error(capsys, file, file, tmp_path / "c", *sets, "--key", "H_train H_test H_val")
     assert "--key 'H_train H_test H_val' has 3 words; expected 2, one for each file" in words
 
