@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -67,6 +68,12 @@ class Lock:
         holder = _holder(self._file)
         if holder.get("host") in (None, platform.node()):
             return
+        print(
+            f"csipipe: {self._file.parent} was used by process {holder.get('pid', '?')} on "
+            f"{holder.get('host')}; waiting {WATCH:g} s for a sign of life",
+            file=sys.stderr,
+            flush=True,
+        )
         before, deadline = self._file.stat().st_mtime, time.monotonic() + WATCH
         while time.monotonic() < deadline:
             time.sleep(BEAT / 5)

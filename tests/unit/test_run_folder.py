@@ -41,7 +41,9 @@ def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
     lock.Lock(tmp_path).release()
 
 
-def test_a_lock_of_another_node_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_another_node_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(lock, "WATCH", 0.4)
     monkeypatch.setattr(lock, "BEAT", 0.2)
     file = tmp_path / "lock"
@@ -57,6 +59,8 @@ def test_a_lock_of_another_node_is_watched(tmp_path: Path, monkeypatch: pytest.M
     thread.start()
     with pytest.raises(ValueError, match="on elsewhere"):
         lock.Lock(tmp_path)
+    said = capsys.readouterr().err
+    assert said.endswith("was used by process 1 on elsewhere; waiting 0.4 s for a sign of life\n")
     ended.set()
     thread.join()
     lock.Lock(tmp_path).release()  # it shows no life any more
