@@ -9,10 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trainedruns
@@ -228,6 +229,7 @@ def test_a_method_that_fails_without_links_isnt_tried_with_them(
     monkeypatch.setattr(ranks, "train", train)
     monkeypatch.setattr(network, "check_machine", lambda: None)
     monkeypatch.setattr(network, "clean", lambda: [])
+    monkeypatch.setattr(network, "Network", nullcontext)
     words = ["--up", "1mbit", "2mbit", "--methods", "fedavg", "csilocal"]
     assert command.main([*words, "--out", str(tmp_path)]) == 1
     assert trained == ["fedavg", *["csilocal"] * 3]
@@ -240,6 +242,21 @@ def test_a_method_that_fails_without_links_isnt_tried_with_them(
     shutil.rmtree(tmp_path)  # over one link there is no picture, and "none" is no other one
     assert command.main([*words, "--up", "1mbit", "--out", str(tmp_path)]) == 1
     assert not (tmp_path / "links.png").exists()
+
+
+def test_links_that_a_kernel_refuses_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(links: list[Link]) -> NoReturn:
+        raise ValueError(f"this kernel has no netem for {links[0].delay:g} s")
+
+    monkeypatch.setattr(ranks, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(network, "check_machine", lambda: None)
+    monkeypatch.setattr(network, "clean", lambda: [])
+    monkeypatch.setattr(network, "Network", refuse)
+    words = ["--up", "1mbit", "--delay", "5", "--methods", "fedavg", "--out", str(tmp_path)]
+    assert command.main(words) == 1
+    assert "error: this kernel has no netem for 0.005 s" in capsys.readouterr().err
 
 
 PRESET = """--model.angles 16 --model.delays 8 --model.c1 64 --model.c2 64
