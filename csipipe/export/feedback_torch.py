@@ -51,6 +51,7 @@ def read(file: str | Path, dtype: torch.dtype, *row: int) -> Tensor:
 def write(file: str | Path, values: Tensor) -> None:
     """A tensor's values, raw."""
     Path(file).unlink(missing_ok=True)
+    Path(file).touch()  # what can't be written is named
     mapped = torch.from_file(str(file), shared=True, size=values.numel(), dtype=values.dtype)
     mapped.copy_(values.flatten())
 
@@ -92,5 +93,8 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main(sys.argv[1:])
+    try:
+        with torch.no_grad():
+            main(sys.argv[1:])
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
