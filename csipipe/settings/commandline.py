@@ -218,7 +218,14 @@ class RunParser(argparse.ArgumentParser):
             sys.exit(2)
         if arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):
             self.error(f"RUN comes first, before {arguments[0]}")
-        return self.parse_known_args(arguments)
+        options, changes = self.parse_known_args(arguments)
+        own = [name for action in self._actions for name in action.option_strings]
+        for word in changes:
+            name = word.split("=")[0]
+            near = get_close_matches(name, own, 1, _ALIKE)
+            if near and "." not in name:
+                self.error(f"there is no option {name} (did you mean {near[0]}?)")
+        return options, changes
 
     def error(self, message: str) -> NoReturn:
         """Report a mistake like any other error."""

@@ -210,6 +210,12 @@ def evaluate(*arguments: object) -> None:
     command.run(options, settings, None)
 
 
+def test_a_mistyped_option_is_no_setting() -> None:
+    for word, near in (("--bit", "--bits"), ("--weigths=best", "--weights")):
+        with pytest.raises(ValueError, match=rf"no option {word.split('=')[0]} .* mean {near}\?\)"):
+            evaluate("run", word)
+
+
 def test_a_run_leaves_tables_json_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
