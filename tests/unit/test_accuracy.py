@@ -13,7 +13,7 @@ import reportruns
 import trainedruns
 
 from csipipe.evaluation import samples, testset
-from csipipe.reports import accuracy, budget, runs
+from csipipe.reports import accuracy, budget, reproduce, runs, start
 from csipipe.reports.accuracy import Reached
 from csipipe.reports.command import Report
 from csipipe.reports.curves import Curve
@@ -129,6 +129,18 @@ def test_a_budget_shorter_than_an_iteration_is_refused(tmp_path: Path) -> None:
 
 def test_runs_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
     assert budget.within(two(tmp_path), 1, tmp_path, lambda _: None) == []
+
+
+def test_runs_that_were_not_measured_are_named_in_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "start", lambda ready, *_: {run.name: "killed" for run in ready})
+    for more, code in (["--collect"], 0), ([], 1):
+        words = ["accuracy", "--preset", "laptop", "--seeds", "1", "--out", str(tmp_path), *more]
+        assert reproduce.main(words) == code
+        page = (tmp_path / "accuracy.md").read_text()
+        assert "- fedavg-indoor-c4-seed0: the short run that measures" in page
+        assert "0 of 0" not in capsys.readouterr().err
 
 
 def test_a_number_is_a_number_of_iterations(tmp_path: Path) -> None:
