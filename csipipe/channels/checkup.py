@@ -197,33 +197,44 @@ def converted_report(
     yield f"{tally.rows:,} rows of {tally.users:,} users{dropped}"
     for one in said.sets:
         yield f"  {one.environment} {one.part}: {one.rows:,} rows"
-    planar = ""
-    if said.planar:
-        planar = f" ({said.columns} x {said.rows} columns and rows, {said.polarisations} pol.)"
-    axes = ("ports", "subbands") if said.scaling == "unit" else ("angles", "delays")
-    size = f"{said.angles} {axes[0]}{planar} x {said.delays} {axes[1]}"
-    lost = f"{tally.lost:.2%} of a row's energy lost"
-    if said.scaling == "unit":
-        lost = "eigenvectors of norm 1"
-    if said.subcarriers is not None and said.subcarriers > said.delays:
-        shift, least = tally.best_shift(said.delays)
-        size += f" of {said.subcarriers}"
-        if least < tally.lost - 0.001:
-            lost += f"; with another shift it would be {least:.2%}:\n  {again(shift)}"
-    yield f"images: {size}, {lost}"
+    yield _size(said, tally, again)
     for verdict, what, repair in said.made["findings"]:
         yield f"  {verdict}: {what}"
         yield f"    repair: {repair}"
     yield f"written: {folder}"
+    yield _next(folder, said)
+
+
+def _size(said: Description, tally: Tally, again: Callable[[int], str]) -> str:
+    """What images there are, and what they lost; with the command that would lose less."""
+    planar = ""
+    if said.planar:
+        planar = f" ({said.columns} x {said.rows} columns and rows, {said.polarisations} pol.)"
+    axes = ("ports", "subbands") if said.scaling == "unit" else ("angles", "delays")
+    size = f"images: {said.angles} {axes[0]}{planar} x {said.delays} {axes[1]}"
+    truncated = said.subcarriers is not None and said.subcarriers > said.delays
+    if truncated:
+        size += f" of {said.subcarriers}"
+    if said.scaling == "unit":
+        return f"{size}, eigenvectors of norm 1"
+    size += f", {tally.lost:.2%} of a row's energy lost"
+    if truncated:
+        shift, least = tally.best_shift(said.delays)
+        if least < tally.lost - 0.001:
+            size += f"; with another shift it would be {least:.2%}:\n  {again(shift)}"
+    return size
+
+
+def _next(folder: Path, said: Description) -> str:
+    """The command that trains with these rows, if they are enough."""
     there = {one.part for one in said.sets}
     if absent := [part for part in ("train", "test") if part not in there]:
-        yield f"no training yet: there are no {' or '.join(absent)} rows"
-        return
+        return f"no training yet: there are no {' or '.join(absent)} rows"
     ranks, ues = 4, ""
     if owners(said.environments):
         number = len(said.environments)
         ranks, ues = min(4, 2 + number), f" --topology.ues {number}"  # a UE rank has a UE at least
-    yield (
+    return (
         f"train:   torchrun --nproc_per_node={ranks} launch/train.py --data.source files "
         f"--data.path {shlex.quote(str(folder))}{ues}"
     )
