@@ -62,9 +62,14 @@ def expected(fault: Fault) -> str:
     culprit = re.escape(ROLE(fault.rank))
     if fault.what in ("kill", "freeze"):
         state = "gone" if fault.what == "kill" else "silent"
-        # who has sent everything when it fails is missed in the next iteration
-        late = rf"|{fault.iteration + 1}" if fault.at in (Op.WEIGHTS, Op.STEP) else ""
-        return rf"{culprit} is {state}: .*iteration ({fault.iteration}{late}), waited for"
+        if fault.at not in (Op.WEIGHTS, Op.STEP, Op.VERDICT):
+            return rf"{culprit} is {state}: .*iteration {fault.iteration}, waited for"
+        # who has sent everything when it fails is missed in the next iteration, or when a
+        # checkpoint is complete: all wait for texts then, which no broken connection ends
+        missed = (
+            rf"{culprit} is {state}: .*iteration ({fault.iteration}|{fault.iteration + 1}), waited"
+        )
+        return rf"{missed}|{culprit} is silent: .*waited for its text \(written parts\)"
     if fault.what == "raise":
         return rf"{culprit}, iteration {fault.iteration}: RuntimeError: injected"
     if fault.what == "drop":

@@ -19,7 +19,7 @@ from test_run import arguments
 from torch import Tensor, nn
 
 from csipipe import methods, models
-from csipipe.comm import wire
+from csipipe.comm import channel
 from csipipe.comm.ledger import BUFFERS, COUNTED, PAPER, PHASES, Kind
 from csipipe.comm.world import World
 from csipipe.device import host_buffer
@@ -335,7 +335,8 @@ def most_alive(world: World, settings: Settings) -> int:
             most = max(most, len(alive))
         return buffer
 
-    vars(wire)["host_buffer"] = listen
+    assert vars(channel)["host_buffer"] is host_buffer  # where buffers for messages are made
+    vars(channel)["host_buffer"] = listen
     splits(world, {"": settings})
     return most
 

@@ -60,7 +60,9 @@ def ranks(name: str) -> list[Any]:
 def test_a_run_computes_the_same_to_the_bit(name: str) -> None:
     found = ranks(name)
     plain, watched = (joined([rank[i] for rank in found]) for i in (0, 1))
-    assert_same(plain, watched, "losses", "gradients", "parameters", "evaluations", "ledger")
+    # FedGrad's gradients go to the BTS; no optimiser at a UE gets them
+    recorded = () if name == "fedgrad" else ("gradients",)
+    assert_same(plain, watched, *recorded, "losses", "parameters", "evaluations", "ledger")
 
 
 def norm(gradients: dict[str, Tensor], start: str) -> float:
@@ -93,14 +95,13 @@ def test_norms_are_of_the_gradients_that_the_optimiser_gets(name: str) -> None:
 @pytest.mark.parametrize("name", ["fedavg", FEDGRAD])
 def test_a_federated_ue_shows_all_its_parts(name: str) -> None:
     found = ranks(name)
-    gradients = joined([rank[1] for rank in found])["gradients"]
+    # of the first step, which FedAvg's UEs take from the same weights with the same rows
+    gradients = joined([rank[1] for rank in ranks("fedavg")])["gradients"]
     assert found[0][2]["norms"] == {}
     for rank, ues in ((1, (0, 1)), (2, (2, 3))):
         for part in ("encoder", "tail", "head"):
-            # FedGrad's UEs all step by the mean gradient; the first one's is recorded then
-            each = [norm(gradients, f"ue-{ue}.{part}.") for ue in ues[: 1 + (name == "fedavg")]]
-            mean = sum(each) / len(each)
-            assert found[rank][2]["norms"][part] == pytest.approx(mean, rel=1e-5)
+            each = [norm(gradients, f"ue-{ue}.{part}.") for ue in ues]
+            assert found[rank][2]["norms"][part] == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["csilocal", "fedavg"])

@@ -39,7 +39,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 def test_runs_cross_their_links(tmp_path: Path) -> None:
     words = "--up 1mbit 500kbit,2mbit --down 2mbit --methods fedavg --train.iterations 4"
     done = links(tmp_path, words)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for row in rows(tmp_path):
         assert float(row["measured_s"]) > 0.9 * (float(row["planned_s"]) - float(row["free_s"]))
         assert 1.0 < float(row["overhead"]) < 1.5
@@ -63,7 +63,7 @@ def test_a_link_that_stays_broken_ends_the_run_by_name(tmp_path: Path) -> None:
 def test_a_link_that_is_whole_again_in_time_loses_nothing(tmp_path: Path) -> None:
     words = "--up 2mbit --methods fedavg --train.iterations 4 --trouble 1:2:10"
     done = links(tmp_path, words)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     summary = tmp_path / "runs" / "fedavg-2mbit" / "summary.json"
     assert json.loads(summary.read_text())["status"] == "finished"
     [row] = rows(tmp_path)
