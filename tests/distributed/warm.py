@@ -17,6 +17,7 @@ MODULES = (
     "csipipe.run.command",
     "csipipe.run.training",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.original_muon",
     "encodings.idna",
     "harness",
     "pytest",
