@@ -62,12 +62,12 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     if arguments[:1] == ["decode"]:
         kind, width = ("u1", -(-ENTRIES * BITS // 8)) if BITS else ("<f4", ENTRIES)
-        decode(read(arguments[1], kind, width)).tofile(arguments[2])
+        Path(arguments[2]).write_bytes(decode(read(arguments[1], kind, width)).tobytes())
         return
     h = read(arguments[1] if arguments else HERE / "samples.f32", "<f4", *ROW)
     feedback = encode(h)
     if arguments:
-        feedback.tofile(arguments[2])
+        Path(arguments[2]).write_bytes(feedback.tobytes())
         return
     axes = (1, 2, 3)
     nmse = np.mean(((decode(feedback) - h) ** 2).sum(axes) / ((h - 0.5) ** 2).sum(axes))
@@ -79,4 +79,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or sys.argv[-1]}: {error.strerror}")  # a full disk names none

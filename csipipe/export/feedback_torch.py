@@ -12,6 +12,7 @@ torch.export.load can run code that somebody put into a .pt2 file. Therefore a f
 isn't the one below is refused, and you need to trust only this script.
 """
 
+import ctypes
 import hashlib
 import io
 import math
@@ -50,10 +51,8 @@ def read(file: str | Path, dtype: torch.dtype, *row: int) -> Tensor:
 
 def write(file: str | Path, values: Tensor) -> None:
     """A tensor's values, raw."""
-    Path(file).unlink(missing_ok=True)
-    Path(file).touch()  # what can't be written is named
-    mapped = torch.from_file(str(file), shared=True, size=values.numel(), dtype=values.dtype)
-    mapped.copy_(values.flatten())
+    values = values.contiguous()
+    Path(file).write_bytes(ctypes.string_at(values.data_ptr(), values.nbytes))
 
 
 def encode(h: Tensor) -> Tensor:
@@ -97,4 +96,4 @@ if __name__ == "__main__":
         with torch.no_grad():
             main(sys.argv[1:])
     except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or sys.argv[-1]}: {error.strerror}")  # a full disk names none

@@ -159,10 +159,13 @@ def test_with_bits_the_codeword_is_packed_bits(
     for way, size in (("encode", 512), ("decode", 8)):
         with pytest.raises(SystemExit, match=f"short has 9 bytes; expected {size} for each"):
             script([way, str(out / "short"), str(out / "none")])
-    for words in (("missing", "up"), ("samples.f32", "no/up")):
-        ended = alone(out / "feedback.py", (), "encode", *words)
-        lost = "missing" if "missing" in words else "no/up"
-        assert (ended.returncode, ended.stderr) == (1, f"{lost}: No such file or directory\n")
+    for source, target, said in (
+        ("missing", "up", "missing: No such file or directory"),
+        ("samples.f32", "no/up", "no/up: No such file or directory"),
+        ("samples.f32", "/dev/full", "/dev/full: No space left on device"),
+    ):
+        ended = alone(out / "feedback.py", (), "encode", source, target)
+        assert (ended.returncode, ended.stderr) == (1, f"{said}\n")
 
     weak = 0.5 + 0.02 * (torch.rand(16, 2, 8, 8) - 0.5)  # the error is larger
     weak.numpy().tofile(out / "samples.f32")
@@ -206,8 +209,8 @@ def test_onnx_does_the_same_without_torch(bits: int | None, tmp_path: Path) -> N
         ended = alone(out / "feedback_onnx.py", ("torch",), way, out / "short", "none")
         assert ended.returncode == 1
         assert ended.stderr.startswith(f"{out / 'short'} has 9 bytes; expected ")
-    ended = alone(out / "feedback_onnx.py", ("torch",), "encode", "missing", "up")
-    assert (ended.returncode, ended.stderr) == (1, "missing: No such file or directory\n")
+    ended = alone(out / "feedback_onnx.py", ("torch",), "encode", "samples.f32", "/dev/full")
+    assert (ended.returncode, ended.stderr) == (1, "/dev/full: No space left on device\n")
     assert (out / "up").stat().st_size == 16 * (21 * 4 if bits is None else 8)  # 63 bits
     h_hat = torch.from_numpy(np.fromfile(out / "back", np.float32)).reshape(h.shape)
     content = json.loads((out / "export.json").read_text())
