@@ -87,12 +87,12 @@ def run(options: Namespace, arguments: list[str]) -> int:
     cases = _cases(options)
     trouble = Trouble.read(options.trouble, options.hosts) if options.trouble else None
     runs = {method: _settings(method, arguments, options.hosts) for method in options.methods}
-    for case in cases:
-        with network.Network(case.links):  # before anything is trained: the kernel may refuse
-            pass
     reach = page.times_to(options.curves, runs, options.loss) if options.curves else {}
     for name in network.clean():
         print(f"removed {name}, left behind by a run that was killed", file=sys.stderr)
+    for case in cases:
+        with network.Network(case.links):  # before anything is trained: the kernel may refuse
+            pass
     out = Path(options.out)
     rows: list[Row] = []
     for method, settings in runs.items():

@@ -220,8 +220,7 @@ class RunParser(argparse.ArgumentParser):
             self.error(f"RUN comes first, before {arguments[0]}")
         options, changes = self.parse_known_args(arguments)
         own = [name for action in self._actions for name in action.option_strings]
-        for word in changes:
-            name = word.split("=")[0]
+        for name in (word.split("=")[0] for word in changes if word.startswith("--")):
             near = get_close_matches(name, own, 1, _ALIKE)
             if near and "." not in name:
                 self.error(f"there is no option {name} (did you mean {near[0]}?)")

@@ -214,6 +214,10 @@ def test_a_mistyped_option_is_no_setting() -> None:
     for word, near in (("--bit", "--bits"), ("--weigths=best", "--weights")):
         with pytest.raises(ValueError, match=rf"no option {word.split('=')[0]} .* mean {near}\?\)"):
             evaluate("run", word)
+    parser = RunParser("evaluate", "")
+    command.add_arguments(parser)
+    setting = ["--train.init", "weights"]  # a value that is called like an option
+    assert parser.parse(["run", *setting])[1] == setting
 
 
 def test_a_run_leaves_tables_json_and_a_picture(

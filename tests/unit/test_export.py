@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -361,3 +362,11 @@ def test_every_number_of_bits_has_its_point(tmp_path: Path) -> None:
     assert points[9].nmse_db == pytest.approx(whole, abs=1e-3)
     assert points[0].nmse_db != pytest.approx(whole, abs=1e-6)
     assert f"{whole:.2f}" in curve.table(points, whole).splitlines()[-1]
+
+
+def test_rows_without_energy_have_no_part_in_the_mean() -> None:
+    h = torch.full((3, 2, 4, 4), 0.5)
+    h[0, 0, 0, 0], h[1, 0, 0, 0] = 1.0, 0.0
+    h_hat = h.clone()
+    h_hat[1, 0, 0, 0] = 0.5  # NMSE 0 and 1; the third row has none
+    assert nmse_db(h_hat, h) == pytest.approx(10 * math.log10(0.5))

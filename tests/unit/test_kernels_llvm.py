@@ -93,7 +93,8 @@ def rounded(block: CRBlock, x: Tensor, dy: Tensor, seed: int) -> Pass:
 def compare(block: CRBlock, x: Tensor, seed: int, strict: bool = True) -> None:
     """Kernels beside float64, never worse than twice what PyTorch's own float32 is.
 
-    Not strict, where that is luck: than a hundred times, or than noise of float32's size makes it.
+    Not strict, where that is luck: or than twice what noise of float32's size does; weight
+    gradients, in which almost everything may cancel, than a hundred times PyTorch's.
     """
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     exact = by_layers(block, x, dy, torch.float64)
@@ -102,8 +103,8 @@ def compare(block: CRBlock, x: Tensor, seed: int, strict: bool = True) -> None:
     for name in ("y", "dx", "weights", "statistics"):
         wanted = getattr(exact, name)
         mine, theirs, *noise = (away(getattr(p, name), wanted) for p in (ours, torchs, *noisy))
-        bound = WEIGHTS if name == "weights" else OUTPUT
-        bound = max(bound, (2 if strict else 100) * theirs, *noise)
+        bound, times = (WEIGHTS, 2 if strict else 100) if name == "weights" else (OUTPUT, 2)
+        bound = max(bound, times * theirs, *(2 * n for n in noise))
         assert mine <= bound, f"{name}: {mine:.1e} beside {theirs:.1e}"
 
 
@@ -135,7 +136,7 @@ def test_any_size_and_any_odd_kernels(
 
 
 @pytest.mark.long
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     PATHS,
     st.integers(2, 40),

@@ -59,10 +59,10 @@ def test_a_lock_of_another_node_is_watched(
     thread.start()
     with pytest.raises(ValueError, match="on elsewhere"):
         lock.Lock(tmp_path)
-    said = capsys.readouterr().err
-    assert said.endswith("was used by process 1 on elsewhere; waiting 0.4 s for a sign of life\n")
     ended.set()
     thread.join()
+    said = capsys.readouterr().err
+    assert said.endswith("was used by process 1 on elsewhere; waiting 0.4 s for a sign of life\n")
     lock.Lock(tmp_path).release()  # it shows no life any more
 
 
